@@ -1,0 +1,190 @@
+"""What every family shares: the protocol of a timm backbone, written once, and the way into timm's builder.
+
+Shapes: B batch, H W map, C channels. A stage output is a map, channels last (B, H, W, C) inside the models,
+(B, C, H, W) where a caller asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from models.weights import load_pretrained_file
+
+
+class HierarchicalModel(nn.Module):
+    """Base of the hierarchical models: stages of blocks, a final norm, pooling and a linear classifier.
+
+    A subclass sets up its modules, calls ``init_protocol`` and gives:
+
+    * ``forward_stages(x, last)``: the list of stage outputs 0..last, each (B, H, W, C), before the final norm;
+    * ``norm``: the norm over the last stage's channels;
+    * ``head``: the classifier, ``nn.Linear`` or ``nn.Identity``;
+    * ``stage_modules()``: the module of each stage, for pruning.
+    """
+
+    norm: nn.Module
+    head: nn.Module
+
+    def init_protocol(self, num_classes: int, in_chans: int, global_pool: str, drop_rate: float,
+                      widths: Sequence[int], reductions: Sequence[int], stage_names: Sequence[str]) -> None:
+        """Attributes that timm and its users read. ``widths`` and ``reductions`` are per stage."""
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = widths[-1]
+        self.grad_checkpointing = False
+        self.output_fmt = "NHWC"
+        self.head_drop = nn.Dropout(drop_rate)
+        self.feature_info = [dict(num_chs=width, reduction=reduction, module=name)
+                             for width, reduction, name in zip(widths, reductions, stage_names, strict=True)]
+        _check_pool(global_pool)
+
+    # -- for subclasses -----------------------------------------------------------------------------
+
+    def forward_stages(self, x: Tensor, last: int) -> list[Tensor]:
+        raise NotImplementedError
+
+    def stage_modules(self) -> nn.ModuleList:
+        raise NotImplementedError
+
+    # -- timm's protocol ----------------------------------------------------------------------------
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters of two or more dimensions that weight decay must leave alone."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier of ``num_classes`` outputs; 0 removes it and the pooled features come out."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            _check_pool(global_pool)
+            self.global_pool = global_pool
+        reference = next(self.parameters())
+        self.head = make_head(self.num_features, num_classes).to(device=reference.device, dtype=reference.dtype)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) image to the normed map of the last stage, (B, H/32, W/32, C)."""
+        return self.norm(self.forward_stages(x, len(self.feature_info) - 1)[-1])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, H, W, C) to logits (B, num_classes), or the pooled features (B, C)."""
+        if self.global_pool == "avg":
+            x = x.mean(dim=(1, 2))
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False,
+                              stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
+                              ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Stage outputs beside the final features.
+
+        Args:
+            indices: stages to return; None is all, a number the last so many.
+            norm: apply the final norm to the last stage's output, when it is among them.
+            stop_early: do not run stages after the last one asked for.
+            output_fmt: NCHW or NHWC.
+            intermediates_only: leave the final features out.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}; choose NCHW or NHWC")
+        take, deepest = feature_take_indices(len(self.feature_info), indices)
+        final = len(self.feature_info) - 1
+        stages = self.forward_stages(x, deepest if stop_early or intermediates_only else final)
+        intermediates = []
+        for index in take:
+            y = self.norm(stages[index]) if norm and index == final else stages[index]
+            intermediates.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
+        if intermediates_only:
+            return intermediates
+        y = stages[-1]
+        return (self.norm(y) if len(stages) == final + 1 else y), intermediates
+
+    def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False,
+                                  prune_head: bool = True) -> list[int]:
+        """Drop the stages after the deepest of ``indices``, and what follows them."""
+        take, deepest = feature_take_indices(len(self.feature_info), indices)
+        stages = self.stage_modules()
+        del stages[deepest + 1:]
+        self.drop_after_stage(deepest)
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def drop_after_stage(self, index: int) -> None:
+        """Hook for modules between stages that pruning leaves without a use."""
+
+
+def _check_pool(global_pool: str) -> None:
+    if global_pool not in ("avg", ""):
+        raise ValueError(f"global_pool is {global_pool!r}; choose avg, or '' for the map itself")
+
+
+def make_head(width: int, num_classes: int) -> nn.Module:
+    """The classifier: linear with weights normal(0, 0.02) and no bias at first, or nothing for 0 classes."""
+    if num_classes == 0:
+        return nn.Identity()
+    head = nn.Linear(width, num_classes)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def default_cfg(**overrides: Any) -> dict[str, Any]:
+    """timm's description of a model's input and classifier; ImageNet at 224 unless overridden."""
+    return dict(dict(
+        url="", num_classes=1000, input_size=(3, 224, 224), pool_size=(7, 7), crop_pct=224 / 256, interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, fixed_input_size=False, classifier="head", first_conv="",
+    ), **overrides)
+
+
+def create(model_cls: type[nn.Module], variant: str, pretrained: bool, variant_kwargs: dict[str, Any],
+           filter_fn: Any, **kwargs: Any) -> nn.Module:
+    """Build a registered variant through timm, with weights read safely and checked key by key.
+
+    timm alone loads a file without strictness once the class count differs or features are wanted; a file named by
+    ``pretrained_cfg_overlay=dict(file=...)`` goes through ``models.weights`` instead, which names every tensor
+    that does not fit and adapts only the classifier and the input channels.
+    """
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    if overlay.get("file"):
+        overlay["custom_load"] = True
+    model_args = dict(variant_kwargs, **{k: v for k, v in kwargs.items() if v is not None})
+    out_indices = model_args.pop("out_indices", tuple(range(len(variant_kwargs["depths"]))))
+    return build_model_with_cfg(
+        _with_loader(model_cls, filter_fn), variant, pretrained, pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=filter_fn, feature_cfg=dict(out_indices=out_indices, feature_cls="getter"), **model_args)
+
+
+def _with_loader(model_cls: type[nn.Module], filter_fn: Any) -> Any:
+    def build(**kwargs: Any) -> nn.Module:
+        model = model_cls(**kwargs)
+        # timm calls this for a named file (custom_load).
+        model.load_pretrained = partial(load_pretrained_file, model, filter_fn=filter_fn)
+        return model
+    return build

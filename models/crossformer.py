@@ -1,0 +1,421 @@
+"""CrossFormer and CrossFormer++.
+
+Papers: "CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention" (ICLR 2022), "CrossFormer++:
+A Versatile Vision Transformer Hinging on Cross-scale Attention" (TPAMI 2023).
+
+What the model is made of: a cross-scale embedding (CEL) samples every token from patches of several sizes; long-short
+distance attention (LSDA) alternates attention among neighbours (SDA) and among tokens a fixed interval apart (LDA); a
+dynamic position bias (DPB), an MLP over offsets, makes the bias independent of the group size. CrossFormer++ adds
+group sizes that grow with depth (PGS) and amplitude cooling layers (ACL).
+
+Parameter names are those of the published files. Beyond the official code, which takes square sizes whose maps stay
+even, any input works: the image is padded to whole tokens and a map of odd size by one row or column before merging.
+Parity: tests/test_crossformer.py compares logits, features, stages and an epsilon probe with reference outputs.
+
+Shapes: B batch, H W map, C channels, h heads, d head width, G group size, I interval, N = G*G tokens of a group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from models.base import HierarchicalModel, create, default_cfg, make_head
+
+PADDED_KEY = -1e6  # added to the logits of padded keys
+
+
+class CrossScaleEmbedding(nn.Module):
+    """CEL on the image: convolutions of growing kernels at one stride, concatenated (CrossFormer, section 3.1).
+
+    (B, 3, H, W) -> (B, H/4, W/4, C). Each kernel gets half the channels of the one before, the last as many as that one.
+    """
+
+    def __init__(self, dim: int, kernels: Sequence[int] = (4, 8, 16, 32), in_chans: int = 3, norm: bool = True):
+        super().__init__()
+        self.stride = kernels[0]
+        self.projs = nn.ModuleList(
+            nn.Conv2d(in_chans, width, kernel, stride=self.stride, padding=(kernel - self.stride) // 2)
+            for kernel, width in zip(kernels, split_channels(dim, len(kernels)), strict=True))
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        pad_h, pad_w = -x.shape[2] % self.stride, -x.shape[3] % self.stride
+        if pad_h or pad_w:
+            x = F.pad(x, (0, pad_w, 0, pad_h))
+        return self.norm(torch.cat([proj(x) for proj in self.projs], dim=1).permute(0, 2, 3, 1))
+
+
+def split_channels(dim: int, parts: int) -> list[int]:
+    """Output widths of the embedding's kernels, from the smallest kernel: D/2, D/4, ..., the last one twice."""
+    widths = [dim // 2 ** (i + 1) for i in range(parts - 1)]
+    return [*widths, dim - sum(widths)]
+
+
+class PatchMerging(nn.Module):
+    """CEL between stages: norm, then convolutions of stride 2, concatenated. (B, H, W, C) -> (B, H/2, W/2, 2C)."""
+
+    def __init__(self, dim: int, kernels: Sequence[int] = (2, 4)):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.reductions = nn.ModuleList(
+            nn.Conv2d(dim, width, kernel, stride=2, padding=(kernel - 2) // 2)
+            for kernel, width in zip(kernels, split_channels(2 * dim, len(kernels)), strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x).permute(0, 3, 1, 2)
+        pad_h, pad_w = x.shape[2] % 2, x.shape[3] % 2
+        if pad_h or pad_w:
+            x = F.pad(x, (0, pad_w, 0, pad_h))
+        return torch.cat([reduction(x) for reduction in self.reductions], dim=1).permute(0, 2, 3, 1)
+
+
+class DynamicPositionBias(nn.Module):
+    """DPB: an MLP from the offset (dy, dx) to a bias per head (CrossFormer, section 3.2.2). ((2G-1)^2, 2) -> (.., h)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.pos_proj = nn.Linear(2, dim)
+        self.pos1 = nn.Sequential(nn.LayerNorm(dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.pos2 = nn.Sequential(nn.LayerNorm(dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.pos3 = nn.Sequential(nn.LayerNorm(dim), nn.ReLU(), nn.Linear(dim, num_heads))
+
+    def forward(self, offsets: Tensor) -> Tensor:
+        return self.pos3(self.pos2(self.pos1(self.pos_proj(offsets))))
+
+
+def relative_offsets(group: int, device: torch.device) -> Tensor:
+    """All offsets between two tokens of a group, ((2G-1)^2, 2), dy major, from -(G-1) to G-1."""
+    line = torch.arange(1 - group, group, device=device, dtype=torch.float32)
+    return torch.stack(torch.meshgrid(line, line, indexing="ij"), dim=-1).reshape(-1, 2)
+
+
+def relative_index(group: int, device: torch.device) -> Tensor:
+    """Row in ``relative_offsets`` of query position minus key position, flat (N*N,), query major."""
+    line = torch.arange(group, device=device)
+    y, x = (axis.reshape(-1) for axis in torch.meshgrid(line, line, indexing="ij"))
+    dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
+    return ((dy + group - 1) * (2 * group - 1) + dx + group - 1).reshape(-1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within groups, with DPB. (B*groups, N, C) -> the same."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, qk_scale: float | None = None,
+                 attn_drop: float = 0.0, proj_drop: float = 0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.pos = DynamicPositionBias(dim // 16, num_heads)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def position_bias(self, group: int, device: torch.device) -> Tensor:
+        """(h, N, N)"""
+        table = self.pos(relative_offsets(group, device))
+        # index_select: the backward of table[index] is not repeatable on two threads.
+        bias = table.index_select(0, relative_index(group, device))
+        return bias.view(group * group, group * group, self.num_heads).permute(2, 0, 1)
+
+    def forward(self, x: Tensor, group: int, mask: Tensor | None = None) -> Tensor:
+        """``mask``: (groups, 1, 1, N), added to the logits of the keys."""
+        batch, tokens, dim = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.position_bias(group, x.device)
+        if mask is not None:
+            bias = (bias + mask).repeat(batch // mask.shape[0], 1, 1, 1)
+        x = attend(q, k, v, bias, self.scale, self.attn_drop)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, dim)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, drop: nn.Dropout) -> Tensor:
+    """softmax(scale q k^T + bias) v for (B, h, N, d), by the form that is fastest where the tensors are."""
+    if q.is_cuda:
+        rate = drop.p if drop.training else 0.0
+        # In fp16 the padding's -1e6 would be -inf, and a group of nothing but padding NaN.
+        bias = (bias.clamp(min=-3e4) if q.dtype == torch.float16 else bias).to(q.dtype).expand(q.shape[0], -1, -1, -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=rate, scale=scale)
+    # On a CPU the fused kernel is slower than this once the bias needs a gradient.
+    logits = (q * scale) @ k.transpose(-2, -1) + bias
+    return drop(logits.softmax(dim=-1).to(v.dtype)) @ v
+
+
+class Block(nn.Module):
+    """LSDA block: attention in groups, MLP, and in CrossFormer++ possibly an ACL. (B, H, W, C) -> the same.
+
+    ``interval`` 1 is SDA, groups of neighbours; above 1 LDA, members that far apart. A map no larger than the group in
+    one direction is one SDA group of that size.
+    """
+
+    def __init__(self, dim: int, num_heads: int, group_size: int, interval: int = 1, mlp_ratio: float = 4.0,
+                 qkv_bias: bool = True, qk_scale: float | None = None, drop: float = 0.0, attn_drop: float = 0.0,
+                 drop_path: float = 0.0, acl: bool = False, mask_padding: bool = True):
+        super().__init__()
+        self.group_size, self.interval, self.mask_padding = group_size, interval, mask_padding
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        # Amplitude cooling (CrossFormer++, section 3.4): it replaces the residual stream, there is no skip around it.
+        self.ex_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if acl else None
+        self.ex_ln = nn.LayerNorm(dim) if acl else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attend_groups(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        if self.ex_conv is not None:
+            x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return x
+
+    def attend_groups(self, x: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        group, interval = self.group_size, self.interval
+        if min(height, width) <= group:
+            group, interval = min(height, width), 1
+        span = group * interval
+        pad_h, pad_w = -height % span, -width % span
+        mask = None
+        if pad_h or pad_w:
+            # Zeros after the norm: the keys and values of padding are the projection's biases.
+            x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+            if self.mask_padding:
+                real = torch.zeros(1, height, width, 1, device=x.device)
+                mask = F.pad(real, (0, 0, 0, pad_w, 0, pad_h), value=PADDED_KEY)
+                mask = to_groups(mask, group, interval).view(-1, 1, 1, group * group)
+        groups = self.attn(to_groups(x, group, interval), group, mask)
+        x = from_groups(groups, batch, height + pad_h, width + pad_w, group, interval)
+        return x[:, :height, :width] if pad_h or pad_w else x
+
+
+def to_groups(x: Tensor, group: int, interval: int) -> Tensor:
+    """(B, H, W, C) -> (B*groups, G*G, C). Row = r*G*I + g*I + i: tokens of equal r and i form a group, ordered by g."""
+    batch, height, width, dim = x.shape
+    rows, columns = height // (group * interval), width // (group * interval)
+    x = x.view(batch, rows, group, interval, columns, group, interval, dim)
+    return x.permute(0, 1, 4, 3, 6, 2, 5, 7).reshape(-1, group * group, dim)
+
+
+def from_groups(x: Tensor, batch: int, height: int, width: int, group: int, interval: int) -> Tensor:
+    """The inverse of ``to_groups``."""
+    rows, columns = height // (group * interval), width // (group * interval)
+    x = x.view(batch, rows, columns, interval, interval, group, group, -1)
+    return x.permute(0, 1, 5, 3, 2, 6, 4, 7).reshape(batch, height, width, -1)
+
+
+class Stage(nn.Module):
+    """Blocks, and the merging that leads to the next stage."""
+
+    def __init__(self, blocks: Sequence[Block], downsample: PatchMerging | None):
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        if downsample is not None:
+            self.downsample = downsample
+
+
+GROUP_TYPES = ("constant", "linear", "linear_div", "alter", "7_14")
+
+
+def group_size_of(rule: str, nominal: int, block: int, total: int, stage: int, index: int, base: int, size: int) -> int:
+    """Group size of a block under CrossFormer++'s rules for PGS (section 3.3).
+
+    Args:
+        rule: one of ``GROUP_TYPES``; constant is what the published models use.
+        nominal: the stage's own group size.
+        block, total: number of the block in the network, and of all blocks.
+        stage, index: stage, and number of the block in it.
+        base, size: side of the first stage's map, and of this stage's.
+    """
+    if rule == "constant":
+        return nominal
+    if rule == "7_14":
+        return nominal // 2 if stage == 2 and index < 4 else nominal
+    share = 4 / base + block * (1 - 4 / base) / total
+    wanted = share * size
+    if rule == "linear":
+        return max(4, math.ceil(wanted))
+    group = math.ceil(wanted)
+    if wanted > size // 2:
+        whole = (wanted > 3 * size / 4 or stage != 2) if rule == "linear_div" else (block % 2 == 1 or stage != 2)
+        group = size if whole else size // 2
+    return max(4, group)
+
+
+class CrossFormer(HierarchicalModel):
+    """CrossFormer / CrossFormer++ classifier and backbone.
+
+    Args:
+        img_size: side(s) in pixels that the group-size rules other than ``constant`` are laid out for; the model takes
+            any size.
+        group_size, interval: per stage. An odd block of a stage is LDA with that interval, an even one SDA.
+        use_acl: amplitude cooling after blocks i with (i + 1) % 3 == 0, but for a stage's last block.
+        mask_padding: keep attention from padded keys.
+        drop_path_rate: rate of the last block; it grows linearly over all blocks.
+    """
+
+    def __init__(self, img_size: int | tuple[int, int] = 224, in_chans: int = 3, num_classes: int = 1000,
+                 global_pool: str = "avg", embed_dim: int = 64, depths: Sequence[int] = (1, 1, 8, 6),
+                 num_heads: Sequence[int] = (2, 4, 8, 16), group_size: Sequence[int] = (7, 7, 7, 7),
+                 interval: Sequence[int] = (8, 4, 2, 1), patch_size: Sequence[int] = (4, 8, 16, 32),
+                 merge_size: Sequence[Sequence[int]] = ((2, 4), (2, 4), (2, 4)),
+                 mlp_ratio: float | Sequence[float] = 4.0, qkv_bias: bool = True, qk_scale: float | None = None,
+                 patch_norm: bool = True, group_type: str = "constant", use_acl: bool = False, mask_padding: bool = True,
+                 drop_rate: float = 0.0, attn_drop_rate: float = 0.0, drop_path_rate: float = 0.1):
+        super().__init__()
+        stages = len(depths)
+        for name, value in (("num_heads", num_heads), ("group_size", group_size), ("interval", interval)):
+            if len(value) != stages:
+                raise ValueError(f"{name} has {len(value)} entries for {stages} stages (depths {list(depths)})")
+        if len(merge_size) < stages - 1:
+            raise ValueError(f"merge_size has {len(merge_size)} entries; {stages} stages need {stages - 1}")
+        if group_type not in GROUP_TYPES:
+            raise ValueError(f"group_type is {group_type!r}; choose from {', '.join(GROUP_TYPES)}")
+        widths = [embed_dim * 2 ** i for i in range(stages)]
+        for width, heads in zip(widths, num_heads, strict=True):
+            if width % heads or width < 16:
+                raise ValueError(f"a stage of width {width} (from embed_dim {embed_dim}) cannot have {heads} heads; "
+                                 "the width must be a multiple of the heads and at least 16")
+        ratios = [float(mlp_ratio)] * stages if isinstance(mlp_ratio, (int, float)) else list(mlp_ratio)
+        stride = patch_size[0]
+        self.init_protocol(num_classes, in_chans, global_pool, drop_rate, widths, [stride * 2 ** i for i in range(stages)],
+                           [f"layers.{i}" for i in range(stages)])
+        self.patch_embed = CrossScaleEmbedding(embed_dim, patch_size, in_chans, patch_norm)
+        self.pos_drop = nn.Dropout(drop_rate)
+        side = min(img_size) if isinstance(img_size, (tuple, list)) else img_size
+        base = max(1, side // stride)
+        rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        self.layers = nn.ModuleList()
+        block = 0
+        for s, depth in enumerate(depths):
+            blocks = []
+            for i in range(depth):
+                group = group_size_of(group_type, group_size[s], block, sum(depths), s, i, base, max(1, base // 2 ** s))
+                blocks.append(Block(
+                    widths[s], num_heads[s], group, interval[s] if i % 2 else 1, ratios[s], qkv_bias, qk_scale, drop_rate,
+                    attn_drop_rate, rates[block], use_acl and (i + 1) % 3 == 0 and i < depth - 1, mask_padding))
+                block += 1
+            self.layers.append(Stage(blocks, PatchMerging(widths[s], merge_size[s]) if s < stages - 1 else None))
+        self.norm = nn.LayerNorm(widths[-1])
+        self.head = make_head(widths[-1], num_classes)
+        self.apply(init_weights)
+
+    def stage_modules(self) -> nn.ModuleList:
+        return self.layers
+
+    def drop_after_stage(self, index: int) -> None:
+        if hasattr(self.layers[index], "downsample"):
+            del self.layers[index].downsample
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return dict(
+            stem=r"^patch_embed",
+            blocks=r"^layers\.(\d+)" if coarse else [
+                (r"^layers\.(\d+)\.downsample", (0,)), (r"^layers\.(\d+)\.\w+\.(\d+)", None), (r"^norm", (99999,))])
+
+    def forward_stages(self, x: Tensor, last: int) -> list[Tensor]:
+        """(B, 3, H, W) -> outputs of stages 0..last, (B, H/4, W/4, C) first, each before its merging."""
+        x = self.pos_drop(self.patch_embed(x))
+        outputs: list[Tensor] = []
+        for index, stage in enumerate(self.layers[:last + 1]):
+            if index:
+                x = self.layers[index - 1].downsample(x)
+            if self.grad_checkpointing and not torch.jit.is_scripting() and self.training:
+                x = checkpoint_seq(stage.blocks, x)
+            else:
+                x = stage.blocks(x)
+            outputs.append(x)
+        return outputs
+
+
+def init_weights(module: nn.Module) -> None:
+    """Linears normal(0, 0.02), biases 0; norms 1 and 0; convolutions keep torch's default."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Leave out the derived buffers that the repository's older branch saved in every block."""
+    derived = (".attn.biases", ".attn.relative_position_index")
+    return {name: tensor for name, tensor in state.items() if not name.endswith(derived)}
+
+
+_V1 = dict(group_size=(7, 7, 7, 7), interval=(8, 4, 2, 1))
+_PP = dict(group_size=(4, 4, 14, 7), interval=(4, 2, 1, 1), use_acl=True)
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "crossformer_tiny": dict(_V1, embed_dim=64, depths=(1, 1, 8, 6), num_heads=(2, 4, 8, 16), drop_path_rate=0.1),
+    "crossformer_small": dict(_V1, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2),
+    "crossformer_base": dict(_V1, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.3),
+    "crossformer_large": dict(_V1, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5),
+    "crossformer_pp_small": dict(_PP, embed_dim=64, depths=(2, 2, 18, 2), num_heads=(2, 4, 8, 16), drop_path_rate=0.2),
+    "crossformer_pp_base": dict(_PP, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.3),
+    "crossformer_pp_large": dict(_PP, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5),
+    "crossformer_pp_huge": dict(_PP, embed_dim=128, depths=(6, 6, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5),
+}
+
+default_cfgs = generate_default_cfgs({
+    name: default_cfg(first_conv=tuple(f"patch_embed.projs.{i}" for i in range(4))) for name in VARIANTS})
+
+
+def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> CrossFormer:
+    return create(CrossFormer, variant, pretrained, VARIANTS[variant], checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def crossformer_tiny(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
+    """CrossFormer-T: 27.8 M parameters, 2.9 GMACs at 224."""
+    return _create("crossformer_tiny", pretrained, **kwargs)
+
+
+@register_model
+def crossformer_small(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
+    """CrossFormer-S: 30.7 M parameters, 4.9 GMACs at 224."""
+    return _create("crossformer_small", pretrained, **kwargs)
+
+
+@register_model
+def crossformer_base(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
+    """CrossFormer-B: 52.0 M parameters, 9.2 GMACs at 224."""
+    return _create("crossformer_base", pretrained, **kwargs)
+
+
+@register_model
+def crossformer_large(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
+    """CrossFormer-L: 92.0 M parameters, 16.1 GMACs at 224."""
+    return _create("crossformer_large", pretrained, **kwargs)
+
+
+@register_model
+def crossformer_pp_small(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
+    """CrossFormer++-S: 23.3 M parameters, 4.4 GMACs at 224."""
+    return _create("crossformer_pp_small", pretrained, **kwargs)
+
+
+@register_model
+def crossformer_pp_base(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
+    """CrossFormer++-B: 52.0 M parameters, 9.6 GMACs at 224."""
+    return _create("crossformer_pp_base", pretrained, **kwargs)
+
+
+@register_model
+def crossformer_pp_large(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
+    """CrossFormer++-L: 92.0 M parameters, 16.7 GMACs at 224."""
+    return _create("crossformer_pp_large", pretrained, **kwargs)
+
+
+@register_model
+def crossformer_pp_huge(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
+    """CrossFormer++-H: 96.0 M parameters, 22.0 GMACs at 224."""
+    return _create("crossformer_pp_huge", pretrained, **kwargs)

@@ -1,0 +1,272 @@
+"""Reading weights that other people saved, without running any of their code, and fitting them to a model.
+
+Published files come as bare state dicts or wrapped (``{"model": ...}``, ``{"state_dict": ...}``, EMA beside it), with
+DDP or compile prefixes, and with a pickled yacs ``CfgNode`` or argparse ``Namespace`` next to the tensors. torch's
+weights-only reader is the only reader here; those few classes are mapped to inert stand-ins, everything else that is
+not plain data is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class CheckpointError(RuntimeError):
+    """A file of weights is missing, damaged, unsafe or does not fit; one sentence (exit status 3)."""
+
+
+# --------------------------------------------------------------------------------------------------
+# The safe reader
+# --------------------------------------------------------------------------------------------------
+
+class _InertDict(dict):
+    """Stands for a pickled yacs CfgNode: a dict whose attributes are ignored."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _InertObject:
+    """Stands for a pickled argparse.Namespace or path: holds what was stored, does nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+
+# torch's weights-only reader looks classes up by the name in the file and takes these instead.
+_STAND_INS = [(_InertDict, "yacs.config.CfgNode"), (_InertObject, "argparse.Namespace"), (_InertDict, "easydict.EasyDict"),
+              (_InertObject, "pathlib.PosixPath"), (_InertObject, "pathlib.WindowsPath"),
+              (_InertObject, "pathlib._local.PosixPath"), (_InertObject, "pathlib._local.WindowsPath")]
+
+# A checkpoint of this program ends in MAGIC + sha256 of everything before it (see utils/checkpoint.py).
+TRAILER_MAGIC = b"HVTSHA1\n"
+TRAILER_SIZE = len(TRAILER_MAGIC) + hashlib.sha256().digest_size
+
+
+def verify_digest(path: str) -> bool:
+    """True when the file carries this program's digest and it matches; False when it carries none.
+
+    Raises:
+        CheckpointError: the digest does not match the content: the file is damaged.
+    """
+    size = os.path.getsize(path)
+    if size < TRAILER_SIZE:
+        return False
+    with open(path, "rb") as file:
+        file.seek(size - TRAILER_SIZE)
+        trailer = file.read()
+        if not trailer.startswith(TRAILER_MAGIC):
+            return False
+        file.seek(0)
+        digest, left = hashlib.sha256(), size - TRAILER_SIZE
+        while left:
+            chunk = file.read(min(left, 1 << 22))
+            if not chunk:
+                break
+            digest.update(chunk)
+            left -= len(chunk)
+    if digest.digest() != trailer[len(TRAILER_MAGIC):]:
+        raise CheckpointError(f"{path}: damaged (its checksum does not match its content); use another checkpoint")
+    return True
+
+
+def read_file(path: str) -> Any:
+    """The content of a ``.pth`` or ``.safetensors`` file as plain data, tensors on the CPU.
+
+    Raises:
+        CheckpointError: missing, empty, damaged, or holding anything but plain data and tensors.
+    """
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        raise CheckpointError(f"{path}: is a folder; name a checkpoint file in it")
+    if not os.path.exists(path):
+        raise CheckpointError(f"{path}: no such checkpoint file")
+    if os.path.getsize(path) == 0:
+        raise CheckpointError(f"{path}: is empty; the copy or the save was cut off")
+    try:
+        verify_digest(path)
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path, device="cpu")
+        with torch.serialization.safe_globals(_STAND_INS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        found = _refused_class(str(error))
+        if found:
+            raise CheckpointError(f"{path}: refused, it holds a pickled {found}, which could run code; "
+                                  "ask its author for plain weights (a state dict, or safetensors)") from None
+        raise CheckpointError(f"{path}: damaged or not a checkpoint") from None
+    except PermissionError:
+        raise CheckpointError(f"{path}: cannot be read (permission denied)") from None
+    except Exception as error:  # torch, zip and safetensors raise many kinds for a damaged file
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: damaged or not a checkpoint ({reason})") from None
+
+
+def _refused_class(message: str) -> str:
+    for marker in ("Unsupported global: GLOBAL ", "Unsupported class ", "Trying to load unsupported GLOBAL "):
+        if marker in message:
+            return message.split(marker, 1)[1].split()[0].rstrip(".,")
+    return "object" if "Unsupported" in message or "weights_only" in message and "GLOBAL" in message else ""
+
+
+# --------------------------------------------------------------------------------------------------
+# From a file's content to a state dict
+# --------------------------------------------------------------------------------------------------
+
+# In the order tried. timm evaluates the average where its file holds one; the DeiT lineage (PVT, Shunted, MPViT)
+# publishes the figures of the raw weights and keeps an average beside them.
+_WRAPPERS = ("state_dict_ema", "model", "state_dict", "model_ema", "ema", "module", "net")
+# This program's own checkpoints are judged by the average when there is one; an empty "ema" means none.
+_OWN_WRAPPERS = ("ema", "model")
+FORMAT_KEY = "hvt_format"
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(k, str) for k in value) \
+        and any(isinstance(v, Tensor) for v in value.values())
+
+
+def unwrap_state_dict(content: Any, path: str) -> dict[str, Tensor]:
+    """The state dict in a file's content, prefixes of DDP and torch.compile removed.
+
+    Raises:
+        CheckpointError: there is none, or a tensor in it is sparse, quantised or otherwise not plain.
+    """
+    state = content
+    wrappers = _OWN_WRAPPERS if isinstance(content, Mapping) and FORMAT_KEY in content else _WRAPPERS
+    for _ in range(3):  # {"state_dict": {"model": {...}}} has been seen
+        if not isinstance(state, Mapping):
+            break
+        inner = next((state[name] for name in wrappers if isinstance(state.get(name), Mapping) and state[name]), None)
+        if inner is None:
+            break
+        state = inner
+    if not _is_state_dict(state):
+        raise CheckpointError(f"{path}: holds no model weights (looked for {', '.join(wrappers)}, or tensors by name)")
+    cleaned: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise CheckpointError(f"{path}: {name} is not a plain dense tensor")
+        stripped = True
+        while stripped:
+            stripped = False
+            for prefix in _PREFIXES:
+                if name.startswith(prefix):
+                    name, stripped = name[len(prefix):], True
+        cleaned[name] = tensor
+    return cleaned
+
+
+def read_state_dict(path: str) -> dict[str, Tensor]:
+    """The model weights in a file, whoever wrote it."""
+    return unwrap_state_dict(read_file(path), os.fspath(path))
+
+
+# --------------------------------------------------------------------------------------------------
+# Fitting weights to a model
+# --------------------------------------------------------------------------------------------------
+
+@dataclass
+class LoadReport:
+    """What became of each tensor of a file."""
+
+    kept: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)   # the model keeps its fresh tensor (classifier)
+    adapted: list[str] = field(default_factory=list)    # reshaped to fit (input channels, position tables)
+
+    def summary(self, path: str) -> str:
+        line = f"pretrained {path}: {len(self.kept)} tensors kept"
+        if self.adapted:
+            line += f", {len(self.adapted)} resized ({', '.join(self.adapted[:4])}{', ...' if len(self.adapted) > 4 else ''})"
+        if self.replaced:
+            line += f", head replaced by a fresh one ({', '.join(self.replaced)})"
+        return line
+
+
+def check_fits(model: nn.Module, state: Mapping[str, Tensor], path: str, may_miss: tuple[str, ...] = ()) -> None:
+    """Raise ``CheckpointError`` naming the first tensors that are missing, unexpected or of another shape."""
+    own = model.state_dict()
+    missing = [name for name in own if name not in state and not name.startswith(may_miss or ("\0",))]
+    unexpected = [name for name in state if name not in own]
+    shapes = [f"{name} is {list(state[name].shape)}, the model's {list(own[name].shape)}"
+              for name in own if name in state and own[name].shape != state[name].shape]
+    problems = [f"{len(names)} {what} ({'; '.join(names[:3])}{'; ...' if len(names) > 3 else ''})"
+                for what, names in (("of another shape", shapes), ("missing", missing), ("unexpected", unexpected)) if names]
+    if problems:
+        raise CheckpointError(f"{path}: does not fit this model: {', '.join(problems)}; "
+                              "check MODEL.TYPE, MODEL.NAME and the sizes against the file")
+
+
+def check_finite(state: Mapping[str, Tensor], path: str) -> None:
+    """Raise ``CheckpointError`` naming the first tensor that holds NaN or infinity."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity; use an earlier checkpoint")
+
+
+def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Dotted names of the classifier's modules, as timm's description of the model gives them."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def load_pretrained_file(model: nn.Module, path: str,
+                         filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None) -> LoadReport:
+    """Start ``model`` from the weights in ``path``; every other tensor than classifier and input must fit exactly.
+
+    The classifier is replaced by the model's fresh one where the class counts differ (and left out where the model
+    has none); the first convolution is adapted to another number of input channels.
+
+    Raises:
+        CheckpointError: unreadable, unsafe, or not this model's weights; names the first tensors.
+    """
+    path = os.fspath(path)
+    source = read_state_dict(path)
+    state = filter_fn(source, model) if filter_fn else dict(source)
+    check_finite(state, path)
+    own, report = model.state_dict(), LoadReport()
+    heads = classifier_prefixes(model)
+    for name in list(state):
+        is_head = any(name == head or name.startswith(head + ".") for head in heads)
+        if is_head and (name not in own or own[name].shape != state[name].shape):
+            if name in own:
+                report.replaced.append(f"{name} {list(state[name].shape)} -> {list(own[name].shape)}")
+            del state[name]
+        elif name in own and own[name].shape != state[name].shape and _is_input_weight(own[name], state[name]):
+            from timm.models import adapt_input_conv
+            state[name] = adapt_input_conv(own[name].shape[1], state[name])
+            report.adapted.append(name)
+        elif name in own and name in source and source[name].shape != state[name].shape:
+            report.adapted.append(name)
+        else:
+            report.kept.append(name)
+    # A head of which one tensor was replaced is replaced whole.
+    if report.replaced:
+        for name in [n for n in state if any(n.startswith(head + ".") for head in heads)]:
+            state.pop(name)
+            report.kept.remove(name)
+    absent = () if any(n.startswith(tuple(h + "." for h in heads)) for n in state) else tuple(h + "." for h in heads)
+    pruned = getattr(model, "num_classes", None) == 0
+    check_fits(model, state, path, may_miss=absent if report.replaced or pruned else ())
+    model.load_state_dict({name: state.get(name, own[name]) for name in own})
+    return report
+
+
+def _is_input_weight(own: Tensor, given: Tensor) -> bool:
+    """A convolution over image channels: same kernels and outputs, only the input channels differ, from 3."""
+    return own.ndim == 4 and given.ndim == 4 and given.shape[1] == 3 and own.shape[0] == given.shape[0] \
+        and own.shape[2:] == given.shape[2:]
