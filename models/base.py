@@ -32,6 +32,7 @@ class HierarchicalModel(nn.Module):
 
     norm: nn.Module
     head: nn.Module
+    pools: tuple[str, ...] = ("avg", "")  # what ``global_pool`` can be, the default first
 
     def init_protocol(self, num_classes: int, in_chans: int, global_pool: str, drop_rate: float,
                       widths: Sequence[int], reductions: Sequence[int], stage_names: Sequence[str]) -> None:
@@ -45,7 +46,7 @@ class HierarchicalModel(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.feature_info = [dict(num_chs=width, reduction=reduction, module=name)
                              for width, reduction, name in zip(widths, reductions, stage_names, strict=True)]
-        _check_pool(global_pool)
+        self._check_pool(global_pool)
 
     # -- for subclasses -----------------------------------------------------------------------------
 
@@ -78,7 +79,7 @@ class HierarchicalModel(nn.Module):
         """A fresh classifier of ``num_classes`` outputs; 0 removes it and the pooled features come out."""
         self.num_classes = num_classes
         if global_pool is not None:
-            _check_pool(global_pool)
+            self._check_pool(global_pool)
             self.global_pool = global_pool
         reference = next(self.parameters())
         self.head = make_head(self.num_features, num_classes).to(device=reference.device, dtype=reference.dtype)
@@ -139,10 +140,9 @@ class HierarchicalModel(nn.Module):
     def drop_after_stage(self, index: int) -> None:
         """Hook for modules between stages that pruning leaves without a use."""
 
-
-def _check_pool(global_pool: str) -> None:
-    if global_pool not in ("avg", ""):
-        raise ValueError(f"global_pool is {global_pool!r}; choose avg, or '' for the map itself")
+    def _check_pool(self, global_pool: str) -> None:
+        if global_pool not in self.pools:
+            raise ValueError(f"global_pool is {global_pool!r}; choose {', '.join(filter(None, self.pools))}, or '' for no pooling")
 
 
 def make_head(width: int, num_classes: int) -> nn.Module:

@@ -21,6 +21,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
@@ -286,7 +287,7 @@ class CrossFormer(HierarchicalModel):
                                  "the width must be a multiple of the heads and at least 16")
         ratios = [float(mlp_ratio)] * stages if isinstance(mlp_ratio, (int, float)) else list(mlp_ratio)
         stride = patch_size[0]
-        self.init_protocol(num_classes, in_chans, global_pool, drop_rate, widths, [stride * 2 ** i for i in range(stages)],
+        self.init_protocol(num_classes, in_chans, global_pool, 0.0, widths, [stride * 2 ** i for i in range(stages)],
                            [f"layers.{i}" for i in range(stages)])
         self.patch_embed = CrossScaleEmbedding(embed_dim, patch_size, in_chans, patch_norm)
         self.pos_drop = nn.Dropout(drop_rate)
@@ -364,6 +365,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "crossformer_pp_large": dict(_PP, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5),
     "crossformer_pp_huge": dict(_PP, embed_dim=128, depths=(6, 6, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5),
 }
+
+# The family's config node: its keys and the arguments they set; keys that take one value only; what a label must give.
+NODE_KEYS = {"EMBED_DIM": "embed_dim", "DEPTHS": "depths", "NUM_HEADS": "num_heads", "GROUP_SIZE": "group_size",
+             "INTERVAL": "interval", "PATCH_SIZE": "patch_size", "MERGE_SIZE": "merge_size", "MLP_RATIO": "mlp_ratio",
+             "IN_CHANS": "in_chans", "QKV_BIAS": "qkv_bias", "QK_SCALE": "qk_scale", "PATCH_NORM": "patch_norm",
+             "GROUP_TYPE": "group_type", "USE_ACL": "use_acl", "NO_MASK": "no_mask"}
+ONLY = {"APE": False, "USE_CPE": False, "PAD_TYPE": 0, "ADAPT_INTER": False}
+REQUIRED = ("EMBED_DIM", "DEPTHS", "NUM_HEADS")
+
+
+def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> CrossFormer:
+    """The model of a variant's or a config node's numbers, laid out for images of ``img_size`` (height, width)."""
+    kwargs = dict(kwargs, img_size=img_size)
+    if isinstance(kwargs.get("patch_size"), int):
+        kwargs["patch_size"] = (kwargs["patch_size"],)
+    if "no_mask" in kwargs:
+        kwargs["mask_padding"] = not kwargs.pop("no_mask")
+    if name in VARIANTS:
+        return timm.create_model(name, **kwargs)
+    return create(CrossFormer, name, False, kwargs, checkpoint_filter_fn, pretrained_cfg=default_cfg())
+
 
 default_cfgs = generate_default_cfgs({
     name: default_cfg(first_conv=tuple(f"patch_embed.projs.{i}" for i in range(4))) for name in VARIANTS})

@@ -1,0 +1,178 @@
+"""``build_loaders``: from a config to the loaders of training and evaluation."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from yacs.config import CfgNode
+
+from config import ConfigError
+from data import digits, seeds
+from data.folder import VAL_NAMES, DataError, ImageFolder, find_split, scan_folder
+from data.mixup import build_mixup
+from data.sampler import Key, ShardSampler, StepSampler
+from data.transforms import build_eval_transform, build_train_transform, preprocessing
+
+
+@dataclass
+class Loaders:
+    """What training and evaluation read from.
+
+    Attributes:
+        train: yields an optimizer step's local batch, ``(images, targets)``, for each step of the whole run; set
+            ``train.batch_sampler.start`` before iterating to begin at a later step.
+        val: yields ``(images, targets)``; the last batch is filled up to the static shape with rows of target -1.
+        classes: class names, in the order of the classifier's outputs.
+        mixup: ``(images, targets, step) -> (images, targets)``.
+        notices: lines the user should see.
+    """
+
+    train: DataLoader | None
+    val: DataLoader | None
+    classes: list[str]
+    mixup: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    notices: list[str] = field(default_factory=list)
+
+
+class TrainImages(Dataset):
+    """Augmented training images by key; everything random in a sample is a function of (seed, key)."""
+
+    def __init__(self, folder: ImageFolder, transform: Callable[[Any], Tensor], seed: int):
+        self.folder, self.transform, self.seed = folder, transform, seed
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        epoch, index, copy = key
+        seed = seeds.derive(self.seed, seeds.AUGMENT, epoch, index, copy)
+        # timm's transforms draw from all three global generators.
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        torch.default_generator.manual_seed(seed)
+        return self.transform(self.folder.load(index)), int(self.folder.targets[index])
+
+
+class EvalImages(Dataset):
+    """Images prepared for evaluation, by index."""
+
+    def __init__(self, folder: ImageFolder, transform: Callable[[Any], Tensor]):
+        self.folder, self.transform = folder, transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.folder.load(index)), int(self.folder.targets[index])
+
+
+class PadToBatch:
+    """Collate, then fill the batch up to ``batch_size`` rows of target -1, so that evaluation has one shape."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+
+    def __call__(self, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        images, targets = default_collate(samples)
+        missing = self.batch_size - len(targets)
+        if missing:
+            images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+            targets = torch.cat([targets, targets.new_full((missing,), -1)])
+        return images, targets
+
+
+def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: Sequence[str] = ("train", "val"),
+                  classes: Sequence[str] | None = None) -> Loaders:
+    """Loaders of the splits asked for; a split that is not asked for is not touched.
+
+    Args:
+        rank, world_size: this process's place among all.
+        splits: of ``"train"`` and ``"val"``.
+        classes: class names to match the folders against (those of a checkpoint); None takes the training folder's, or
+            without training the evaluation folder's.
+
+    Raises:
+        DataError: the data is missing or laid out otherwise.
+        ConfigError: the config does not suit the data (class count, accumulation longer than an epoch).
+    """
+    root, notices = os.path.expanduser(config.DATA.DATA_PATH), []
+    if not root:
+        raise ConfigError("DATA.DATA_PATH is empty; give the folder that holds train/ and val/ with --data-path")
+    if config.DATA.DATASET == "imagenet22K":
+        raise ConfigError("DATA.DATASET is imagenet22K, whose lists and archives are not read; "
+                          "give a folder a class and DATA.DATASET imagenet")
+    if config.DATA.DATASET == "digits" and root == digits.DEFAULT_PATH and digits.ensure_digits(root):
+        notices.append(f"wrote scikit-learn's 1,797 digits to {root}")
+
+    # Paths of both splits before either is scanned: a missing val/ is told at once, not after a million files.
+    paths = {split: find_split(root, ("train",) if split == "train" else VAL_NAMES) for split in splits}
+    train_folder = scan_folder(paths["train"], classes) if "train" in paths else None
+    names = list(classes) if classes is not None else train_folder.classes if train_folder else None
+    val_folder = scan_folder(paths["val"], names) if "val" in paths else None
+    folders = [f for f in (train_folder, val_folder) if f is not None]
+    names = names if names is not None else folders[0].classes
+    for folder in folders:
+        notices += folder.notices
+    if config.MODEL.NUM_CLASSES and config.MODEL.NUM_CLASSES != len(names):
+        raise ConfigError(f"MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}, but {root} has {len(names)} classes; "
+                          "set it to 0 to count them in the data")
+
+    workers = worker_count(config)
+    common = dict(num_workers=workers, pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+                  worker_init_fn=_quiet_worker)
+    train = val = None
+    if train_folder is not None:
+        sampler = _step_sampler(config, len(train_folder), rank, world_size, notices)
+        train = DataLoader(TrainImages(train_folder, build_train_transform(config), config.SEED), batch_sampler=sampler, **common)
+    if val_folder is not None:
+        batch = config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
+        val = DataLoader(EvalImages(val_folder, build_eval_transform(preprocessing(config))),
+                         batch_sampler=ShardSampler(len(val_folder), batch, rank, world_size), collate_fn=PadToBatch(batch), **common)
+    return Loaders(train, val, list(names), build_mixup(config, len(names), rank), notices)
+
+
+def _step_sampler(config: CfgNode, size: int, rank: int, world_size: int, notices: list[str]) -> StepSampler:
+    micro, accumulate = config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS
+    global_batch = micro * accumulate * world_size
+    micro_steps = -(-size // (micro * world_size))
+    if accumulate > 1 and accumulate > micro_steps:
+        raise ConfigError(f"TRAIN.ACCUMULATION_STEPS is {accumulate}, longer than an epoch: {size} images make {micro_steps} "
+                          f"micro-batches of {micro} x {world_size}; accumulate at most {micro_steps}")
+    if size < world_size:
+        raise ConfigError(f"{config.DATA.DATA_PATH} has {size} training images for {world_size} processes; start at most {size}")
+    if size < global_batch:
+        notices.append(f"notice: the {size} training images are fewer than a global batch ({global_batch}); "
+                       f"every epoch is one step of {size}")
+    return StepSampler(size, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, config.DATA.REPEATED_AUG)
+
+
+def usable_cpus() -> int:
+    """CPUs this process may use: its affinity, and the quota of its container."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            cpus = min(cpus, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return cpus
+
+
+def worker_count(config: CfgNode) -> int:
+    """Loading processes of this process: the config's number, or its share of the CPUs, 8 at most."""
+    if config.DATA.NUM_WORKERS >= 0:
+        return config.DATA.NUM_WORKERS
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, min(8, usable_cpus() // max(1, int(here) if here.isdigit() else 1)))
+
+
+def _quiet_worker(_: int) -> None:
+    """Ctrl-C reaches the whole process group; the main process decides, workers must not print tracebacks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+__all__ = ["DataError", "Loaders", "build_loaders"]

@@ -1,0 +1,86 @@
+"""From an image to a tensor: timm's augmentation for training, resize and crop for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.auto_augment import AugmentOp, posterize
+from yacs.config import CfgNode
+
+from config import ConfigError, image_size
+
+
+def preprocessing(config: CfgNode) -> dict[str, Any]:
+    """How evaluation prepares an image, as plain data: what a checkpoint carries and prediction needs.
+
+    Normalisation, interpolation and crop of a timm model are those its authors published, unless the config says
+    otherwise.
+    """
+    described: Any = None
+    if config.MODEL.TYPE == "timm":
+        import timm
+        described = timm.get_pretrained_cfg(config.MODEL.NAME) if timm.is_model(config.MODEL.NAME) else None
+    height, width = image_size(config)
+    return dict(
+        input_size=[3, height, width],
+        interpolation=config.DATA.INTERPOLATION,
+        mean=list(config.DATA.MEAN or getattr(described, "mean", None) or IMAGENET_DEFAULT_MEAN),
+        std=list(config.DATA.STD or getattr(described, "std", None) or IMAGENET_DEFAULT_STD),
+        crop_pct=224 / 256 if config.TEST.CROP else 1.0,
+        crop_mode="center" if config.TEST.CROP else "squash",
+    )
+
+
+def build_eval_transform(prepare: dict[str, Any]) -> Callable[[Image.Image], Any]:
+    """The transform that ``preprocessing`` describes: PIL image to normalised float tensor (3, H, W)."""
+    return create_transform(
+        input_size=tuple(prepare["input_size"]), is_training=False, mean=tuple(prepare["mean"]), std=tuple(prepare["std"]),
+        interpolation="bicubic" if prepare["interpolation"] == "random" else prepare["interpolation"],
+        crop_pct=prepare["crop_pct"], crop_mode=prepare["crop_mode"])
+
+
+def build_train_transform(config: CfgNode) -> Callable[[Image.Image], Any]:
+    """timm's training transform: random crop, flips, RandAugment or colour jitter, normalisation, erasing.
+
+    Raises:
+        ConfigError: ``AUG.AUTO_AUGMENT`` is no policy of timm's.
+    """
+    prepare, aug = preprocessing(config), config.AUG
+    policy = None if aug.AUTO_AUGMENT.lower() in ("", "none") else aug.AUTO_AUGMENT
+    try:
+        transform = create_transform(
+            input_size=tuple(prepare["input_size"]), is_training=True, auto_augment=policy,
+            color_jitter=aug.COLOR_JITTER or None, scale=tuple(aug.SCALE), ratio=tuple(aug.RATIO), hflip=aug.HFLIP,
+            vflip=aug.VFLIP, interpolation=prepare["interpolation"], mean=tuple(prepare["mean"]), std=tuple(prepare["std"]),
+            re_prob=aug.REPROB, re_mode=aug.REMODE, re_count=aug.RECOUNT)
+    except (AssertionError, ValueError, KeyError, IndexError):
+        raise ConfigError(f"AUG.AUTO_AUGMENT is {aug.AUTO_AUGMENT!r}; give a timm policy such as "
+                          "rand-m9-mstd0.5-inc1, augmix-m3-w3, original or none") from None
+    _guard_posterize(transform)
+    return transform
+
+
+def _posterize_to_black(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    # Pillow from 13 refuses 0 bits, to which timm's increasing posterize is rounded about once in 650 images; older
+    # Pillow gave the black image that 0 bits mean.
+    if bits_to_keep <= 0:
+        return Image.fromarray(np.zeros_like(np.asarray(image)), image.mode)
+    return posterize(image, bits_to_keep)
+
+
+def _guard_posterize(transform: Any) -> None:
+    """Replace timm's posterize by the guarded one wherever a policy holds it."""
+    if isinstance(transform, AugmentOp):
+        if transform.aug_fn is posterize:
+            transform.aug_fn = _posterize_to_black
+    elif isinstance(transform, (list, tuple)):
+        for part in transform:
+            _guard_posterize(part)
+    else:
+        for attribute in ("transforms", "ops", "policy"):
+            if hasattr(transform, attribute):
+                _guard_posterize(getattr(transform, attribute))

@@ -1,0 +1,150 @@
+"""``build_model``: from ``MODEL.TYPE`` to the family's model."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from types import ModuleType
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from config import ConfigError, image_size
+from models import crossformer, swin
+from models.weights import LoadReport, check_fits, load_pretrained_file
+
+# A family module gives VARIANTS (name -> kwargs), build(name, kwargs), NODE_KEYS (config key -> kwarg) and
+# checkpoint_filter_fn; REQUIRED are the numbers without which a label is not a model.
+_FAMILIES: dict[str, ModuleType] = {"crossformer": crossformer, "swin": swin}
+
+
+def variants(family: str) -> list[str]:
+    """Names that ``MODEL.NAME`` can take for a family with a table of its own."""
+    return sorted(_FAMILIES[family].VARIANTS)
+
+
+def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
+    """The model that ``config.MODEL`` describes, with fresh weights, on the CPU.
+
+    Args:
+        num_classes: outputs of the classifier; None takes ``MODEL.NUM_CLASSES``, or 1000 where that is 0.
+
+    Raises:
+        ConfigError: an unknown name, or numbers that make no model.
+    """
+    classes = num_classes if num_classes is not None else config.MODEL.NUM_CLASSES or 1000
+    common = dict(num_classes=classes, drop_rate=config.MODEL.DROP_RATE, drop_path_rate=config.MODEL.DROP_PATH_RATE)
+    if config.MODEL.TYPE == "timm":
+        model = _build_timm(config, common)
+    else:
+        model = _build_family(config, common)
+    if config.TRAIN.USE_CHECKPOINT:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError):
+            raise ConfigError(f"TRAIN.USE_CHECKPOINT is True, but {config.MODEL.NAME} cannot checkpoint activations; "
+                              "set it to False") from None
+    if config.FUSED_LAYERNORM:
+        _fuse_layer_norms(model)
+    return model
+
+
+def load_pretrained(model: nn.Module, path: str, config: CfgNode) -> LoadReport:
+    """Start ``model`` from a file of weights, by the rules of its family (``models.weights``)."""
+    family = _FAMILIES.get(config.MODEL.TYPE)
+    return load_pretrained_file(model, path, getattr(family, "checkpoint_filter_fn", None))
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], config: CfgNode, path: str) -> None:
+    """Load weights that must fit ``model`` entirely, ours or published ones (whose names the family translates)."""
+    translate = getattr(_FAMILIES.get(config.MODEL.TYPE), "checkpoint_filter_fn", None)
+    own = model.state_dict()
+    if translate is not None and (state.keys() != own.keys() or any(own[n].shape != state[n].shape for n in own)):
+        state = translate(state, model)
+    check_fits(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_input_size(model: nn.Module, config: CfgNode) -> None:
+    """Raise ``ConfigError`` unless the model takes images of ``DATA.IMG_SIZE``.
+
+    A copy without storage runs one image, which costs next to nothing; only if that fails (some layers do not trace so)
+    is the model itself tried.
+    """
+    height, width = image_size(config)
+    memo = {id(t): torch.nn.Parameter(torch.empty_like(t, device="meta"), requires_grad=False) for t in model.parameters()}
+    memo |= {id(t): torch.empty_like(t, device="meta") for t in model.buffers()}
+    try:
+        copy.deepcopy(model, memo).eval()(torch.empty(1, 3, height, width, device="meta"))
+        return
+    except Exception:  # whatever a model raises, the real one decides
+        pass
+    training = model.training
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, height, width))
+    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise ConfigError(f"MODEL.NAME {config.MODEL.NAME} does not take images of {height} x {width} ({reason}); "
+                          "change DATA.IMG_SIZE (--img-size)") from None
+    finally:
+        model.train(training)
+
+
+def _build_family(config: CfgNode, common: dict[str, Any]) -> nn.Module:
+    family, name, node = _FAMILIES[config.MODEL.TYPE], config.MODEL.NAME, config.MODEL[config.MODEL.TYPE.upper()]
+    key = f"MODEL.{config.MODEL.TYPE.upper()}"
+    for leaf, accepted in family.ONLY.items():
+        if node[leaf] is not None and node[leaf] != accepted:
+            raise ConfigError(f"{key}.{leaf} is {node[leaf]}; only {accepted} is supported here, no published model uses another")
+    given = {kwarg: node[leaf] for leaf, kwarg in family.NODE_KEYS.items() if node[leaf] is not None}
+    if name not in family.VARIANTS:
+        # A label, as in the repositories' files: the node's numbers make the model.
+        missing = [f"{key}.{leaf}" for leaf in family.REQUIRED if node[leaf] is None]
+        if missing:
+            near = difflib.get_close_matches(name, family.VARIANTS, n=1)
+            raise ConfigError(f"MODEL.NAME {name!r} is no {config.MODEL.TYPE} variant ({', '.join(sorted(family.VARIANTS))})"
+                              + (f"; did you mean {near[0]}?" if near else "")
+                              + f"; a name of your own needs {', '.join(missing)}")
+    try:
+        return family.build(name, dict(family.VARIANTS.get(name, {}), **given, **common), image_size(config))
+    except (ValueError, AssertionError, ZeroDivisionError) as error:
+        raise ConfigError(f"MODEL.NAME {name}: {error or 'these sizes make no model'}") from None
+
+
+def _build_timm(config: CfgNode, common: dict[str, Any]) -> nn.Module:
+    name = config.MODEL.NAME
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        raise ConfigError(f"MODEL.NAME {name!r} is no model of timm {timm.__version__}"
+                          + (f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() names them"))
+    size = image_size(config)
+    attempts: list[dict[str, Any]] = [dict(common, img_size=size), common,
+                                      {k: v for k, v in common.items() if k != "drop_path_rate"}, dict(num_classes=common["num_classes"])]
+    # Some models take no img_size (any size works), some no drop path; timm says so by TypeError only.
+    for kwargs in attempts:
+        try:
+            return timm.create_model(name, pretrained=False, **kwargs)
+        except TypeError as error:
+            if "unexpected keyword" not in str(error) and "got multiple values" not in str(error):
+                raise
+        except (ValueError, AssertionError, RuntimeError) as error:
+            raise ConfigError(f"MODEL.NAME {name} cannot be built for DATA.IMG_SIZE {config.DATA.IMG_SIZE}: {error}") from None
+    raise ConfigError(f"MODEL.NAME {name} takes none of the usual arguments of a timm classifier; choose another model")
+
+
+def _fuse_layer_norms(model: nn.Module) -> None:
+    """Swap layer norms for NVIDIA apex's when that apex is installed; names and weights stay."""
+    try:
+        from apex.normalization import FusedLayerNorm
+    except ImportError:
+        return  # main.py has told the user (utils.optim.apex_notice)
+    for module in list(model.modules()):
+        for child_name, child in list(module.named_children()):
+            if type(child) is nn.LayerNorm:
+                fused = FusedLayerNorm(child.normalized_shape, eps=child.eps, elementwise_affine=child.elementwise_affine)
+                fused.load_state_dict(child.state_dict())
+                setattr(module, child_name, fused)

@@ -1,0 +1,203 @@
+"""Checkpoints: everything a restart needs, as plain data, written whole or not at all, verified when read.
+
+A file is a torch zip followed by a trailer of 8 magic bytes and the sha256 of what stands before it; ``torch.load`` opens it
+as it is. Files have immutable step names; ``last.pth`` and ``best.pth`` are links that are replaced in one move, so that
+a good checkpoint exists at every moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from models.weights import FORMAT_KEY, TRAILER_MAGIC, CheckpointError, check_finite, check_fits, read_file
+from utils.files import link_atomically, write_atomically
+
+FORMAT = 1
+_NAME = re.compile(r"ckpt_(\d{8,})\.pth")
+
+
+@dataclass
+class TrainState:
+    """All that changes in training; epoch and samples seen follow from the step and the global batch.
+
+    Attributes:
+        step: optimizer steps done.
+        best: top-1, epoch and step of the best evaluation so far; empty before the first.
+        loss_sums: per rank, the sum of the losses of the images seen in the current epoch, so that an epoch's mean
+            loss comes out the same after a restart in its middle.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None = None
+    step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    loss_sums: list[float] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(
+            model=self.model.state_dict(), ema=self.ema.module.state_dict() if self.ema is not None else {},
+            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), step=self.step, best=dict(self.best),
+            loss_sums=list(self.loss_sums))
+
+    def load_state_dict(self, content: dict[str, Any], path: str) -> None:
+        """Take over a checkpoint's state; raises ``CheckpointError`` naming what does not fit, before anything is changed."""
+        check_fits(self.model, content["model"], path)
+        check_finite(content["model"], path)
+        averaged = content["ema"] or content["model"]  # an average switched on later starts from the weights
+        if self.ema is not None:
+            check_fits(self.ema.module, averaged, path)
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{path}: its optimizer state does not fit TRAIN.OPTIMIZER {type(self.optimizer).__name__} "
+                                  f"({error}); keep the recipe of the run, or start anew with --pretrained {path}") from None
+        self.model.load_state_dict(content["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(averaged)
+        if content["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(content["scaler"])
+        self.step, self.best, self.loss_sums = content["step"], dict(content["best"]), list(content["loss_sums"])
+
+
+class _Hashing:
+    """A file that digests what passes through it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_checkpoint(path: str, content: dict[str, Any]) -> None:
+    """Write ``content`` with its digest under ``path``, atomically.
+
+    Raises:
+        OSError: the disk is full or the folder is gone; nothing is left behind, older files are untouched.
+    """
+    def write(file: BinaryIO) -> None:
+        hashing = _Hashing(file)
+        try:
+            torch.save(content, hashing)
+        except RuntimeError as error:  # torch's zip writer reports a full disk so
+            raise OSError(str(error).splitlines()[0]) from error
+        file.write(TRAILER_MAGIC + hashing.digest.digest())
+    write_atomically(path, write)
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """A checkpoint of this program, verified.
+
+    Raises:
+        CheckpointError: unreadable or damaged, of a newer format, or somebody else's file of bare weights.
+    """
+    content = read_file(path)
+    if not is_own(content):
+        raise CheckpointError(f"{path}: holds weights but no training state; start from it with --pretrained {path}")
+    if content[FORMAT_KEY] > FORMAT:
+        raise CheckpointError(f"{path}: written by a newer version of this program (format {content[FORMAT_KEY]}); update it")
+    return content
+
+
+def is_own(content: Any) -> bool:
+    """Whether a file's content is a checkpoint of this program."""
+    return isinstance(content, dict) and isinstance(content.get(FORMAT_KEY), int)
+
+
+def evaluation_weights(content: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights a checkpoint is judged by: the average when the run kept one."""
+    return content["ema"] or content["model"]
+
+
+class CheckpointFolder:
+    """The checkpoints of a run."""
+
+    def __init__(self, folder: str, keep: int = 2):
+        self.folder, self.keep = folder, keep
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints there are, newest first: by number, whatever the clock said."""
+        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+        return sorted((int(match[1]) for match in map(_NAME.fullmatch, names) if match), reverse=True)
+
+    def path(self, step: int) -> str:
+        return os.path.join(self.folder, f"ckpt_{step:08d}.pth")
+
+    def save(self, content: dict[str, Any], best: bool) -> str:
+        """Write a checkpoint, point ``last.pth`` (and ``best.pth``) at it, and delete those no longer kept."""
+        path = self.path(content["step"])
+        write_checkpoint(path, content)
+        if best:
+            link_atomically(path, os.path.join(self.folder, "best.pth"))
+        link_atomically(path, os.path.join(self.folder, "last.pth"))
+        self._prune()
+        return path
+
+    def newest(self) -> tuple[str, dict[str, Any], list[str]] | None:
+        """(path, content, lines about damaged ones passed over) of the newest good checkpoint; None where there are none.
+
+        Raises:
+            CheckpointError: there are checkpoints, but every one of them is damaged.
+        """
+        lines: list[str] = []
+        for step in self.steps():
+            path = self.path(step)
+            try:
+                return path, read_checkpoint(path), lines
+            except CheckpointError as error:
+                lines.append(f"warning: {error}; trying the one before")
+        if lines:
+            raise CheckpointError(f"{self.folder}: none of its {len(lines)} checkpoints can be read ({lines[0][9:]}); "
+                                  "move them away, or use another --tag, to start anew")
+        return None
+
+    def _prune(self) -> None:
+        if not self.keep:
+            return
+        linked = {os.path.basename(os.path.realpath(os.path.join(self.folder, name))) for name in ("best.pth", "last.pth")}
+        for step in self.steps()[self.keep:]:
+            if os.path.basename(self.path(step)) not in linked:
+                with contextlib.suppress(OSError):
+                    os.unlink(self.path(step))
+
+
+def describe(config_text: str, classes: list[str], preprocessing: dict[str, Any], data_path: str, global_batch: int,
+             steps_per_epoch: int) -> dict[str, Any]:
+    """What a checkpoint says beside the state: enough to evaluate or continue it with no other file."""
+    return {FORMAT_KEY: FORMAT, "config": config_text, "classes": list(classes), "preprocessing": preprocessing,
+            "data_path": os.path.abspath(data_path), "global_batch": global_batch, "steps_per_epoch": steps_per_epoch,
+            "versions": versions(), "git_commit": git_commit()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the run."""
+    import timm
+    import torchvision
+    return dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__, timm=timm.__version__)
+
+
+def git_commit() -> str:
+    """The commit this program is at, or nothing outside a checkout."""
+    try:
+        here = os.path.dirname(os.path.abspath(__file__))
+        done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,107 @@
+"""Where and in which precision to compute."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from yacs.config import CfgNode
+
+from config import ConfigError
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that ``DEVICE`` names; ``auto`` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    name = name.lower()
+    mps = getattr(torch.backends, "mps", None)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps is not None and mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"DEVICE is {name!r}; choose auto, cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"DEVICE is {name!r}; choose auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"DEVICE is {name}, but torch finds no CUDA GPU here; use DEVICE cpu (or auto), "
+                              "or install a torch built for this machine's driver")
+        index = device.index if device.index is not None else local_rank
+        if index >= torch.cuda.device_count():
+            raise ConfigError(f"this process wants GPU {index}, but there are {torch.cuda.device_count()}; "
+                              "start at most one process a GPU (torchrun --nproc_per_node)")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    if device.type == "mps" and (mps is None or not mps.is_available()):
+        raise ConfigError("DEVICE is mps, but torch finds no Apple GPU here; use DEVICE cpu (or auto)")
+    return device
+
+
+@dataclass
+class Precision:
+    """Autocast and gradient scaling; both do nothing in fp32, so that training has one path.
+
+    Attributes:
+        dtype: fp32, bf16 or fp16, what the forward pass computes in.
+        notice: a line for the user when it is not what was asked for.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    notice: str = ""
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        on_gpu = self.dtype == torch.float16 and self.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(self.device.type if on_gpu else "cpu", enabled=on_gpu)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    @property
+    def name(self) -> str:
+        return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+
+
+def choose_precision(config: CfgNode, device: torch.device) -> Precision:
+    """The precision that the config asks for, or fp32 with a notice where the device lacks it."""
+    wanted = config.PRECISION
+    if not config.AMP_ENABLE or config.AMP_OPT_LEVEL == "O0":
+        wanted = "fp32"
+    if wanted == "auto":
+        wanted = "fp32"
+        if device.type == "cuda":
+            wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    lacking = (wanted == "fp16" and device.type != "cuda") or (wanted == "bf16" and device.type == "mps") \
+        or (wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported())
+    if lacking:
+        return Precision(device, notice=f"notice: {wanted} training is not to be had on {device.type}; computing in fp32")
+    return Precision(device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted])
+
+
+def peak_memory_mib(device: torch.device) -> int:
+    """Peak memory so far in MiB: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() >> 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> 20 if sys.platform == "darwin" else peak >> 10  # macOS counts bytes, Linux KiB
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,180 @@
+"""Several processes, or one: the only module that knows torch.distributed.
+
+Without a launcher, or where torch was built without it, everything here answers for rank 0 of 1 and does nothing else.
+torch.distributed is imported when a group is really wanted, not before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config import ConfigError
+
+TIMEOUT = timedelta(minutes=20)  # longest wait for another rank, a slow save on rank 0 included
+
+
+@dataclass
+class _Group:
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    active: bool = False
+
+
+_group = _Group()
+
+
+def _launched() -> _Group:
+    """The place the launcher's environment gives this process.
+
+    Raises:
+        ConfigError: the environment is set by halves.
+    """
+    names = ("RANK", "WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if os.environ.get(name, "") != ""}
+    if not given:
+        return _Group()
+    try:
+        numbers = {name: int(value) for name, value in given.items()}
+        local_rank = int(os.environ.get("LOCAL_RANK") or 0)
+    except ValueError:
+        raise ConfigError(f"the launcher's variables are no numbers ({', '.join(f'{k}={v}' for k, v in given.items())}); "
+                          "start with torchrun, or unset them to run as one process") from None
+    missing = [name for name in names if name not in given]
+    if numbers.get("WORLD_SIZE", 0) != 1 or missing:
+        missing += [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)] if not missing else []
+    if missing:
+        raise ConfigError(f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} set but {' and '.join(missing)} "
+                          f"{'is' if len(missing) == 1 else 'are'} not; start with torchrun --nproc_per_node N main.py ..., "
+                          f"or unset {' and '.join(given)} to run as one process")
+    rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"RANK is {rank} and WORLD_SIZE {world_size}; a rank lies below the number of processes")
+    return _Group(rank, world_size, local_rank)
+
+
+def init(device_type: str) -> None:
+    """Join the launcher's group, if there is one.
+
+    Raises:
+        ConfigError: the environment is half set, torch lacks torch.distributed, or the address cannot be used.
+    """
+    global _group
+    group = _launched()
+    if group.world_size > 1:
+        import torch.distributed as dist
+        if not dist.is_available():
+            raise ConfigError(f"WORLD_SIZE is {group.world_size}, but this torch is built without torch.distributed; "
+                              "start without torchrun")
+        if device_type == "cuda" and not dist.is_nccl_available():
+            raise ConfigError("this torch has no NCCL, which several GPUs need; start one process, or use DEVICE cpu")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT,
+                                    rank=group.rank, world_size=group.world_size)
+        except (RuntimeError, ValueError, OSError) as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            if "address already in use" in str(error).lower() or "EADDRINUSE" in str(error):
+                raise ConfigError(f"port {address} is in use by another program; use torchrun --standalone, "
+                                  "or another --master-port") from None
+            raise ConfigError(f"the processes did not find each other at {address} "
+                              f"({str(error).splitlines()[0][:120]}); check MASTER_ADDR and MASTER_PORT") from None
+        group.active = True
+    _group = group
+
+
+def launcher_rank() -> int:
+    """The rank in the environment, before ``init``; 0 where it says nothing sensible."""
+    value = os.environ.get("RANK", "0")
+    return int(value) if value.isdigit() else 0
+
+
+def rank() -> int:
+    """This process's number among all."""
+    return _group.rank
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return _group.world_size
+
+
+def local_rank() -> int:
+    """This process's number on its machine: the GPU it takes. Valid before ``init``."""
+    value = os.environ.get("LOCAL_RANK", "0")
+    return int(value) if value.isdigit() else 0
+
+
+def is_main() -> bool:
+    """True on the process that speaks and writes."""
+    return _group.rank == 0
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over all ranks, in place."""
+    if _group.active:
+        import torch.distributed as dist
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's ``value``, on every rank, by rank."""
+    if not _group.active:
+        return [value]
+    import torch.distributed as dist
+    values: list[Any] = [None] * _group.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's ``value``."""
+    if not _group.active:
+        return value
+    import torch.distributed as dist
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every rank rank 0's buffers (batch-norm statistics differ between ranks), before evaluation and saving."""
+    if _group.active:
+        import torch.distributed as dist
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """``model`` under DDP, or itself when alone. Gradients are views of the communication buckets."""
+    if not _group.active:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True)
+
+
+def no_sync(model: nn.Module, skip: bool) -> contextlib.AbstractContextManager[Any]:
+    """Leave gradients unreduced while ``skip``: for all but the last micro-batch of a step."""
+    return model.no_sync() if skip and _group.active else contextlib.nullcontext()
+
+
+def sync_batch_norm(model: nn.Module) -> nn.Module:
+    """``model`` with batch norms that share statistics over all GPUs."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def shutdown() -> None:
+    """Leave the group after a run that ended well."""
+    global _group
+    if _group.active:
+        import torch.distributed as dist
+        dist.destroy_process_group()
+        _group = _Group()

@@ -1,0 +1,67 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+TEMPORARY = ".tmp-"
+
+
+@contextlib.contextmanager
+def _temporary_beside(path: str) -> Iterator[str]:
+    folder, name = os.path.split(os.path.abspath(path))
+    scratch = os.path.join(folder, f"{TEMPORARY}{name}-{os.getpid()}")
+    try:
+        yield scratch
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(scratch)
+
+
+def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
+    """Let ``write`` fill a temporary file in the same folder, then give it its name; synced to the disk."""
+    with _temporary_beside(path) as scratch:
+        with open(scratch, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    _sync_folder(os.path.dirname(os.path.abspath(path)))
+
+
+def replace_file(path: str, content: bytes) -> None:
+    """``write_atomically`` of a few bytes."""
+    write_atomically(path, lambda file: file.write(content))
+
+
+def link_atomically(target: str, link: str) -> None:
+    """Make ``link`` lead to ``target``, a file of the same folder, replacing what it led to in one move."""
+    with _temporary_beside(link) as scratch:
+        try:
+            os.symlink(os.path.basename(target), scratch)
+        except (OSError, NotImplementedError):
+            os.link(target, scratch)  # file systems without symbolic links
+        os.replace(scratch, link)
+    _sync_folder(os.path.dirname(os.path.abspath(link)))
+
+
+def remove_leftovers(folder: str) -> list[str]:
+    """Delete temporary files that a killed process left in ``folder``; their names."""
+    leftovers = [name for name in os.listdir(folder) if name.startswith(TEMPORARY)]
+    for name in leftovers:
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(folder, name))
+    return leftovers
+
+
+def _sync_folder(folder: str) -> None:
+    # The rename itself must reach the disk; some file systems (and Windows) refuse, and need not.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

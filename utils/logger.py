@@ -1,0 +1,56 @@
+"""What the program says: to the console, with colour where it is a terminal, and to log.txt without."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from termcolor import colored
+
+_COLOURS = (("warning", "yellow"), ("notice", "cyan"), ("resumed", "green"), ("top1", "green"), ("finished", "green"))
+
+
+class _Console(logging.Handler):
+    """Lines to standard output; a closed pipe silences it and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = False
+        self.colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.closed:
+            return
+        line = record.getMessage()
+        if self.colour:
+            tint = next((tint for word, tint in _COLOURS if line.startswith(word)), None)
+            line = colored(line, tint) if tint else line
+        try:
+            print(line, flush=True)
+        except (BrokenPipeError, ValueError):
+            self.closed = True
+            # Python flushes standard output at exit and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def create_logger(speaks: bool) -> logging.Logger:
+    """The program's logger; silent unless ``speaks`` (rank 0)."""
+    logger = logging.getLogger("trainer")
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_Console() if speaks else logging.NullHandler())
+    return logger
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk must not stop training; the console goes on."""
+
+
+def log_to_file(logger: logging.Logger, path: str) -> None:
+    """Append every further line to ``path`` as well."""
+    handler = _LogFile(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)

@@ -1,0 +1,388 @@
+"""The modes of the program, each assembled from the parts: train, evaluate, measure."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from yacs.config import CfgNode
+
+from config import ConfigError, config_from_text, get_config
+from data import build_loaders, preprocessing
+from models import build_model, check_input_size, load_pretrained, load_state
+from models.weights import CheckpointError, check_finite, read_file, unwrap_state_dict
+from utils import checkpoint, distributed, optim
+from utils.checkpoint import CheckpointFolder, TrainState
+from utils.device import Precision, choose_precision, peak_memory_mib
+from utils.engine import Evaluation, Progress, StepPlan, evaluate, require_finite, train_one_epoch
+from utils.files import remove_leftovers, replace_file
+from utils.logger import log_to_file
+from utils.metrics import MetricsLog, TensorBoard
+from utils.seed import make_deterministic, seed_initialisation
+from utils.throughput import measure
+
+Log = logging.Logger
+
+
+# --------------------------------------------------------------------------------------------------
+# Config and starting point
+# --------------------------------------------------------------------------------------------------
+
+def resolve_config(cfg_file: str | None, opts: list[str]) -> tuple[CfgNode, Any]:
+    """(config, content of the file that MODEL.RESUME names, or None).
+
+    Without a YAML file the config is the checkpoint's own, its data path made absolute; ``opts`` win over both.
+    """
+    asked = get_config(cfg_file, opts) if cfg_file else None
+    resume = asked.MODEL.RESUME if asked is not None else _last_value(opts, "MODEL.RESUME")
+    content = read_file(resume) if resume else None
+    if asked is not None:
+        if content is not None and checkpoint.is_own(content) and not asked.DATA.DATA_PATH:
+            asked = get_config(cfg_file, ["DATA.DATA_PATH", content["data_path"], *opts])
+        return asked, content
+    if content is None:
+        return get_config(None, opts), None
+    if not checkpoint.is_own(content):
+        raise ConfigError(f"{resume} holds weights without a config; add --cfg with the YAML file of its model")
+    checkpoint.read_checkpoint(resume)
+    return config_from_text(content["config"], ["DATA.DATA_PATH", content["data_path"], *opts], resume), content
+
+
+def _last_value(opts: list[str], key: str) -> str:
+    values = [value for name, value in zip(opts[::2], opts[1::2], strict=False) if name == key]
+    return values[-1] if values else ""
+
+
+def run_folder(config: CfgNode) -> str:
+    """OUTPUT/MODEL.NAME/TAG; a timm name may hold characters that a folder's must not."""
+    name = config.MODEL.NAME.replace("/", "_").replace(":", "_").replace(os.sep, "_")
+    return os.path.join(os.path.expanduser(config.OUTPUT or "output"), name, config.TAG)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training begins."""
+
+    kind: str  # auto-resume, resume, pretrained or scratch
+    path: str = ""
+    content: Any = None
+
+
+def choose_start(config: CfgNode, resume_content: Any, folder: str, logger: Log) -> Start:
+    """By precedence: the run folder's own newest checkpoint, then --resume, then --pretrained, then fresh weights."""
+    start = None
+    if config.TRAIN.AUTO_RESUME:
+        newest = CheckpointFolder(folder).newest()
+        if newest is not None:
+            path, content, lines = newest
+            for line in lines:
+                logger.info(line)
+            start = Start("auto-resume", path, content)
+    if start is None and config.MODEL.RESUME:
+        if not checkpoint.is_own(resume_content):
+            raise CheckpointError(f"{config.MODEL.RESUME}: holds weights but no training state; start from it with "
+                                  f"--pretrained {config.MODEL.RESUME}")
+        start = Start("resume", config.MODEL.RESUME, checkpoint.read_checkpoint(config.MODEL.RESUME))
+    if start is None:
+        start = Start("pretrained", config.MODEL.PRETRAINED) if config.MODEL.PRETRAINED else Start("scratch")
+    logger.info(f"start: {start.kind}{' ' + start.path if start.path else ''} (the first there is of: auto-resume from {folder}, "
+                "--resume, --pretrained, scratch)")
+    return start
+
+
+def keep_global_batch(config: CfgNode, content: Any, world_size: int, logger: Log) -> CfgNode:
+    """The config with batch and accumulation that give the checkpoint's global batch on this many processes."""
+    wanted, micro = content["global_batch"], config.DATA.BATCH_SIZE
+    if micro * config.TRAIN.ACCUMULATION_STEPS * world_size == wanted:
+        return config
+    if wanted % world_size:
+        fitting = [n for n in range(1, wanted + 1) if wanted % n == 0]
+        near = sorted(fitting, key=lambda n: abs(n - world_size))[:4]
+        raise ConfigError(f"the checkpoint's global batch of {wanted} cannot be shared by {world_size} processes; "
+                          f"start {', '.join(map(str, sorted(near)))} processes, or begin anew with --pretrained")
+    local = wanted // world_size
+    micro = max(n for n in range(1, min(micro, local) + 1) if local % n == 0)
+    logger.info(f"notice: the checkpoint's global batch of {wanted} is kept: {micro} images x {local // micro} accumulated x "
+                f"{world_size} processes")
+    return config_from_text(config.dump(), ["DATA.BATCH_SIZE", micro, "TRAIN.ACCUMULATION_STEPS", local // micro])
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger: Log) -> None:
+    """Train to the last epoch, from wherever the run stands."""
+    rank, world_size, folder = distributed.rank(), distributed.world_size(), run_folder(config)
+    optim.check_optimizer(config)
+    _open_run_folder(folder, logger)
+    start = choose_start(config, resume_content, folder, logger)
+    if start.content is not None:
+        config = keep_global_batch(config, start.content, world_size, logger)
+    precision = choose_precision(config, device)
+    make_deterministic(device)
+
+    loaders = build_loaders(config, rank, world_size)
+    sampler = loaders.train.batch_sampler
+    global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world_size
+    steps_per_epoch, total_steps = sampler.steps_per_epoch, sampler.total_steps
+    for line in (*loaders.notices, *optim.apex_notices(config), precision.notice):
+        if line:
+            logger.info(line)
+    if start.content is not None:
+        _check_same_data(start, loaders.classes, steps_per_epoch)
+
+    seed_initialisation(config.SEED)
+    model = build_model(config, len(loaders.classes))
+    check_input_size(model, config)
+    if start.kind == "pretrained":
+        logger.info(load_pretrained(model, start.path, config).summary(start.path))
+    if config.TRAIN.SYNC_BN and world_size > 1:
+        if device.type == "cuda":
+            model = distributed.sync_batch_norm(model)
+        else:
+            logger.info("notice: SyncBN needs GPUs; batch norm stays each process's own")
+    model.to(device)
+    ema = None
+    if config.TRAIN.EMA_DECAY:
+        ema = ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=config.TRAIN.EMA_WARMUP)
+    state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, ema)
+    if start.content is not None:
+        state.load_state_dict(start.content, start.path)
+        logger.info(f"resumed {start.path} at step {state.step}")
+        start = Start(start.kind, start.path)  # a gigabyte that is no longer needed
+    if state.step >= total_steps:
+        logger.info(f"finished already: {config.TRAIN.EPOCHS} epochs, {state.step} steps{_best(state)}; raise --epochs to go on, "
+                    "or choose another --tag for a new run")
+        return
+
+    schedule = optim.build_schedule(config, steps_per_epoch, global_batch)
+    _introduce(config, device, precision, model, loaders, steps_per_epoch, global_batch, schedule, logger)
+    plan = StepPlan(schedule, optim.build_loss(config.MODEL.LABEL_SMOOTHING), loaders.mixup, precision, device,
+                    config.DATA.BATCH_SIZE, sampler.images_per_step, config.TRAIN.CLIP_GRAD or float("inf"), config.SEED, rank, world_size)
+    session = _Session(config, folder, state, plan, loaders, steps_per_epoch, total_steps, global_batch, logger)
+    session.train(distributed.wrap(model, device))
+
+
+class _Session:
+    """The epochs of a run: training, evaluation, records and checkpoints around the hot path."""
+
+    def __init__(self, config: CfgNode, folder: str, state: TrainState, plan: StepPlan, loaders: Any, steps_per_epoch: int,
+                 total_steps: int, global_batch: int, logger: Log):
+        self.config, self.folder, self.state, self.plan, self.loaders, self.logger = config, folder, state, plan, loaders, logger
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
+        self.main = distributed.is_main()
+        self.files = CheckpointFolder(folder, config.TRAIN.KEEP_CHECKPOINTS)
+        self.description = checkpoint.describe(config.dump(), loaders.classes, preprocessing(config), config.DATA.DATA_PATH,
+                                               global_batch, steps_per_epoch)
+        if self.main:
+            replace_file(os.path.join(folder, "config.yaml"), config.dump().encode())
+            self.metrics, self.board = MetricsLog(folder, state.step), TensorBoard(folder, state.step)
+        self.begun, self.first_step = time.perf_counter(), state.step
+        self.window = (self.begun, state.step, 0.0, 0.0)  # time, step, data seconds and loss sum at the last line
+
+    def train(self, model: nn.Module) -> None:
+        config, state = self.config, self.state
+        self.loaders.train.batch_sampler.start = state.step
+        batches = iter(self.loaders.train)
+        for epoch in range(state.step // self.steps_per_epoch, config.TRAIN.EPOCHS):
+            progress = Progress(self.plan.device, first_step=state.step)
+            if state.step % self.steps_per_epoch:
+                progress.loss_sum += self._restored_loss_sum()
+            self.window = (time.perf_counter(), state.step, 0.0, progress.loss_sum.item())
+            train_one_epoch(model, state, batches, (epoch + 1) * self.steps_per_epoch, self.plan, progress, self.after_step)
+            self.end_epoch(epoch + 1, progress)
+        if self.main:
+            self.board.close()
+        self.logger.info(f"finished {config.TRAIN.EPOCHS} epochs in {_clock(time.perf_counter() - self.begun)}{_best(state)}; "
+                         f"checkpoints in {self.folder}")
+
+    def after_step(self, state: TrainState, progress: Progress) -> None:
+        last = state.step % self.steps_per_epoch == 0
+        if self.main and (state.step % self.config.PRINT_FREQ == 0 or last):
+            self._log_line(progress)
+        every = self.config.TRAIN.SAVE_EVERY_STEPS
+        if every and state.step % every == 0 and not last:
+            self.save(progress, best=False)
+
+    def end_epoch(self, epoch: int, progress: Progress) -> None:
+        config, state, plan = self.config, self.state, self.plan
+        seconds = time.perf_counter() - progress.start
+        steps = state.step - progress.first_step
+        images = self.steps_per_epoch * plan.images
+        train_loss = require_finite(distributed.all_reduce_sum(progress.loss_sum.clone()).item() / images,
+                                    f"the training loss of epoch {epoch}")
+        final = state.step >= self.total_steps
+        row: dict[str, Any] = dict(
+            epoch=epoch, step=state.step, train_loss=train_loss, top1=None, top5=None, val_loss=None,
+            lr=plan.schedule.lr_at(state.step - 1), images_per_s=round(steps * plan.images / seconds, 2), seconds=round(seconds, 3))
+        best = False
+        if epoch % config.TRAIN.EVAL_FREQ == 0 or final:
+            result = self.evaluate(row)
+            best = not state.best or result.top1 > state.best["top1"]
+            if best:
+                state.best = dict(top1=result.top1, epoch=epoch, step=state.step)
+        if self.main:
+            self.metrics.write(row)
+            self.board.scalars(state.step, train__loss=train_loss, train__lr=row["lr"], train__images_per_s=row["images_per_s"],
+                               **{f"val__{k}": row[k] for k in ("top1", "top5", "val_loss") if row[k] is not None})
+        progress.loss_sum.zero_()
+        every = config.TRAIN.SAVE_EVERY_STEPS
+        if best or final or epoch % config.SAVE_FREQ == 0 or (every and state.step % every == 0):
+            self.save(progress, best)
+
+    def evaluate(self, row: dict[str, Any]) -> Evaluation:
+        state, plan = self.state, self.plan
+        distributed.broadcast_buffers(state.model)
+        result = evaluate(state.model, self.loaders.val, plan.device, plan.precision)
+        if state.ema is not None:
+            distributed.broadcast_buffers(state.ema.module)
+            self.logger.info(f"raw {result.line()}")
+            row.update(raw_top1=result.top1, raw_top5=result.top5, raw_val_loss=result.loss)
+            result = evaluate(state.ema.module, self.loaders.val, plan.device, plan.precision)
+        self.logger.info(result.line())
+        row.update(top1=result.top1, top5=result.top5, val_loss=result.loss)
+        return result
+
+    def save(self, progress: Progress, best: bool) -> None:
+        self.state.loss_sums = distributed.gather_objects(progress.loss_sum.item())
+        require_finite(sum(self.state.loss_sums), f"the training loss before step {self.state.step}")
+        if self.main:
+            self.files.save({**self.description, **self.state.state_dict()}, best)
+
+    def _restored_loss_sum(self) -> float:
+        sums = self.state.loss_sums
+        if len(sums) == self.plan.world_size:
+            return sums[self.plan.rank]
+        return sum(sums) if self.main else 0.0  # another number of processes: only the total matters
+
+    def _log_line(self, progress: Progress) -> None:
+        state, plan = self.state, self.plan
+        then, step, data_seconds, loss_sum = self.window
+        now, total = time.perf_counter(), progress.loss_sum.item()
+        steps, seconds = state.step - step, now - then
+        if not steps:
+            return
+        local = self.loaders.train.batch_sampler.local_images()
+        loss = require_finite((total - loss_sum) / (steps * local), f"the training loss in steps {step + 1} to {state.step}")
+        norm = float(progress.grad_norm)
+        within = (state.step - 1) % self.steps_per_epoch + 1
+        pace = (now - self.begun) / (state.step - self.first_step)
+        epoch = (state.step - 1) // self.steps_per_epoch + 1
+        self.logger.info(
+            f"epoch {epoch}/{self.config.TRAIN.EPOCHS} step {within}/{self.steps_per_epoch} lr {plan.schedule.lr_at(state.step - 1):.3e} "
+            f"loss {loss:.4f} grad {norm:.3f} {steps * plan.images / seconds:.0f} images/s "
+            f"data {100 * (progress.data_seconds - data_seconds) / seconds:.0f}% mem {peak_memory_mib(plan.device)} MiB "
+            f"eta {_clock(pace * (self.steps_per_epoch - within))} epoch, {_clock(pace * (self.total_steps - state.step))} run")
+        self.board.scalars(state.step, step__loss=loss, step__grad_norm=norm, step__lr=plan.schedule.lr_at(state.step - 1))
+        self.window = (now, state.step, progress.data_seconds, total)
+
+
+def _open_run_folder(folder: str, logger: Log) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if distributed.is_main():
+            probe = os.path.join(folder, f".tmp-probe-{os.getpid()}")
+            with open(probe, "wb"):
+                pass
+            remove_leftovers(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another --output") from None
+    if distributed.is_main():
+        log_to_file(logger, os.path.join(folder, "log.txt"))
+        logger.info(f"run {folder}, begun {time.strftime('%Y-%m-%d %H:%M:%S')}")
+
+
+def _check_same_data(start: Start, classes: list[str], steps_per_epoch: int) -> None:
+    then = start.content["classes"]
+    if then != classes:
+        raise CheckpointError(f"{start.path}: was trained on {len(then)} classes ({', '.join(then[:3])}, ...), the data has "
+                              f"{len(classes)} ({', '.join(classes[:3])}, ...); to fine-tune on other classes, use --pretrained {start.path}")
+    if start.content["steps_per_epoch"] != steps_per_epoch:
+        raise CheckpointError(f"{start.path}: its epochs had {start.content['steps_per_epoch']} steps, with this data they have "
+                              f"{steps_per_epoch}; the training images are others, use --pretrained {start.path} to start from it")
+
+
+def _introduce(config: CfgNode, device: torch.device, precision: Precision, model: nn.Module, loaders: Any, steps_per_epoch: int,
+               global_batch: int, schedule: optim.Schedule, logger: Log) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    logger.info(f"model {config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters, {len(loaders.classes)} classes, "
+                f"on {device} in {precision.name}, torch {torch.__version__}")
+    val = len(loaders.val.dataset.folder)
+    logger.info(f"data {config.DATA.DATA_PATH}: {len(loaders.train.dataset.folder)} training and {val} validation images, "
+                f"{steps_per_epoch} steps an epoch, {loaders.train.num_workers} workers")
+    logger.info(f"global batch {global_batch} = {config.DATA.BATCH_SIZE} images x {config.TRAIN.ACCUMULATION_STEPS} accumulated x "
+                f"{distributed.world_size()} processes; learning rate {config.TRAIN.BASE_LR:g} x {optim.lr_scale(config, global_batch):g} "
+                f"= {schedule.base:g}, from {schedule.warmup:g} over {schedule.warmup_steps} steps, to {schedule.floor:g}")
+
+
+def _best(state: TrainState) -> str:
+    return f", best top1 {state.best['top1']:.2f} at epoch {state.best['epoch']}" if state.best else ""
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(max(0, seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation and throughput
+# --------------------------------------------------------------------------------------------------
+
+def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Log) -> None:
+    """Judge a checkpoint, or published weights, on the validation folder; the training folder is not touched."""
+    path, content = _weights_to_judge(config, content)
+    precision = choose_precision(config, device)
+    if precision.notice:
+        logger.info(precision.notice)
+    make_deterministic(device)
+    own = checkpoint.is_own(content)
+    loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
+                            classes=content["classes"] if own else None)
+    for line in loaders.notices:
+        logger.info(line)
+    model = build_model(config, len(loaders.classes))
+    check_input_size(model, config)
+    model.to(device)
+    logger.info(f"evaluating {path}" + (f" (step {content['step']})" if own else "") + f" on {config.DATA.DATA_PATH}, "
+                f"{len(loaders.val.dataset.folder)} images, {len(loaders.classes)} classes")
+
+    def judge(state: dict[str, torch.Tensor]) -> Evaluation:
+        check_finite(state, path)
+        load_state(model, state, config, path)
+        return evaluate(model, loaders.val, device, precision)
+
+    if own and content["ema"]:
+        logger.info(f"raw {judge(content['model']).line()}")
+    state = checkpoint.evaluation_weights(content) if own else unwrap_state_dict(content, path)
+    logger.info(judge(state).line())
+
+
+def _weights_to_judge(config: CfgNode, content: Any) -> tuple[str, Any]:
+    """(path, content): --resume, else the run folder's best, else --pretrained."""
+    if content is not None:
+        return config.MODEL.RESUME, content
+    best = os.path.join(run_folder(config), "best.pth")
+    path = best if os.path.exists(best) else config.MODEL.PRETRAINED
+    if not path:
+        raise ConfigError(f"--eval needs weights: give --resume FILE (there is no {best})")
+    return path, read_file(path)
+
+
+def measure_throughput(config: CfgNode, device: torch.device, logger: Log) -> None:
+    """Images per second of the forward pass and of a training step, on made-up images."""
+    precision = choose_precision(config, device)
+    for line in (precision.notice, *optim.apex_notices(config)):
+        if line:
+            logger.info(line)
+    seed_initialisation(config.SEED)
+    model = build_model(config)
+    check_input_size(model, config)
+    for line in measure(model.to(device), config, device, precision):
+        logger.info(line)

@@ -1,0 +1,165 @@
+"""Optimizer, learning rate and loss."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import timm.optim
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from config import ConfigError
+
+# What the optimizer names of NVIDIA apex stand for here, and the torch form that replaces each.
+_APEX = {"fused_adam": ("FusedAdam", "adamw"), "fusedadam": ("FusedAdam", "adamw"), "fused_adamw": ("FusedAdam", "adamw"),
+         "fused_sgd": ("FusedSGD", "sgd"), "fusedsgd": ("FusedSGD", "sgd"), "fused_lamb": ("FusedLAMB", "lamb"),
+         "fusedlamb": ("FusedLAMB", "lamb")}
+
+
+def apex_class(name: str) -> type | None:
+    """NVIDIA apex's fused optimizer of that name; None where that apex is absent.
+
+    The package index holds another project called apex, so a class is asked for, not the package.
+    """
+    if name.lower() not in _APEX:
+        return None
+    try:
+        import apex.optimizers
+        return getattr(apex.optimizers, _APEX[name.lower()][0])
+    except (ImportError, AttributeError):
+        return None
+
+
+def apex_notices(config: CfgNode) -> list[str]:
+    """A line for each thing asked of apex that torch does instead."""
+    lines, name = [], config.TRAIN.OPTIMIZER.NAME.lower()
+    if name in _APEX and apex_class(name) is None:
+        lines.append(f"notice: NVIDIA apex is not installed; {_APEX[name][1]} of torch takes the place of {name}")
+    if config.FUSED_LAYERNORM:
+        try:
+            from apex.normalization import FusedLayerNorm  # noqa: F401
+        except ImportError:
+            lines.append("notice: NVIDIA apex is not installed; torch's layer norm takes the place of FUSED_LAYERNORM")
+    return lines
+
+
+def check_optimizer(config: CfgNode) -> None:
+    """Raise ``ConfigError`` unless ``TRAIN.OPTIMIZER.NAME`` is known to torch through timm, or apex's."""
+    name, known = config.TRAIN.OPTIMIZER.NAME.lower(), timm.optim.list_optimizers()
+    if name not in known and name not in _APEX:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        raise ConfigError(f"TRAIN.OPTIMIZER.NAME is {name!r}, which timm does not know"
+                          + (f"; did you mean {', '.join(near)}?" if near else "; adamw and sgd are the usual ones"))
+
+
+def parameter_groups(config: CfgNode, model: nn.Module) -> list[dict]:
+    """timm's groups: no decay on 1-D parameters, biases and what the model names; ``lr_scale`` under layer decay."""
+    skip = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    if config.TRAIN.LAYER_DECAY < 1:
+        return timm.optim.param_groups_layer_decay(
+            model, config.TRAIN.WEIGHT_DECAY, no_weight_decay_list=skip, layer_decay=config.TRAIN.LAYER_DECAY)
+    return timm.optim.param_groups_weight_decay(model, config.TRAIN.WEIGHT_DECAY, no_weight_decay_list=skip)
+
+
+def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of ``TRAIN.OPTIMIZER`` over ``model``'s parameters, in its fused form where torch has one.
+
+    The learning rate is set before every step (``Schedule``); the groups start with ``TRAIN.BASE_LR``.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    check_optimizer(config)
+    options, groups = config.TRAIN.OPTIMIZER, parameter_groups(config, model)
+    name = options.NAME.lower()
+    fused = apex_class(name)
+    if fused is not None:
+        if name in ("fused_sgd", "fusedsgd"):
+            return fused(groups, lr=config.TRAIN.BASE_LR, momentum=options.MOMENTUM, nesterov=True)
+        return fused(groups, lr=config.TRAIN.BASE_LR, eps=options.EPS, betas=tuple(options.BETAS[:2]))
+    name = _APEX[name][1] if name in _APEX else name
+    accepted = inspect.signature(timm.optim.get_optimizer_class(name, bind_defaults=False)).parameters
+    extra: dict = {}
+    if "betas" in accepted:
+        extra["betas"] = tuple(options.BETAS)
+    if "eps" in accepted and accepted["eps"].default is not None:
+        extra["eps"] = options.EPS
+    if "fused" in accepted and next(model.parameters()).device.type in ("cpu", "cuda"):
+        extra["fused"] = True
+    return timm.optim.create_optimizer_v2(groups, opt=name, lr=config.TRAIN.BASE_LR, weight_decay=config.TRAIN.WEIGHT_DECAY,
+                                          momentum=options.MOMENTUM, **extra)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a pure function of the step.
+
+    Attributes:
+        base, warmup, floor: peak, first and last rate, already scaled to the global batch.
+        warmup_steps, total_steps: lengths in optimizer steps.
+        prefix: the decay starts when the warm-up ends (Swin); else it is a function of the absolute step, already partly
+            decayed at the end of the warm-up (CrossFormer).
+        milestones: for step and multistep, the steps at which the rate is multiplied by ``factor``.
+    """
+
+    name: str
+    base: float
+    warmup: float
+    floor: float
+    warmup_steps: int
+    total_steps: int
+    prefix: bool = True
+    milestones: Sequence[int] = ()
+    factor: float = 0.1
+
+    def lr_at(self, step: int) -> float:
+        """Rate of the update number ``step`` (from 0)."""
+        if step < self.warmup_steps:
+            return self.warmup + (self.base - self.warmup) * step / self.warmup_steps
+        if self.name in ("step", "multistep"):
+            return self.base * self.factor ** sum(step >= milestone for milestone in self.milestones)
+        shift = self.warmup_steps if self.prefix else 0
+        done = min(1.0, (step - shift) / max(1, self.total_steps - shift))
+        if self.name == "linear":
+            return self.floor + (self.base - self.floor) * (1 - done)
+        return self.floor + (self.base - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def lr_scale(config: CfgNode, global_batch: int) -> float:
+    """Linear scaling: the config's rates are for ``TRAIN.LR_BATCH`` images a step."""
+    return global_batch / config.TRAIN.LR_BATCH if config.TRAIN.LR_BATCH else 1.0
+
+
+def build_schedule(config: CfgNode, steps_per_epoch: int, global_batch: int) -> Schedule:
+    """The schedule of ``TRAIN.LR_SCHEDULER`` in optimizer steps, its rates scaled to the global batch."""
+    train, plan, scale = config.TRAIN, config.TRAIN.LR_SCHEDULER, lr_scale(config, global_batch)
+    total = train.EPOCHS * steps_per_epoch
+    milestones: list[int] = []
+    if plan.NAME == "step":
+        every = max(1, round(plan.DECAY_EPOCHS * steps_per_epoch))
+        milestones = list(range(every, total, every))
+    elif plan.NAME == "multistep":
+        milestones = [round(epoch * steps_per_epoch) for epoch in plan.MULTISTEPS]
+    return Schedule(plan.NAME, train.BASE_LR * scale, train.WARMUP_LR * scale, train.MIN_LR * scale,
+                    round(train.WARMUP_EPOCHS * steps_per_epoch), total, plan.WARMUP_PREFIX, tuple(milestones),
+                    plan.DECAY_RATE if plan.NAME == "step" else plan.GAMMA)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group the rate of this step, times its layer's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def build_loss(smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """``(logits (B, K), targets) -> sum over the samples``; mixed targets (B, K) come smoothed already."""
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        soft = targets.is_floating_point()
+        return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=0.0 if soft else smoothing)
+    return loss
