@@ -142,7 +142,7 @@ class HierarchicalModel(nn.Module):
 
     def _check_pool(self, global_pool: str) -> None:
         if global_pool not in self.pools:
-            raise ValueError(f"global_pool is {global_pool!r}; choose {', '.join(filter(None, self.pools))}, or '' for no pooling")
+            raise ValueError(f"global_pool is {global_pool!r}; choose {', '.join(filter(None, self.pools))}, or '' for none")
 
 
 def make_head(width: int, num_classes: int) -> nn.Module:

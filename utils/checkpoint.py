@@ -156,15 +156,15 @@ class CheckpointFolder:
         Raises:
             CheckpointError: there are checkpoints, but every one of them is damaged.
         """
-        lines: list[str] = []
+        damage: list[str] = []
         for step in self.steps():
             path = self.path(step)
             try:
-                return path, read_checkpoint(path), lines
+                return path, read_checkpoint(path), [f"warning: {line}; trying the one before" for line in damage]
             except CheckpointError as error:
-                lines.append(f"warning: {error}; trying the one before")
-        if lines:
-            raise CheckpointError(f"{self.folder}: none of its {len(lines)} checkpoints can be read ({lines[0][9:]}); "
+                damage.append(str(error))
+        if damage:
+            raise CheckpointError(f"{self.folder}: none of its {len(damage)} checkpoints can be read ({damage[0]}); "
                                   "move them away, or use another --tag, to start anew")
         return None
 
@@ -190,7 +190,8 @@ def versions() -> dict[str, str]:
     """Versions of what computed the run."""
     import timm
     import torchvision
-    return dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__, timm=timm.__version__)
+    return {"python": sys.version.split()[0],  # str: torch's own version is an object that no safe reader would take
+            **{module.__name__: str(module.__version__) for module in (torch, torchvision, timm)}}
 
 
 def git_commit() -> str:

@@ -77,6 +77,7 @@ def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[tuple
     """
     model.train()
     parameters = [p for p in state.model.parameters() if p.requires_grad]
+    foreach = plan.device.type in ("cpu", "cuda")  # one kernel over all tensors instead of one each
     while state.step < until:
         waited = time.perf_counter()
         images, targets = next(batches)
@@ -86,7 +87,7 @@ def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[tuple
         set_lr(state.optimizer, plan.schedule.lr_at(state.step))
         progress.loss_sum += backward(model, images, targets, plan, state.step)
         plan.precision.scaler.unscale_(state.optimizer)
-        progress.grad_norm = nn.utils.clip_grad_norm_(parameters, plan.clip)
+        progress.grad_norm = nn.utils.clip_grad_norm_(parameters, plan.clip, foreach=foreach)
         plan.precision.scaler.step(state.optimizer)
         plan.precision.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)

@@ -137,6 +137,10 @@ def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger
             logger.info(line)
     if start.content is not None:
         _check_same_data(start, loaders.classes, steps_per_epoch)
+        if start.content["step"] >= total_steps:
+            logger.info(f"finished already: {start.path} is at step {start.content['step']} of {total_steps}"
+                        f"{_best(start.content['best'])}; raise --epochs to go on, or choose another --tag for a new run")
+            return
 
     seed_initialisation(config.SEED)
     model = build_model(config, len(loaders.classes))
@@ -157,10 +161,6 @@ def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger
         state.load_state_dict(start.content, start.path)
         logger.info(f"resumed {start.path} at step {state.step}")
         start = Start(start.kind, start.path)  # a gigabyte that is no longer needed
-    if state.step >= total_steps:
-        logger.info(f"finished already: {config.TRAIN.EPOCHS} epochs, {state.step} steps{_best(state)}; raise --epochs to go on, "
-                    "or choose another --tag for a new run")
-        return
 
     schedule = optim.build_schedule(config, steps_per_epoch, global_batch)
     _introduce(config, device, precision, model, loaders, steps_per_epoch, global_batch, schedule, logger)
@@ -200,12 +200,13 @@ class _Session:
             self.end_epoch(epoch + 1, progress)
         if self.main:
             self.board.close()
-        self.logger.info(f"finished {config.TRAIN.EPOCHS} epochs in {_clock(time.perf_counter() - self.begun)}{_best(state)}; "
+        self.logger.info(f"finished {config.TRAIN.EPOCHS} epochs in {_clock(time.perf_counter() - self.begun)}{_best(state.best)}; "
                          f"checkpoints in {self.folder}")
 
     def after_step(self, state: TrainState, progress: Progress) -> None:
-        last = state.step % self.steps_per_epoch == 0
-        if self.main and (state.step % self.config.PRINT_FREQ == 0 or last):
+        within = state.step % self.steps_per_epoch  # 0 after the last step of an epoch
+        last = within == 0
+        if self.main and (within % self.config.PRINT_FREQ == 0 or last):
             self._log_line(progress)
         every = self.config.TRAIN.SAVE_EVERY_STEPS
         if every and state.step % every == 0 and not last:
@@ -322,8 +323,8 @@ def _introduce(config: CfgNode, device: torch.device, precision: Precision, mode
                 f"= {schedule.base:g}, from {schedule.warmup:g} over {schedule.warmup_steps} steps, to {schedule.floor:g}")
 
 
-def _best(state: TrainState) -> str:
-    return f", best top1 {state.best['top1']:.2f} at epoch {state.best['epoch']}" if state.best else ""
+def _best(best: dict[str, float]) -> str:
+    return f", best top1 {best['top1']:.2f} at epoch {best['epoch']}" if best else ""
 
 
 def _clock(seconds: float) -> str:

@@ -1,0 +1,113 @@
+"""A run that was killed ends in the same bits as one that was not."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, differences, environment, load, run_main, torchrun
+
+STATE = ("model", "ema", "optimizer", "step", "best", "loss_sums")
+TIMES = ("images_per_s", "seconds")
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_cfg: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six epochs without a break, saving every third step."""
+    folder = tmp_path_factory.mktemp("straight")
+    done = run_main("--cfg", tiny_cfg, "--epochs", 6, "--opts", "TRAIN.SAVE_EVERY_STEPS", 3, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "output/tiny/default"
+
+
+def rows(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_run_ends_in_the_same_bits(straight: Path, tiny_cfg: Path, tmp_path: Path, workers: int) -> None:
+    command = ["--cfg", tiny_cfg, "--epochs", "6", "--num-workers", str(workers), "--opts", "TRAIN.SAVE_EVERY_STEPS", "3"]
+    folder = tmp_path / "output/tiny/default"
+    process = subprocess.Popen([sys.executable, str(ROOT / "main.py"), *map(str, command)], cwd=tmp_path, env=environment(),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    # The eighth step's epoch is the second of five steps: after ckpt 6 or 9 the run is inside an epoch.
+    while not any(int(p.stem[5:]) >= 6 for p in folder.glob("ckpt_*.pth")) and time.time() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = run_main(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    resumed = re.search(r"^resumed (\S+) at step (\d+)$", done.stdout, re.M)
+    assert resumed and 6 <= int(resumed[2]) < 30
+    assert resumed[0] in (folder / "log.txt").read_text()
+    first = re.search(r"^epoch (\d+)/6 step (\d+)/5", done.stdout[resumed.end():], re.M)
+    assert (int(first[1]) - 1) * 5 + int(first[2]) > int(resumed[2])  # no step is done again
+    mine, theirs = load(folder / "last.pth"), load(straight / "last.pth")
+    assert mine["ema"] and mine["step"] == 30
+    assert differences({k: mine[k] for k in STATE}, {k: theirs[k] for k in STATE}) == []
+    assert rows(folder) == rows(straight)
+
+
+def test_metrics_after_the_checkpoint_are_cut_off(straight: Path, tmp_path: Path) -> None:
+    from utils.metrics import MetricsLog
+    (tmp_path / "metrics.jsonl").write_bytes((straight / "metrics.jsonl").read_bytes() + b'{"epoch": 7, "st')
+    MetricsLog(str(tmp_path), 12)
+    assert [row["step"] for row in rows(tmp_path)] == [5, 10]
+
+
+def test_damaged_newest_checkpoint_is_passed_over(straight: Path, tiny_cfg: Path, program) -> None:
+    import shutil
+    folder = program.folder / "output/tiny/default"
+    shutil.copytree(straight, folder, symlinks=True)
+    steps = sorted(int(p.stem[5:]) for p in folder.glob("ckpt_*.pth"))
+    newest = folder / f"ckpt_{steps[-1]:08d}.pth"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit, which torch.load does not notice
+    newest.write_bytes(content)
+    torch.load(newest, weights_only=True)
+    done = program("--cfg", tiny_cfg, "--epochs", 6, "--opts", "TRAIN.SAVE_EVERY_STEPS", 3)
+    assert done.returncode == 0, done.stderr
+    assert f"ckpt_{steps[-1]:08d}.pth: damaged" in done.stdout
+    assert f"at step {steps[-2]}\n" in done.stdout
+    assert differences(load(folder / "last.pth")["model"], load(straight / "last.pth")["model"]) == []
+
+
+def test_another_number_of_processes_keeps_the_global_batch(tiny_cfg: Path, program) -> None:
+    first = program("--cfg", tiny_cfg, "--epochs", 2, "--batch-size", 8)
+    assert first.returncode == 0, first.stderr
+    two = torchrun("--cfg", tiny_cfg, "--epochs", 4, "--batch-size", 8, cwd=program.folder)
+    assert two.returncode == 0, two.stderr
+    assert "global batch of 8 is kept: 4 images x 1 accumulated x 2 processes" in two.stdout
+    assert two.stdout.count("resumed ") == 1  # rank 0 alone speaks
+    last = load(program.folder / "output/tiny/default/last.pth")
+    assert last["step"] == 20 and last["global_batch"] == 8 and len(last["loss_sums"]) == 2
+    three = torchrun("--cfg", tiny_cfg, "--epochs", 5, cwd=program.folder, processes=3)
+    assert "cannot be shared by 3 processes; start 1, 2, 4, 8 processes" in three.stderr
+    back = program("--cfg", tiny_cfg, "--epochs", 5)
+    assert back.returncode == 0 and "at step 20" in back.stdout
+
+
+def test_finished_run_says_so_and_changes_nothing(straight: Path, tiny_cfg: Path, program) -> None:
+    import shutil
+    folder = program.folder / "output/tiny/default"
+    shutil.copytree(straight, folder, symlinks=True)
+    done = program("--cfg", tiny_cfg, "--epochs", 6)
+    assert done.returncode == 0 and "finished already" in done.stdout and "epoch 6/6" not in done.stdout
+    assert rows(folder) == rows(straight)
+
+
+def test_only_the_newest_and_the_best_are_kept(straight: Path) -> None:
+    kept = {p.name for p in straight.glob("ckpt_*.pth")}
+    best, last = ((straight / name).resolve().name for name in ("best.pth", "last.pth"))
+    assert last == "ckpt_00000030.pth" and kept == {best, last, "ckpt_00000027.pth"}
+    assert load(straight / "best.pth")["best"]["step"] == load(straight / "best.pth")["step"]
+    assert not list(straight.glob(".tmp-*"))
