@@ -162,7 +162,7 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("DATA.ZIP_MODE", False, _bool, "accepted from old files; archives are not read, unpack them"),
     ("DATA.CACHE_MODE", "part", _str, "accepted from old files; has no effect"),
 
-    ("MODEL.TYPE", "crossformer", _str, "model family: crossformer, swin, or timm for any timm model"),
+    ("MODEL.TYPE", "crossformer", _str, "model family: crossformer, swin, cvt, shunted, or timm for any timm model"),
     ("MODEL.NAME", "crossformer_tiny", _str, "variant of the family, or a label when the family's node gives the numbers"),
     ("MODEL.NUM_CLASSES", 0, _int, "0 counts them in the data; another number must agree with the data"),
     ("MODEL.PRETRAINED", "", _str, "file of weights to start from; head and sizes are adapted"),
@@ -202,6 +202,26 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("MODEL.SWIN.QK_SCALE", None, _optional(_float), "accepted from old files; only None"),
     ("MODEL.SWIN.APE", None, _optional(_bool), "accepted from old files; only False"),
     ("MODEL.SWIN.PATCH_NORM", None, _optional(_bool), "accepted from old files; only True"),
+
+    ("MODEL.CVT.EMBED_DIMS", None, _optional(_ints), "width per stage"),
+    ("MODEL.CVT.DEPTHS", None, _optional(_ints), "blocks per stage"),
+    ("MODEL.CVT.NUM_HEADS", None, _optional(_ints), "heads per stage"),
+    ("MODEL.CVT.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
+    ("MODEL.CVT.PATCH_SIZES", None, _optional(_ints), "kernels of the embeddings"),
+    ("MODEL.CVT.PATCH_STRIDES", None, _optional(_ints), "strides of the embeddings"),
+    ("MODEL.CVT.PATCH_PADDINGS", None, _optional(_ints), "paddings of the embeddings"),
+    ("MODEL.CVT.KV_STRIDES", None, _optional(_ints), "stride of the key and value projections per stage"),
+    ("MODEL.CVT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
+    ("MODEL.CVT.IN_CHANS", None, _optional(_int), "input channels"),
+
+    ("MODEL.SHUNTED.EMBED_DIMS", None, _optional(_ints), "width per stage"),
+    ("MODEL.SHUNTED.DEPTHS", None, _optional(_ints), "blocks per stage"),
+    ("MODEL.SHUNTED.NUM_HEADS", None, _optional(_ints), "heads per stage"),
+    ("MODEL.SHUNTED.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
+    ("MODEL.SHUNTED.SR_RATIOS", None, _optional(_ints), "merging rate of keys and values per stage (even; 1 is none)"),
+    ("MODEL.SHUNTED.NUM_CONV", None, _optional(_int), "plain 3x3 convolutions in the image embedding"),
+    ("MODEL.SHUNTED.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
+    ("MODEL.SHUNTED.IN_CHANS", None, _optional(_int), "input channels"),
 
     ("TRAIN.EPOCHS", 300, _int, "passes over the training images"),
     ("TRAIN.START_EPOCH", 0, _int, "accepted from old files; the checkpoint's step decides"),
@@ -263,20 +283,20 @@ _SECTIONS = {key.rsplit(".", n)[0] for key in _KIND for n in range(1, key.count(
 _SECTION_ALIASES = {"MODEL.CROS": "MODEL.CROSSFORMER"}
 _TYPE_ALIASES = {"cross-scale": "crossformer"}
 
-MODEL_TYPES = ("crossformer", "swin", "timm")
+MODEL_TYPES = ("crossformer", "swin", "cvt", "shunted", "timm")
 
 
 def default_config() -> CfgNode:
     """A fresh, unfrozen tree holding every default."""
     root = CfgNode()
-    for key, default, _, _ in KEYS:
+    for key, default, kind, _ in KEYS:
         *sections, leaf = key.split(".")
         node = root
         for section in sections:
             if section not in node:
                 node[section] = CfgNode()
             node = node[section]
-        node[leaf] = list(default) if isinstance(default, list) else default
+        node[leaf] = kind(default)
     return root
 
 
@@ -405,7 +425,7 @@ def _merge_file(root: CfgNode, path: str, stack: tuple[str, ...] = ()) -> None:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     entries = _read_yaml(text, path)
-    for key, value, where in entries:
+    for key, value, _ in entries:
         if key == "BASE":
             for base in (b for b in _KIND["BASE"](value) if b):
                 _merge_file(root, os.path.join(os.path.dirname(path), base), (*stack, real))

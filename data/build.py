@@ -116,7 +116,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     names = names if names is not None else folders[0].classes
     for folder in folders:
         notices += folder.notices
-    if config.MODEL.NUM_CLASSES and config.MODEL.NUM_CLASSES != len(names):
+    if config.MODEL.NUM_CLASSES and len(names) != config.MODEL.NUM_CLASSES:
         raise ConfigError(f"MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}, but {root} has {len(names)} classes; "
                           "set it to 0 to count them in the data")
 
@@ -130,7 +130,8 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     if val_folder is not None:
         batch = config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
         val = DataLoader(EvalImages(val_folder, build_eval_transform(preprocessing(config))),
-                         batch_sampler=ShardSampler(len(val_folder), batch, rank, world_size), collate_fn=PadToBatch(batch), **common)
+                         batch_sampler=ShardSampler(len(val_folder), batch, rank, world_size), collate_fn=PadToBatch(batch),
+                         persistent_workers=workers > 0, **common)  # evaluation comes again every epoch
     return Loaders(train, val, list(names), build_mixup(config, len(names), rank), notices)
 
 

@@ -175,7 +175,7 @@ def create(model_cls: type[nn.Module], variant: str, pretrained: bool, variant_k
     if overlay.get("file"):
         overlay["custom_load"] = True
     model_args = dict(variant_kwargs, **{k: v for k, v in kwargs.items() if v is not None})
-    out_indices = model_args.pop("out_indices", tuple(range(len(variant_kwargs["depths"]))))
+    out_indices = model_args.pop("out_indices", tuple(range(len(model_args["depths"]))))
     return build_model_with_cfg(
         _with_loader(model_cls, filter_fn), variant, pretrained, pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=filter_fn, feature_cfg=dict(out_indices=out_indices, feature_cls="getter"), **model_args)

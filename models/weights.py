@@ -11,6 +11,9 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,24 +30,24 @@ class CheckpointError(RuntimeError):
 # The safe reader
 # --------------------------------------------------------------------------------------------------
 
-class _InertDict(dict):
-    """Stands for a pickled yacs CfgNode: a dict whose attributes are ignored."""
+class _Inert:
+    """Stands for a pickled object beside the weights (a Namespace, a path, a numpy number): made and filled, never used."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-class _InertObject:
-    """Stands for a pickled argparse.Namespace or path: holds what was stored, does nothing."""
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-
-
-# torch's weights-only reader looks classes up by the name in the file and takes these instead.
-_STAND_INS = [(_InertDict, "yacs.config.CfgNode"), (_InertObject, "argparse.Namespace"), (_InertDict, "easydict.EasyDict"),
-              (_InertObject, "pathlib.PosixPath"), (_InertObject, "pathlib.WindowsPath"),
-              (_InertObject, "pathlib._local.PosixPath"), (_InertObject, "pathlib._local.WindowsPath")]
+# torch's weights-only reader looks a class up by its name in the file and takes these instead. It fills no other mappings
+# than plain ones, so a CfgNode becomes an OrderedDict.
+_STAND_INS = [
+    (OrderedDict, "yacs.config.CfgNode"), (OrderedDict, "easydict.EasyDict"), (_Inert, "argparse.Namespace"),
+    *((_Inert, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath", "Path")),
+    *((_Inert, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    (_Inert, "numpy.dtype"), (_Inert, "numpy.ndarray"), *((_Inert, f"numpy.dtypes.{kind}DType") for kind in ("Float64", "Float32", "Int64")),
+]
 
 # A checkpoint of this program ends in MAGIC + sha256 of everything before it (see utils/checkpoint.py).
 TRAILER_MAGIC = b"HVTSHA1\n"
@@ -96,7 +99,8 @@ def read_file(path: str) -> Any:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(path, device="cpu")
-        with torch.serialization.safe_globals(_STAND_INS):
+        with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on the pickle protocol of a file that is refused anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
@@ -114,10 +118,9 @@ def read_file(path: str) -> Any:
 
 
 def _refused_class(message: str) -> str:
-    for marker in ("Unsupported global: GLOBAL ", "Unsupported class ", "Trying to load unsupported GLOBAL "):
-        if marker in message:
-            return message.split(marker, 1)[1].split()[0].rstrip(".,")
-    return "object" if "Unsupported" in message or "weights_only" in message and "GLOBAL" in message else ""
+    """The class or function that torch's reader would not touch; nothing when the bytes are simply no pickle."""
+    found = re.search(r"(?:GLOBAL|class|function|global:?)\s+<?(?:built-in function )?([A-Za-z_][\w.]*\.\w+|\w+(?=>))", message)
+    return found[1] if found and "Unsupported operand" not in message else ""
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 TINY_MODEL = """
 MODEL:
@@ -57,7 +57,8 @@ def environment(**extra: str) -> dict[str, str]:
     """This process's environment without a launcher's variables, plus ``extra``."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     clean = {name: value for name, value in os.environ.items() if name not in launcher}
-    return {**clean, "PYTHONPATH": "", **extra}
+    # One thread: such small tensors gain nothing from more, and the machine runs other tests.
+    return {**clean, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", **extra}
 
 
 def run_main(*arguments: object, cwd: Path, timeout: int = 120, **env: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +71,7 @@ def torchrun(*arguments: object, cwd: Path, processes: int = 2, timeout: int = 1
     """``torchrun main.py ...`` with gloo processes on the CPU, a thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
                str(ROOT / "main.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""), capture_output=True,
+    return subprocess.run(command, cwd=cwd, env=environment(CUDA_VISIBLE_DEVICES=""), capture_output=True,
                           text=True, timeout=timeout, check=False)
 
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 from models.weights import FORMAT_KEY, TRAILER_MAGIC, CheckpointError, check_finite, check_fits, read_file
 from utils.files import link_atomically, write_atomically
@@ -119,11 +119,6 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 def is_own(content: Any) -> bool:
     """Whether a file's content is a checkpoint of this program."""
     return isinstance(content, dict) and isinstance(content.get(FORMAT_KEY), int)
-
-
-def evaluation_weights(content: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights a checkpoint is judged by: the average when the run kept one."""
-    return content["ema"] or content["model"]
 
 
 class CheckpointFolder:

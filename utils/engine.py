@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -139,26 +139,29 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device, precision: Precision) -> Evaluation:
-    """Count integers over every image once, on any number of ranks; rows with target -1 fill a batch and do not count.
+def evaluate(models: Sequence[nn.Module], loader: Iterable[tuple[Tensor, Tensor]], device: torch.device,
+             precision: Precision) -> list[Evaluation]:
+    """Judge each of ``models`` in one pass over the images (raw and averaged weights share the decoding).
 
-    With fewer than five classes every image counts as right among the top five.
+    Counts integers over every image once, on any number of ranks; rows with target -1 fill a batch and do not count. With
+    fewer than five classes every image counts as right among the top five.
     """
-    model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=device)
-    loss_sum = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    counts = torch.zeros(len(models), 3, dtype=torch.int64, device=device)
+    loss_sums = torch.zeros(len(models), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    for model in models:
+        model.eval()
     for images, targets in loader:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        with precision.autocast():
-            logits = model(images)
-        logits = logits.float()
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-        counts += torch.stack([hits[:, 0].sum(), hits.sum(), (targets >= 0).sum()])
-        loss_sum += F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        for number, model in enumerate(models):
+            with precision.autocast():
+                logits = model(images)
+            logits = logits.float()
+            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+            counts[number] += torch.stack([hits[:, 0].sum(), hits.sum(), (targets >= 0).sum()])
+            loss_sums[number] += F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
     distributed.all_reduce_sum(counts)
-    distributed.all_reduce_sum(loss_sum)
-    correct, correct5, total = counts.tolist()
-    return Evaluation(correct, correct5, total, loss_sum.item())
+    distributed.all_reduce_sum(loss_sums)
+    return [Evaluation(*row, loss_sum) for row, loss_sum in zip(counts.tolist(), loss_sums.tolist(), strict=True)]
 
 
 def require_finite(value: float, what: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
@@ -240,13 +241,13 @@ class _Session:
 
     def evaluate(self, row: dict[str, Any]) -> Evaluation:
         state, plan = self.state, self.plan
-        distributed.broadcast_buffers(state.model)
-        result = evaluate(state.model, self.loaders.val, plan.device, plan.precision)
-        if state.ema is not None:
-            distributed.broadcast_buffers(state.ema.module)
-            self.logger.info(f"raw {result.line()}")
-            row.update(raw_top1=result.top1, raw_top5=result.top5, raw_val_loss=result.loss)
-            result = evaluate(state.ema.module, self.loaders.val, plan.device, plan.precision)
+        models = [state.model] if state.ema is None else [state.model, state.ema.module]
+        for model in models:
+            distributed.broadcast_buffers(model)
+        *raw, result = evaluate(models, self.loaders.val, plan.device, plan.precision)
+        for other in raw:
+            self.logger.info(f"raw {other.line()}")
+            row.update(raw_top1=other.top1, raw_top5=other.top5, raw_val_loss=other.loss)
         self.logger.info(result.line())
         row.update(top1=result.top1, top5=result.top5, val_loss=result.loss)
         return result
@@ -304,7 +305,8 @@ def _check_same_data(start: Start, classes: list[str], steps_per_epoch: int) -> 
     then = start.content["classes"]
     if then != classes:
         raise CheckpointError(f"{start.path}: was trained on {len(then)} classes ({', '.join(then[:3])}, ...), the data has "
-                              f"{len(classes)} ({', '.join(classes[:3])}, ...); to fine-tune on other classes, use --pretrained {start.path}")
+                              f"{len(classes)} ({', '.join(classes[:3])}, ...); to fine-tune on other classes, "
+                              f"use --pretrained {start.path}")
     if start.content["steps_per_epoch"] != steps_per_epoch:
         raise CheckpointError(f"{start.path}: its epochs had {start.content['steps_per_epoch']} steps, with this data they have "
                               f"{steps_per_epoch}; the training images are others, use --pretrained {start.path} to start from it")
@@ -350,19 +352,19 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
         logger.info(line)
     model = build_model(config, len(loaders.classes))
     check_input_size(model, config)
-    model.to(device)
     logger.info(f"evaluating {path}" + (f" (step {content['step']})" if own else "") + f" on {config.DATA.DATA_PATH}, "
                 f"{len(loaders.val.dataset.folder)} images, {len(loaders.classes)} classes")
-
-    def judge(state: dict[str, torch.Tensor]) -> Evaluation:
+    # Where a run kept an average, it is what counts; the raw weights are judged beside it.
+    states = [s for s in (content["model"], content["ema"]) if s] if own else [unwrap_state_dict(content, path)]
+    models = [model, *(copy.deepcopy(model) for _ in states[1:])]
+    for judged, state in zip(models, states, strict=True):
         check_finite(state, path)
-        load_state(model, state, config, path)
-        return evaluate(model, loaders.val, device, precision)
-
-    if own and content["ema"]:
-        logger.info(f"raw {judge(content['model']).line()}")
-    state = checkpoint.evaluation_weights(content) if own else unwrap_state_dict(content, path)
-    logger.info(judge(state).line())
+        load_state(judged, state, config, path)
+        judged.to(device)
+    *raw, result = evaluate(models, loaders.val, device, precision)
+    for other in raw:
+        logger.info(f"raw {other.line()}")
+    logger.info(result.line())
 
 
 def _weights_to_judge(config: CfgNode, content: Any) -> tuple[str, Any]:

@@ -1,0 +1,333 @@
+"""CvT: Convolutional vision Transformer.
+
+Paper: "CvT: Introducing Convolutions to Vision Transformers" (ICCV 2021).
+
+What the model is made of: an overlapping convolution embeds the tokens of every stage, so the maps shrink and no
+position embedding is needed; queries, keys and values come from depthwise convolutions over the map, those of keys and
+values strided; a class token joins in the last stage and alone goes to the classifier.
+
+Parameter names are those of the published files. Beyond the official code, a batch of one keeps its axis, an image too
+small for the first kernel is padded to it, and the mean of the last map can take the class token's place (``avg``).
+Parity: tests/test_cvt.py compares logits, features, stages and an epsilon probe with reference outputs.
+
+Shapes: B batch, H W map, C channels, h heads, d head width, N tokens: H*W, one more with the class token in front.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, QuickGELU, calculate_drop_path_rates, trunc_normal_
+from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from models.base import HierarchicalModel, create, default_cfg, make_head
+
+
+class ConvEmbedding(nn.Module):
+    """An overlapping convolution, then a norm (CvT, section 3.1). (B, C', H', W') -> (B, H, W, C)."""
+
+    def __init__(self, in_chans: int, dim: int, kernel: int, stride: int, padding: int):
+        super().__init__()
+        self.least = kernel - 2 * padding
+        self.proj = nn.Conv2d(in_chans, dim, kernel, stride=stride, padding=padding)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pad_h, pad_w = max(0, self.least - x.shape[2]), max(0, self.least - x.shape[3])
+        if pad_h or pad_w:
+            x = F.pad(x, (0, pad_w, 0, pad_h))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention behind convolutional projections (CvT, section 3.2). (B, N, C) -> the same.
+
+    The map passes a depthwise convolution and batch norm for each of queries, keys and values, the class token none.
+    """
+
+    def __init__(self, dim: int, num_heads: int, kernel: int = 3, kv_stride: int = 2, qkv_bias: bool = True,
+                 attn_drop: float = 0.0, proj_drop: float = 0.0, class_token: bool = False):
+        super().__init__()
+        self.num_heads, self.class_token = num_heads, class_token
+        # The official code divides by the root of the stage's width, not of the head's.
+        self.scale = dim ** -0.5
+        self.conv_proj_q = depthwise_bn(dim, kernel, 1)
+        self.conv_proj_k = depthwise_bn(dim, kernel, kv_stride)
+        self.conv_proj_v = depthwise_bn(dim, kernel, kv_stride)
+        self.proj_q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj_k = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj_v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """``size``: height and width of the map."""
+        batch, tokens, dim = x.shape
+        token, x = (x[:, :1], x[:, 1:]) if self.class_token else (None, x)
+        x = x.transpose(1, 2).unflatten(2, size)
+
+        def heads(conv: nn.Module, linear: nn.Linear) -> Tensor:
+            y = conv(x).flatten(2).transpose(1, 2)
+            y = linear(y if token is None else torch.cat([token, y], dim=1))
+            return y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+        x = attend(heads(self.conv_proj_q, self.proj_q), heads(self.conv_proj_k, self.proj_k),
+                   heads(self.conv_proj_v, self.proj_v), self.scale, self.attn_drop)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, dim)))
+
+
+def depthwise_bn(dim: int, kernel: int, stride: int) -> nn.Sequential:
+    """A depthwise convolution without bias, then batch norm. (B, C, H, W) -> (B, C, H/stride, W/stride), rounded up."""
+    return nn.Sequential(OrderedDict(
+        conv=nn.Conv2d(dim, dim, kernel, stride=stride, padding=kernel // 2, bias=False, groups=dim), bn=nn.BatchNorm2d(dim)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: nn.Dropout) -> Tensor:
+    """softmax(scale q k^T) v for (B, h, N, d)."""
+    # Without a bias the fused kernel is the faster one on a CPU too, and never holds the N*N logits: 4 GB at 800x1333.
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=drop.p if drop.training else 0.0, scale=scale)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and around a skip. (B, N, C) -> the same."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop: float = 0.0, drop_path: float = 0.0,
+                 **attention: Any):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, proj_drop=drop, **attention)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=QuickGELU, drop=drop)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), size))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Embedding, possibly a class token, and blocks."""
+
+    def __init__(self, patch_embed: ConvEmbedding, blocks: Sequence[Block], drop: float, token_dim: int = 0):
+        super().__init__()
+        # The embedding's norm does not see the class token.
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, token_dim)) if token_dim else None
+        self.patch_embed = patch_embed
+        self.pos_drop = nn.Dropout(drop)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, checkpointing: bool = False) -> tuple[Tensor | None, Tensor]:
+        """(B, C', H', W') -> the class token (B, 1, C) or None, and the map (B, H, W, C)."""
+        x = self.patch_embed(x)
+        size = (x.shape[1], x.shape[2])
+        x = x.flatten(1, 2)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        x = self.pos_drop(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, size) if checkpointing else block(x, size)
+        token, x = (None, x) if self.cls_token is None else (x[:, :1], x[:, 1:])
+        return token, x.unflatten(1, size)
+
+
+class CvT(HierarchicalModel):
+    """CvT classifier and backbone.
+
+    Args:
+        embed_dims, depths, num_heads, mlp_ratios, patch_sizes, patch_strides, patch_paddings, kv_strides: per stage;
+            patch sizes, strides and paddings are those of the embedding, kv_strides those of keys and values.
+        global_pool: token gives the class token to the classifier, avg the mean of the last map, '' all tokens.
+        drop_path_rate: rate of the last block; it grows linearly over the last stage's blocks, earlier stages have none.
+    """
+
+    pools = ("token", "avg", "")
+
+    def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "token",
+                 embed_dims: Sequence[int] = (64, 192, 384), depths: Sequence[int] = (1, 2, 10),
+                 num_heads: Sequence[int] = (1, 3, 6), mlp_ratios: Sequence[float] = (4, 4, 4),
+                 patch_sizes: Sequence[int] = (7, 3, 3), patch_strides: Sequence[int] = (4, 2, 2),
+                 patch_paddings: Sequence[int] = (2, 1, 1), kv_strides: Sequence[int] = (2, 2, 2), qkv_bias: bool = True,
+                 drop_rate: float = 0.0, attn_drop_rate: float = 0.0, drop_path_rate: float = 0.1):
+        super().__init__()
+        self.num_stages = len(depths)
+        for name, value in (("embed_dims", embed_dims), ("num_heads", num_heads), ("mlp_ratios", mlp_ratios),
+                            ("patch_sizes", patch_sizes), ("patch_strides", patch_strides),
+                            ("patch_paddings", patch_paddings), ("kv_strides", kv_strides)):
+            if len(value) != len(depths):
+                raise ValueError(f"{name} has {len(value)} entries for {len(depths)} stages (depths {list(depths)})")
+        for width, heads in zip(embed_dims, num_heads, strict=True):
+            if width % heads:
+                raise ValueError(f"a stage of width {width} cannot have {heads} heads; the width must be a multiple of the heads")
+        reductions = [patch_strides[0]]
+        for stride in patch_strides[1:]:
+            reductions.append(reductions[-1] * stride)
+        self.init_protocol(num_classes, in_chans, global_pool, drop_rate, embed_dims, reductions,
+                           [f"stage{i}" for i in range(len(depths))])
+        self.num_prefix_tokens = 1
+        for s, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
+            last = s == len(depths) - 1
+            rates = calculate_drop_path_rates(drop_path_rate if last else 0.0, depth)
+            embed = ConvEmbedding(embed_dims[s - 1] if s else in_chans, dim, patch_sizes[s], patch_strides[s], patch_paddings[s])
+            blocks = [Block(dim, num_heads[s], mlp_ratios[s], drop_rate, rate, kv_stride=kv_strides[s], qkv_bias=qkv_bias,
+                            attn_drop=attn_drop_rate, class_token=last) for rate in rates]
+            self.add_module(f"stage{s}", Stage(embed, blocks, drop_rate, dim if last else 0))
+        self.norm = nn.LayerNorm(embed_dims[-1])
+        self.head = make_head(embed_dims[-1], num_classes)
+        self.apply(init_weights)
+        init_head(self.head)
+
+    def stage_modules(self) -> nn.ModuleList:
+        return nn.ModuleList(getattr(self, f"stage{i}") for i in range(self.num_stages))
+
+    def drop_after_stage(self, index: int) -> None:
+        for i in range(index + 1, self.num_stages):
+            delattr(self, f"stage{i}")
+        self.num_stages = index + 1
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith("cls_token")}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return dict(
+            stem=r"^stage0\.patch_embed",
+            blocks=r"^stage(\d+)" if coarse else [
+                (r"^stage(\d+)\.(?:patch_embed|cls_token)", (0,)), (r"^stage(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))])
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        init_head(self.head)
+
+    def run_stages(self, x: Tensor, last: int) -> tuple[Tensor | None, list[Tensor]]:
+        """(B, 3, H, W) -> the class token after stage ``last``, (B, 1, C) or None, and the maps of stages 0..last."""
+        token, outputs = None, []
+        for index in range(min(last + 1, self.num_stages)):
+            token, y = getattr(self, f"stage{index}")(x, self.grad_checkpointing and self.training)
+            outputs.append(y)
+            x = y.permute(0, 3, 1, 2)
+        return token, outputs
+
+    def forward_stages(self, x: Tensor, last: int) -> list[Tensor]:
+        """(B, 3, H, W) -> maps of stages 0..last, (B, H/4, W/4, C) first, without the class token."""
+        return self.run_stages(x, last)[1]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) image to the normed tokens of the last stage, (B, N, C), the class token first."""
+        token, stages = self.run_stages(x, self.num_stages - 1)
+        return self.norm(join_tokens(token, stages[-1]))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, N, C) to logits (B, num_classes), or the pooled features (B, C)."""
+        if self.global_pool == "token":
+            x = x[:, 0]
+        elif self.global_pool == "avg":
+            x = x[:, 1:].mean(dim=1)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False,
+                              stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
+                              ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Stage maps, as in the base class; the final features beside them are tokens (B, N, C), the class token first."""
+        if intermediates_only:
+            return super().forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}; choose NCHW or NHWC")
+        take, deepest = feature_take_indices(len(self.feature_info), indices)
+        final = len(self.feature_info) - 1
+        token, stages = self.run_stages(x, deepest if stop_early else final)
+        y = join_tokens(token, stages[-1])
+        y = self.norm(y) if len(stages) == final + 1 else y
+        intermediates = [self.norm(stages[i]) if norm and i == final else stages[i] for i in take]
+        return y, [m.permute(0, 3, 1, 2) if output_fmt == "NCHW" else m for m in intermediates]
+
+
+def join_tokens(token: Tensor | None, y: Tensor) -> Tensor:
+    """The class token, where there is one, in front of a map's tokens. (B, 1, C), (B, H, W, C) -> (B, N, C)."""
+    y = y.flatten(1, 2)
+    return y if token is None else torch.cat([token, y], dim=1)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Linears and class token normal(0, 0.02), biases 0; norms 1 and 0; convolutions keep torch's default."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, Stage) and module.cls_token is not None:
+        trunc_normal_(module.cls_token, std=0.02)
+
+
+def init_head(head: nn.Module) -> None:
+    """The classifier's bias keeps torch's default, uniform in +-1/sqrt(C)."""
+    if isinstance(head, nn.Linear):
+        bound = head.in_features ** -0.5
+        nn.init.uniform_(head.bias, -bound, bound)
+
+
+def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The published files hold the model's own names and nothing else."""
+    return dict(state)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "cvt_13": dict(embed_dims=(64, 192, 384), depths=(1, 2, 10), num_heads=(1, 3, 6), drop_path_rate=0.1),
+    "cvt_21": dict(embed_dims=(64, 192, 384), depths=(1, 4, 16), num_heads=(1, 3, 6), drop_path_rate=0.1),
+    "cvt_w24": dict(embed_dims=(192, 768, 1024), depths=(2, 2, 20), num_heads=(3, 12, 16), drop_path_rate=0.3),
+}
+
+# The family's config node: its keys and the arguments they set; keys that take one value only; what a label must give.
+NODE_KEYS = {"EMBED_DIMS": "embed_dims", "DEPTHS": "depths", "NUM_HEADS": "num_heads", "MLP_RATIOS": "mlp_ratios",
+             "PATCH_SIZES": "patch_sizes", "PATCH_STRIDES": "patch_strides", "PATCH_PADDINGS": "patch_paddings",
+             "KV_STRIDES": "kv_strides", "QKV_BIAS": "qkv_bias", "IN_CHANS": "in_chans"}
+ONLY: dict[str, Any] = {}
+REQUIRED = ("EMBED_DIMS", "DEPTHS", "NUM_HEADS")
+
+
+def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> CvT:
+    """The model of a variant's or a config node's numbers; nothing in it depends on ``img_size``."""
+    if name in VARIANTS:
+        return timm.create_model(name, **kwargs)
+    return create(CvT, name, False, kwargs, checkpoint_filter_fn, pretrained_cfg=_cfg())
+
+
+def _cfg(**overrides: Any) -> dict[str, Any]:
+    return default_cfg(**dict(dict(pool_size=(14, 14), first_conv="stage0.patch_embed.proj"), **overrides))
+
+
+default_cfgs = generate_default_cfgs({
+    "cvt_13": _cfg(),
+    "cvt_21": _cfg(),
+    "cvt_w24": _cfg(input_size=(3, 384, 384), pool_size=(24, 24), crop_pct=1.0, crop_mode="squash"),
+})
+
+
+def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> CvT:
+    return create(CvT, variant, pretrained, VARIANTS[variant], checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def cvt_13(pretrained: bool = False, **kwargs: Any) -> CvT:
+    """CvT-13: 20.0 M parameters, 4.6 GMACs at 224, 16.3 at 384."""
+    return _create("cvt_13", pretrained, **kwargs)
+
+
+@register_model
+def cvt_21(pretrained: bool = False, **kwargs: Any) -> CvT:
+    """CvT-21: 31.6 M parameters, 7.2 GMACs at 224, 24.8 at 384."""
+    return _create("cvt_21", pretrained, **kwargs)
+
+
+@register_model
+def cvt_w24(pretrained: bool = False, **kwargs: Any) -> CvT:
+    """CvT-W24: 277.2 M parameters, 194.2 GMACs at 384."""
+    return _create("cvt_w24", pretrained, **kwargs)

@@ -1,0 +1,325 @@
+"""Shunted Transformer.
+
+Paper: "Shunted Self-Attention via Multi-Scale Token Aggregation" (CVPR 2022).
+
+What the model is made of: shunted self-attention (SSA) merges keys and values at two rates in one layer, the first half
+of the heads looking at the coarse map and the second half at the fine one; a depthwise convolution over the values adds
+local detail; the MLP passes its hidden map through a depthwise convolution with a skip (detail-specific feed-forward).
+Every stage ends in a norm, whose output is the stage's feature map; the last one's mean goes to the classifier.
+
+Parameter names are those of the published files. Beyond the official code, which fails where a map is smaller than its
+merging kernel, such a map is padded with zeros to the kernel; elsewhere rows and columns left over by a kernel stay
+unseen, as there. Parity: tests/test_shunted.py compares logits, features, stages and an epsilon probe with reference
+outputs.
+
+Shapes: B batch, H W map, C channels, h heads, d head width, R merging rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.models import checkpoint, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from models.base import HierarchicalModel, create, default_cfg, make_head
+
+NORM_EPS = 1e-6  # of the blocks' and stages' norms; those of embeddings and merged maps have torch's 1e-5
+
+
+def pad_to(x: Tensor, least: int) -> Tensor:
+    """(B, C, H, W) with zeros below and to the right so that no side is shorter than ``least``."""
+    pad_h, pad_w = max(0, least - x.shape[2]), max(0, least - x.shape[3])
+    return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
+
+
+class Stem(nn.Module):
+    """Image embedding: a strided convolution, ``extra`` plain ones, a 2x2 patch convolution. (B, 3, H, W) -> (B, H/4, W/4, C)."""
+
+    def __init__(self, in_chans: int, dim: int, extra: int):
+        super().__init__()
+        layers = [nn.Conv2d(in_chans, dim, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(dim), nn.ReLU(inplace=True)]
+        for _ in range(extra):
+            layers += [nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(inplace=True)]
+        self.conv = nn.Sequential(*layers, nn.Conv2d(dim, dim, 2, stride=2))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Of three pixels a side the strided convolution makes two, the least that the patch convolution takes.
+        return self.norm(self.conv(pad_to(x, 3)).permute(0, 2, 3, 1))
+
+
+class ConvEmbedding(nn.Module):
+    """Embedding between stages: an overlapping convolution of stride 2, then a norm. (B, C', H', W') -> (B, H, W, C)."""
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class ShuntedAttention(nn.Module):
+    """SSA: half of the heads on keys and values merged R x R, half on R/2 x R/2 (section 3.1). (B, H, W, C) -> the same."""
+
+    def __init__(self, dim: int, num_heads: int, rate: int, qkv_bias: bool = True, attn_drop: float = 0.0,
+                 proj_drop: float = 0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.sr1 = nn.Conv2d(dim, dim, rate, stride=rate)
+        self.norm1 = nn.LayerNorm(dim)
+        self.sr2 = nn.Conv2d(dim, dim, rate // 2, stride=rate // 2)
+        self.norm2 = nn.LayerNorm(dim)
+        self.kv1 = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv2 = nn.Linear(dim, dim, bias=qkv_bias)
+        self.local_conv1 = nn.Conv2d(dim // 2, dim // 2, 3, padding=1, groups=dim // 2)
+        self.local_conv2 = nn.Conv2d(dim // 2, dim // 2, 3, padding=1, groups=dim // 2)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        coarse, fine = split_heads(self.q(x), self.num_heads).chunk(2, dim=1)
+        y = torch.cat([self.branch(coarse, x, self.sr1, self.norm1, self.kv1, self.local_conv1),
+                       self.branch(fine, x, self.sr2, self.norm2, self.kv2, self.local_conv2)], dim=1)
+        return self.proj_drop(self.proj(join_heads(y, x)))
+
+    def branch(self, q: Tensor, x: Tensor, merge: nn.Conv2d, norm: nn.Module, kv: nn.Linear, local: nn.Conv2d) -> Tensor:
+        """Attention of half of the heads over one merged map. (B, h/2, H*W, d), (B, H, W, C) -> (B, h/2, H*W, d)."""
+        merged = merge(pad_to(x.permute(0, 3, 1, 2), merge.stride[0])).permute(0, 2, 3, 1)
+        k, v = kv(F.gelu(norm(merged))).chunk(2, dim=-1)
+        v = v + over_map(local, v)
+        return attend(q, split_heads(k, self.num_heads // 2), split_heads(v, self.num_heads // 2), self.scale, self.attn_drop)
+
+
+class PlainAttention(nn.Module):
+    """Attention over the whole map, for stages without merging; the local detail is added after it. (B, H, W, C) -> the same."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, attn_drop: float = 0.0, proj_drop: float = 0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.local_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = self.kv(x).chunk(2, dim=-1)
+        y = attend(*(split_heads(t, self.num_heads) for t in (self.q(x), k, v)), self.scale, self.attn_drop)
+        return self.proj_drop(self.proj(join_heads(y, x) + over_map(self.local_conv, v)))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, H, W, C) -> (B, h, H*W, d)"""
+    return x.flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(y: Tensor, x: Tensor) -> Tensor:
+    """(B, h, H*W, d) -> (B, H, W, C), the shape of ``x``."""
+    return y.transpose(1, 2).reshape(x.shape)
+
+
+def over_map(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution over a map whose channels come last. (B, H, W, C) -> the same."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: nn.Dropout) -> Tensor:
+    """softmax(scale q k^T) v for (B, h, N, d)."""
+    # Without a bias the fused kernel is the faster one on a CPU too, and never holds the logits of all pairs.
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=drop.p if drop.training else 0.0, scale=scale)
+
+
+class DepthwiseConv(nn.Module):
+    """A depthwise 3x3 convolution over a map, (B, H, W, C) -> the same; a module for the sake of its published name."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return over_map(self.dwconv, x)
+
+
+class DetailMlp(nn.Module):
+    """The detail-specific feed-forward layer (section 3.2): a depthwise convolution is added to the hidden map."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dwconv = DepthwiseConv(hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return self.drop(self.fc2(self.drop(F.gelu(x + self.dwconv(x)))))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and around a skip. (B, H, W, C) -> the same."""
+
+    def __init__(self, dim: int, num_heads: int, rate: int, mlp_ratio: float = 4.0, qkv_bias: bool = True, drop: float = 0.0,
+                 attn_drop: float = 0.0, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = (ShuntedAttention(dim, num_heads, rate, qkv_bias, attn_drop, drop) if rate > 1
+                     else PlainAttention(dim, num_heads, qkv_bias, attn_drop, drop))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = DetailMlp(dim, int(dim * mlp_ratio), drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ShuntedTransformer(HierarchicalModel):
+    """Shunted Transformer classifier and backbone.
+
+    Args:
+        embed_dims, depths, num_heads, mlp_ratios: per stage.
+        sr_ratios: merging rate R of keys and values per stage, even, or 1 for attention over the whole map.
+        num_conv: plain convolutions in the image embedding.
+        drop_path_rate: rate of the last block; it grows linearly over all blocks.
+    """
+
+    def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg",
+                 embed_dims: Sequence[int] = (64, 128, 256, 512), depths: Sequence[int] = (1, 2, 4, 1),
+                 num_heads: Sequence[int] = (2, 4, 8, 16), mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+                 sr_ratios: Sequence[int] = (8, 4, 2, 1), num_conv: int = 0, qkv_bias: bool = True, drop_rate: float = 0.0,
+                 attn_drop_rate: float = 0.0, drop_path_rate: float = 0.1):
+        super().__init__()
+        self.num_stages = len(depths)
+        for name, value in (("embed_dims", embed_dims), ("num_heads", num_heads), ("mlp_ratios", mlp_ratios),
+                            ("sr_ratios", sr_ratios)):
+            if len(value) != len(depths):
+                raise ValueError(f"{name} has {len(value)} entries for {len(depths)} stages (depths {list(depths)})")
+        for width, heads, rate in zip(embed_dims, num_heads, sr_ratios, strict=True):
+            if width % heads:
+                raise ValueError(f"a stage of width {width} cannot have {heads} heads; the width must be a multiple of the heads")
+            if rate != 1 and (rate < 1 or rate % 2 or heads % 2):
+                raise ValueError(f"a stage of {heads} heads cannot merge at rate {rate}; merging takes an even rate and an even "
+                                 "number of heads, 1 is no merging")
+        self.init_protocol(num_classes, in_chans, global_pool, drop_rate, embed_dims, [4 * 2 ** i for i in range(len(depths))],
+                           [f"norm{i + 1}" for i in range(len(depths))])
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        for s, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
+            self.add_module(f"patch_embed{s + 1}",
+                            ConvEmbedding(embed_dims[s - 1], dim) if s else Stem(in_chans, dim, num_conv))
+            self.add_module(f"block{s + 1}", nn.ModuleList(
+                Block(dim, num_heads[s], sr_ratios[s], mlp_ratios[s], qkv_bias, drop_rate, attn_drop_rate, next(rates))
+                for _ in range(depth)))
+            self.add_module(f"norm{s + 1}", nn.LayerNorm(dim, eps=NORM_EPS))
+        # The stages' outputs are normed already.
+        self.norm = nn.Identity()
+        self.head = make_head(embed_dims[-1], num_classes)
+        self.apply(init_weights)
+
+    def stage_modules(self) -> nn.ModuleList:
+        return nn.ModuleList(getattr(self, f"block{i + 1}") for i in range(self.num_stages))
+
+    def drop_after_stage(self, index: int) -> None:
+        for i in range(index + 1, self.num_stages):
+            for name in ("patch_embed", "block", "norm"):
+                delattr(self, f"{name}{i + 1}")
+        self.num_stages = index + 1
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return dict(
+            stem=r"^patch_embed1",
+            blocks=r"^(?:patch_embed|block|norm)(\d+)" if coarse else [
+                (r"^patch_embed(\d+)", (0,)), (r"^block(\d+)\.(\d+)", None), (r"^norm(\d+)", (99999,))])
+
+    def forward_stages(self, x: Tensor, last: int) -> list[Tensor]:
+        """(B, 3, H, W) -> outputs of stages 0..last, (B, H/4, W/4, C) first, each after its norm."""
+        outputs: list[Tensor] = []
+        for s in range(1, min(last + 1, self.num_stages) + 1):
+            x = getattr(self, f"patch_embed{s}")(x)
+            for block in getattr(self, f"block{s}"):
+                x = checkpoint(block, x) if self.grad_checkpointing and self.training else block(x)
+            outputs.append(getattr(self, f"norm{s}")(x))
+            x = outputs[-1].permute(0, 3, 1, 2)
+        return outputs
+
+
+def init_weights(module: nn.Module) -> None:
+    """Linears normal(0, 0.02); convolutions normal(0, sqrt(2 / fan out)); biases 0; norms 1 and 0."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The published files hold the model's own names and nothing else."""
+    return dict(state)
+
+
+_WIDTHS = dict(embed_dims=(64, 128, 256, 512), num_heads=(2, 4, 8, 16))
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "shunted_t": dict(_WIDTHS, depths=(1, 2, 4, 1), num_conv=0, drop_path_rate=0.1),
+    "shunted_s": dict(_WIDTHS, depths=(2, 4, 12, 1), num_conv=1, drop_path_rate=0.2),
+    "shunted_b": dict(_WIDTHS, depths=(3, 4, 24, 2), num_conv=2, drop_path_rate=0.3),
+}
+
+# The family's config node: its keys and the arguments they set; keys that take one value only; what a label must give.
+NODE_KEYS = {"EMBED_DIMS": "embed_dims", "DEPTHS": "depths", "NUM_HEADS": "num_heads", "MLP_RATIOS": "mlp_ratios",
+             "SR_RATIOS": "sr_ratios", "NUM_CONV": "num_conv", "QKV_BIAS": "qkv_bias", "IN_CHANS": "in_chans"}
+ONLY: dict[str, Any] = {}
+REQUIRED = ("EMBED_DIMS", "DEPTHS", "NUM_HEADS")
+
+
+def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> ShuntedTransformer:
+    """The model of a variant's or a config node's numbers; nothing in it depends on ``img_size``."""
+    if name in VARIANTS:
+        return timm.create_model(name, **kwargs)
+    return create(ShuntedTransformer, name, False, kwargs, checkpoint_filter_fn, pretrained_cfg=_cfg())
+
+
+def _cfg() -> dict[str, Any]:
+    return default_cfg(first_conv="patch_embed1.conv.0")
+
+
+default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
+
+
+def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> ShuntedTransformer:
+    return create(ShuntedTransformer, variant, pretrained, VARIANTS[variant], checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def shunted_t(pretrained: bool = False, **kwargs: Any) -> ShuntedTransformer:
+    """Shunted-T: 11.6 M parameters, 2.1 GMACs at 224."""
+    return _create("shunted_t", pretrained, **kwargs)
+
+
+@register_model
+def shunted_s(pretrained: bool = False, **kwargs: Any) -> ShuntedTransformer:
+    """Shunted-S: 22.4 M parameters, 5.0 GMACs at 224."""
+    return _create("shunted_s", pretrained, **kwargs)
+
+
+@register_model
+def shunted_b(pretrained: bool = False, **kwargs: Any) -> ShuntedTransformer:
+    """Shunted-B: 39.6 M parameters, 8.1 GMACs at 224."""
+    return _create("shunted_b", pretrained, **kwargs)

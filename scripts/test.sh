@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Make the environment and run the tests. Arguments are passed on to pytest, e.g.: bash scripts/test.sh -k config
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+ensure_environment requirements-dev.txt
+python -m pytest "$@"
