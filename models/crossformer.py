@@ -122,7 +122,7 @@ class Attention(nn.Module):
 
     def position_bias(self, group: int, device: torch.device) -> Tensor:
         """(h, N, N)"""
-        table = self.pos(relative_offsets(group, device))
+        table = self.pos(relative_offsets(group, device).to(self.pos.pos_proj.weight.dtype))
         # index_select: the backward of table[index] is not repeatable on two threads.
         bias = table.index_select(0, relative_index(group, device))
         return bias.view(group * group, group * group, self.num_heads).permute(2, 0, 1)

@@ -95,13 +95,16 @@ def read_file(path: str) -> Any:
     if os.path.getsize(path) == 0:
         raise CheckpointError(f"{path}: is empty; the copy or the save was cut off")
     try:
-        verify_digest(path)
+        signed = verify_digest(path)
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(path, device="cpu")
         with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on the pickle protocol of a file that is refused anyway
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, Mapping) and FORMAT_KEY in content and not signed:
+            raise CheckpointError(f"{path}: damaged (its checksum is missing); use another checkpoint")
+        return content
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:

@@ -100,7 +100,7 @@ def test_mistakes_are_one_sentence_with_their_status(tiny_cfg: Path, images: Pat
         ([*cfg, "--resume", here / "bytes.pth"], 3, ["damaged or not a checkpoint"]),
         ([*cfg, "--pretrained", here / "bytes.pth"], 3, ["damaged or not a checkpoint"]),
         ([*cfg, "--resume", here / "empty"], 3, ["is a folder"]),
-        ([*cfg, "--opts", "AUG.AUTO_AUGMENT", "rand-m99-x"], 2, ["AUG.AUTO_AUGMENT"]),
+        ([*cfg, "--opts", "AUG.AUTO_AUGMENT", "nonsense"], 2, ["AUG.AUTO_AUGMENT"]),
         ([*cfg, "--opts", "MODEL.TYPE", "timm", "MODEL.NAME", "resnet81"], 2, ["no model of timm", "resnet"]),
         (["--eval"], 2, ["--eval needs weights", "--resume FILE"]),
         (["--cfg", here / "absent.yaml"], 2, ["no such configuration file"]),

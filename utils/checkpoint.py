@@ -102,13 +102,12 @@ def write_checkpoint(path: str, content: dict[str, Any]) -> None:
     write_atomically(path, write)
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """A checkpoint of this program, verified.
+def require_own(content: Any, path: str) -> dict[str, Any]:
+    """``content`` of a file that must be a checkpoint of this program, in a format this version knows.
 
     Raises:
-        CheckpointError: unreadable or damaged, of a newer format, or somebody else's file of bare weights.
+        CheckpointError: somebody else's file of bare weights, or of a newer format.
     """
-    content = read_file(path)
     if not is_own(content):
         raise CheckpointError(f"{path}: holds weights but no training state; start from it with --pretrained {path}")
     if content[FORMAT_KEY] > FORMAT:
@@ -155,7 +154,7 @@ class CheckpointFolder:
         for step in self.steps():
             path = self.path(step)
             try:
-                return path, read_checkpoint(path), [f"warning: {line}; trying the one before" for line in damage]
+                return path, require_own(read_file(path), path), [f"warning: {line}; trying the one before" for line in damage]
             except CheckpointError as error:
                 damage.append(str(error))
         if damage:

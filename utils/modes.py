@@ -51,7 +51,7 @@ def resolve_config(cfg_file: str | None, opts: list[str]) -> tuple[CfgNode, Any]
         return get_config(None, opts), None
     if not checkpoint.is_own(content):
         raise ConfigError(f"{resume} holds weights without a config; add --cfg with the YAML file of its model")
-    checkpoint.read_checkpoint(resume)
+    checkpoint.require_own(content, resume)
     return config_from_text(content["config"], ["DATA.DATA_PATH", content["data_path"], *opts], resume), content
 
 
@@ -86,10 +86,7 @@ def choose_start(config: CfgNode, resume_content: Any, folder: str, logger: Log)
                 logger.info(line)
             start = Start("auto-resume", path, content)
     if start is None and config.MODEL.RESUME:
-        if not checkpoint.is_own(resume_content):
-            raise CheckpointError(f"{config.MODEL.RESUME}: holds weights but no training state; start from it with "
-                                  f"--pretrained {config.MODEL.RESUME}")
-        start = Start("resume", config.MODEL.RESUME, checkpoint.read_checkpoint(config.MODEL.RESUME))
+        start = Start("resume", config.MODEL.RESUME, checkpoint.require_own(resume_content, config.MODEL.RESUME))
     if start is None:
         start = Start("pretrained", config.MODEL.PRETRAINED) if config.MODEL.PRETRAINED else Start("scratch")
     logger.info(f"start: {start.kind}{' ' + start.path if start.path else ''} (the first there is of: auto-resume from {folder}, "

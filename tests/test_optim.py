@@ -1,0 +1,119 @@
+"""Learning rates at the ends, groups, optimizers by name, losses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.scheduler import CosineLRScheduler
+
+import utils.optim as optim
+from config import ConfigError, get_config
+from models.crossformer import CrossFormer
+
+TINY = dict(embed_dim=16, depths=(1, 2), num_heads=(1, 2), group_size=(4, 4), interval=(2, 1), merge_size=((2, 4),), num_classes=3)
+
+
+def schedule(*opts: object, steps: int = 10, batch: int = 512) -> optim.Schedule:
+    base = ["TRAIN.EPOCHS", "30", "TRAIN.WARMUP_EPOCHS", "5", "TRAIN.BASE_LR", "1.0", "TRAIN.WARMUP_LR", "0.01", "TRAIN.MIN_LR", "0.1"]
+    return optim.build_schedule(get_config(None, [*base, *map(str, opts)]), steps, batch)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_cosine_is_timms(prefix: bool) -> None:
+    """The pure function gives what Swin's and CrossFormer's trainers set, step by step."""
+    ours = schedule("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", prefix)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    theirs = CosineLRScheduler(torch.optim.SGD([parameter], lr=1.0), t_initial=250 if prefix else 300, lr_min=0.1, warmup_lr_init=0.01,
+                               warmup_t=50, warmup_prefix=prefix, cycle_limit=1, t_in_epochs=False)
+    for step in range(300):
+        theirs.step_update(step)
+        assert ours.lr_at(step) == pytest.approx(theirs.optimizer.param_groups[0]["lr"], rel=1e-9), step
+
+
+def test_ends_and_shape() -> None:
+    cosine = schedule("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", "True")
+    assert cosine.lr_at(0) == 0.01 and cosine.lr_at(50) == 1.0 and cosine.lr_at(175) == pytest.approx(0.55)
+    assert cosine.lr_at(300) == pytest.approx(0.1) == cosine.lr_at(400)
+    unshifted = schedule()  # CrossFormer's recipe
+    assert unshifted.lr_at(50) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 6)))
+    linear = schedule("TRAIN.LR_SCHEDULER.NAME", "linear", "TRAIN.LR_SCHEDULER.WARMUP_PREFIX", "True")
+    assert [linear.lr_at(s) for s in (50, 175, 300)] == pytest.approx([1.0, 0.55, 0.1])
+    step = schedule("TRAIN.LR_SCHEDULER.NAME", "step", "TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 10)
+    assert [step.lr_at(s) for s in (60, 99, 100, 200)] == pytest.approx([1, 1, 0.1, 0.01])
+    multi = schedule("TRAIN.LR_SCHEDULER.NAME", "multistep", "TRAIN.LR_SCHEDULER.MULTISTEPS", "[8, 20]", "TRAIN.LR_SCHEDULER.GAMMA", 0.5)
+    assert [multi.lr_at(s) for s in (79, 80, 200)] == pytest.approx([1, 0.5, 0.25])
+    assert schedule("TRAIN.WARMUP_EPOCHS", 0).lr_at(0) == 1.0
+
+
+def test_rates_follow_the_global_batch() -> None:
+    assert schedule(batch=1024).base == 2.0 and schedule(batch=64).floor == pytest.approx(0.0125)
+    assert schedule("TRAIN.LR_BATCH", 0, batch=1024).base == 1.0
+
+
+def test_groups_without_decay() -> None:
+    model = CrossFormer(**TINY)
+    groups = optim.parameter_groups(get_config(), model)
+    decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+    for name, p in model.named_parameters():
+        assert (id(p) in decayed) == (p.ndim > 1 and not name.endswith("bias")), name
+    model.no_weight_decay = lambda: {"head.weight"}
+    groups = optim.parameter_groups(get_config(), model)
+    assert id(model.head.weight) not in {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+
+
+def test_layer_decay_scales_the_rate() -> None:
+    model = CrossFormer(**TINY)
+    optimizer = optim.build_optimizer(get_config(None, ["TRAIN.LAYER_DECAY", "0.5"]), model)
+    optim.set_lr(optimizer, 1.0)
+    rate = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert rate[id(model.head.weight)] == 1.0 and rate[id(model.patch_embed.projs[0].weight)] == min(rate.values()) < 0.2
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "adafactor", "nadamw", "rmsproptf", "fused_adam", "fused_sgd", "fused_lamb"])
+def test_optimizers_by_name_step(name: str) -> None:
+    model = CrossFormer(**TINY)
+    before = model.head.weight.clone()
+    optimizer = optim.build_optimizer(get_config(None, ["TRAIN.OPTIMIZER.NAME", name]), model)
+    optim.set_lr(optimizer, 0.1)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, model.head.weight)
+    if name == "adamw":
+        assert optimizer.defaults["fused"] and optimizer.defaults["betas"] == (0.9, 0.999)
+
+
+def test_unknown_optimizer_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean .*adamw"):
+        optim.check_optimizer(get_config(None, ["TRAIN.OPTIMIZER.NAME", "adamww"]))
+
+
+def test_the_indexs_apex_is_not_nvidias(tmp_path, monkeypatch) -> None:
+    """A package of that name without apex.optimizers is told from the real one."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex/__init__.py").write_text("amp = None\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = get_config(None, ["TRAIN.OPTIMIZER.NAME", "fused_adam", "FUSED_LAYERNORM", "True"])
+    assert len(optim.apex_notices(config)) == 2
+    assert isinstance(optim.build_optimizer(config, CrossFormer(**TINY)), torch.optim.AdamW)
+    (tmp_path / "apex/optimizers.py").write_text("import torch\nclass FusedAdam(torch.optim.Adam):\n    pass\n")
+    (tmp_path / "apex/normalization.py").write_text("import torch\nclass FusedLayerNorm(torch.nn.LayerNorm):\n    pass\n")
+    for name in [n for n in __import__("sys").modules if n == "apex" or n.startswith("apex.")]:
+        monkeypatch.delitem(__import__("sys").modules, name)
+    assert optim.apex_notices(config) == []
+    assert type(optim.build_optimizer(config, CrossFormer(**TINY))).__name__ == "FusedAdam"
+    from models import build_model
+    model = build_model(get_config(None, ["FUSED_LAYERNORM", "True"]), 3)
+    assert type(model.norm).__name__ == "FusedLayerNorm"
+    for name in [n for n in __import__("sys").modules if n == "apex" or n.startswith("apex.")]:
+        monkeypatch.delitem(__import__("sys").modules, name)
+
+
+def test_loss_smooths_hard_targets_only() -> None:
+    logits, hard = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+    loss = optim.build_loss(0.1)
+    assert torch.allclose(loss(logits, hard), F.cross_entropy(logits, hard, label_smoothing=0.1) * 6)
+    soft = F.one_hot(hard, 4).float()
+    assert torch.allclose(loss(logits, soft), -(soft * logits.log_softmax(1)).sum())
