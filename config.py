@@ -162,7 +162,7 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("DATA.ZIP_MODE", False, _bool, "accepted from old files; archives are not read, unpack them"),
     ("DATA.CACHE_MODE", "part", _str, "accepted from old files; has no effect"),
 
-    ("MODEL.TYPE", "crossformer", _str, "model family: crossformer, swin, cvt, shunted, or timm for any timm model"),
+    ("MODEL.TYPE", "crossformer", _str, "family: crossformer, swin, cvt, shunted, mpvit, pvt, pvt_v2, galerkin, or timm for any timm model"),
     ("MODEL.NAME", "crossformer_tiny", _str, "variant of the family, or a label when the family's node gives the numbers"),
     ("MODEL.NUM_CLASSES", 0, _int, "0 counts them in the data; another number must agree with the data"),
     ("MODEL.PRETRAINED", "", _str, "file of weights to start from; head and sizes are adapted"),
@@ -222,6 +222,45 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("MODEL.SHUNTED.NUM_CONV", None, _optional(_int), "plain 3x3 convolutions in the image embedding"),
     ("MODEL.SHUNTED.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
     ("MODEL.SHUNTED.IN_CHANS", None, _optional(_int), "input channels"),
+
+    ("MODEL.MPVIT.EMBED_DIMS", None, _optional(_ints), "width per stage"),
+    ("MODEL.MPVIT.DEPTHS", None, _optional(_ints), "layers of each path's encoder per stage"),
+    ("MODEL.MPVIT.NUM_PATHS", None, _optional(_ints), "paths per stage"),
+    ("MODEL.MPVIT.NUM_HEADS", None, _optional(_ints), "heads per stage"),
+    ("MODEL.MPVIT.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
+    ("MODEL.MPVIT.CRPE_WINDOWS", None, _optional(_int_lists), "pairs of a kernel and the heads it serves, e.g. [[3, 2], [5, 3], [7, 3]]"),
+    ("MODEL.MPVIT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
+    ("MODEL.MPVIT.IN_CHANS", None, _optional(_int), "input channels"),
+
+    ("MODEL.PVT.EMBED_DIMS", None, _optional(_ints), "width per stage"),
+    ("MODEL.PVT.DEPTHS", None, _optional(_ints), "blocks per stage"),
+    ("MODEL.PVT.NUM_HEADS", None, _optional(_ints), "heads per stage"),
+    ("MODEL.PVT.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
+    ("MODEL.PVT.SR_RATIOS", None, _optional(_ints), "reduction of keys and values per stage (1 in the last)"),
+    ("MODEL.PVT.PATCH_SIZE", None, _optional(_int), "patches of the first stage"),
+    ("MODEL.PVT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
+    ("MODEL.PVT.IN_CHANS", None, _optional(_int), "input channels"),
+
+    ("MODEL.PVT_V2.EMBED_DIMS", None, _optional(_ints), "width per stage"),
+    ("MODEL.PVT_V2.DEPTHS", None, _optional(_ints), "blocks per stage"),
+    ("MODEL.PVT_V2.NUM_HEADS", None, _optional(_ints), "heads per stage"),
+    ("MODEL.PVT_V2.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
+    ("MODEL.PVT_V2.SR_RATIOS", None, _optional(_ints), "reduction of keys and values per stage"),
+    ("MODEL.PVT_V2.LINEAR", None, _optional(_bool), "keys and values from a 7x7 pooled map in every stage (b2_li)"),
+    ("MODEL.PVT_V2.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
+    ("MODEL.PVT_V2.IN_CHANS", None, _optional(_int), "input channels"),
+
+    ("MODEL.GALERKIN.EMBED_DIM", None, _optional(_int), "width of the first stage"),
+    ("MODEL.GALERKIN.DEPTHS", None, _optional(_ints), "blocks per stage"),
+    ("MODEL.GALERKIN.NUM_HEADS", None, _optional(_ints), "heads per stage"),
+    ("MODEL.GALERKIN.PATCH_SIZE", None, _optional(_int), "4 for strides 4 to 32, 2 for 2 to 16"),
+    ("MODEL.GALERKIN.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width"),
+    ("MODEL.GALERKIN.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
+    ("MODEL.GALERKIN.PATCH_NORM", None, _optional(_bool), "layer norm after the image embedding"),
+    ("MODEL.GALERKIN.NORM_EPS", None, _optional(_float), "eps of the norms of keys and values"),
+    ("MODEL.GALERKIN.OUT_PROJ", None, _optional(_bool), "a linear after the heads"),
+    ("MODEL.GALERKIN.POSITIONS", None, _optional(_bool), "give the attention the tokens' coordinates (implies OUT_PROJ)"),
+    ("MODEL.GALERKIN.IN_CHANS", None, _optional(_int), "input channels"),
 
     ("TRAIN.EPOCHS", 300, _int, "passes over the training images"),
     ("TRAIN.START_EPOCH", 0, _int, "accepted from old files; the checkpoint's step decides"),
@@ -283,7 +322,7 @@ _SECTIONS = {key.rsplit(".", n)[0] for key in _KIND for n in range(1, key.count(
 _SECTION_ALIASES = {"MODEL.CROS": "MODEL.CROSSFORMER"}
 _TYPE_ALIASES = {"cross-scale": "crossformer"}
 
-MODEL_TYPES = ("crossformer", "swin", "cvt", "shunted", "timm")
+MODEL_TYPES = ("crossformer", "swin", "cvt", "shunted", "mpvit", "pvt", "pvt_v2", "galerkin", "timm")
 
 
 def default_config() -> CfgNode:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import ConfigError, image_size
-from models import crossformer, cvt, shunted, swin
+from models import crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin
 from models.weights import LoadReport, check_fits, load_pretrained_file
 
 # A family module gives VARIANTS (name -> kwargs), build(name, kwargs), NODE_KEYS (config key -> kwarg) and
 # checkpoint_filter_fn; REQUIRED are the numbers without which a label is not a model.
-_FAMILIES: dict[str, ModuleType] = {"crossformer": crossformer, "swin": swin, "cvt": cvt, "shunted": shunted}
+_FAMILIES: dict[str, ModuleType] = {
+    "crossformer": crossformer, "swin": swin, "cvt": cvt, "shunted": shunted, "mpvit": mpvit, "pvt": pvt, "pvt_v2": pvt_v2,
+    "galerkin": galerkin}
 
 
 def variants(family: str) -> list[str]:

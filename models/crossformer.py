@@ -48,7 +48,7 @@ class CrossScaleEmbedding(nn.Module):
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        pad_h, pad_w = -x.shape[2] % self.stride, -x.shape[3] % self.stride
+        pad_h, pad_w = ((self.stride - side % self.stride) % self.stride for side in x.shape[2:])
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h))
         return self.norm(torch.cat([proj(x) for proj in self.projs], dim=1).permute(0, 2, 3, 1))
@@ -184,7 +184,7 @@ class Block(nn.Module):
         if min(height, width) <= group:
             group, interval = min(height, width), 1
         span = group * interval
-        pad_h, pad_w = -height % span, -width % span
+        pad_h, pad_w = (span - height % span) % span, (span - width % span) % span
         mask = None
         if pad_h or pad_w:
             # Zeros after the norm: the keys and values of padding are the projection's biases.

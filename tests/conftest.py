@@ -109,6 +109,14 @@ class InProcess:
         return subprocess.CompletedProcess(arguments, status, captured.out, captured.err)
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Models share code objects; without this torch.compile would fall back to dynamic shapes from test to test."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 @pytest.fixture
 def program(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> InProcess:
     return InProcess(tmp_path, capsys, monkeypatch)

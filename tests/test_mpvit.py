@@ -95,7 +95,8 @@ def test_layers_of_a_path_share_their_encodings():
         for other in others:
             for layer in (0, 1):
                 assert state[path + other.format(layer)].data_ptr() == state[path + first].data_ptr()
-    assert state["mhca_stages.2.mhca_blks.1.cpe.proj.bias"].data_ptr() != state["mhca_stages.2.mhca_blks.0.cpe.proj.bias"].data_ptr()
+    paths = [state[f"mhca_stages.2.mhca_blks.{i}.cpe.proj.bias"].data_ptr() for i in range(3)]
+    assert len(set(paths)) == 3
 
 
 @torch.no_grad()
@@ -115,14 +116,16 @@ def test_initial_values():
     for conv, kernel in ((encoder.cpe.proj, 3), *zip(encoder.crpe.conv_list, (3, 5, 7), strict=True)):
         assert conv.kernel_size == (kernel, kernel)
         assert conv.weight.std() == pytest.approx(1 / kernel / 3 ** 0.5, rel=0.1) and conv.bias.abs().max() <= 1 / kernel
-    assert all(m.weight.eq(1).all() and not m.bias.any() for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d)))
+    norms = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d))]
+    assert all(m.weight.eq(1).all() and not m.bias.any() for m in norms)
     assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
 
 
 def test_drop_path_grows_over_layers_alike_in_every_path():
     model = meta("mpvit_base")
     for path in range(2):
-        rates = [getattr(layer.drop_path, "drop_prob", 0.0) for stage in model.mhca_stages for layer in stage.mhca_blks[path].MHCA_layers]
+        layers = [layer for stage in model.mhca_stages for layer in stage.mhca_blks[path].MHCA_layers]
+        rates = [getattr(layer.drop_path, "drop_prob", 0.0) for layer in layers]
         assert rates == pytest.approx([0.3 * i / 14 for i in range(15)])
     for name, rate in (("mpvit_tiny", 0.0), ("mpvit_xsmall", 0.0), ("mpvit_small", 0.05)):
         assert getattr(meta(name).mhca_stages[3].mhca_blks[0].MHCA_layers[-1].drop_path, "drop_prob", 0.0) == pytest.approx(rate)
@@ -221,7 +224,8 @@ def test_layer_decay_groups():
     model = small()
     groups = group_with_matcher(model.named_parameters(), model.group_matcher(), reverse=True)
     path = "mhca_stages.{}.mhca_blks.0.MHCA_layers.{}.norm1.weight"
-    order = ["stem.0.conv.weight", path.format(0, 0), path.format(1, 0), path.format(1, 1), path.format(2, 0), "cls_head.cls.weight"]
+    order = ["stem.0.conv.weight", path.format(0, 0), path.format(1, 0), path.format(1, 1), path.format(2, 0),
+             "cls_head.cls.weight"]
     assert [groups[name] for name in order] == list(range(6))
     assert groups["mhca_stages.1.aggregate.conv.weight"] == 3
     for name in ("patch_embed_stages.1.patch_embeds.0.patch_conv.bn.weight", "mhca_stages.1.mhca_blks.0.cpe.proj.weight",
@@ -230,6 +234,7 @@ def test_layer_decay_groups():
 
 
 def test_compile_and_export():
+    torch.compiler.reset()  # all families share one forward, whose compiled forms would add up
     model = small(embed_dims=(16, 24), num_paths=(2, 1), depths=(1, 1), num_heads=(8, 8), mlp_ratios=(2, 2)).eval()
     x = torch.randn(2, 3, 24, 40)
     with torch.no_grad():

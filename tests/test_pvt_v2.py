@@ -96,7 +96,8 @@ def test_names_and_counts(name):
 def test_initial_values():
     model = build("pvt_v2_b1")
     block = model.stages[1].blocks[1]
-    assert block.attn.kv.weight.std() == pytest.approx(0.02, rel=0.03) and model.head.weight.std() == pytest.approx(0.02, rel=0.03)
+    for linear in (block.attn.kv, model.head):
+        assert linear.weight.std() == pytest.approx(0.02, rel=0.03)
     assert block.mlp.dwconv.weight.std() == pytest.approx((2 / 9) ** 0.5, rel=0.03)  # here divided by the groups
     assert block.attn.sr.weight.std() == pytest.approx((2 / (16 * 128)) ** 0.5, rel=0.03)
     assert not any(m.bias.any() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from models.weights import FORMAT_KEY, TRAILER_MAGIC, CheckpointError, check_finite, check_fits, read_file
+from utils.ema import WeightAverage
 from utils.files import link_atomically, write_atomically
 
 FORMAT = 1
@@ -41,7 +41,7 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: ModelEmaV3 | None = None
+    ema: WeightAverage | None = None
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)
     loss_sums: list[float] = field(default_factory=list)

@@ -93,7 +93,7 @@ def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[tuple
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         if state.ema is not None:
-            state.ema.update(state.model, step=state.step)
+            state.ema.update(state.model, state.step)
         after_step(state, progress)
 
 

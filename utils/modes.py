@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 from yacs.config import CfgNode
 
@@ -21,6 +20,7 @@ from models.weights import CheckpointError, check_finite, read_file, unwrap_stat
 from utils import checkpoint, distributed, optim
 from utils.checkpoint import CheckpointFolder, TrainState
 from utils.device import Precision, choose_precision, peak_memory_mib
+from utils.ema import WeightAverage
 from utils.engine import Evaluation, Progress, StepPlan, evaluate, require_finite, train_one_epoch
 from utils.files import remove_leftovers, replace_file
 from utils.logger import log_to_file
@@ -151,9 +151,7 @@ def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger
         else:
             logger.info("notice: SyncBN needs GPUs; batch norm stays each process's own")
     model.to(device)
-    ema = None
-    if config.TRAIN.EMA_DECAY:
-        ema = ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=config.TRAIN.EMA_WARMUP)
+    ema = WeightAverage(model, config.TRAIN.EMA_DECAY, config.TRAIN.EMA_WARMUP) if config.TRAIN.EMA_DECAY else None
     state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, ema)
     if start.content is not None:
         state.load_state_dict(start.content, start.path)

@@ -1,0 +1,45 @@
+"""The running average of the weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from utils.ema import WeightAverage
+
+
+class Shared(nn.Module):
+    """One layer under two names, and a batch norm with its counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.b = self.a
+        self.norm = nn.BatchNorm1d(3)
+
+
+def test_each_tensor_is_averaged_once() -> None:
+    model = Shared()
+    average = WeightAverage(model, 0.9)
+    start = model.a.weight.detach().clone()
+    with torch.no_grad():
+        model.a.weight += 1
+        model.norm.running_mean += 1
+        model.norm.num_batches_tracked += 5
+    average.update(model, 1)
+    assert torch.allclose(average.module.a.weight, start + 0.1) and average.module.b.weight is average.module.a.weight
+    assert torch.allclose(average.module.norm.running_mean, torch.full((3,), 0.1)) and average.module.norm.num_batches_tracked == 5
+    average.update(model, 2)
+    assert torch.allclose(average.module.a.weight, start + 0.19)
+    assert not any(p.requires_grad for p in average.module.parameters())
+
+
+def test_warm_up_forgets_the_beginning() -> None:
+    model = nn.Linear(1, 1)
+    average = WeightAverage(model, 0.999, warmup=True)
+    with torch.no_grad():
+        model.weight += 1
+    before = average.module.weight.clone()
+    average.update(model, 1)
+    assert float(average.module.weight - before) == pytest.approx(1 - 2 / 11)
