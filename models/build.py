@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import logging
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,7 @@ from yacs.config import CfgNode
 
 from config import ConfigError, image_size
 from models import crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin
-from models.weights import LoadReport, check_fits, load_pretrained_file
+from models.weights import CheckpointError, LoadReport, check_fits, fit_pretrained, load_pretrained_file, read_class_map
 
 # A family module gives VARIANTS (name -> kwargs), build(name, kwargs), NODE_KEYS (config key -> kwarg) and
 # checkpoint_filter_fn; REQUIRED are the numbers without which a label is not a model.
@@ -54,10 +55,38 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
     return model
 
 
+# timm's names of the weights that `--pretrained hub` fetches for the families that are timm's.
+_HUB = {"swin_tiny": "swin_tiny_patch4_window7_224", "swin_small": "swin_small_patch4_window7_224",
+        "swin_base": "swin_base_patch4_window7_224", "swin_base_384": "swin_base_patch4_window12_384",
+        "swin_large": "swin_large_patch4_window7_224"}
+
+
 def load_pretrained(model: nn.Module, path: str, config: CfgNode) -> LoadReport:
-    """Start ``model`` from a file of weights, by the rules of its family (``models.weights``)."""
-    family = _FAMILIES.get(config.MODEL.TYPE)
-    return load_pretrained_file(model, path, getattr(family, "checkpoint_filter_fn", None))
+    """Start ``model`` from a file of weights, or with ``hub`` from timm's own, by the rules of its family.
+
+    Raises:
+        CheckpointError: unreadable, unsafe or other weights, or the hub cannot be reached.
+        ConfigError: ``hub`` for a model that timm has no weights of.
+    """
+    translate = getattr(_FAMILIES.get(config.MODEL.TYPE), "checkpoint_filter_fn", None)
+    class_map = read_class_map(config.MODEL.CLASS_MAP) if config.MODEL.CLASS_MAP else None
+    if path == "hub":
+        return fit_pretrained(model, _hub_weights(config), "hub", translate, class_map)
+    return load_pretrained_file(model, path, translate, class_map)
+
+
+def _hub_weights(config: CfgNode) -> dict[str, Tensor]:
+    name = _HUB.get(config.MODEL.NAME, config.MODEL.NAME)
+    described = timm.get_pretrained_cfg(name) if timm.is_model(name) and config.MODEL.TYPE in ("timm", "swin", "pvt_v2") else None
+    if described is None or not described.has_weights:
+        raise ConfigError(f"MODEL.PRETRAINED is hub, but timm has no weights of {config.MODEL.NAME}; give a file")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # the hub's client raises many kinds when it cannot reach its server
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise CheckpointError(f"timm's weights of {name} cannot be fetched from the hub here ({reason}); download them where there is "
+                              "a network and give the file with --pretrained FILE") from None
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], config: CfgNode, path: str) -> None:

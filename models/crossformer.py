@@ -79,17 +79,42 @@ class PatchMerging(nn.Module):
 
 
 class DynamicPositionBias(nn.Module):
-    """DPB: an MLP from the offset (dy, dx) to a bias per head (CrossFormer, section 3.2.2). ((2G-1)^2, 2) -> (.., h)."""
+    """DPB: an MLP from the offset (dy, dx) to a bias per head (CrossFormer, section 3.2.2). ((2G-1)^2, 2) -> (.., h).
 
-    def __init__(self, dim: int, num_heads: int):
+    ``residual`` adds skips around the two hidden layers, the paper's ablation; the published models have none.
+    """
+
+    def __init__(self, dim: int, num_heads: int, residual: bool = False):
         super().__init__()
+        self.residual = residual
         self.pos_proj = nn.Linear(2, dim)
         self.pos1 = nn.Sequential(nn.LayerNorm(dim), nn.ReLU(), nn.Linear(dim, dim))
         self.pos2 = nn.Sequential(nn.LayerNorm(dim), nn.ReLU(), nn.Linear(dim, dim))
         self.pos3 = nn.Sequential(nn.LayerNorm(dim), nn.ReLU(), nn.Linear(dim, num_heads))
 
     def forward(self, offsets: Tensor) -> Tensor:
-        return self.pos3(self.pos2(self.pos1(self.pos_proj(offsets))))
+        x = self.pos_proj(offsets)
+        for layer in (self.pos1, self.pos2):
+            x = x + layer(x) if self.residual else layer(x)
+        return self.pos3(x)
+
+
+class PositionTable(nn.Module):
+    """Swin's relative position bias, an ablation: a learned row per offset of a group of ``group_size``."""
+
+    def __init__(self, group_size: int, num_heads: int):
+        super().__init__()
+        self.group_size = group_size
+        self.table = nn.Parameter(torch.empty((2 * group_size - 1) ** 2, num_heads))
+        trunc_normal_(self.table, std=0.02)
+
+    def forward(self, offsets: Tensor) -> Tensor:
+        """Offsets of a group no larger than the table's; (.., h)."""
+        offsets = offsets.long() + self.group_size - 1
+        return self.table.index_select(0, offsets[:, 0] * (2 * self.group_size - 1) + offsets[:, 1])
+
+
+POSITIONS = ("dpb", "dpb_residual", "table", "none")
 
 
 def relative_offsets(group: int, device: torch.device) -> Tensor:
@@ -107,22 +132,28 @@ def relative_index(group: int, device: torch.device) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention within groups, with DPB. (B*groups, N, C) -> the same."""
+    """Multi-head self-attention within groups, with a position bias (``POSITIONS``). (B*groups, N, C) -> the same."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, qk_scale: float | None = None,
-                 attn_drop: float = 0.0, proj_drop: float = 0.0):
+                 attn_drop: float = 0.0, proj_drop: float = 0.0, position: str = "dpb", group_size: int = 7):
         super().__init__()
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.pos = DynamicPositionBias(dim // 16, num_heads)
+        self.pos: nn.Module | None = None
+        if position == "table":
+            self.pos = PositionTable(group_size, num_heads)
+        elif position != "none":
+            self.pos = DynamicPositionBias(dim // 16, num_heads, residual=position == "dpb_residual")
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def position_bias(self, group: int, device: torch.device) -> Tensor:
-        """(h, N, N)"""
-        table = self.pos(relative_offsets(group, device).to(self.pos.pos_proj.weight.dtype))
+        """(h, N, N), or (h, 1, 1) of zeros without a position bias"""
+        if self.pos is None:
+            return torch.zeros(self.num_heads, 1, 1, device=device)
+        table = self.pos(relative_offsets(group, device).to(next(self.pos.parameters()).dtype))
         # index_select: the backward of table[index] is not repeatable on two threads.
         bias = table.index_select(0, relative_index(group, device))
         return bias.view(group * group, group * group, self.num_heads).permute(2, 0, 1)
@@ -159,11 +190,11 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, group_size: int, interval: int = 1, mlp_ratio: float = 4.0,
                  qkv_bias: bool = True, qk_scale: float | None = None, drop: float = 0.0, attn_drop: float = 0.0,
-                 drop_path: float = 0.0, acl: bool = False, mask_padding: bool = True):
+                 drop_path: float = 0.0, acl: bool = False, mask_padding: bool = True, position: str = "dpb"):
         super().__init__()
         self.group_size, self.interval, self.mask_padding = group_size, interval, mask_padding
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop, position, group_size)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
@@ -260,6 +291,10 @@ class CrossFormer(HierarchicalModel):
         group_size, interval: per stage. An odd block of a stage is LDA with that interval, an even one SDA.
         use_acl: amplitude cooling after blocks i with (i + 1) % 3 == 0, but for a stage's last block.
         mask_padding: keep attention from padded keys.
+        attention: ``lsda`` alternates SDA and LDA; ``sda`` and ``lda`` use one of them alone (the paper's ablation).
+        position: ``dpb``, ``dpb_residual``, ``table`` (Swin's relative bias) or ``none``.
+        ape: a learned absolute position embedding of ``img_size`` on the tokens, resized for other sizes. With
+            ``position="none"`` it is the paper's ablation with absolute positions.
         drop_path_rate: rate of the last block; it grows linearly over all blocks.
     """
 
@@ -270,7 +305,8 @@ class CrossFormer(HierarchicalModel):
                  merge_size: Sequence[Sequence[int]] = ((2, 4), (2, 4), (2, 4)),
                  mlp_ratio: float | Sequence[float] = 4.0, qkv_bias: bool = True, qk_scale: float | None = None,
                  patch_norm: bool = True, group_type: str = "constant", use_acl: bool = False, mask_padding: bool = True,
-                 drop_rate: float = 0.0, attn_drop_rate: float = 0.0, drop_path_rate: float = 0.1):
+                 attention: str = "lsda", position: str = "dpb", ape: bool = False, drop_rate: float = 0.0, attn_drop_rate: float = 0.0,
+                 drop_path_rate: float = 0.1):
         super().__init__()
         stages = len(depths)
         for name, value in (("num_heads", num_heads), ("group_size", group_size), ("interval", interval)):
@@ -278,8 +314,10 @@ class CrossFormer(HierarchicalModel):
                 raise ValueError(f"{name} has {len(value)} entries for {stages} stages (depths {list(depths)})")
         if len(merge_size) < stages - 1:
             raise ValueError(f"merge_size has {len(merge_size)} entries; {stages} stages need {stages - 1}")
-        if group_type not in GROUP_TYPES:
-            raise ValueError(f"group_type is {group_type!r}; choose from {', '.join(GROUP_TYPES)}")
+        for name, value, choices in (("group_type", group_type, GROUP_TYPES), ("position", position, POSITIONS),
+                                     ("attention", attention, ("lsda", "sda", "lda"))):
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}; choose from {', '.join(choices)}")
         widths = [embed_dim * 2 ** i for i in range(stages)]
         for width, heads in zip(widths, num_heads, strict=True):
             if width % heads or width < 16:
@@ -290,6 +328,11 @@ class CrossFormer(HierarchicalModel):
         self.init_protocol(num_classes, in_chans, global_pool, 0.0, widths, [stride * 2 ** i for i in range(stages)],
                            [f"layers.{i}" for i in range(stages)])
         self.patch_embed = CrossScaleEmbedding(embed_dim, patch_size, in_chans, patch_norm)
+        self.absolute_pos_embed = None
+        if ape:
+            height, width = img_size if isinstance(img_size, (tuple, list)) else (img_size, img_size)
+            self.absolute_pos_embed = nn.Parameter(torch.empty(1, -(-height // stride), -(-width // stride), embed_dim))
+            trunc_normal_(self.absolute_pos_embed, std=0.02)
         self.pos_drop = nn.Dropout(drop_rate)
         side = min(img_size) if isinstance(img_size, (tuple, list)) else img_size
         base = max(1, side // stride)
@@ -300,9 +343,10 @@ class CrossFormer(HierarchicalModel):
             blocks = []
             for i in range(depth):
                 group = group_size_of(group_type, group_size[s], block, sum(depths), s, i, base, max(1, base // 2 ** s))
+                far = attention == "lda" or (attention == "lsda" and i % 2 == 1)
                 blocks.append(Block(
-                    widths[s], num_heads[s], group, interval[s] if i % 2 else 1, ratios[s], qkv_bias, qk_scale, drop_rate,
-                    attn_drop_rate, rates[block], use_acl and (i + 1) % 3 == 0 and i < depth - 1, mask_padding))
+                    widths[s], num_heads[s], group, interval[s] if far else 1, ratios[s], qkv_bias, qk_scale, drop_rate,
+                    attn_drop_rate, rates[block], use_acl and (i + 1) % 3 == 0 and i < depth - 1, mask_padding, position))
                 block += 1
             self.layers.append(Stage(blocks, PatchMerging(widths[s], merge_size[s]) if s < stages - 1 else None))
         self.norm = nn.LayerNorm(widths[-1])
@@ -317,15 +361,23 @@ class CrossFormer(HierarchicalModel):
             del self.layers[index].downsample
 
     @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        tables = {name for name, _ in self.named_parameters() if name.endswith("attn.pos.table")}
+        return tables | ({"absolute_pos_embed"} if self.absolute_pos_embed is not None else set())
+
+    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         return dict(
-            stem=r"^patch_embed",
+            stem=r"^patch_embed|^absolute_pos_embed",
             blocks=r"^layers\.(\d+)" if coarse else [
                 (r"^layers\.(\d+)\.downsample", (0,)), (r"^layers\.(\d+)\.\w+\.(\d+)", None), (r"^norm", (99999,))])
 
     def forward_stages(self, x: Tensor, last: int) -> list[Tensor]:
         """(B, 3, H, W) -> outputs of stages 0..last, (B, H/4, W/4, C) first, each before its merging."""
-        x = self.pos_drop(self.patch_embed(x))
+        x = self.patch_embed(x)
+        if self.absolute_pos_embed is not None:
+            x = x + self.absolute_positions(x.shape[1], x.shape[2])
+        x = self.pos_drop(x)
         outputs: list[Tensor] = []
         for index, stage in enumerate(self.layers[:last + 1]):
             if index:
@@ -336,6 +388,14 @@ class CrossFormer(HierarchicalModel):
                 x = stage.blocks(x)
             outputs.append(x)
         return outputs
+
+
+    def absolute_positions(self, height: int, width: int) -> Tensor:
+        """The absolute embedding for a map of that size, (1, H, W, C)."""
+        embed = self.absolute_pos_embed
+        if embed.shape[1:3] == (height, width):
+            return embed
+        return F.interpolate(embed.permute(0, 3, 1, 2), (height, width), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
 
 
 def init_weights(module: nn.Module) -> None:
@@ -370,8 +430,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 NODE_KEYS = {"EMBED_DIM": "embed_dim", "DEPTHS": "depths", "NUM_HEADS": "num_heads", "GROUP_SIZE": "group_size",
              "INTERVAL": "interval", "PATCH_SIZE": "patch_size", "MERGE_SIZE": "merge_size", "MLP_RATIO": "mlp_ratio",
              "IN_CHANS": "in_chans", "QKV_BIAS": "qkv_bias", "QK_SCALE": "qk_scale", "PATCH_NORM": "patch_norm",
-             "GROUP_TYPE": "group_type", "USE_ACL": "use_acl", "NO_MASK": "no_mask"}
-ONLY = {"APE": False, "USE_CPE": False, "PAD_TYPE": 0, "ADAPT_INTER": False}
+             "GROUP_TYPE": "group_type", "USE_ACL": "use_acl", "NO_MASK": "no_mask",
+             "ATTENTION": "attention", "POSITION": "position", "APE": "ape"}
+ONLY = {"USE_CPE": False, "PAD_TYPE": 0, "ADAPT_INTER": False}
 REQUIRED = ("EMBED_DIM", "DEPTHS", "NUM_HEADS")
 
 

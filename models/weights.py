@@ -194,11 +194,17 @@ class LoadReport:
     kept: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)   # the model keeps its fresh tensor (classifier)
     adapted: list[str] = field(default_factory=list)    # reshaped to fit (input channels, position tables)
+    mapped: list[str] = field(default_factory=list)     # classifier rows picked by a class map
+    skipped: list[str] = field(default_factory=list)    # in the file, known to be derived or of no use, left out
 
     def summary(self, path: str) -> str:
         line = f"pretrained {path}: {len(self.kept)} tensors kept"
         if self.adapted:
             line += f", {len(self.adapted)} resized ({', '.join(self.adapted[:4])}{', ...' if len(self.adapted) > 4 else ''})"
+        if self.mapped:
+            line += f", head mapped ({', '.join(self.mapped)})"
+        if self.skipped:
+            line += f", {len(self.skipped)} skipped ({', '.join(self.skipped[:2])}{', ...' if len(self.skipped) > 2 else ''})"
         if self.replaced:
             line += f", head replaced by a fresh one ({', '.join(self.replaced)})"
         return line
@@ -231,22 +237,55 @@ def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def read_class_map(path: str) -> list[int]:
+    """Rows of a larger classifier, one number a line, in the order of the classes that are kept.
+
+    Raises:
+        CheckpointError: unreadable, or a line is no row number; names the line.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = file.read().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: the class map cannot be read ({getattr(error, 'strerror', None) or 'not text'})") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            if not line.strip().isdecimal():
+                raise CheckpointError(f"{path}:{number}: {line.strip()[:40]!r} is no row number")
+            rows.append(int(line))
+    return rows
+
+
 def load_pretrained_file(model: nn.Module, path: str,
-                         filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None) -> LoadReport:
+                         filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
+                         class_map: list[int] | None = None) -> LoadReport:
     """Start ``model`` from the weights in ``path``; every other tensor than classifier and input must fit exactly.
 
     The classifier is replaced by the model's fresh one where the class counts differ (and left out where the model
     has none); the first convolution is adapted to another number of input channels.
 
+    Args:
+        filter_fn: the family's translation of published names and sizes.
+        class_map: rows to pick from a larger classifier (``read_class_map``); without it such a head is replaced.
+
     Raises:
         CheckpointError: unreadable, unsafe, or not this model's weights; names the first tensors.
     """
     path = os.fspath(path)
-    source = read_state_dict(path)
+    return fit_pretrained(model, read_state_dict(path), path, filter_fn, class_map)
+
+
+def fit_pretrained(model: nn.Module, source: dict[str, Tensor], path: str,
+                   filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
+                   class_map: list[int] | None = None) -> LoadReport:
+    """``load_pretrained_file`` of weights that are already read; ``path`` is what messages call them."""
     state = filter_fn(source, model) if filter_fn else dict(source)
     check_finite(state, path)
     own, report = model.state_dict(), LoadReport()
     heads = classifier_prefixes(model)
+    if class_map:
+        _pick_classes(state, own, heads, class_map, path, report)
     for name in list(state):
         is_head = any(name == head or name.startswith(head + ".") for head in heads)
         if is_head and (name not in own or own[name].shape != state[name].shape):
@@ -257,7 +296,7 @@ def load_pretrained_file(model: nn.Module, path: str,
             from timm.models import adapt_input_conv
             state[name] = adapt_input_conv(own[name].shape[1], state[name])
             report.adapted.append(name)
-        elif name in own and name in source and source[name].shape != state[name].shape:
+        elif name in own and name in source and source[name].shape != state[name].shape and not is_head:
             report.adapted.append(name)
         else:
             report.kept.append(name)
@@ -270,7 +309,29 @@ def load_pretrained_file(model: nn.Module, path: str,
     pruned = getattr(model, "num_classes", None) == 0
     check_fits(model, state, path, may_miss=absent if report.replaced or pruned else ())
     model.load_state_dict({name: state.get(name, own[name]) for name in own})
+    # A filter may rename; what it drops is what the state dict lacks under any name and shape.
+    if filter_fn and len(source) > len(state) + len(report.replaced):
+        report.skipped = [name for name in source if name not in own and name not in state and _derived(name)]
     return report
+
+
+def _derived(name: str) -> bool:
+    """Names of masks, indices and offset tables that trainers saved with the weights."""
+    return name.endswith(("attn_mask", "relative_position_index", "attn.biases"))
+
+
+def _pick_classes(state: dict[str, Tensor], own: Mapping[str, Tensor], heads: tuple[str, ...], class_map: list[int], path: str,
+                  report: LoadReport) -> None:
+    """Replace the classifier's rows in ``state`` by those that the map names, in place."""
+    for name in [n for n in state if n in own and any(n.startswith(head + ".") for head in heads)]:
+        rows, wanted = state[name].shape[0], own[name].shape[0]
+        if rows == wanted:
+            continue
+        if len(class_map) != wanted or max(class_map) >= rows:
+            raise CheckpointError(f"{path}: MODEL.CLASS_MAP names {len(class_map)} rows up to {max(class_map)}, but the model has "
+                                  f"{wanted} classes and the file's head {rows} rows")
+        state[name] = state[name].index_select(0, torch.tensor(class_map))
+        report.mapped.append(f"{name} {rows} -> {wanted} rows")
 
 
 def _is_input_weight(own: Tensor, given: Tensor) -> bool:

@@ -13,7 +13,7 @@ from config import get_config
 from models import build_model
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import model_table  # noqa: E402
+import model_table
 
 # Exact parameter counts of the published variants.
 PARAMETERS = {

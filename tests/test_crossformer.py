@@ -300,3 +300,31 @@ def test_one_graph_under_compile(compiled: str) -> None:
     expected = model(x)
     torch.manual_seed(0)
     assert torch.allclose(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kwargs", [
+    dict(patch_size=(4,), merge_size=((2,),)), dict(attention="sda"), dict(attention="lda"), dict(position="dpb_residual"),
+    dict(position="table"), dict(position="none"), dict(position="none", ape=True)])
+def test_ablations_of_the_paper(kwargs: dict) -> None:
+    """Each override builds, learns in every parameter and takes sizes that clamp and pad the groups."""
+    model = tiny(embed_dim=32, img_size=64, **kwargs)
+    for size in ((64, 64), (36, 44), (12, 8)):
+        model(torch.randn(2, 3, *size)).square().sum().backward()
+    silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    assert all(name.endswith("pos3.2.bias") for name in silent), silent
+
+
+def test_ablations_are_what_they_say() -> None:
+    intervals = {kind: [b.interval for b in tiny(depths=(2, 2), interval=(4, 2), attention=kind).layers[0].blocks]
+                 for kind in ("lsda", "sda", "lda")}
+    assert intervals == {"lsda": [1, 4], "sda": [1, 1], "lda": [4, 4]}
+    table = crossformer.PositionTable(4, 2)
+    full = table(relative_offsets(4, torch.device("cpu")))
+    assert torch.equal(full, table.table)
+    inner = table(relative_offsets(2, torch.device("cpu")))  # a clamped group reads the middle of the table
+    assert torch.equal(inner, table.table.view(7, 7, 2)[2:5, 2:5].reshape(9, 2))
+    assert tiny(position="table").no_weight_decay() == {"layers.0.blocks.0.attn.pos.table", "layers.1.blocks.0.attn.pos.table",
+                                                        "layers.1.blocks.1.attn.pos.table"}
+    for name, value in (("position", "rope"), ("attention", "all"), ("group_type", "grow")):
+        with pytest.raises(ValueError, match=f"{name} is '{value}'; choose from"):
+            tiny(**{name: value})

@@ -31,6 +31,7 @@ class StepPlan:
         images: images of a step over all ranks; each weighs 1/images.
         clip: largest gradient norm, infinite for none.
         seed, rank: with the step they seed dropout and drop path.
+        fixed: modules that stay in evaluation mode (``utils.freeze``).
     """
 
     schedule: Schedule
@@ -44,6 +45,7 @@ class StepPlan:
     seed: int
     rank: int
     world_size: int
+    fixed: Sequence[nn.Module] = ()
 
 
 @dataclass
@@ -76,6 +78,8 @@ def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[tuple
         after_step: called after every step; the only place that logs, reads the device or saves.
     """
     model.train()
+    for module in plan.fixed:
+        module.eval()
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     foreach = plan.device.type in ("cpu", "cuda")  # one kernel over all tensors instead of one each
     while state.step < until:

@@ -23,6 +23,7 @@ from utils.device import Precision, choose_precision, peak_memory_mib
 from utils.ema import WeightAverage
 from utils.engine import Evaluation, Progress, StepPlan, evaluate, require_finite, train_one_epoch
 from utils.files import remove_leftovers, replace_file
+from utils.freeze import freeze
 from utils.logger import log_to_file
 from utils.metrics import MetricsLog, TensorBoard
 from utils.seed import make_deterministic, seed_initialisation
@@ -150,6 +151,7 @@ def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger
             model = distributed.sync_batch_norm(model)
         else:
             logger.info("notice: SyncBN needs GPUs; batch norm stays each process's own")
+    fixed = freeze(model, config)
     model.to(device)
     ema = WeightAverage(model, config.TRAIN.EMA_DECAY, config.TRAIN.EMA_WARMUP) if config.TRAIN.EMA_DECAY else None
     state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, ema)
@@ -161,7 +163,8 @@ def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger
     schedule = optim.build_schedule(config, steps_per_epoch, global_batch)
     _introduce(config, device, precision, model, loaders, steps_per_epoch, global_batch, schedule, logger)
     plan = StepPlan(schedule, optim.build_loss(config.MODEL.LABEL_SMOOTHING), loaders.mixup, precision, device,
-                    config.DATA.BATCH_SIZE, sampler.images_per_step, config.TRAIN.CLIP_GRAD or float("inf"), config.SEED, rank, world_size)
+                    config.DATA.BATCH_SIZE, sampler.images_per_step, config.TRAIN.CLIP_GRAD or float("inf"), config.SEED, rank, world_size,
+                    fixed)
     session = _Session(config, folder, state, plan, loaders, steps_per_epoch, total_steps, global_batch, logger)
     session.train(distributed.wrap(model, device))
 
@@ -310,7 +313,9 @@ def _check_same_data(start: Start, classes: list[str], steps_per_epoch: int) -> 
 def _introduce(config: CfgNode, device: torch.device, precision: Precision, model: nn.Module, loaders: Any, steps_per_epoch: int,
                global_batch: int, schedule: optim.Schedule, logger: Log) -> None:
     parameters = sum(p.numel() for p in model.parameters())
-    logger.info(f"model {config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters, {len(loaders.classes)} classes, "
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    part = f" ({trained / 1e6:.2f} M of them trained)" if trained < parameters else ""
+    logger.info(f"model {config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters{part}, {len(loaders.classes)} classes, "
                 f"on {device} in {precision.name}, torch {torch.__version__}")
     val = len(loaders.val.dataset.folder)
     logger.info(f"data {config.DATA.DATA_PATH}: {len(loaders.train.dataset.folder)} training and {val} validation images, "
