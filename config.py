@@ -8,6 +8,7 @@ files, and those of the CrossFormer repository, are read as they are.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import math
 import os
@@ -73,8 +74,9 @@ def _literal(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        # yacs users write tuples as Python does: (0.9, 0.999)
+        return ast.literal_eval(value) if value.lstrip().startswith("(") else yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, SyntaxError, MemoryError, RecursionError):
         raise ValueError("a list") from None
 
 
@@ -153,7 +155,8 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("DATA.DATASET", "imagenet", _str, "imagenet or folder (a folder a class), or digits (scikit-learn's, written out once)"),
     ("DATA.BATCH_SIZE", 128, _int, "images per process and micro-batch"),
     ("DATA.IMG_SIZE", 224, _size, "input size in pixels: one number, or [height, width]"),
-    ("DATA.INTERPOLATION", "bicubic", _str, "bicubic, bilinear, lanczos, nearest or random"),
+    ("DATA.INTERPOLATION", None, _optional(_str),
+     "bicubic, bilinear, lanczos, nearest or random; None is the model's, else bicubic"),
     ("DATA.MEAN", None, _optional(_floats), "channel means of the normalisation; None is the model's, else ImageNet's"),
     ("DATA.STD", None, _optional(_floats), "channel deviations of the normalisation; None is the model's, else ImageNet's"),
     ("DATA.REPEATED_AUG", 1, _int, "copies of an image in an epoch, each augmented differently (DeiT uses 3)"),
@@ -294,8 +297,8 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("TRAIN.LR_SCHEDULER.MULTISTEPS", [], _floats, "multistep: epochs of the decays"),
     ("TRAIN.LR_SCHEDULER.GAMMA", 0.1, _float, "multistep: factor of each decay"),
     ("TRAIN.OPTIMIZER.NAME", "adamw", _str, "adamw, sgd, any timm optimizer, or fused_adam of NVIDIA apex"),
-    ("TRAIN.OPTIMIZER.EPS", 1e-8, _float, "epsilon of Adam's kind"),
-    ("TRAIN.OPTIMIZER.BETAS", [0.9, 0.999], _floats, "betas of Adam's kind"),
+    ("TRAIN.OPTIMIZER.EPS", None, _optional(_float), "epsilon; None is the optimizer's own (AdamW 1e-8)"),
+    ("TRAIN.OPTIMIZER.BETAS", None, _optional(_floats), "betas; None is the optimizer's own (AdamW [0.9, 0.999])"),
     ("TRAIN.OPTIMIZER.MOMENTUM", 0.9, _float, "momentum of SGD's kind"),
 
     ("AUG.COLOR_JITTER", 0.4, _float, "colour jitter; used when AUTO_AUGMENT is none"),
@@ -314,7 +317,7 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("AUG.MIXUP_SWITCH_PROB", 0.5, _float, "probability of cutmix when both are on"),
     ("AUG.MIXUP_MODE", "batch", _str, "mix per batch, pair or elem"),
 
-    ("TEST.CROP", True, _bool, "resize to 256/224 of the size and crop the centre; False squashes to the size"),
+    ("TEST.CROP", True, _bool, "resize to 256/224 of the size (or as the timm model was) and crop the centre; False squashes"),
     ("TEST.BATCH_SIZE", 0, _int, "images per process in evaluation; 0 is DATA.BATCH_SIZE"),
     ("TEST.SEQUENTIAL", False, _bool, "accepted from old files; evaluation is always exact"),
     ("TEST.SHUFFLE", False, _bool, "accepted from old files; has no effect"),
@@ -545,11 +548,15 @@ def check(config: CfgNode) -> None:
 
     train, schedule, aug = config.TRAIN, config.TRAIN.LR_SCHEDULER, config.AUG
     one_of("MODEL.TYPE", MODEL_TYPES)
-    require(bool(config.MODEL.NAME.strip()), "MODEL.NAME", "it names the variant and the run's folder")
-    require(bool(config.TAG.strip()) and config.TAG not in (".", ".."), "TAG", "it names the run's folder")
+    for key in ("MODEL.NAME", "TAG"):
+        parts = lookup(config, key).replace("\\", "/").split("/")
+        if ".." in parts or "." in parts or not all(part.strip() for part in parts):
+            raise ConfigError(f"{key} is {lookup(config, key)!r}; it names the run's folder, so it must not be empty, absolute "
+                              "or lead elsewhere")
     one_of("PRECISION", ("auto", "fp32", "bf16", "fp16"))
     require(config.AMP_OPT_LEVEL in ("", "O0", "O1", "O2"), "AMP_OPT_LEVEL", "it is O0, O1 or O2; PRECISION is the newer key")
-    one_of("DATA.INTERPOLATION", ("bicubic", "bilinear", "lanczos", "nearest", "random"))
+    if config.DATA.INTERPOLATION is not None:
+        one_of("DATA.INTERPOLATION", ("bicubic", "bilinear", "lanczos", "nearest", "random"))
     one_of("DATA.DATASET", ("imagenet", "imagenet22K", "folder", "digits"))
     require(min(image_size(config)) > 0, "DATA.IMG_SIZE", "it must be positive")
     for key in ("DATA.BATCH_SIZE", "DATA.REPEATED_AUG", "TRAIN.ACCUMULATION_STEPS", "TRAIN.EPOCHS", "TRAIN.EVAL_FREQ",
@@ -571,9 +578,13 @@ def check(config: CfgNode) -> None:
     require(schedule.DECAY_EPOCHS > 0, "TRAIN.LR_SCHEDULER.DECAY_EPOCHS", "it must be above 0")
     require(0 < schedule.DECAY_RATE <= 1, "TRAIN.LR_SCHEDULER.DECAY_RATE", "it must lie in (0, 1]")
     require(0 < schedule.GAMMA <= 1, "TRAIN.LR_SCHEDULER.GAMMA", "it must lie in (0, 1]")
-    require(len(train.OPTIMIZER.BETAS) >= 2 and all(0 <= b < 1 for b in train.OPTIMIZER.BETAS), "TRAIN.OPTIMIZER.BETAS",
-            "betas lie in [0, 1)")
-    require(train.OPTIMIZER.EPS > 0, "TRAIN.OPTIMIZER.EPS", "it must be above 0")
+    if train.OPTIMIZER.BETAS is not None:
+        require(len(train.OPTIMIZER.BETAS) >= 2 and all(0 <= b < 1 for b in train.OPTIMIZER.BETAS), "TRAIN.OPTIMIZER.BETAS",
+                "two betas or more, in [0, 1)")
+    if train.OPTIMIZER.EPS is not None:
+        require(train.OPTIMIZER.EPS > 0, "TRAIN.OPTIMIZER.EPS", "it must be above 0")
+    for key in (key for key in _KIND if key.endswith(".IN_CHANS")):
+        require(lookup(config, key) in (None, 3), key, "images are read in RGB, so only 3 works here")
     require(0 <= train.OPTIMIZER.MOMENTUM < 1, "TRAIN.OPTIMIZER.MOMENTUM", "it must lie in [0, 1)")
     for key in ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "MODEL.LABEL_SMOOTHING"):
         require(0 <= lookup(config, key) < 1, key, "it must lie in [0, 1)")

@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import gc
 import os
 import sys
 import traceback
@@ -72,7 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         epilog="keys for --opts and YAML files, with their defaults:\n" + describe_keys() + "\n\nexit status: 0 done, 1 failure, "
-               "2 usage or configuration, 3 data or checkpoint unusable,\n4 the loss is no longer finite, 75 stopped by a signal")
+               "2 usage or configuration, 3 data or checkpoint unusable,\n4 the loss or the weights are no longer finite, "
+               "75 stopped by a signal with a checkpoint written")
     parser.add_argument("--cfg", metavar="FILE", help="YAML file of the config tree; its BASE files are merged first")
     parser.add_argument("--opts", metavar="KEY VALUE", nargs="*", action="extend", help="any keys of the tree, listed below")
     groups: dict[str, Any] = {}
@@ -132,7 +135,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 
     config, content = resolve_config(cfg_file, opts)
     device = choose_device(config.DEVICE, distributed.local_rank())
-    distributed.init(device.type)
+    distributed.init(device)
     logger = create_logger(speaks=distributed.is_main())
     for line in advice:
         logger.info(line)
@@ -148,6 +151,9 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``run``, with every mistake a user can make turned into a sentence and an exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows every line
     try:
         return run(argv)
     except SystemExit as stop:  # --help
@@ -155,11 +161,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _fail(str(error), EXIT_USAGE)
     except KeyboardInterrupt:
-        return _fail("stopped; the same command continues from the last checkpoint", EXIT_STOPPED)
+        return _fail("stopped by Ctrl-C; what was saved before is intact", EXIT_FAILURE)
     except BrokenPipeError:
         return EXIT_FAILURE
     except Exception as error:
         return _explain(error)
+    finally:
+        gc.collect()  # a traceback may hold on to loaders, and they to their processes
 
 
 def _explain(error: Exception) -> int:
@@ -168,6 +176,7 @@ def _explain(error: Exception) -> int:
     from data import DataError
     from models.weights import CheckpointError
     from utils.engine import NumericError
+    from utils.signals import Stopped
 
     text = str(error)
     if isinstance(error, (DataError, CheckpointError)):
@@ -175,6 +184,13 @@ def _explain(error: Exception) -> int:
         return _fail(text.rpartition("DataError: ")[2].strip(), EXIT_DATA, everywhere=True)
     if isinstance(error, NumericError):
         return _fail(text, EXIT_NUMBERS)
+    if isinstance(error, Stopped):
+        return _fail(text, EXIT_STOPPED)
+    if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(error, RuntimeError) and any(
+            word in text for word in ("gloo", "NCCL", "Connection reset", "Connection closed", "DistBackendError", "Broken pipe")):
+        return _fail("another process of this job stopped; its own message says why", EXIT_FAILURE, everywhere=True)
+    if isinstance(error, ValueError) and "Expected more than 1 value per channel" in text:
+        return _fail("batch norm needs more than one value a channel; raise --batch-size or --img-size", EXIT_USAGE)
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: not enough memory" in text:
         return _fail("out of memory; halve --batch-size and double --accumulation-steps (the recipe stays the same), "
                      "or add --use-checkpoint", EXIT_FAILURE, everywhere=True)
@@ -200,7 +216,9 @@ def _fail(sentence: str, status: int, everywhere: bool = False) -> int:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
     if code and os.environ.get("WORLD_SIZE", "1") != "1":
         os._exit(code)  # other ranks may be inside a collective: leaving the group in good order would wait for them
     sys.exit(code)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import random
 import signal
@@ -102,8 +104,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     if not root:
         raise ConfigError("DATA.DATA_PATH is empty; give the folder that holds train/ and val/ with --data-path")
     if config.DATA.DATASET == "imagenet22K":
-        raise ConfigError("DATA.DATASET is imagenet22K, whose lists and archives are not read; "
-                          "give a folder a class and DATA.DATASET imagenet")
+        notices.append("notice: DATA.DATASET imagenet22K is read as folders, train/<class>/ and val/<class>/; lists and archives are not")
     if config.DATA.DATASET == "digits" and root == digits.DEFAULT_PATH and digits.ensure_digits(root):
         notices.append(f"wrote scikit-learn's 1,797 digits to {root}")
 
@@ -121,7 +122,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
                           "set it to 0 to count them in the data")
 
     workers = worker_count(config)
-    common = dict(num_workers=workers, pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+    common = dict(num_workers=workers, pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available() and config.DEVICE != "cpu",
                   worker_init_fn=_quiet_worker)
     train = val = None
     if train_folder is not None:
@@ -136,12 +137,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
 
 
 def _step_sampler(config: CfgNode, size: int, rank: int, world_size: int, notices: list[str]) -> StepSampler:
-    micro, accumulate = config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS
-    global_batch = micro * accumulate * world_size
-    micro_steps = -(-size // (micro * world_size))
-    if accumulate > 1 and accumulate > micro_steps:
-        raise ConfigError(f"TRAIN.ACCUMULATION_STEPS is {accumulate}, longer than an epoch: {size} images make {micro_steps} "
-                          f"micro-batches of {micro} x {world_size}; accumulate at most {micro_steps}")
+    global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world_size
     if size < world_size:
         raise ConfigError(f"{config.DATA.DATA_PATH} has {size} training images for {world_size} processes; start at most {size}")
     if size < global_batch:
@@ -171,9 +167,23 @@ def worker_count(config: CfgNode) -> int:
     return max(1, min(8, usable_cpus() // max(1, int(here) if here.isdigit() else 1)))
 
 
+def _end_workers() -> None:
+    """At exit, end loading processes that nothing has shut down: they ignore the signal that multiprocessing would send."""
+    children = multiprocessing.active_children()
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
+    for child in children:
+        child.kill()
+
+
+atexit.register(_end_workers)
+
+
 def _quiet_worker(_: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process decides, workers must not print tracebacks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Signals may reach the whole process group; the main process decides, and still needs its workers for it."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 __all__ = ["DataError", "Loaders", "build_loaders"]

@@ -50,10 +50,19 @@ class ImageFolder:
         path = self.path(index)
         try:
             with open(path, "rb") as file:
-                return Image.open(file).convert("RGB")
+                return to_rgb(Image.open(file))
         # Pillow's bomb error is no OSError; damaged PNG and TIFF raise SyntaxError and ValueError.
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{path}: not a readable image ({error}); repair or remove it") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB; 16-bit grey is scaled to 8 bits, where Pillow alone would clip it to white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image, dtype=np.uint16) / 257 + 0.5).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns about a table of transparencies otherwise
+    return image.convert("RGB")
 
 
 def find_split(root: str, names: Sequence[str]) -> str:
@@ -101,12 +110,15 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
-def _images_below(folder: str) -> list[str]:
+def _images_below(folder: str, above: tuple[str, ...] = ()) -> list[str]:
+    real = os.path.realpath(folder)
+    if real in above:
+        return []  # a link back to a folder that holds it
     found = []
     for entry in _entries(folder):
         if entry.is_dir():
-            found += _images_below(entry.path)
-        elif _is_image(entry.name):
+            found += _images_below(entry.path, (*above, real))
+        elif _is_image(entry.name) and entry.is_file():  # no pipes, no links to nothing
             found.append(entry.path)
     return found
 

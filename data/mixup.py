@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from timm.data.mixup import Mixup, mixup_target
@@ -37,7 +39,7 @@ def identity_mixup(images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, 
     return images, targets
 
 
-def build_mixup(config: CfgNode, num_classes: int, rank: int) -> BatchMixup | type(identity_mixup):
+def build_mixup(config: CfgNode, num_classes: int, rank: int) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
     """The mixing that ``AUG`` asks for."""
     aug = config.AUG
     if aug.MIXUP_PROB == 0 or not (aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX):

@@ -23,14 +23,20 @@ def preprocessing(config: CfgNode) -> dict[str, Any]:
     described: Any = None
     if config.MODEL.TYPE == "timm":
         import timm
-        described = timm.get_pretrained_cfg(config.MODEL.NAME) if timm.is_model(config.MODEL.NAME) else None
+        try:
+            described = timm.get_pretrained_cfg(config.MODEL.NAME) if timm.is_model(config.MODEL.NAME) else None
+        except RuntimeError:
+            name, _, tag = config.MODEL.NAME.partition(".")
+            known = [n.partition(".")[2] for n in timm.list_pretrained(name + ".*")]
+            raise ConfigError(f"MODEL.NAME: timm's {name} has no weights tagged {tag!r}; leave the tag out"
+                              + (f", or choose from {', '.join(known)}" if known else "")) from None
     height, width = image_size(config)
     return dict(
         input_size=[3, height, width],
-        interpolation=config.DATA.INTERPOLATION,
+        interpolation=config.DATA.INTERPOLATION or getattr(described, "interpolation", None) or "bicubic",
         mean=list(config.DATA.MEAN or getattr(described, "mean", None) or IMAGENET_DEFAULT_MEAN),
         std=list(config.DATA.STD or getattr(described, "std", None) or IMAGENET_DEFAULT_STD),
-        crop_pct=224 / 256 if config.TEST.CROP else 1.0,
+        crop_pct=(getattr(described, "crop_pct", None) or 224 / 256) if config.TEST.CROP else 1.0,
         crop_mode="center" if config.TEST.CROP else "squash",
     )
 

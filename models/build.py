@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +17,7 @@ from yacs.config import CfgNode
 
 from config import ConfigError, image_size
 from models import crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin
-from models.weights import CheckpointError, LoadReport, check_fits, fit_pretrained, load_pretrained_file, read_class_map
+from models.weights import CheckpointError, LoadReport, check_fits, fit_pretrained, load_pretrained_file, read_class_map, translate
 
 # A family module gives VARIANTS (name -> kwargs), build(name, kwargs), NODE_KEYS (config key -> kwarg) and
 # checkpoint_filter_fn; REQUIRED are the numbers without which a label is not a model.
@@ -55,6 +57,12 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
     return model
 
 
+def _translation(model: nn.Module, config: CfgNode) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
+    """What turns published names and sizes into the model's own: the family's, or that of the timm model's file."""
+    home: Any = _FAMILIES.get(config.MODEL.TYPE) or sys.modules.get(type(model).__module__)
+    return getattr(home, "checkpoint_filter_fn", None)
+
+
 # timm's names of the weights that `--pretrained hub` fetches for the families that are timm's.
 _HUB = {"swin_tiny": "swin_tiny_patch4_window7_224", "swin_small": "swin_small_patch4_window7_224",
         "swin_base": "swin_base_patch4_window7_224", "swin_base_384": "swin_base_patch4_window12_384",
@@ -68,11 +76,11 @@ def load_pretrained(model: nn.Module, path: str, config: CfgNode) -> LoadReport:
         CheckpointError: unreadable, unsafe or other weights, or the hub cannot be reached.
         ConfigError: ``hub`` for a model that timm has no weights of.
     """
-    translate = getattr(_FAMILIES.get(config.MODEL.TYPE), "checkpoint_filter_fn", None)
+    filter_fn = _translation(model, config)
     class_map = read_class_map(config.MODEL.CLASS_MAP) if config.MODEL.CLASS_MAP else None
     if path == "hub":
-        return fit_pretrained(model, _hub_weights(config), "hub", translate, class_map)
-    return load_pretrained_file(model, path, translate, class_map)
+        return fit_pretrained(model, _hub_weights(config), "hub", filter_fn, class_map)
+    return load_pretrained_file(model, path, filter_fn, class_map)
 
 
 def _hub_weights(config: CfgNode) -> dict[str, Tensor]:
@@ -91,10 +99,9 @@ def _hub_weights(config: CfgNode) -> dict[str, Tensor]:
 
 def load_state(model: nn.Module, state: dict[str, Tensor], config: CfgNode, path: str) -> None:
     """Load weights that must fit ``model`` entirely, ours or published ones (whose names the family translates)."""
-    translate = getattr(_FAMILIES.get(config.MODEL.TYPE), "checkpoint_filter_fn", None)
     own = model.state_dict()
-    if translate is not None and (state.keys() != own.keys() or any(own[n].shape != state[n].shape for n in own)):
-        state = translate(state, model)
+    if state.keys() != own.keys() or any(own[n].shape != state[n].shape for n in own):
+        state = translate(state, model, path, _translation(model, config))
     check_fits(model, state, path)
     model.load_state_dict(state)
 

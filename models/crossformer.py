@@ -149,14 +149,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def position_bias(self, group: int, device: torch.device) -> Tensor:
-        """(h, N, N), or (h, 1, 1) of zeros without a position bias"""
+    def position_bias(self, group: int, device: torch.device) -> Tensor | None:
+        """(h, N, N), or nothing without a position bias"""
         if self.pos is None:
-            return torch.zeros(self.num_heads, 1, 1, device=device)
+            return None
         table = self.pos(relative_offsets(group, device).to(next(self.pos.parameters()).dtype))
         # index_select: the backward of table[index] is not repeatable on two threads.
         bias = table.index_select(0, relative_index(group, device))
-        return bias.view(group * group, group * group, self.num_heads).permute(2, 0, 1)
+        # Contiguous: CUDA's fused kernels take no bias whose keys do not lie side by side.
+        return bias.view(group * group, group * group, self.num_heads).permute(2, 0, 1).contiguous()
 
     def forward(self, x: Tensor, group: int, mask: Tensor | None = None) -> Tensor:
         """``mask``: (groups, 1, 1, N), added to the logits of the keys."""
@@ -164,20 +165,28 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         bias = self.position_bias(group, x.device)
         if mask is not None:
-            bias = (bias + mask).repeat(batch // mask.shape[0], 1, 1, 1)
+            bias = mask.expand(-1, self.num_heads, tokens, -1) if bias is None else bias + mask
+            bias = bias.repeat(batch // mask.shape[0], 1, 1, 1)
         x = attend(q, k, v, bias, self.scale, self.attn_drop)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, dim)))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, drop: nn.Dropout) -> Tensor:
-    """softmax(scale q k^T + bias) v for (B, h, N, d), by the form that is fastest where the tensors are."""
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, drop: nn.Dropout) -> Tensor:
+    """softmax(scale q k^T + bias) v for (B, h, N, d), by the form that is fastest where the tensors are.
+
+    ``bias``: (h, N, N), (B, h, N, N) or none.
+    """
     if q.is_cuda:
         rate = drop.p if drop.training else 0.0
-        # In fp16 the padding's -1e6 would be -inf, and a group of nothing but padding NaN.
-        bias = (bias.clamp(min=-3e4) if q.dtype == torch.float16 else bias).to(q.dtype).expand(q.shape[0], -1, -1, -1)
+        if bias is not None:
+            # In fp16 the padding's -1e6 would be -inf, and a group of nothing but padding NaN.
+            bias = (bias.clamp(min=-3e4) if q.dtype == torch.float16 else bias).to(q.dtype)
+            bias = bias[None] if bias.ndim == 3 else bias
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=rate, scale=scale)
     # On a CPU the fused kernel is slower than this once the bias needs a gradient.
-    logits = (q * scale) @ k.transpose(-2, -1) + bias
+    logits = (q * scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        logits = logits + bias
     return drop(logits.softmax(dim=-1).to(v.dtype)) @ v
 
 

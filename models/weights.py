@@ -280,7 +280,7 @@ def fit_pretrained(model: nn.Module, source: dict[str, Tensor], path: str,
                    filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
                    class_map: list[int] | None = None) -> LoadReport:
     """``load_pretrained_file`` of weights that are already read; ``path`` is what messages call them."""
-    state = filter_fn(source, model) if filter_fn else dict(source)
+    state = translate(source, model, path, filter_fn)
     check_finite(state, path)
     own, report = model.state_dict(), LoadReport()
     heads = classifier_prefixes(model)
@@ -318,6 +318,22 @@ def fit_pretrained(model: nn.Module, source: dict[str, Tensor], path: str,
 def _derived(name: str) -> bool:
     """Names of masks, indices and offset tables that trainers saved with the weights."""
     return name.endswith(("attn_mask", "relative_position_index", "attn.biases"))
+
+
+def translate(source: dict[str, Tensor], model: nn.Module, path: str,
+              filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None) -> dict[str, Tensor]:
+    """``source`` in the model's names and sizes.
+
+    Raises:
+        CheckpointError: the translation does not understand the file.
+    """
+    if filter_fn is None:
+        return dict(source)
+    try:
+        return filter_fn(dict(source), model)
+    except (AttributeError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: is not a file of this model ({type(error).__name__}: {str(error)[:80]}); "
+                              "check MODEL.TYPE and MODEL.NAME") from None
 
 
 def _pick_classes(state: dict[str, Tensor], own: Mapping[str, Tensor], heads: tuple[str, ...], class_map: list[int], path: str,

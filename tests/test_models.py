@@ -15,7 +15,8 @@ WIDTHS = {
     "crossformer_pp_large": [128, 256, 512, 1024], "crossformer_pp_huge": [128, 256, 512, 1024], "cvt_13": [64, 192, 384],
     "cvt_21": [64, 192, 384], "cvt_w24": [192, 768, 1024], "shunted_t": [64, 128, 256, 512], "shunted_s": [64, 128, 256, 512],
     "shunted_b": [64, 128, 256, 512], "mpvit_tiny": [96, 176, 216, 216], "mpvit_xsmall": [128, 192, 256, 256],
-    "mpvit_small": [128, 216, 288, 288], "mpvit_base": [224, 368, 480, 480], "pvt_tiny": [64, 128, 320, 512], "pvt_small": [64, 128, 320, 512],
+    "mpvit_small": [128, 216, 288, 288], "mpvit_base": [224, 368, 480, 480], "pvt_tiny": [64, 128, 320, 512],
+    "pvt_small": [64, 128, 320, 512],
     "pvt_medium": [64, 128, 320, 512], "pvt_large": [64, 128, 320, 512], "galerkin_tiny": None, "galerkin_small": None,
     "galerkin_base": [128, 256, 512, 1024],
 }
@@ -108,8 +109,7 @@ def test_intermediates(name: str) -> None:
 @pytest.mark.parametrize("name", WIDTHS)
 def test_layers_are_ordered_for_layer_decay(name: str) -> None:
     model = make(name)
-    groups = group_with_matcher(model.named_parameters(), model.group_matcher(), reverse=True)
-    depth = {parameter: layer for parameter, layer in groups.items()}
+    depth = group_with_matcher(model.named_parameters(), model.group_matcher(), reverse=True)
     assert set(depth) == {n for n, _ in model.named_parameters()}
     classifier = model.default_cfg["classifier"]
     assert all(depth[n] == max(depth.values()) for n in depth if n.startswith(classifier + "."))

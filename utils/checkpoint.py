@@ -8,6 +8,7 @@ a good checkpoint exists at every moment.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.weights import FORMAT_KEY, TRAILER_MAGIC, CheckpointError, check_finite, check_fits, read_file
 from utils.ema import WeightAverage
@@ -48,9 +49,9 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         return dict(
-            model=self.model.state_dict(), ema=self.ema.module.state_dict() if self.ema is not None else {},
-            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), step=self.step, best=dict(self.best),
-            loss_sums=list(self.loss_sums))
+            model=_on_cpu(self.model.state_dict()), ema=_on_cpu(self.ema.module.state_dict()) if self.ema is not None else {},
+            optimizer=_on_cpu(self.optimizer.state_dict()), optimizer_name=type(self.optimizer).__name__,
+            scaler=self.scaler.state_dict(), step=self.step, best=dict(self.best), loss_sums=list(self.loss_sums))
 
     def load_state_dict(self, content: dict[str, Any], path: str) -> None:
         """Take over a checkpoint's state; raises ``CheckpointError`` naming what does not fit, before anything is changed."""
@@ -59,17 +60,35 @@ class TrainState:
         averaged = content["ema"] or content["model"]  # an average switched on later starts from the weights
         if self.ema is not None:
             check_fits(self.ema.module, averaged, path)
+        # torch checks only how many parameters a state is for; another optimizer's would be taken and fail later.
+        saved, wanted = content.get("optimizer_name"), type(self.optimizer).__name__
+        ours = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
+            if saved not in (None, wanted):
+                raise ValueError(f"it was {saved}")
             self.optimizer.load_state_dict(content["optimizer"])
         except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{path}: its optimizer state does not fit TRAIN.OPTIMIZER {type(self.optimizer).__name__} "
-                                  f"({error}); keep the recipe of the run, or start anew with --pretrained {path}") from None
+            raise CheckpointError(f"{path}: its optimizer state does not fit {wanted} ({error}); keep the optimizer and the "
+                                  f"parameter groups of the run, or start anew with --pretrained {path}") from None
+        for group, values in zip(self.optimizer.param_groups, ours, strict=True):
+            group.update(values)  # the config's weight decay and betas hold, not the file's
         self.model.load_state_dict(content["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(averaged)
         if content["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.step, self.best, self.loss_sums = content["step"], dict(content["best"]), list(content["loss_sums"])
+
+
+def _on_cpu(value: Any) -> Any:
+    """Nested plain data with its tensors on the CPU, so that a file opens on any machine; what is there is not copied."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {k: _on_cpu(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(v) for v in value)
+    return value
 
 
 class _Hashing:
@@ -96,10 +115,14 @@ def write_checkpoint(path: str, content: dict[str, Any]) -> None:
         hashing = _Hashing(file)
         try:
             torch.save(content, hashing)
-        except RuntimeError as error:  # torch's zip writer reports a full disk so
-            raise OSError(str(error).splitlines()[0]) from error
+        except RuntimeError:  # torch's zip writer reports a full disk so
+            raise OSError(errno.ENOSPC, "cannot be written, the disk may be full", path) from None
         file.write(TRAILER_MAGIC + hashing.digest.digest())
-    write_atomically(path, write)
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        error.filename = path  # what the user knows, not the temporary name
+        raise
 
 
 def require_own(content: Any, path: str) -> dict[str, Any]:
@@ -123,8 +146,9 @@ def is_own(content: Any) -> bool:
 class CheckpointFolder:
     """The checkpoints of a run."""
 
-    def __init__(self, folder: str, keep: int = 2):
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: str, keep: int = 2, protected: str = ""):
+        """``protected``: a file never deleted: the one that --resume names, which the same command will want again."""
+        self.folder, self.keep, self.protected = folder, keep, protected
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, newest first: by number, whatever the clock said."""
@@ -154,7 +178,9 @@ class CheckpointFolder:
         for step in self.steps():
             path = self.path(step)
             try:
-                return path, require_own(read_file(path), path), [f"warning: {line}; trying the one before" for line in damage]
+                content = require_own(read_file(path), path)
+                check_finite(content["model"], path)
+                return path, content, [f"warning: {line}; trying the one before" for line in damage]
             except CheckpointError as error:
                 damage.append(str(error))
         if damage:
@@ -162,12 +188,40 @@ class CheckpointFolder:
                                   "move them away, or use another --tag, to start anew")
         return None
 
+    def relink(self, content: dict[str, Any]) -> None:
+        """Point the links at the checkpoint that a run continues from: a kill may have come between it and them."""
+        path = self.path(content["step"])
+        link_atomically(path, os.path.join(self.folder, "last.pth"))
+        if content["best"].get("step") == content["step"]:
+            link_atomically(path, os.path.join(self.folder, "best.pth"))
+
+    def set_aside(self, step: int) -> str | None:
+        """Move checkpoints beyond ``step`` into a folder of their own; its path, or None when there are none.
+
+        A run that begins anew in a used folder, or from an older checkpoint, would otherwise be taken for the one that
+        left them. They are kept: nothing that was saved is lost.
+        """
+        later = [number for number in self.steps() if number > step]
+        if not later:
+            return None
+        number = 1
+        while os.path.exists(aside := os.path.join(self.folder, f"superseded-{number}")):
+            number += 1
+        os.makedirs(aside)
+        for number in later:
+            os.replace(self.path(number), os.path.join(aside, os.path.basename(self.path(number))))
+        for link in (os.path.join(self.folder, name) for name in ("best.pth", "last.pth")):
+            if os.path.islink(link) and not os.path.exists(link):
+                os.unlink(link)
+        return aside
+
     def _prune(self) -> None:
         if not self.keep:
             return
-        linked = {os.path.basename(os.path.realpath(os.path.join(self.folder, name))) for name in ("best.pth", "last.pth")}
+        wanted = [os.path.join(self.folder, name) for name in ("best.pth", "last.pth")] + [self.protected]
+        kept = {os.path.realpath(path) for path in wanted if path}
         for step in self.steps()[self.keep:]:
-            if os.path.basename(self.path(step)) not in linked:
+            if os.path.realpath(self.path(step)) not in kept:
                 with contextlib.suppress(OSError):
                     os.unlink(self.path(step))
 
@@ -176,7 +230,7 @@ def describe(config_text: str, classes: list[str], preprocessing: dict[str, Any]
              steps_per_epoch: int) -> dict[str, Any]:
     """What a checkpoint says beside the state: enough to evaluate or continue it with no other file."""
     return {FORMAT_KEY: FORMAT, "config": config_text, "classes": list(classes), "preprocessing": preprocessing,
-            "data_path": os.path.abspath(data_path), "global_batch": global_batch, "steps_per_epoch": steps_per_epoch,
+            "data_path": os.path.abspath(os.path.expanduser(data_path)), "global_batch": global_batch, "steps_per_epoch": steps_per_epoch,
             "versions": versions(), "git_commit": git_commit()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,6 +94,10 @@ def peak_memory_mib(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) >> 20
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() >> 20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak >> 20 if sys.platform == "darwin" else peak >> 10  # macOS counts bytes, Linux KiB
 

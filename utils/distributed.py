@@ -60,8 +60,8 @@ def _launched() -> _Group:
     return _Group(rank, world_size, local_rank)
 
 
-def init(device_type: str) -> None:
-    """Join the launcher's group, if there is one.
+def init(device: torch.device) -> None:
+    """Join the launcher's group, if there is one; ``device`` is what this process computes on.
 
     Raises:
         ConfigError: the environment is half set, torch lacks torch.distributed, or the address cannot be used.
@@ -73,10 +73,15 @@ def init(device_type: str) -> None:
         if not dist.is_available():
             raise ConfigError(f"WORLD_SIZE is {group.world_size}, but this torch is built without torch.distributed; "
                               "start without torchrun")
-        if device_type == "cuda" and not dist.is_nccl_available():
-            raise ConfigError("this torch has no NCCL, which several GPUs need; start one process, or use DEVICE cpu")
+        if device.type == "cuda":
+            if not dist.is_nccl_available():
+                raise ConfigError("this torch has no NCCL, which several GPUs need; start one process, or use DEVICE cpu")
+            if not os.environ.get("LOCAL_RANK"):
+                raise ConfigError("WORLD_SIZE is set but LOCAL_RANK is not, so processes do not know their GPUs; start with torchrun")
+            if device.index != group.local_rank:
+                raise ConfigError(f"DEVICE is {device} for every process; with {group.world_size} of them use DEVICE cuda")
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT,
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT,
                                     rank=group.rank, world_size=group.world_size)
         except (RuntimeError, ValueError, OSError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -104,10 +104,12 @@ def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[tuple
 def backward(model: nn.Module, images: Tensor, targets: Tensor, plan: StepPlan, step: int) -> Tensor:
     """Gradients of a step's mean loss, micro-batch by micro-batch; the sum of the losses of this rank's images."""
     total = torch.zeros((), device=plan.device)
-    micro_batches = list(zip(images.split(plan.micro_batch), targets.split(plan.micro_batch), strict=True))
-    for number, (x, y) in enumerate(micro_batches):
-        seed_micro_batch(plan.seed, step, number, plan.rank, plan.device)
-        with distributed.no_sync(model, skip=number < len(micro_batches) - 1):
+    # The same number on every rank, also where a short batch gives one rank an image more.
+    number = max(1, math.ceil(math.ceil(plan.images / plan.world_size) / plan.micro_batch))
+    micro_batches = list(zip(images.tensor_split(number), targets.tensor_split(number), strict=True))
+    for micro, (x, y) in enumerate(micro_batches):
+        seed_micro_batch(plan.seed, step, micro, plan.rank, plan.device)
+        with distributed.no_sync(model, skip=micro < number - 1):
             with plan.precision.autocast():
                 logits = model(x)
             loss = plan.criterion(logits, y)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 TEMPORARY = ".tmp-"
 
@@ -46,6 +47,29 @@ def link_atomically(target: str, link: str) -> None:
             os.link(target, scratch)  # file systems without symbolic links
         os.replace(scratch, link)
     _sync_folder(os.path.dirname(os.path.abspath(link)))
+
+
+def lock_folder(folder: str) -> TextIO:
+    """Lock ``folder`` for as long as the file that is returned stays open; the system breaks the lock of a dead process.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    file = open(os.path.join(folder, ".lock"), "a", encoding="utf-8")  # noqa: SIM115  held open on purpose
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: no lock
+        pass
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK):
+            file.close()
+            raise BlockingIOError from None
+        # a file system without locks: go on without
+    if hasattr(os, "register_at_fork"):
+        # Loading processes outlive a killed run by seconds and must not hold its lock.
+        os.register_at_fork(after_in_child=file.close)
+    return file
 
 
 def remove_leftovers(folder: str) -> list[str]:

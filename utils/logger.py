@@ -17,7 +17,7 @@ class _Console(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.closed = False
-        self.colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self.colour = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.closed:
@@ -28,7 +28,9 @@ class _Console(logging.Handler):
             line = colored(line, tint) if tint else line
         try:
             print(line, flush=True)
-        except (BrokenPipeError, ValueError):
+        except UnicodeEncodeError:  # a terminal without UTF-8
+            print(line.encode("ascii", "backslashreplace").decode(), flush=True)
+        except (OSError, ValueError, AttributeError):
             self.closed = True
             # Python flushes standard output at exit and would complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -41,7 +43,20 @@ def create_logger(speaks: bool) -> logging.Logger:
     logger.propagate = False
     logger.setLevel(logging.INFO)
     logger.addHandler(_Console() if speaks else logging.NullHandler())
+    if speaks:
+        logger.addHandler(_Kept())
     return logger
+
+
+class _Kept(logging.Handler):
+    """Keeps the first lines until there is a file for them: a mistake must leave no run folder behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
 
 
 class _LogFile(logging.FileHandler):
@@ -50,7 +65,18 @@ class _LogFile(logging.FileHandler):
 
 
 def log_to_file(logger: logging.Logger, path: str) -> None:
-    """Append every further line to ``path`` as well."""
+    """Append every line to ``path`` as well, those said already first."""
     handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(message)s"))
+    for kept in [h for h in logger.handlers if isinstance(h, _Kept)]:
+        for record in kept.records:
+            handler.handle(record)
+        logger.removeHandler(kept)
     logger.addHandler(handler)
+
+
+def close_files(logger: logging.Logger) -> None:
+    """Close what ``log_to_file`` opened."""
+    for handler in [h for h in logger.handlers if isinstance(h, _LogFile)]:
+        handler.close()
+        logger.removeHandler(handler)

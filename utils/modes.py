@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from config import ConfigError, config_from_text, get_config
+from config import KEYS, ConfigError, config_from_text, get_config, lookup
 from data import build_loaders, preprocessing
 from models import build_model, check_input_size, load_pretrained, load_state
 from models.weights import CheckpointError, check_finite, read_file, unwrap_state_dict
@@ -22,11 +24,12 @@ from utils.checkpoint import CheckpointFolder, TrainState
 from utils.device import Precision, choose_precision, peak_memory_mib
 from utils.ema import WeightAverage
 from utils.engine import Evaluation, Progress, StepPlan, evaluate, require_finite, train_one_epoch
-from utils.files import remove_leftovers, replace_file
+from utils.files import lock_folder, remove_leftovers, replace_file
 from utils.freeze import freeze
-from utils.logger import log_to_file
+from utils.logger import close_files, log_to_file
 from utils.metrics import MetricsLog, TensorBoard
 from utils.seed import make_deterministic, seed_initialisation
+from utils.signals import Stopped, StopRequest
 from utils.throughput import measure
 
 Log = logging.Logger
@@ -42,7 +45,7 @@ def resolve_config(cfg_file: str | None, opts: list[str]) -> tuple[CfgNode, Any]
     Without a YAML file the config is the checkpoint's own, its data path made absolute; ``opts`` win over both.
     """
     asked = get_config(cfg_file, opts) if cfg_file else None
-    resume = asked.MODEL.RESUME if asked is not None else _last_value(opts, "MODEL.RESUME")
+    resume = os.path.expanduser(asked.MODEL.RESUME if asked is not None else _last_value(opts, "MODEL.RESUME"))
     content = read_file(resume) if resume else None
     if asked is not None:
         if content is not None and checkpoint.is_own(content) and not asked.DATA.DATA_PATH:
@@ -89,7 +92,11 @@ def choose_start(config: CfgNode, resume_content: Any, folder: str, logger: Log)
     if start is None and config.MODEL.RESUME:
         start = Start("resume", config.MODEL.RESUME, checkpoint.require_own(resume_content, config.MODEL.RESUME))
     if start is None:
-        start = Start("pretrained", config.MODEL.PRETRAINED) if config.MODEL.PRETRAINED else Start("scratch")
+        start = Start("pretrained", os.path.expanduser(config.MODEL.PRETRAINED)) if config.MODEL.PRETRAINED else Start("scratch")
+    chosen = distributed.gather_objects((start.kind, os.path.basename(start.path), (start.content or {}).get("step")))
+    if any(other != chosen[0] for other in chosen):
+        found = "; ".join(f"rank {number}: {kind} {path} step {step}" for number, (kind, path, step) in enumerate(chosen))
+        raise CheckpointError(f"the processes would start from different places ({found}); put --output on a disk that all of them see")
     logger.info(f"start: {start.kind}{' ' + start.path if start.path else ''} (the first there is of: auto-resume from {folder}, "
                 "--resume, --pretrained, scratch)")
     return start
@@ -117,10 +124,10 @@ def keep_global_batch(config: CfgNode, content: Any, world_size: int, logger: Lo
 # --------------------------------------------------------------------------------------------------
 
 def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger: Log) -> None:
-    """Train to the last epoch, from wherever the run stands."""
+    """Train to the last epoch, from wherever the run stands. Nothing is written before everything has been checked."""
     rank, world_size, folder = distributed.rank(), distributed.world_size(), run_folder(config)
     optim.check_optimizer(config)
-    _open_run_folder(folder, logger)
+    _require_writable(folder)
     start = choose_start(config, resume_content, folder, logger)
     if start.content is not None:
         config = keep_global_batch(config, start.content, world_size, logger)
@@ -134,9 +141,15 @@ def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger
     for line in (*loaders.notices, *optim.apex_notices(config), precision.notice):
         if line:
             logger.info(line)
-    if start.content is not None:
+    if start.content is None:
+        _require_steps(config, len(loaders.train.dataset.folder), world_size)
+    else:
         _check_same_data(start, loaders.classes, steps_per_epoch)
+        for line in _changes(start.content["config"], config):
+            logger.info(f"notice: {line} since {start.path} was written")
         if start.content["step"] >= total_steps:
+            if start.kind == "auto-resume" and distributed.is_main():
+                CheckpointFolder(folder).relink(start.content)
             logger.info(f"finished already: {start.path} is at step {start.content['step']} of {total_steps}"
                         f"{_best(start.content['best'])}; raise --epochs to go on, or choose another --tag for a new run")
             return
@@ -158,32 +171,40 @@ def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger
     if start.content is not None:
         state.load_state_dict(start.content, start.path)
         logger.info(f"resumed {start.path} at step {state.step}")
-        start = Start(start.kind, start.path)  # a gigabyte that is no longer needed
 
-    schedule = optim.build_schedule(config, steps_per_epoch, global_batch)
-    _introduce(config, device, precision, model, loaders, steps_per_epoch, global_batch, schedule, logger)
-    plan = StepPlan(schedule, optim.build_loss(config.MODEL.LABEL_SMOOTHING), loaders.mixup, precision, device,
-                    config.DATA.BATCH_SIZE, sampler.images_per_step, config.TRAIN.CLIP_GRAD or float("inf"), config.SEED, rank, world_size,
-                    fixed)
-    session = _Session(config, folder, state, plan, loaders, steps_per_epoch, total_steps, global_batch, logger)
-    session.train(distributed.wrap(model, device))
+    with _open_run_folder(folder, logger):
+        files = CheckpointFolder(folder, config.TRAIN.KEEP_CHECKPOINTS, config.MODEL.RESUME)
+        if distributed.is_main():
+            if (aside := files.set_aside(state.step)) is not None:
+                logger.info(f"notice: checkpoints of an earlier run beyond step {state.step} are moved to {aside}")
+            if start.kind == "auto-resume":
+                files.relink(start.content)
+        start = Start(start.kind, start.path)  # a gigabyte that is no longer needed
+        schedule = optim.build_schedule(config, steps_per_epoch, global_batch)
+        _introduce(config, device, precision, model, loaders, steps_per_epoch, global_batch, schedule, logger)
+        plan = StepPlan(schedule, optim.build_loss(config.MODEL.LABEL_SMOOTHING), loaders.mixup, precision, device,
+                        config.DATA.BATCH_SIZE, sampler.images_per_step, config.TRAIN.CLIP_GRAD or float("inf"), config.SEED, rank,
+                        world_size, fixed)
+        session = _Session(config, files, state, plan, loaders, steps_per_epoch, total_steps, global_batch, logger)
+        with session.stop:
+            session.train(distributed.wrap(model, device))
 
 
 class _Session:
     """The epochs of a run: training, evaluation, records and checkpoints around the hot path."""
 
-    def __init__(self, config: CfgNode, folder: str, state: TrainState, plan: StepPlan, loaders: Any, steps_per_epoch: int,
+    def __init__(self, config: CfgNode, files: CheckpointFolder, state: TrainState, plan: StepPlan, loaders: Any, steps_per_epoch: int,
                  total_steps: int, global_batch: int, logger: Log):
-        self.config, self.folder, self.state, self.plan, self.loaders, self.logger = config, folder, state, plan, loaders, logger
+        self.config, self.files, self.state, self.plan, self.loaders, self.logger = config, files, state, plan, loaders, logger
+        self.folder, self.stop = files.folder, StopRequest()
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
         self.main = distributed.is_main()
-        self.files = CheckpointFolder(folder, config.TRAIN.KEEP_CHECKPOINTS)
         self.description = checkpoint.describe(config.dump(), loaders.classes, preprocessing(config), config.DATA.DATA_PATH,
                                                global_batch, steps_per_epoch)
         if self.main:
-            replace_file(os.path.join(folder, "config.yaml"), config.dump().encode())
-            self.metrics, self.board = MetricsLog(folder, state.step), TensorBoard(folder, state.step)
-        self.begun, self.first_step = time.perf_counter(), state.step
+            replace_file(os.path.join(self.folder, "config.yaml"), config.dump().encode())
+            self.metrics, self.board = MetricsLog(self.folder, state.step), TensorBoard(self.folder, state.step)
+        self.begun, self.first_step, self.saved_step = time.perf_counter(), state.step, -1
         self.window = (self.begun, state.step, 0.0, 0.0)  # time, step, data seconds and loss sum at the last line
 
     def train(self, model: nn.Module) -> None:
@@ -197,6 +218,8 @@ class _Session:
             self.window = (time.perf_counter(), state.step, 0.0, progress.loss_sum.item())
             train_one_epoch(model, state, batches, (epoch + 1) * self.steps_per_epoch, self.plan, progress, self.after_step)
             self.end_epoch(epoch + 1, progress)
+            if state.step < self.total_steps and self.stop.agreed()[0]:
+                self.leave(progress)
         if self.main:
             self.board.close()
         self.logger.info(f"finished {config.TRAIN.EPOCHS} epochs in {_clock(time.perf_counter() - self.begun)}{_best(state.best)}; "
@@ -207,9 +230,23 @@ class _Session:
         last = within == 0
         if self.main and (within % self.config.PRINT_FREQ == 0 or last):
             self._log_line(progress)
+        if last:
+            return  # the epoch's end saves, and then looks whether to stop
+        stop, save = self.stop.agreed()
         every = self.config.TRAIN.SAVE_EVERY_STEPS
-        if every and state.step % every == 0 and not last:
+        if stop:
+            self.leave(progress)
+        if save or (every and state.step % every == 0):
             self.save(progress, best=False)
+
+    def leave(self, progress: Progress) -> NoReturn:
+        """Save unless that has just been done, and end the program once every rank is that far."""
+        if self.saved_step != self.state.step:
+            self.save(progress, best=False)
+        distributed.gather_objects(None)
+        names = [name for name in distributed.gather_objects(self.stop.name) if name]
+        raise Stopped(f"stopped by {names[0] if names else 'a signal'}: saved {self.files.path(self.state.step)}; "
+                      "the same command continues from there")
 
     def end_epoch(self, epoch: int, progress: Progress) -> None:
         config, state, plan = self.config, self.state, self.plan
@@ -218,6 +255,7 @@ class _Session:
         images = self.steps_per_epoch * plan.images
         train_loss = require_finite(distributed.all_reduce_sum(progress.loss_sum.clone()).item() / images,
                                     f"the training loss of epoch {epoch}")
+        self.require_sound()
         final = state.step >= self.total_steps
         row: dict[str, Any] = dict(
             epoch=epoch, step=state.step, train_loss=train_loss, top1=None, top5=None, val_loss=None,
@@ -225,6 +263,7 @@ class _Session:
         best = False
         if epoch % config.TRAIN.EVAL_FREQ == 0 or final:
             result = self.evaluate(row)
+            require_finite(result.loss, f"the validation loss of epoch {epoch}")
             best = not state.best or result.top1 > state.best["top1"]
             if best:
                 state.best = dict(top1=result.top1, epoch=epoch, step=state.step)
@@ -250,11 +289,18 @@ class _Session:
         row.update(top1=result.top1, top5=result.top5, val_loss=result.loss)
         return result
 
+    def require_sound(self) -> None:
+        """Raise ``NumericError`` when a weight is no longer finite: such a state must not replace a good checkpoint."""
+        tensors = [t for t in self.state.model.state_dict().values() if t.is_floating_point()]
+        require_finite(nn.utils.get_total_norm(tensors).item(), f"the norm of the weights after step {self.state.step}")
+
     def save(self, progress: Progress, best: bool) -> None:
         self.state.loss_sums = distributed.gather_objects(progress.loss_sum.item())
         require_finite(sum(self.state.loss_sums), f"the training loss before step {self.state.step}")
+        self.require_sound()
         if self.main:
             self.files.save({**self.description, **self.state.state_dict()}, best)
+        self.saved_step = self.state.step
 
     def _restored_loss_sum(self) -> float:
         sums = self.state.loss_sums
@@ -284,19 +330,63 @@ class _Session:
         self.window = (now, state.step, progress.data_seconds, total)
 
 
-def _open_run_folder(folder: str, logger: Log) -> None:
+def _require_writable(folder: str) -> None:
+    """Raise ``ConfigError`` when the folder cannot be made or written; makes nothing."""
+    there = os.path.abspath(folder)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise ConfigError(f"{folder}: cannot be written ({there} is no folder); choose another --output or --tag")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{folder}: cannot be written (no permission in {there}); choose another --output")
+
+
+@contextlib.contextmanager
+def _open_run_folder(folder: str, logger: Log) -> Iterator[None]:
+    """The run's folder, made, locked against a second run in it, its log open; rank 0's business alone."""
+    if not distributed.is_main():
+        yield
+        return
     try:
         os.makedirs(folder, exist_ok=True)
-        if distributed.is_main():
-            probe = os.path.join(folder, f".tmp-probe-{os.getpid()}")
-            with open(probe, "wb"):
-                pass
-            remove_leftovers(folder)
+        lock = lock_folder(folder)
+        remove_leftovers(folder)
+    except BlockingIOError:
+        raise ConfigError(f"{folder}: another run is writing here; wait for it, stop it, or choose another --tag") from None
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another --output") from None
-    if distributed.is_main():
-        log_to_file(logger, os.path.join(folder, "log.txt"))
-        logger.info(f"run {folder}, begun {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another --output or --tag") from None
+    log_to_file(logger, os.path.join(folder, "log.txt"))
+    logger.info(f"run {folder}, begun {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    try:
+        yield
+    finally:
+        close_files(logger)
+        lock.close()
+
+
+def _require_steps(config: CfgNode, images: int, world_size: int) -> None:
+    micro, accumulate = config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS
+    micro_batches = -(-images // (micro * world_size))
+    if accumulate > 1 and accumulate > micro_batches:
+        raise ConfigError(f"TRAIN.ACCUMULATION_STEPS is {accumulate}, longer than an epoch: {images} images make {micro_batches} "
+                          f"micro-batches of {micro} x {world_size}; accumulate at most {micro_batches}")
+
+
+# Keys that say where, how fast and how loud, not what is learned.
+_HARMLESS = ("BASE", "OUTPUT", "TAG", "DEVICE", "SAVE_FREQ", "PRINT_FREQ", "EVAL_MODE", "THROUGHPUT_MODE", "LOCAL_RANK", "DATA.DATA_PATH",
+             "DATA.DATASET", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "DATA.CACHE_MODE", "DATA.BATCH_SIZE",
+             "MODEL.PRETRAINED", "MODEL.RESUME", "MODEL.NUM_CLASSES", "TRAIN.ACCUMULATION_STEPS", "TRAIN.USE_CHECKPOINT",
+             "TRAIN.AUTO_RESUME", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.EVAL_FREQ", "TEST.BATCH_SIZE")
+
+
+def _changes(then: str, config: CfgNode) -> list[str]:
+    """Lines such as ``TRAIN.BASE_LR changed from 0.1 to 0.2``: what differs from the config of a checkpoint."""
+    try:
+        old = config_from_text(then)
+    except ConfigError:
+        return ["the config is of another version"]
+    pairs = [(key, lookup(old, key), lookup(config, key)) for key, *_ in KEYS if key not in _HARMLESS]
+    return [f"{key} changed from {before} to {now}" for key, before, now in pairs if before != now]
 
 
 def _check_same_data(start: Start, classes: list[str], steps_per_epoch: int) -> None:

@@ -52,6 +52,8 @@ def apex_notices(config: CfgNode) -> list[str]:
 def check_optimizer(config: CfgNode) -> None:
     """Raise ``ConfigError`` unless ``TRAIN.OPTIMIZER.NAME`` is known to torch through timm, or apex's."""
     name, known = config.TRAIN.OPTIMIZER.NAME.lower(), timm.optim.list_optimizers()
+    if name == "adahessian":
+        raise ConfigError("TRAIN.OPTIMIZER.NAME is adahessian, which needs second derivatives; this trainer computes first ones only")
     if name not in known and name not in _APEX:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         raise ConfigError(f"TRAIN.OPTIMIZER.NAME is {name!r}, which timm does not know"
@@ -82,18 +84,22 @@ def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if fused is not None:
         if name in ("fused_sgd", "fusedsgd"):
             return fused(groups, lr=config.TRAIN.BASE_LR, momentum=options.MOMENTUM, nesterov=True)
-        return fused(groups, lr=config.TRAIN.BASE_LR, eps=options.EPS, betas=tuple(options.BETAS[:2]))
+        return fused(groups, lr=config.TRAIN.BASE_LR, eps=options.EPS or 1e-8, betas=tuple(options.BETAS or (0.9, 0.999))[:2])
     name = _APEX[name][1] if name in _APEX else name
     accepted = inspect.signature(timm.optim.get_optimizer_class(name, bind_defaults=False)).parameters
     extra: dict = {}
-    if "betas" in accepted:
+    if options.BETAS is not None and "betas" in accepted:
         extra["betas"] = tuple(options.BETAS)
-    if "eps" in accepted and accepted["eps"].default is not None:
+    if options.EPS is not None and "eps" in accepted:
         extra["eps"] = options.EPS
     if "fused" in accepted and next(model.parameters()).device.type in ("cpu", "cuda"):
         extra["fused"] = True
-    return timm.optim.create_optimizer_v2(groups, opt=name, lr=config.TRAIN.BASE_LR, weight_decay=config.TRAIN.WEIGHT_DECAY,
-                                          momentum=options.MOMENTUM, **extra)
+    try:
+        return timm.optim.create_optimizer_v2(groups, opt=name, lr=config.TRAIN.BASE_LR, weight_decay=config.TRAIN.WEIGHT_DECAY,
+                                              momentum=options.MOMENTUM, **extra)
+    except (AssertionError, ImportError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise ConfigError(f"TRAIN.OPTIMIZER.NAME {name} cannot be made here ({reason}); adamw and sgd always can") from None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,214 @@
+"""Nothing that was saved is lost: stops, second runs in a folder, runs begun anew, weights gone bad, changed recipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, differences, environment, load, run_main, write_images
+from PIL import Image
+
+from data.folder import to_rgb
+from utils.checkpoint import CheckpointFolder
+
+ENDLESS = ("--epochs", "4000", "--warmup-epochs", "1", "--opts", "SAVE_FREQ", "4000", "TRAIN.EVAL_FREQ", "4000")
+
+
+def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, str(ROOT / "main.py"), *map(str, arguments)], cwd=cwd, env=environment(), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def wait_for(path: Path, words: str, seconds: float = 60) -> None:
+    deadline = time.time() + seconds
+    while time.time() < deadline:
+        if path.exists() and words in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no {words!r} in {path}")
+
+
+@pytest.mark.parametrize(("name", "workers", "group"), [("SIGTERM", 2, True), ("SIGINT", 0, False), ("SIGHUP", 1, True)])
+def test_a_signal_saves_and_stops(tiny_cfg: Path, tmp_path: Path, name: str, workers: int, group: bool) -> None:
+    """To the whole process group as a terminal or a scheduler sends it, loading processes included."""
+    process = start("--cfg", tiny_cfg, "--num-workers", workers, *ENDLESS, cwd=tmp_path)
+    folder = tmp_path / "output/tiny/default"
+    wait_for(folder / "log.txt", "epoch 2/4000")
+    number = getattr(signal, name)
+    os.killpg(process.pid, number) if group else process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, (out[-500:], err)
+    saved = re.fullmatch(rf"error: stopped by {name}: saved (\S+ckpt_(\d+)\.pth); the same command continues from there\n", err)
+    assert saved, err
+    step = int(saved[2])
+    assert load(folder / "last.pth")["step"] == step > 5
+    again = run_main("--cfg", tiny_cfg, "--epochs", step // 5 + 1, "--warmup-epochs", 1, cwd=tmp_path)
+    assert again.returncode == 0 and f"at step {step}\n" in again.stdout
+
+
+def test_sigusr1_saves_and_goes_on(tiny_cfg: Path, tmp_path: Path) -> None:
+    process = start("--cfg", tiny_cfg, *ENDLESS, cwd=tmp_path)
+    folder = tmp_path / "output/tiny/default"
+    wait_for(folder / "log.txt", "epoch 2/4000")
+    process.send_signal(signal.SIGUSR1)
+    deadline = time.time() + 30
+    while not list(folder.glob("ckpt_*.pth")) and time.time() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None and list(folder.glob("ckpt_*.pth"))
+    second = run_main("--cfg", tiny_cfg, cwd=tmp_path)  # meanwhile: a second run in the same folder
+    assert second.returncode == 2 and "another run is writing here" in second.stderr and second.stderr.count("\n") == 1
+    process.kill()
+    process.communicate()
+    freed = run_main("--cfg", tiny_cfg, "--epochs", 1, "--warmup-epochs", 0, cwd=tmp_path)  # the lock of the dead is no lock
+    assert freed.returncode == 0, freed.stderr
+
+
+def test_a_run_begun_anew_is_not_taken_for_the_old_one(tiny_cfg: Path, program) -> None:
+    folder = program.folder / "output/tiny/default"
+    assert program("--cfg", tiny_cfg, "--epochs", 3).returncode == 0
+    old = load(folder / "last.pth")
+    anew = program("--cfg", tiny_cfg, "--epochs", 1, "--seed", 7, "--opts", "TRAIN.AUTO_RESUME", "False")
+    assert anew.returncode == 0 and "checkpoints of an earlier run beyond step 0 are moved to" in anew.stdout
+    assert load(folder / "last.pth")["step"] == 5 and [p.name for p in folder.glob("ckpt_*.pth")] == ["ckpt_00000005.pth"]
+    kept = load(folder / "superseded-1/ckpt_00000015.pth")
+    assert differences(kept["model"], old["model"]) == []
+    rows = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [5]
+    on = program("--cfg", tiny_cfg, "--epochs", 2, "--seed", 7)
+    assert "at step 5\n" in on.stdout and load(folder / "last.pth")["step"] == 10
+
+
+def test_links_are_mended_after_a_kill_between_them_and_the_file(tiny_cfg: Path, program) -> None:
+    folder = program.folder / "output/tiny/default"
+    assert program("--cfg", tiny_cfg, "--epochs", 1).returncode == 0
+    for name in ("best.pth", "last.pth"):
+        (folder / name).unlink()
+    done = program("--cfg", tiny_cfg, "--epochs", 1)
+    assert done.returncode == 0 and "finished already" in done.stdout
+    assert (folder / "best.pth").resolve() == (folder / "last.pth").resolve() == (folder / "ckpt_00000005.pth").resolve()
+
+
+def test_the_file_that_resume_names_is_not_deleted(tiny_cfg: Path, program) -> None:
+    assert program("--cfg", tiny_cfg, "--epochs", 1, "--tag", "a").returncode == 0
+    shutil.copytree("output/tiny/a", "output/tiny/b", symlinks=True)
+    source = "output/tiny/b/ckpt_00000005.pth"
+    for _ in range(2):
+        done = program("--cfg", tiny_cfg, "--epochs", 6, "--tag", "b", "--resume", source)
+        assert done.returncode == 0, done.stderr
+    assert Path(source).exists()
+
+
+def test_another_optimizer_is_refused_and_new_numbers_hold(tiny_cfg: Path, program) -> None:
+    assert program("--cfg", tiny_cfg, "--epochs", 1).returncode == 0
+    for name in ("sgd", "lion", "lamb"):
+        done = program("--cfg", tiny_cfg, "--epochs", 2, "--optim", name)
+        assert done.returncode == 3 and "AdamW" in done.stderr and "--pretrained" in done.stderr and done.stderr.count("\n") == 1
+    done = program("--cfg", tiny_cfg, "--epochs", 2, "--weight-decay", 0.3)
+    assert done.returncode == 0 and "notice: TRAIN.WEIGHT_DECAY changed from 0.05 to 0.3 since" in done.stdout
+    last = load(program.folder / "output/tiny/default/last.pth")
+    assert sorted(g["weight_decay"] for g in last["optimizer"]["param_groups"]) == [0, 0.3]
+
+
+def test_weights_gone_bad_never_replace_good_ones(tiny_cfg: Path, program) -> None:
+    """The last update of an epoch breaks them: its loss was still finite."""
+    folder = program.folder / "output/tiny/default"
+    assert program("--cfg", tiny_cfg, "--epochs", 1).returncode == 0
+    broken = program("--cfg", tiny_cfg, "--epochs", 9, "--lr", 1000, "--warmup-epochs", 0, "--opts", "TRAIN.LR_BATCH", 1, "TRAIN.CLIP_GRAD", 0)
+    assert broken.returncode == 4 and broken.stderr.count("\n") == 1, broken.stderr
+    for path in folder.glob("*.pth"):
+        assert all(torch.isfinite(t).all() for t in load(path)["model"].values())
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda word: pytest.fail(word))
+    assert program("--cfg", tiny_cfg, "--epochs", 2).returncode == 0  # with a sane rate it goes on
+
+
+def test_a_checkpoint_of_bad_weights_is_passed_over(tiny_cfg: Path, program) -> None:
+    from utils.checkpoint import write_checkpoint
+    folder = program.folder / "output/tiny/default"
+    assert program("--cfg", tiny_cfg, "--epochs", 2).returncode == 0
+    content = load(folder / "last.pth")
+    content["model"]["norm.weight"][0] = float("nan")
+    write_checkpoint(str(folder / "ckpt_00000010.pth"), content)
+    done = program("--cfg", tiny_cfg, "--epochs", 2)
+    assert done.returncode == 0 and "norm.weight holds NaN" in done.stdout and "at step 5\n" in done.stdout
+
+
+def test_mistakes_leave_no_folder(tiny_cfg: Path, program) -> None:
+    for arguments in (["--data-path", "nowhere"], ["--opts", "MODEL.NUM_CLASSES", 9], ["--accumulation-steps", 99],
+                      ["--pretrained", "absent.pth"], ["--tag", "../../x"], ["--tag", ""], ["--opts", "TRAIN.FREEZE", "[nothing]"]):
+        done = program("--cfg", tiny_cfg, *arguments)
+        assert done.returncode in (2, 3) and done.stderr.count("\n") == 1, (arguments, done)
+        assert not (program.folder / "output").exists(), arguments
+
+
+def test_full_disk_keeps_what_was_saved(tiny_cfg: Path, tmp_path: Path) -> None:
+    assert run_main("--cfg", tiny_cfg, "--epochs", 1, cwd=tmp_path).returncode == 0
+    folder = tmp_path / "output/tiny/default"
+    before = (folder / "ckpt_00000005.pth").read_bytes()
+    command = f"ulimit -f 300; exec '{sys.executable}' '{ROOT / 'main.py'}' --cfg '{tiny_cfg}' --epochs 3"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "ckpt_00000010.pth" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert (folder / "ckpt_00000005.pth").read_bytes() == before and not list(folder.glob(".tmp-*"))
+    assert run_main("--cfg", tiny_cfg, "--epochs", 3, cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("how", ["closed", "full", "ascii"])
+def test_odd_standard_outputs(tiny_cfg: Path, tmp_path: Path, how: str) -> None:
+    redirect = {"closed": ">&-", "full": "> /dev/full", "ascii": ""}[how]
+    extra = {"PYTHONIOENCODING": "ascii"} if how == "ascii" else {}
+    command = f"exec '{sys.executable}' '{ROOT / 'main.py'}' --cfg '{tiny_cfg}' --epochs 1 --output 'pü' {redirect}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(**extra), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "finished 1 epochs" in (tmp_path / "pü/tiny/default/log.txt").read_text()
+    if how == "ascii":
+        assert "checkpoints in p\\xfc/tiny" in done.stdout
+
+
+def test_ranks_that_would_start_apart_are_told(tiny_cfg: Path, monkeypatch, tmp_path: Path) -> None:
+    import logging
+
+    from config import get_config
+    from models.weights import CheckpointError
+    from utils import distributed, modes
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, ("auto-resume", "ckpt_00000005.pth", 5)])
+    with pytest.raises(CheckpointError, match="rank 1: auto-resume ckpt_00000005.pth step 5"):
+        modes.choose_start(get_config(str(tiny_cfg)), None, str(tmp_path), logging.getLogger("x"))
+
+
+def test_choice_is_by_step_whatever_the_clock_said(tmp_path: Path) -> None:
+    for step, age in ((5, 0), (100, 1000), (20, 500)):
+        path = tmp_path / f"ckpt_{step:08d}.pth"
+        path.write_bytes(b"x")
+        os.utime(path, (time.time() - age, time.time() - age))
+    (tmp_path / "ckpt_7.pth.bak").write_bytes(b"x")
+    assert CheckpointFolder(str(tmp_path)).steps() == [100, 20, 5]
+
+
+def test_strange_images_have_a_defined_result(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    grey = to_rgb(Image.fromarray(ramp))
+    assert grey.mode == "RGB" and abs(np.asarray(grey)[..., 0].astype(int).ravel() - np.arange(256)).max() <= 1
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"):
+        assert to_rgb(Image.new(mode, (4, 4))).mode == "RGB"
+    palette = Image.new("P", (4, 4))
+    palette.info["transparency"] = bytes(range(256))
+    assert to_rgb(palette).mode == "RGB"
+
+
+def test_links_and_pipes_among_the_images(tmp_path: Path) -> None:
+    from data.folder import scan_folder
+    write_images(tmp_path, "train", {"a": 2})
+    (tmp_path / "train/a/self").symlink_to(tmp_path / "train/a")
+    (tmp_path / "train/a/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    os.mkfifo(tmp_path / "train/a/pipe.jpg")
+    assert len(scan_folder(str(tmp_path / "train"))) == 2

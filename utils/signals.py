@@ -1,0 +1,57 @@
+"""Stopping when asked: a checkpoint first, then the exit."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+
+from utils import distributed
+
+
+class Stopped(Exception):
+    """Training ended because a signal asked for it, after a checkpoint was written (exit status 75)."""
+
+
+class StopRequest:
+    """Context in which SIGTERM, SIGINT and SIGHUP only set a flag, and SIGUSR1 asks for a checkpoint.
+
+    A second SIGINT ends the program at once. The flags are agreed between ranks at every step, so that all of them
+    save after the same one; the exchange is of two numbers on the CPU and does not wait for a GPU.
+    """
+
+    def __init__(self) -> None:
+        self.name, self.save = "", False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+                if hasattr(signal, name):
+                    number = getattr(signal, name)
+                    self._before[number] = signal.signal(number, self._noted)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _noted(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if name == "SIGUSR1":
+            self.save = True
+            return
+        if name == "SIGINT" and self.name == "SIGINT":
+            raise KeyboardInterrupt
+        self.name = name
+
+    def agreed(self) -> tuple[bool, bool]:
+        """(stop, save), the same on every rank; a request to save is thereby taken."""
+        flags = [bool(self.name), self.save]
+        if distributed.world_size() > 1:
+            flags = distributed.all_reduce_sum(torch.tensor(flags, dtype=torch.int64)).bool().tolist()
+        self.save = False
+        return flags[0], flags[1]
