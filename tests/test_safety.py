@@ -167,7 +167,8 @@ def test_odd_standard_outputs(tiny_cfg: Path, tmp_path: Path, how: str) -> None:
     redirect = {"closed": ">&-", "full": "> /dev/full", "ascii": ""}[how]
     extra = {"PYTHONIOENCODING": "ascii"} if how == "ascii" else {}
     command = f"exec '{sys.executable}' '{ROOT / 'main.py'}' --cfg '{tiny_cfg}' --epochs 1 --output 'pü' {redirect}"
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(**extra), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(**extra), capture_output=True, text=True, timeout=60,
+                          check=False)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "finished 1 epochs" in (tmp_path / "pü/tiny/default/log.txt").read_text()
     if how == "ascii":
