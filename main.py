@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import gc
 import os
 import sys
 import traceback
@@ -166,8 +165,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILURE
     except Exception as error:
         return _explain(error)
-    finally:
-        gc.collect()  # a traceback may hold on to loaders, and they to their processes
 
 
 def _explain(error: Exception) -> int:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import random
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +30,7 @@ class Loaders:
     """What training and evaluation read from.
 
     Attributes:
-        train: yields an optimizer step's local batch, ``(images, targets)``, for each step of the whole run; set
-            ``train.batch_sampler.start`` before iterating to begin at a later step.
+        train: yields an optimizer step's local batch, ``(images, targets)``, for each step of the whole run.
         val: yields ``(images, targets)``; the last batch is filled up to the static shape with rows of target -1.
         classes: class names, in the order of the classifier's outputs.
         mixup: ``(images, targets, step) -> (images, targets)``.
@@ -43,6 +42,20 @@ class Loaders:
     classes: list[str]
     mixup: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
     notices: list[str] = field(default_factory=list)
+    _stream: Any = None
+
+    def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The training stream from step ``start`` on."""
+        self.train.batch_sampler.start = start
+        self._stream = iter(self.train)
+        return self._stream
+
+    def close(self) -> None:
+        """End the loading processes now; left to the garbage collector they end after a time-out each."""
+        for iterator in (self._stream, getattr(self.val, "_iterator", None)):
+            shutdown = getattr(iterator, "_shutdown_workers", None)  # torch offers no public way
+            if shutdown is not None:
+                shutdown()
 
 
 class TrainImages(Dataset):

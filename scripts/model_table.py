@@ -35,7 +35,14 @@ PUBLISHED: dict[str, tuple[str, str | None]] = {
     "pvt_v2_b5": ("PVTv2-B5", "83.8"), "galerkin_t": ("Galerkin-T", None), "galerkin_s": ("Galerkin-S", None),
     "galerkin_b": ("Galerkin-B", None),
 }
-HEAD = ("| model | config | size | parameters | GMACs | published top-1 |", "|---|---|---|---|---|---|")
+# Configs whose model is compared with the authors' outputs by a test, and the file of those outputs; the other variants of a family
+# are the same code with other numbers, their parameter names, shapes and counts compared.
+COMPARED = {
+    "crossformer_t": "crossformer_tiny", "crossformer_b": "crossformer_base", "crossformer_pp_s": "crossformer_pp_small",
+    "swin_t": "swin_tiny", "cvt_13": "cvt_13", "shunted_t": "shunted_t", "mpvit_t": "mpvit_tiny", "pvt_t": "pvt_tiny",
+    "pvt_v2_b1": "pvt_v2_b1", "galerkin_t": "galerkin_attention",
+}
+HEAD = ("| model | config | size | parameters | GMACs | published top-1 | compared |", "|---|---|---|---|---|---|---|")
 BEGIN, END = "<!-- models -->", "<!-- end of models -->"
 
 
@@ -50,12 +57,19 @@ def count(name: str) -> tuple[int, float, tuple[int, int]]:
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2e9, (height, width)
 
 
+def compared(name: str) -> str:
+    """What a test compares with the authors' code."""
+    if name.startswith("galerkin"):
+        return "attention" if name in COMPARED else "same code"
+    return "outputs" if name in COMPARED else "names, counts"
+
+
 def rows() -> list[str]:
     """The table's lines, its head included."""
     lines = list(HEAD)
     for name, (shown, top1) in PUBLISHED.items():
         parameters, gmacs, (height, _) = count(name)
-        lines.append(f"| {shown} | `{name}` | {height} | {parameters / 1e6:.1f} M | {gmacs:.2f} | {top1 or '-'} |")
+        lines.append(f"| {shown} | `{name}` | {height} | {parameters / 1e6:.1f} M | {gmacs:.2f} | {top1 or '-'} | {compared(name)} |")
     return lines
 
 

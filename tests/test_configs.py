@@ -43,12 +43,18 @@ def test_config_builds_its_model(name: str) -> None:
         model = build_model(config)
     count = sum(p.numel() for p in model.parameters())
     assert count == PARAMETERS.get(name, count)
-    row = re.search(rf"^\| (.*) \| `{name}` \| (\d+) \| ([\d.]+) M \| ([\d.]+) \| (.*) \|$", README, re.M)
+    row = re.search(rf"^\| (.*) \| `{name}` \| (\d+) \| ([\d.]+) M \| ([\d.]+) \| ([^|]*) \| (.*) \|$", README, re.M)
     shown, top1 = model_table.PUBLISHED[name]
-    assert row.groups() == (shown, str(config.DATA.IMG_SIZE), f"{count / 1e6:.1f}", row[4], top1 or "-")
+    assert row.groups() == (shown, str(config.DATA.IMG_SIZE), f"{count / 1e6:.1f}", row[4], top1 or "-", model_table.compared(name))
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert f"main.py --cfg configs/{name}.yaml" in head and (top1 is None or top1.split()[0] in head)
     assert "model_table" not in head
+
+
+def test_compared_means_that_there_are_reference_outputs() -> None:
+    for reference in model_table.COMPARED.values():
+        assert (ROOT / "tests/reference" / f"{reference}.npz").exists()
+        assert any(reference in path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
 
 
 @pytest.mark.parametrize("name", ["crossformer_t", "pvt_v2_b0"])

@@ -123,7 +123,8 @@ def test_weights_gone_bad_never_replace_good_ones(tiny_cfg: Path, program) -> No
     """The last update of an epoch breaks them: its loss was still finite."""
     folder = program.folder / "output/tiny/default"
     assert program("--cfg", tiny_cfg, "--epochs", 1).returncode == 0
-    broken = program("--cfg", tiny_cfg, "--epochs", 9, "--lr", 1000, "--warmup-epochs", 0, "--opts", "TRAIN.LR_BATCH", 1, "TRAIN.CLIP_GRAD", 0)
+    broken = program("--cfg", tiny_cfg, "--epochs", 9, "--lr", 1000, "--warmup-epochs", 0, "--opts", "TRAIN.LR_BATCH", 1,
+                     "TRAIN.CLIP_GRAD", 0)
     assert broken.returncode == 4 and broken.stderr.count("\n") == 1, broken.stderr
     for path in folder.glob("*.pth"):
         assert all(torch.isfinite(t).all() for t in load(path)["model"].values())

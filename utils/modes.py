@@ -186,7 +186,7 @@ def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger
                         config.DATA.BATCH_SIZE, sampler.images_per_step, config.TRAIN.CLIP_GRAD or float("inf"), config.SEED, rank,
                         world_size, fixed)
         session = _Session(config, files, state, plan, loaders, steps_per_epoch, total_steps, global_batch, logger)
-        with session.stop:
+        with session.stop, contextlib.closing(loaders):
             session.train(distributed.wrap(model, device))
 
 
@@ -209,8 +209,7 @@ class _Session:
 
     def train(self, model: nn.Module) -> None:
         config, state = self.config, self.state
-        self.loaders.train.batch_sampler.start = state.step
-        batches = iter(self.loaders.train)
+        batches = self.loaders.batches(state.step)
         for epoch in range(state.step // self.steps_per_epoch, config.TRAIN.EPOCHS):
             progress = Progress(self.plan.device, first_step=state.step)
             if state.step % self.steps_per_epoch:
@@ -451,7 +450,8 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
         check_finite(state, path)
         load_state(judged, state, config, path)
         judged.to(device)
-    *raw, result = evaluate(models, loaders.val, device, precision)
+    with contextlib.closing(loaders):
+        *raw, result = evaluate(models, loaders.val, device, precision)
     for other in raw:
         logger.info(f"raw {other.line()}")
     logger.info(result.line())
