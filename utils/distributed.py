@@ -94,12 +94,6 @@ def init(device: torch.device) -> None:
     _group = group
 
 
-def launcher_rank() -> int:
-    """The rank in the environment, before ``init``; 0 where it says nothing sensible."""
-    value = os.environ.get("RANK", "0")
-    return int(value) if value.isdigit() else 0
-
-
 def rank() -> int:
     """This process's number among all."""
     return _group.rank
@@ -137,16 +131,6 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * _group.world_size
     dist.all_gather_object(values, value)
     return values
-
-
-def broadcast_object(value: Any) -> Any:
-    """Rank 0's ``value``."""
-    if not _group.active:
-        return value
-    import torch.distributed as dist
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]
 
 
 def broadcast_buffers(model: nn.Module) -> None:
