@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from torch import Tensor
 
 PROBE_INPUT = 0.01  # factor on the images that go with ``eps_probe``
 
@@ -44,3 +45,8 @@ def eps_probe(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     def factor(name: str, x: np.ndarray) -> float:
         return 1.0 if x.ndim >= 2 else 1e-4 if name.endswith("running_var") else 1e-2
     return {name: (x.astype(np.float64) * factor(name, x)).astype(np.float32) for name, x in state.items()}
+
+
+def off(ours: Tensor, reference: np.ndarray) -> float:
+    """Largest difference over the reference's largest value."""
+    return float(np.abs(ours.numpy() - reference).max() / np.abs(reference).max())

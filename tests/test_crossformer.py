@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from timm.optim import param_groups_weight_decay
-from torch import Tensor, nn
+from torch import nn
 
 from models import crossformer
 from models.crossformer import (
@@ -25,7 +25,7 @@ from models.crossformer import (
     relative_offsets,
     to_groups,
 )
-from tests.recipe import PROBE_INPUT, deterministic_input, deterministic_state, eps_probe
+from tests.recipe import PROBE_INPUT, deterministic_input, deterministic_state, eps_probe, off
 
 # Parameters, those with weight decay, state-dict keys, CRC-32 of all names and shapes, sorted.
 FACTS = {
@@ -44,10 +44,6 @@ TINY = dict(embed_dim=16, depths=(1, 2), num_heads=(1, 2), group_size=(4, 4), in
 def tiny(**kwargs) -> CrossFormer:
     torch.manual_seed(0)
     return CrossFormer(**dict(dict(TINY, num_classes=5, drop_path_rate=0.0), **kwargs))
-
-
-def off(ours: Tensor, reference: np.ndarray) -> float:
-    return float(np.abs(ours.numpy() - reference).max() / np.abs(reference).max())
 
 
 @torch.no_grad()

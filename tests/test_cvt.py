@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models import cvt
 from models.base import default_cfg
 from models.weights import CheckpointError, load_pretrained_file
-from tests.recipe import PROBE_INPUT, deterministic_input, deterministic_state, eps_probe
+from tests.recipe import PROBE_INPUT, deterministic_input, deterministic_state, eps_probe, off
 
 # Parameters, those with weight decay, state-dict keys, CRC-32 of all names and shapes in order.
 FACTS = {
@@ -35,10 +35,6 @@ def small(**kwargs) -> cvt.CvT:
 def load(model: nn.Module, state: dict[str, np.ndarray]) -> None:
     left = model.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()}, strict=False)
     assert not left.unexpected_keys and all(name.endswith("num_batches_tracked") for name in left.missing_keys)
-
-
-def off(ours: Tensor, reference: np.ndarray) -> float:
-    return float(np.abs(ours.numpy() - reference).max() / np.abs(reference).max())
 
 
 @torch.no_grad()

@@ -11,11 +11,11 @@ import timm
 import torch
 from timm.models._manipulate import group_with_matcher
 from timm.optim import param_groups_weight_decay
-from torch import Tensor, nn
+from torch import nn
 
 from models import mpvit
 from models.weights import CheckpointError, load_pretrained_file
-from tests.recipe import PROBE_INPUT, deterministic_input, deterministic_state, eps_probe
+from tests.recipe import PROBE_INPUT, deterministic_input, deterministic_state, eps_probe, off
 
 # Parameters, those with weight decay, state-dict keys, CRC-32 of all names and shapes in order.
 FACTS = {
@@ -42,10 +42,6 @@ def load(model: nn.Module, state: dict[str, np.ndarray]) -> None:
     left = model.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()}, strict=False)
     own = {name for name, _ in model.named_parameters()} | {name for name, x in model.named_buffers() if x.is_floating_point()}
     assert not left.unexpected_keys and state.keys() == own
-
-
-def off(ours: Tensor, reference: np.ndarray) -> float:
-    return float(np.abs(ours.numpy() - reference).max() / np.abs(reference).max())
 
 
 @torch.no_grad()

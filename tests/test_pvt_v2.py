@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from timm.optim import param_groups_weight_decay
-from torch import Tensor, nn
+from torch import nn
 
 from models import pvt_v2
 from models.weights import CheckpointError, load_pretrained_file
-from tests.recipe import PROBE_INPUT, deterministic_input, deterministic_state, eps_probe
+from tests.recipe import PROBE_INPUT, deterministic_input, deterministic_state, eps_probe, off
 
 # Parameters, those with weight decay, state-dict keys, CRC-32 of all official names and shapes in order.
 FACTS = {
@@ -41,10 +41,6 @@ def official(name: str) -> str:
     name = re.sub(r"^stages\.(\d+)\.blocks\.", lambda m: f"block{int(m[1]) + 1}.", name)
     name = re.sub(r"^stages\.(\d+)\.norm\.", lambda m: f"norm{int(m[1]) + 1}.", name)
     return name.replace(".dwconv.", ".dwconv.dwconv.")
-
-
-def off(ours: Tensor, reference: np.ndarray) -> float:
-    return float(np.abs(ours.numpy() - reference).max() / np.abs(reference).max())
 
 
 @torch.no_grad()

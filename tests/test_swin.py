@@ -10,12 +10,8 @@ from conftest import ROOT
 
 from config import get_config
 from models import build_model, load_state
-from tests.recipe import PROBE_INPUT, deterministic_input, deterministic_state, eps_probe
+from tests.recipe import PROBE_INPUT, deterministic_input, deterministic_state, eps_probe, off
 from tests.test_weights import official_swin
-
-
-def off(ours: torch.Tensor, reference: np.ndarray) -> float:
-    return float(np.abs(ours.numpy() - reference).max() / np.abs(reference).max())
 
 
 @torch.no_grad()

@@ -242,7 +242,7 @@ class _Session:
         """Save unless that has just been done, and end the program once every rank is that far."""
         if self.saved_step != self.state.step:
             self.save(progress, best=False)
-        distributed.gather_objects(None)
+        # The exchange also keeps every rank here until rank 0 has written.
         names = [name for name in distributed.gather_objects(self.stop.name) if name]
         raise Stopped(f"stopped by {names[0] if names else 'a signal'}: saved {self.files.path(self.state.step)}; "
                       "the same command continues from there")
