@@ -215,13 +215,15 @@ def _explain(error: Exception) -> int:
 
 def _fail(sentence: str, status: int, everywhere: bool = False) -> int:
     """Say it once: rank 0, or with its number any rank that may be alone in its trouble."""
-    rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-    if os.environ.get("WORLD_SIZE", "1") != "1" and "utils.distributed" in sys.modules:
-        sys.modules["utils.distributed"].announce_failure(sentence)
-    if rank == "0":
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-    elif everywhere or local == "0":
-        print(f"error (rank {rank}): {sentence}", file=sys.stderr, flush=True)
+    from utils.logger import printable
+    rank, local, place = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0"), ""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        place = f" (rank {rank})"
+        if status not in (EXIT_USAGE, EXIT_STOPPED) and (distributed := sys.modules.get("utils.distributed")):
+            distributed.announce_failure(sentence)
+            place = f" ({distributed.place()})"
+    if rank == "0" or everywhere or local == "0":
+        print(f"error{place if rank != '0' or everywhere else ''}: {printable(sentence)}", file=sys.stderr, flush=True)
     return status
 
 

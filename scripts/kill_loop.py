@@ -129,7 +129,7 @@ def prove(folder: Path, kills: int, workers: int, processes: int, seed: int, say
         if say:
             print(f"start {number + 1}: " + (f"resumed at step {resumed}, " if resumed >= 0 else "from scratch, ")
                   + (f"did {len(done)} steps to the end" if last else f"killed {1000 * delay:.0f} ms after {len(done)} steps"), flush=True)
-        if number and not 0 < resumed:
+        if number and resumed <= 0:
             raise Failure(f"start {number + 1} did not resume:\n{said[-2000:]}")
         # Saves come every 3 steps and are written in the background: at most two of them are lost.
         if number and not reached - 9 <= resumed:

@@ -71,7 +71,8 @@ def test_sigusr1_saves_and_goes_on(tiny_cfg: Path, tmp_path: Path) -> None:
     assert f"another run is writing here (process {process.pid} on {socket.gethostname()})" in second.stderr
     process.kill()
     process.communicate()
-    freed = run_main("--cfg", tiny_cfg, "--epochs", 1, "--warmup-epochs", 0, "--accept-changes", cwd=tmp_path)  # the lock of the dead is no lock
+    # The lock of the dead is no lock.
+    freed = run_main("--cfg", tiny_cfg, "--epochs", 1, "--warmup-epochs", 0, "--accept-changes", cwd=tmp_path)
     assert freed.returncode == 0, freed.stderr
 
 

@@ -109,8 +109,12 @@ def init(device: torch.device, minutes: float = 20.0) -> None:
                 raise ConfigError("WORLD_SIZE is set but LOCAL_RANK is not, so processes do not know their GPUs; start with torchrun")
             if device.index != group.local_rank:
                 raise ConfigError(f"DEVICE is {device} for every process; with {group.world_size} of them use DEVICE cuda")
+        wait = timedelta(minutes=minutes + 1)
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes + 1),
+            # torchrun's store outlives the processes it starts anew, who would read the addresses of those before them (seen
+            # with torch 2.15 and gloo): so each attempt has names of its own there.
+            store = _launcher_store(wait) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=wait, store=store,
                                     rank=group.rank, world_size=group.world_size)
         except (RuntimeError, ValueError, OSError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -120,18 +124,27 @@ def init(device: torch.device, minutes: float = 20.0) -> None:
             raise ConfigError(f"the processes did not find each other at {address} "
                               f"({str(error).splitlines()[0][:120]}); check MASTER_ADDR and MASTER_PORT") from None
         group.active = True
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
-                              timeout=timedelta(seconds=20))
-        # Processes that torchrun starts anew find the store of those before them.
-        store = dist.PrefixStore(f"trainer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        group.heartbeat = Heartbeat(store, group.rank, group.world_size, 60 * minutes)
+        signs = dist.PrefixStore("signs", _launcher_store(timedelta(seconds=20)))
+        group.heartbeat = Heartbeat(signs, group.rank, group.world_size, 60 * minutes)
     _group = group
+
+
+def _launcher_store(wait: timedelta) -> Any:
+    """A new connection to the store at the master's address; what an earlier attempt of this job wrote is not seen."""
+    import torch.distributed as dist
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False, timeout=wait)
+    return dist.PrefixStore(f"attempt {restarts()}", store)
 
 
 def mark(phase: str, step: int | None = None) -> None:
     """Note what this process begins to do, for the sentence of a job that hangs or breaks."""
     if _group.heartbeat is not None:
         _group.heartbeat.mark(phase, step)
+
+
+def place() -> str:
+    """Where this process of several stands, such as ``rank 1, training, step 12``."""
+    return f"rank {_group.rank}" + (f", {_group.heartbeat.place()}" if _group.heartbeat is not None else "")
 
 
 def announce_failure(sentence: str) -> None:

@@ -237,6 +237,7 @@ def evaluate(models: Sequence[nn.Module], loader: Collection[tuple[Tensor, Tenso
     loss_sums = torch.zeros(len(models), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     for model in models:
         model.eval()
+    distributed.mark("evaluating")
     # A rank with fewer batches takes part in the others' exchanges all the same.
     polls = 0 if poll is None else max(distributed.gather_objects(len(loader)))
     for number, (images, targets) in enumerate(loader):

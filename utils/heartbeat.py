@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -36,8 +37,10 @@ class Heartbeat:
     def __init__(self, store: Any, rank: int, world_size: int, limit: float):
         self.store, self.rank, self.world_size, self.limit = store, rank, world_size, limit
         self.phase, self.step, self.count, self.since = "starting", 0, 0, time.monotonic()
+        self._beats = 0
         self._access, self._end = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._beat()
+        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self._thread.start()
 
     def mark(self, phase: str, step: int | None) -> None:
@@ -45,6 +48,10 @@ class Heartbeat:
         if step is not None and step != self.step:
             self.step, self.count = step, 0
         self.phase, self.count, self.since = phase, self.count + 1, time.monotonic()
+
+    def place(self) -> str:
+        """The phase and the step it belongs to."""
+        return f"{self.phase}, step {self.step}"
 
     def stop(self) -> None:
         """The job has ended well."""
@@ -76,23 +83,30 @@ class Heartbeat:
         except Exception:  # the store's process may be the one that is gone
             return None
 
-    def _beat(self) -> None:
-        beats = 0
+    def _watch(self) -> None:
         while not self._end.wait(SECONDS):
-            beats += 1
-            try:
-                with self._access:
-                    self.store.set(f"sign/{self.rank}", f"{beats} {self.step} {self.count} {self.phase}")
-            except Exception:  # the main thread's next exchange breaks as well and says so
-                return
+            # Without the store's process the main thread's next exchange breaks and says so; if there is none, time is up all the same.
+            with contextlib.suppress(Exception):
+                self._beat()
             if time.monotonic() - self.since > self.limit:
-                self._give_up()
+                with contextlib.suppress(Exception):
+                    if not self._explain():
+                        continue
+                os._exit(1)
 
-    def _give_up(self) -> None:
+    def _beat(self) -> None:
+        self._beats += 1
+        with self._access:
+            self.store.set(f"sign/{self.rank}", f"{self._beats} {self.step} {self.count} {self.phase}")
+
+    def _explain(self) -> bool:
+        """Say, on one rank, whom the job waits for; False when this process went on after all."""
         since, before = self.since, self._signs()
-        time.sleep(SILENT)
+        for _ in range(round(SILENT / SECONDS)):  # the others look as well, and must see this process alive
+            time.sleep(SECONDS)
+            self._beat()
         if self.since != since:
-            return  # it went on after all
+            return False
         after = self._signs()
         late = self._silent(before, after)
         what = "no longer responds"
@@ -103,11 +117,11 @@ class Heartbeat:
         others = [rank for rank in after if rank not in late]
         if self.rank == min(others, default=self.rank):
             waiting = f"; the others wait ({after[others[0]].phase})" if others else ""
-            self._say(f"no progress for {self.limit / 60:g} minutes: {self._names(late, after)} {what}{waiting}; "
-                      "start again to resume, and raise DIST_TIMEOUT if it was only slow")
+            print(f"error (rank {self.rank}): no progress for {self.limit / 60:g} minutes: {self._names(late, after)} {what}{waiting}; "
+                  "start again to resume, and raise DIST_TIMEOUT if it was only slow", file=sys.stderr, flush=True)
         else:
             time.sleep(SECONDS)  # the sentence first: the launcher ends all when the first process does
-        os._exit(1)
+        return True
 
     def _signs(self) -> dict[int, _Sign]:
         with self._access:
@@ -124,6 +138,3 @@ class Heartbeat:
 
     def _names(self, ranks: list[int], signs: dict[int, _Sign]) -> str:
         return ", ".join(f"rank {rank} ({signs[rank].phase}, step {signs[rank].place[0]})" for rank in ranks)
-
-    def _say(self, sentence: str) -> None:
-        print(f"error (rank {self.rank}): {sentence}", file=sys.stderr, flush=True)

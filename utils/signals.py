@@ -38,9 +38,11 @@ class StopRequest:
                     self._before[number] = signal.signal(number, self._noted)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        # A process of several that fails is sent SIGTERM by its launcher before it has said why.
+        ending = kind is not None and distributed.world_size() > 1
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if ending else handler)
 
     def _noted(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
