@@ -14,7 +14,7 @@ from pathlib import Path
 from conftest import ROOT, environment
 
 # BREAK names what breaks, BREAK_AFTER how many calls are left alone, BREAK_RANK the rank (none: every process), BREAK_HOW what
-# happens: an error, a NaN, or a wait in which the process can be killed (it leaves a file to say that it waits).
+# happens: an error, a NaN, a wait in which the process can be killed or a slow call (both leave a file to say that it has begun).
 _SITE = '''
 import os, sys, time
 _what = os.environ.get("BREAK", "")
@@ -36,7 +36,7 @@ if _what and os.environ.get("BREAK_RANK", os.environ.get("RANK")) == os.environ.
                 return function(*args, **kwargs) * (float("nan") if _calls <= after + times else 1)
             if _calls == after + 1:
                 open({sign!r}, "w").close()
-                time.sleep(600)
+                time.sleep(600 if how == "wait" else 1.5)
             return function(*args, **kwargs)
         return call
 

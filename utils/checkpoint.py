@@ -85,7 +85,7 @@ class TrainState:
             check_fits(self.ema.module, averaged, path)
         # torch checks only how many parameters a state is for; another optimizer's would be taken and fail later.
         saved, wanted = content.get("optimizer_name"), type(self.optimizer).__name__
-        ours = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        ours = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
         try:
             if saved not in (None, wanted):
                 raise ValueError(f"it was {saved}")
