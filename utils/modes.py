@@ -6,8 +6,9 @@ import contextlib
 import copy
 import logging
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -16,7 +17,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from config import KEYS, ConfigError, config_from_text, get_config, lookup
-from data import build_loaders, preprocessing
+from data import DataError, build_loaders, preprocessing
 from models import build_model, check_input_size, load_pretrained, load_state
 from models.weights import CheckpointError, check_finite, read_file, unwrap_state_dict
 from utils import checkpoint, distributed, optim
@@ -135,6 +136,7 @@ def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger
     make_deterministic(device)
 
     loaders = build_loaders(config, rank, world_size)
+    loaders.tell(_teller(logger))
     sampler = loaders.train.batch_sampler
     global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world_size
     steps_per_epoch, total_steps = sampler.steps_per_epoch, sampler.total_steps
@@ -281,6 +283,7 @@ class _Session:
         for model in models:
             distributed.broadcast_buffers(model)
         *raw, result = evaluate(models, self.loaders.val, plan.device, plan.precision)
+        _tell_uncounted(self.loaders.val, result, self.logger)
         for other in raw:
             self.logger.info(f"raw {other.line()}")
             row.update(raw_top1=other.top1, raw_top5=other.top5, raw_val_loss=other.loss)
@@ -373,7 +376,8 @@ def _require_steps(config: CfgNode, images: int, world_size: int) -> None:
 
 # Keys that say where, how fast and how loud, not what is learned.
 _HARMLESS = ("BASE", "OUTPUT", "TAG", "DEVICE", "SAVE_FREQ", "PRINT_FREQ", "EVAL_MODE", "THROUGHPUT_MODE", "LOCAL_RANK", "DATA.DATA_PATH",
-             "DATA.DATASET", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "DATA.CACHE_MODE", "DATA.BATCH_SIZE",
+             "DATA.DATASET", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "DATA.TIMEOUT", "DATA.READ_PATIENCE",
+             "DATA.INDEX_CACHE", "DATA.CORRUPT_BUDGET", "DATA.CACHE_MODE", "DATA.BATCH_SIZE",
              "MODEL.PRETRAINED", "MODEL.RESUME", "MODEL.NUM_CLASSES", "TRAIN.ACCUMULATION_STEPS", "TRAIN.USE_CHECKPOINT",
              "TRAIN.AUTO_RESUME", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.EVAL_FREQ", "TEST.BATCH_SIZE")
 
@@ -423,6 +427,22 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 
+def _teller(logger: Log) -> Callable[[str], None]:
+    """Where lines about bad images go: rank 0's to the log, those of a rank that has none to standard error."""
+    if distributed.is_main():
+        return logger.info
+    return lambda line: print(f"{line} (rank {distributed.rank()})", file=sys.stderr, flush=True)
+
+
+def _tell_uncounted(loader: Any, result: Evaluation, logger: Log) -> None:
+    """Say how many validation images could not be read; stop where none could."""
+    bad = sum(distributed.gather_objects(loader.met))
+    if bad and not result.total:
+        raise DataError(f"{loader.dataset.folder.root}: none of its {bad} validation images can be read; the lines above say why")
+    if bad:
+        logger.info(f"warning: {bad} of {result.total + bad} validation images could not be read and are not counted")
+
+
 # --------------------------------------------------------------------------------------------------
 # Evaluation and throughput
 # --------------------------------------------------------------------------------------------------
@@ -437,6 +457,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
     own = checkpoint.is_own(content)
     loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
                             classes=content["classes"] if own else None)
+    loaders.tell(_teller(logger))
     for line in loaders.notices:
         logger.info(line)
     model = build_model(config, len(loaders.classes))
@@ -452,6 +473,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
         judged.to(device)
     with contextlib.closing(loaders):
         *raw, result = evaluate(models, loaders.val, device, precision)
+        _tell_uncounted(loaders.val, result, logger)
     for other in raw:
         logger.info(f"raw {other.line()}")
     logger.info(result.line())
