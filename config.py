@@ -151,8 +151,9 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("FUSED_WINDOW_PROCESS", False, _bool, "accepted from old files; has no effect"),
     ("FUSED_LAYERNORM", False, _bool, "use NVIDIA apex's fused layer norm when apex is installed"),
 
-    ("DATA.DATA_PATH", "", _str, "folder with train/ and val/ (or validation/), each holding a folder a class"),
-    ("DATA.DATASET", "imagenet", _str, "imagenet or folder (a folder a class), or digits (scikit-learn's, written out once)"),
+    ("DATA.DATA_PATH", "", _str, "folder with train/ and val/ (or validation/), each holding a folder a class, or another layout (README)"),
+    ("DATA.DATASET", "imagenet", _str,
+     "imagenet looks what is there; folder, lists, zip, tar and huggingface look for that alone; digits are scikit-learn's"),
     ("DATA.BATCH_SIZE", 128, _int, "images per process and micro-batch"),
     ("DATA.IMG_SIZE", 224, _size, "input size in pixels: one number, or [height, width]"),
     ("DATA.INTERPOLATION", None, _optional(_str),
@@ -566,7 +567,7 @@ def check(config: CfgNode) -> None:
     require(config.AMP_OPT_LEVEL in ("", "O0", "O1", "O2"), "AMP_OPT_LEVEL", "it is O0, O1 or O2; PRECISION is the newer key")
     if config.DATA.INTERPOLATION is not None:
         one_of("DATA.INTERPOLATION", ("bicubic", "bilinear", "lanczos", "nearest", "random"))
-    one_of("DATA.DATASET", ("imagenet", "imagenet22K", "folder", "digits"))
+    one_of("DATA.DATASET", ("imagenet", "imagenet22K", "folder", "lists", "zip", "tar", "huggingface", "digits"))
     require(min(image_size(config)) > 0, "DATA.IMG_SIZE", "it must be positive")
     for key in ("DATA.BATCH_SIZE", "DATA.REPEATED_AUG", "TRAIN.ACCUMULATION_STEPS", "TRAIN.EPOCHS", "TRAIN.EVAL_FREQ",
                 "SAVE_FREQ", "PRINT_FREQ", "AUG.RECOUNT"):

@@ -20,13 +20,14 @@ from yacs.config import CfgNode
 
 from config import ConfigError, image_size
 from data import digits, seeds
+from data.classes import join
 from data.errors import DataError
-from data.folder import scan_folder
 from data.guard import EvalGuard, TrainGuard
-from data.layouts import VAL_NAMES, find_split
+from data.layouts import Options, recognise
 from data.loader import ImageLoader, needs_pipe
 from data.mixup import build_mixup
 from data.sampler import Key, ShardSampler, StepSampler
+from data.selection import choose_classes, subset
 from data.source import Source
 from data.transforms import build_eval_transform, build_train_transform, preprocessing
 
@@ -129,16 +130,24 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     root, notices = os.path.expanduser(config.DATA.DATA_PATH), []
     if not root:
         raise ConfigError("DATA.DATA_PATH is empty; give the folder that holds train/ and val/ with --data-path")
-    if config.DATA.DATASET == "imagenet22K":
-        notices.append("notice: DATA.DATASET imagenet22K is read as folders, train/<class>/ and val/<class>/; lists and archives are not")
     if config.DATA.DATASET == "digits" and root == digits.DEFAULT_PATH and digits.ensure_digits(root):
         notices.append(f"wrote scikit-learn's 1,797 digits to {root}")
 
-    # Paths of both splits before either is scanned: a missing val/ is told at once, not after a million files.
-    paths = {split: find_split(root, ("train",) if split == "train" else VAL_NAMES) for split in splits}
-    train_folder = scan_folder(paths["train"], classes) if "train" in paths else None
+    # Both splits are found before either is listed: a missing val/ is told at once, not after a million files.
+    layout = recognise(root, Options.of(config), splits)
+    listing = os.path.expanduser(config.DATA.CLASS_NAMES)
+
+    def read_split(split: str, classes: Sequence[str] | None) -> Source | None:
+        if split not in layout.open:
+            return None
+        source = layout.open[split]()
+        return join(choose_classes(source, listing) if listing else source, classes)
+
+    train_folder = read_split("train", classes)
+    if train_folder is not None and config.DATA.SUBSET < 1:
+        train_folder = subset(train_folder, config.DATA.SUBSET, config.SEED)
     names = list(classes) if classes is not None else train_folder.classes if train_folder else None
-    val_folder = scan_folder(paths["val"], names) if "val" in paths else None
+    val_folder = read_split("val", names)
     folders = [f for f in (train_folder, val_folder) if f is not None]
     names = names if names is not None else folders[0].classes
     for folder in folders:

@@ -51,6 +51,11 @@ def some(names: Sequence[str], count: int = 5) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
+def plain_number(label: str) -> str:
+    """``label``, a whole number without its leading zeros."""
+    return str(int(label)) if label.isascii() and label.isdecimal() else label
+
+
 def numbered(labels: Sequence[str]) -> list[str]:
     """Class names for the labels of a list: names sorted as folders are; whole numbers by number.
 
@@ -58,7 +63,7 @@ def numbered(labels: Sequence[str]) -> list[str]:
     class without images; others are names like any.
     """
     distinct = set(labels)
-    if not all(label.isdecimal() for label in distinct):
+    if not all(label.isascii() and label.isdecimal() for label in distinct):
         return sorted(distinct)
     numbers = sorted({int(label) for label in distinct})
     if numbers and numbers[0] == 0 and numbers[-1] < 2 * len(numbers):

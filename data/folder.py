@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from data.classes import join, some
 from data.decode import to_rgb
 from data.errors import DataError
+from data.index import Index, cached, names_of, store_names
 from data.names import IMAGE_EXTENSIONS, PackedNames, is_hidden, is_image
 from data.source import Source
 
 VAL_NAMES = ("val", "validation")
+_THREADS = 16
 LAYOUT = "expected train/<class>/*.jpg and val/<class>/*.jpg (or validation/)"
 
 
@@ -40,46 +43,62 @@ def entries(folder: str) -> list[os.DirEntry]:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
 
 
-def _images_below(folder: str, above: tuple[str, ...] = ()) -> list[str]:
+def _images_below(folder: str, above: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
+    """(images, folders) below a folder, itself included; folders that links lead back to are passed over."""
     real = os.path.realpath(folder)
     if real in above:
-        return []  # a link back to a folder that holds it
-    found = []
+        return [], []
+    images, folders = [], [folder]
     for entry in entries(folder):
         if entry.is_dir():
-            found += _images_below(entry.path, (*above, real))
+            for found, more in zip((images, folders), _images_below(entry.path, (*above, real)), strict=True):
+                found += more
         elif is_image(entry.name) and entry.is_file():  # no pipes, no links to nothing
-            found.append(entry.path)
-    return found
+            images.append(entry.path)
+    return images, folders
 
 
-def scan_folder(root: str, classes: Sequence[str] | None = None) -> Source:
+def _index_folder(root: str) -> tuple[Index, list[str]]:
+    classes = [e.name for e in entries(root) if e.is_dir()]
+    if not classes:
+        loose = any(is_image(e.name) for e in entries(root))
+        raise DataError(f"{root}: {'its images lie loose' if loose else 'holds no class folders'}; {LAYOUT}"
+                        + ("; sort them into a folder a class, or give the file of their labels with DATA.VAL_LABELS" if loose else ""))
+    # Threads wait for the disk or the network together; the listing itself is quick.
+    with ThreadPoolExecutor(min(_THREADS, len(classes))) as pool:
+        found = list(pool.map(_images_below, [os.path.join(root, name) for name in classes]))
+    skip = len(os.path.join(root, ""))
+    counts = [len(images) for images, _ in found]
+    if not sum(counts):
+        raise DataError(f"{root}: holds class folders but no images ({', '.join(e[1:] for e in IMAGE_EXTENSIONS)}); {LAYOUT}")
+    index = dict(targets=np.repeat(np.arange(len(classes)), counts))
+    store_names(index, "names", PackedNames.of([path[skip:] for images, _ in found for path in images]))
+    store_names(index, "classes", PackedNames.of(classes))
+    return index, [root, *(folder for _, folders in found for folder in folders)]
+
+
+def scan_folder(root: str, classes: Sequence[str] | None = None, cache: str | None = None) -> Source:
     """Index the images below ``root``, a folder a class (images may lie deeper).
 
     Args:
         classes: names that count, in order; None takes the folders' names, sorted. Folders are matched **by name**, so
             that a split lacking a class does not shift the labels of the others.
+        cache: folder of kept indices (``data/index.py``), or None.
 
     Raises:
         DataError: no images, or a class that ``classes`` does not know.
     """
-    folders = [e.name for e in entries(root) if e.is_dir()]
-    if not folders:
-        loose = any(is_image(e.name) for e in entries(root))
-        raise DataError(f"{root}: {'its images lie loose' if loose else 'holds no class folders'}; {LAYOUT}"
-                        + ("; sort the images into a folder a class" if loose else ""))
-    paths, targets, empty = [], [], []
-    for number, folder in enumerate(folders):
-        images = [os.path.relpath(path, root) for path in _images_below(os.path.join(root, folder))]
-        paths += images
-        targets += [number] * len(images)
-        if not images:
-            empty.append(folder)
-    if not paths:
-        raise DataError(f"{root}: holds class folders but no images ({', '.join(e[1:] for e in IMAGE_EXTENSIONS)}); {LAYOUT}")
+    index = cached(cache, "folder", [root], lambda: _index_folder(root))
+    names, targets = list(names_of(index, "classes")), index["targets"]
+    empty = [names[i] for i in np.flatnonzero(np.bincount(targets, minlength=len(names)) == 0)]
     notices = [f"warning: {root}: {len(empty)} empty class folders ({some(empty)})"] if empty else []
-    found = ImageFolder(root, folders, PackedNames.of(paths), np.asarray(targets, dtype=np.int64), notices)
-    return join(found, classes)
+    return join(ImageFolder(root, names, names_of(index, "names"), targets, notices), classes)
 
 
-__all__ = ["DataError", "ImageFolder", "entries", "scan_folder", "to_rgb"]
+def scan_flat(root: str) -> ImageFolder:
+    """The images that lie loose in ``root``, by name, of one nameless class; labels come from elsewhere."""
+    names = [e.name for e in entries(root) if is_image(e.name) and e.is_file()]
+    return ImageFolder(root, [""], PackedNames.of(names), np.zeros(len(names), dtype=np.int64))
+
+
+__all__ = ["DataError", "ImageFolder", "entries", "scan_flat", "scan_folder", "to_rgb"]

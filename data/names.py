@@ -26,7 +26,7 @@ class PackedNames:
     def of(cls, names: Iterable[str]) -> PackedNames:
         encoded = [os.fsencode(name) for name in names]
         ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+        return cls(np.frombuffer(bytearray(b"".join(encoded)), dtype=np.uint8), ends)
 
     def __len__(self) -> int:
         return len(self.ends)
