@@ -24,7 +24,7 @@ from data.classes import join
 from data.errors import DataError
 from data.guard import EvalGuard, TrainGuard
 from data.layouts import Options, recognise
-from data.loader import ImageLoader, needs_pipe
+from data.loader import LEAST_SHARED_MEMORY, ImageLoader, free_shared_memory, needs_pipe
 from data.mixup import build_mixup
 from data.sampler import Key, ShardSampler, StepSampler
 from data.selection import choose_classes, subset
@@ -42,6 +42,7 @@ class Loaders:
         classes: class names, in the order of the classifier's outputs.
         mixup: ``(images, targets, step) -> (images, targets)``.
         notices: lines the user should see.
+        layout: what the data was recognised as.
     """
 
     train: ImageLoader | None
@@ -49,6 +50,7 @@ class Loaders:
     classes: list[str]
     mixup: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
     notices: list[str] = field(default_factory=list)
+    layout: str = ""
 
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The training stream from step ``start`` on."""
@@ -158,7 +160,11 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
 
     for folder in folders:
         folder.configure(config.DATA.EXIF, config.DATA.READ_PATIENCE)
-    workers = worker_count(config)
+    workers, free = worker_count(config), free_shared_memory()
+    if workers and free is not None and free < LEAST_SHARED_MEMORY:
+        notices.append(f"notice: /dev/shm has {free >> 10} KiB free, too little for loading processes; images are loaded without them "
+                       "(docker: --shm-size=8g)")
+        workers = 0
     pipe = _pipe_notice(config, workers, notices)
     common = dict(workers=workers, timeout=config.DATA.TIMEOUT, pipe=pipe, worker_init_fn=_quiet_worker,
                   pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available() and config.DEVICE != "cpu")
@@ -174,7 +180,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         shard = ShardSampler(len(val_folder), batch, rank, world_size)
         val = ImageLoader(EvalGuard(images, workers), PadToBatch(batch), batch_sampler=shard, persistent_workers=workers > 0,
                           **common)  # evaluation comes again every epoch
-    return Loaders(train, val, list(names), build_mixup(config, len(names), rank), notices)
+    return Loaders(train, val, list(names), build_mixup(config, len(names), rank), list(dict.fromkeys(notices)), layout.name)
 
 
 def _step_sampler(config: CfgNode, size: int, rank: int, world_size: int, notices: list[str]) -> StepSampler:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from data.errors import DataError
 from data.guard import Failure, Samples
 
+LEAST_SHARED_MEMORY = 1 << 20  # bytes; the locks of loading processes lie there too
 _PREFETCH = 2  # batches each worker holds ready
 _FILES_OF_A_WORKER, _FILES_BESIDES = 24, 96
 
@@ -143,8 +144,8 @@ def needs_pipe(batch_bytes: int, workers: int) -> str:
         return ""
     free, needed = free_shared_memory(), batch_bytes * (_PREFETCH + 1) * workers
     if free is not None and free < needed:
-        return (f"notice: /dev/shm has {free >> 20} MiB free and {workers} loading processes may need {needed >> 20} MiB; batches go "
-                "through pipes, which is slower (docker: --shm-size=8g, or fewer --num-workers)")
+        return (f"notice: /dev/shm has {free / 2**20:.1f} MiB free and {workers} loading processes may need {needed / 2**20:.1f} MiB; "
+                "batches go through pipes, which is slower (docker: --shm-size=8g, or fewer --num-workers)")
     limit = _raise_file_limit(needed := _FILES_BESIDES + _FILES_OF_A_WORKER * workers)
     if limit < needed:
         return (f"notice: only {limit} files may be open at a time and {workers} loading processes may need {needed}; batches go "

@@ -30,7 +30,7 @@ def split(source: Source, fraction: float, part: str) -> Source:
     chosen = _chosen(source, wanted, "split")
     held = f"notice: {source.root}: no split of its own; {int(chosen.sum())} of {len(source)} images are for validation (DATA.VAL_FRACTION)"
     mask = chosen if part == "val" else ~chosen
-    return _part(source, mask, [*source.notices, held] if part == "train" else [held])
+    return _part(source, mask, [*source.notices, held])
 
 
 def subset(source: Source, share: float, seed: int) -> Source:

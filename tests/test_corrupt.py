@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, TINY_MODEL, differences, environment, load, write_images
 
 from config import get_config
-from data import DataError, build_loaders, loader
+from data import DataError, build, build_loaders, loader
 from data.folder import scan_folder
 
 
@@ -178,22 +178,27 @@ def test_few_open_files_still_run(spoiled: Path) -> None:
 
 
 def test_narrow_shared_memory_is_told_and_gone_round(spoiled: Path, monkeypatch) -> None:
-    monkeypatch.setattr(loader, "free_shared_memory", lambda: 10_000)
-    loaders = build_loaders(config_for(spoiled, "DATA.NUM_WORKERS", 2, "DATA.CORRUPT_BUDGET", 5))
-    assert any("/dev/shm has 0 MiB free" in line and "--shm-size" in line for line in loaders.notices)
+    for module in (loader, build):
+        monkeypatch.setattr(module, "free_shared_memory", lambda: 2 << 20)
+    opts = ("DATA.NUM_WORKERS", 2, "DATA.CORRUPT_BUDGET", 5, "TEST.BATCH_SIZE", 200)
+    loaders = build_loaders(config_for(spoiled, *opts))
+    assert any("/dev/shm has 2.0 MiB free" in line and "--shm-size" in line for line in loaders.notices)
     assert loaders.train.pipe and loaders.val.pipe
     images, targets = next(loaders.batches())
     whole = stream(spoiled, 0, 1)[0][0]
     assert torch.equal(images, whole[0]) and torch.equal(targets, whole[1])
     loaders.close()
     assert not build_loaders(config_for(spoiled)).train.pipe
+    monkeypatch.setattr(build, "free_shared_memory", lambda: 1000)
+    loaders = build_loaders(config_for(spoiled, *opts))
+    assert loaders.train.num_workers == 0 and any("images are loaded without them" in line for line in loaders.notices)
 
 
 def test_a_real_small_dev_shm(spoiled: Path) -> None:
     script = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nfrom pathlib import Path\n"
               "from test_corrupt import stream\n"
               f"print(len(stream(Path({str(spoiled)!r}), 0, 4, 'DATA.NUM_WORKERS', 2, 'DATA.IMG_SIZE', 224)[0]))")
-    inner = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {sys.executable} -c \"$SCRIPT\""
+    inner = f"mount -t tmpfs -o size=2m tmpfs /dev/shm && exec {sys.executable} -c \"$SCRIPT\""
     done = subprocess.run(["unshare", "-m", "bash", "-c", inner], env=environment(SCRIPT=script), capture_output=True, text=True,
                           timeout=60, check=False)
     if "unshare" in done.stderr or "mount" in done.stderr:

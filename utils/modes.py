@@ -411,8 +411,8 @@ def _introduce(config: CfgNode, device: torch.device, precision: Precision, mode
     logger.info(f"model {config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters{part}, {len(loaders.classes)} classes, "
                 f"on {device} in {precision.name}, torch {torch.__version__}")
     val = len(loaders.val.dataset.folder)
-    logger.info(f"data {config.DATA.DATA_PATH}: {len(loaders.train.dataset.folder)} training and {val} validation images, "
-                f"{steps_per_epoch} steps an epoch, {loaders.train.num_workers} workers")
+    logger.info(f"data {config.DATA.DATA_PATH} ({loaders.layout}): {len(loaders.train.dataset.folder)} training and {val} validation "
+                f"images, {steps_per_epoch} steps an epoch, {loaders.train.num_workers} workers")
     logger.info(f"global batch {global_batch} = {config.DATA.BATCH_SIZE} images x {config.TRAIN.ACCUMULATION_STEPS} accumulated x "
                 f"{distributed.world_size()} processes; learning rate {config.TRAIN.BASE_LR:g} x {optim.lr_scale(config, global_batch):g} "
                 f"= {schedule.base:g}, from {schedule.warmup:g} over {schedule.warmup_steps} steps, to {schedule.floor:g}")
