@@ -63,16 +63,20 @@ class ArchiveImages(Source):
 
     def fetch(self, index: int) -> bytes:
         number, offset, size, method, raw, crc = self.place[index].tolist()
-        descriptor = self._descriptor(number)
-        if method < 0:
+        try:
+            descriptor = self._descriptor(number)
+            if method >= 0:
+                return _unpack(descriptor, offset, size, method, raw, crc)
             data = read_at(descriptor, offset, size)
             if len(data) < size:
-                raise UnreadableImage.of(self.path(index), "the archive ends before it")
+                raise ValueError("the archive ends before it")
             return data
-        try:
-            return _unpack(descriptor, offset, size, method, raw, crc)
         except (ValueError, zlib.error, struct.error) as error:
             raise UnreadableImage.of(self.path(index), error) from None
+        except OSError:
+            if number in self._opened:  # a share that was away answers a new descriptor only
+                os.close(self._opened.pop(number))
+            raise
 
     def _descriptor(self, number: int) -> int:
         if self._process != os.getpid():  # a forked process shares nothing with its parent

@@ -14,26 +14,31 @@ from data.lists import Row, read_list, read_text
 from data.names import is_image
 from data.source import Source
 
-_LABEL_FILES = re.compile(r"val_annotations\.txt|LOC_val_solution\.csv|.*validation_synset_labels\.txt"
-                          r"|ILSVRC201\d(_clsloc)?_validation_ground_truth\.txt"
-                          r"|(val|validation)([_-]?(labels?|map|gt|list))?\.(txt|csv|tsv)|labels?\.(txt|csv|tsv)", re.IGNORECASE)
+_LABEL_FILES = {
+    "train": r"LOC_train_solution\.csv|train(ing)?([_-]?(labels?|map|gt|list))?\.(txt|csv|tsv)",
+    "val": r"val_annotations\.txt|LOC_val_solution\.csv|.*validation_synset_labels\.txt"
+           r"|ILSVRC201\d(_clsloc)?_validation_ground_truth\.txt|val(id|idation)?([_-]?(labels?|map|gt|list))?\.(txt|csv|tsv)"}
+_ANY_LABELS = r"labels?\.(txt|csv|tsv)"
 _KITS = re.compile(r"ILSVRC201\d_devkit.*|devkit|data", re.IGNORECASE)
 
 
-def find_label_file(folder: str) -> str | None:
-    """The file with the labels of the images that lie loose in ``folder``: in it, beside it, above it, or in a devkit there."""
+def find_label_file(folder: str, split: str) -> str | None:
+    """The file with a split's labels: in ``folder``, where the images lie, beside it, in a devkit there, or as Kaggle has it."""
+    wanted = re.compile(_LABEL_FILES[split], re.IGNORECASE), re.compile(_ANY_LABELS, re.IGNORECASE)
     parent = os.path.dirname(os.path.abspath(folder))
     places = [folder, parent]
-    for entry in entries(parent):
-        if entry.is_dir() and _KITS.fullmatch(entry.name):
-            places += [entry.path, os.path.join(entry.path, "data")]
-    for place in places:
-        names = [e.name for e in entries(place) if e.is_file() and _LABEL_FILES.fullmatch(e.name)] if os.path.isdir(place) else []
-        if names:
-            return os.path.join(place, names[0])
+    for above in places[::-1]:
+        for entry in entries(above):
+            if entry.is_dir() and _KITS.fullmatch(entry.name):
+                places += [entry.path, os.path.join(entry.path, "data")]
+    for pattern in wanted:
+        for place in places:
+            names = [e.name for e in entries(place) if pattern.fullmatch(e.name) and e.is_file()] if os.path.isdir(place) else []
+            if names:
+                return os.path.join(place, names[0])
     for _ in range(3):  # Kaggle's images lie three folders below its lists
         parent = os.path.dirname(parent)
-        if os.path.exists(found := os.path.join(parent, "LOC_val_solution.csv")):
+        if os.path.exists(found := os.path.join(parent, f"LOC_{split}_solution.csv")):
             return found
     return None
 

@@ -40,6 +40,10 @@ class Options:
         data = config.DATA
         return cls(data.DATASET, data.ZIP_MODE, data.VAL_FRACTION, os.path.expanduser(data.VAL_LABELS), cache_folder(data.INDEX_CACHE))
 
+    def labels(self, split: str) -> str:
+        """The label file that is named for a flat folder or archive."""
+        return self.val_labels if split == "val" else ""
+
     def allows(self, kind: str) -> bool:
         """Whether a layout of this kind is looked for."""
         if self.dataset == "imagenet22K":
@@ -73,7 +77,8 @@ def recognise(root: str, options: Options, splits: Iterable[str] = ("train", "va
         DataError: nothing that can be read, with advice from what is there instead.
     """
     if re.match(r"\w+://", root):
-        raise DataError(f"{root}: data is read from disks; copy it to one (shards can stay packed), and give that path")
+        raise DataError(f"{root}: streams are not read, since training on them could not resume exactly; copy the data to a disk (shards "
+                        "and parquet files can stay as they are: hf download --repo-type dataset, aws s3 sync, wget), and give that path")
     if not os.path.exists(root):
         raise DataError(f"{root}: no such data folder; give the folder that holds train/ and val/ with --data-path")
     find = _in_file if os.path.isfile(root) else _in_folder
@@ -125,9 +130,9 @@ def _folder(root: str, split: str, options: Options) -> Found | None:
         return "class folders", lambda: scan_folder(path, cache=options.cache)
     tars = sorted(os.path.join(path, name) for name in files if name.lower().endswith(".tar"))
     if tars and options.allows("tar"):
-        return "tar files", lambda: _archives(tars, path, options)
+        return "tar files", lambda: _archives(tars, path, split, options)
     if any(map(is_image, files)):
-        labels = options.val_labels or flat.find_label_file(path)
+        labels = options.labels(split) or flat.find_label_file(path, split)
         if labels:
             return "folder of images with a list of labels", lambda: flat.label_flat(scan_flat(path), labels)
         if _list(root, split, options):
@@ -155,7 +160,7 @@ def _zip(root: str, split: str, options: Options) -> Found | None:
     path, listing = stem + ".zip", stem + "_map.txt"
     if os.path.isfile(listing):
         return "zip files with maps", lambda: lists.mapped_archive(archives.scan_archives([path], path, options.cache), listing)
-    return "zip files", lambda: _archives([path], path, options)
+    return "zip files", lambda: _archives([path], path, split, options)
 
 
 def _tars(root: str, split: str, options: Options) -> Found | None:
@@ -166,15 +171,15 @@ def _tars(root: str, split: str, options: Options) -> Found | None:
     if not chosen:
         return None
     where = chosen[0] if len(chosen) == 1 else f"{root}/*{split}*.tar"
-    return "tar files", lambda: _archives(chosen, where, options)
+    return "tar files", lambda: _archives(chosen, where, split, options)
 
 
-def _archives(files: list[str], where: str, options: Options, splits: Iterable[str] = ()) -> Source:
+def _archives(files: list[str], where: str, split: str, options: Options, inside: Iterable[str] = ()) -> Source:
     """Images of archives; loose ones take their labels from a file beside the archive, shards their classes' names."""
-    source = archives.scan_archives(files, where, options.cache, tuple(splits))
+    source = archives.scan_archives(files, where, options.cache, tuple(inside))
     folder = os.path.dirname(files[0])
     if source.classes == [""]:
-        labels = options.val_labels or flat.find_label_file(os.path.join(folder, "val"))
+        labels = options.labels(split) or flat.find_label_file(folder or ".", split)
         if not labels:
             raise DataError(f"{where}: its images lie loose, without labels; sort them into a folder a class, or give the file of "
                             "their labels with DATA.VAL_LABELS")
@@ -226,7 +231,7 @@ def _without_split(root: str, split: str, options: Options) -> Found | None:
         whole = "class folders", lambda: scan_folder(root, cache=options.cache)
     tars = sorted(e.path for e in entries(root) if e.name.lower().endswith(".tar") and e.is_file())
     if whole is None and tars and options.allows("tar"):
-        whole = "tar files", lambda: _archives(tars, root, options)
+        whole = "tar files", lambda: _archives(tars, root, split, options)
     if whole is None:
         return None
     name, opened = whole
@@ -244,9 +249,9 @@ def _in_file(root: str, split: str, options: Options) -> Found | None:
         names = [name for name in SPLIT_NAMES[split] if name in folders]
         kind = "zip file" if lower.endswith(".zip") else "tar file"
         if names:
-            return kind, lambda: _archives([root], root, options, names)
+            return kind, lambda: _archives([root], root, split, options, names)
         if options.val_fraction:
-            return f"{kind} without a split", lambda: selection.split(_archives([root], root, options), options.val_fraction, split)
+            return f"{kind} without a split", lambda: selection.split(_archives([root], root, split, options), options.val_fraction, split)
         raise DataError(f"{root}: holds no {' or '.join(n + '/' for n in SPLIT_NAMES[split][:2])} folder" + _fraction_advice())
     if lower.endswith(lists.LIST_EXTENSIONS) and options.allows("lists"):
         return "list of images", lambda: _table(root, split, options)
@@ -296,9 +301,12 @@ def _advice(root: str) -> str:
         return f"; this looks like one split, give its parent {os.path.dirname(os.path.abspath(root))}"
     if "train" in folders:
         return _fraction_advice()
-    for name in folders:
-        if splits & {e.name for e in entries(os.path.join(root, name)) if e.is_dir()}:
-            return f"; {os.path.join(root, name)} holds them, give that"
+    if below := _root_below(root):
+        return f"; {below} holds them, give that"
+    if not folders and any(is_image(e.name) for e in found):
+        above = os.path.dirname(os.path.dirname(os.path.abspath(root)))
+        inside = f", give {above}" if _split_folder(above, "train") else ""
+        return f"; this folder holds images, not classes{inside}"
     for name in folders:
         if _holds_images(os.path.join(root, name)):
             return ("; its folders look like classes without a split: move them into train/ and a part of each class into val/, or"
@@ -307,6 +315,17 @@ def _advice(root: str) -> str:
     if packed:
         return f"; {packed[0]} must be unpacked first (plain .tar and .zip need not be)"
     return ""
+
+
+def _root_below(root: str) -> str | None:
+    """The folder with a train or val folder in it, one to three levels down (Kaggle's lies at ILSVRC/Data/CLS-LOC)."""
+    level = [root]
+    for _ in range(3):
+        level = [e.path for folder in level for e in entries(folder) if e.is_dir()][:100]
+        for folder in level:
+            if _split_folder(folder, "train") or _split_folder(folder, "val"):
+                return folder
+    return None
 
 
 def _holds_images(folder: str) -> bool:

@@ -46,7 +46,7 @@ def validation(tar: str, downloads: str) -> Iterator[tuple[str, Member]]:
     from data.archives import scan_archives
     source = scan_archives([tar], tar)
     with tempfile.TemporaryDirectory() as scratch:
-        label_flat(source, find_label_file(os.path.join(downloads, "val")) or ground_truth(downloads, scratch))
+        label_flat(source, find_label_file(downloads, "val") or ground_truth(downloads, scratch))
     wnids = {os.path.basename(source.path(i)): source.classes[source.targets[i]] for i in range(len(source))}
     for member in members(tar, []):
         name = os.path.basename(member.name)

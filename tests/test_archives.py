@@ -240,6 +240,19 @@ def test_an_archive_cut_after_it_was_listed(plain: Path, tmp_path: Path) -> None
     assert train.load(0).size == (48, 40)
 
 
+def test_an_archive_on_a_share_that_comes_back_is_opened_anew(plain: Path, tmp_path: Path, monkeypatch) -> None:
+    write_archives("tar", plain, tmp_path)
+    source, real, opened = scan_archives([str(tmp_path / "train.tar")], "x"), os.open, []
+    source.configure(exif=False, patience=1.0)
+    whole = source.read(0)
+    stale = iter([OSError(116, "Stale file handle")])
+    monkeypatch.setattr(os, "open", lambda *a, **k: opened.append(a[0]) or real(*a, **k))
+    from data import archives
+    read = archives.read_at
+    monkeypatch.setattr(archives, "read_at", lambda *a: (_ for _ in ()).throw(error) if (error := next(stale, None)) else read(*a))
+    assert source.read(0) == whole and opened == [str(tmp_path / "train.tar")]
+
+
 def test_names_that_lead_outside_links_and_bombs_are_passed_over(plain: Path, tmp_path: Path) -> None:
     write_archives("tar", plain, tmp_path)
     picture = images(plain, "train")[0].read_bytes()

@@ -89,6 +89,25 @@ def test_flat_validation_folder(plain: Path, tmp_path: Path, kind: str) -> None:
     assert any("labels from" in line for line in loaders.notices)
 
 
+def test_kaggle_keeps_its_lists_three_folders_up(plain: Path, tmp_path: Path) -> None:
+    root = tmp_path / "ILSVRC/Data/CLS-LOC"
+    root.mkdir(parents=True)
+    write_flat("kaggle", tmp_path, flatten(plain, root))
+    assert content(sources(root)[1]) == content(sources(plain)[1])
+
+
+def test_both_splits_flat_with_a_list_each(plain: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        rows = []
+        for number, path in enumerate(sorted((plain / split).glob("*/*"))):
+            shutil.copy(path, tmp_path / split / f"{number}.jpg")
+            rows.append(f"{number}.jpg,{path.parent.name}\n")
+        (tmp_path / f"{split}.csv").write_text("image,label\n" + "".join(rows))
+    train, val, _ = sources(tmp_path)
+    assert content(train) == content(sources(plain)[0]) and content(val) == content(sources(plain)[1])
+
+
 def test_flat_validation_without_or_with_wrong_labels(plain: Path, tmp_path: Path) -> None:
     labels = flatten(plain, tmp_path)
     with pytest.raises(DataError, match=r"val: its images lie loose; .*DATA.VAL_LABELS"):
@@ -282,11 +301,14 @@ def test_rubbish_is_no_class_and_no_image(plain: Path, tmp_path: Path) -> None:
 def test_wrong_places_are_told(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "up").mkdir()
     (tmp_path / "up/imagenet").symlink_to(plain)
+    (tmp_path / "kaggle/ILSVRC/Data").mkdir(parents=True)
+    (tmp_path / "kaggle/ILSVRC/Data/CLS-LOC").symlink_to(plain)
     (tmp_path / "gz").mkdir()
     (tmp_path / "gz/train.tar.gz").write_bytes(b"x")
     rows = [(plain / "train", "this looks like one split, give its parent"), (tmp_path / "up", "up/imagenet holds them, give that"),
-            (tmp_path / "gz", "train.tar.gz must be unpacked"), ("s3://bucket/shards", "read from disks; copy it"),
-            (tmp_path / "no", "no such data folder"), (plain / "train/n01440764", "holds no train/ folder")]
+            (tmp_path / "gz", "train.tar.gz must be unpacked"), ("s3://bucket/shards", "streams are not read, .*copy the data"),
+            (tmp_path / "no", "no such data folder"), (plain / "train/n01440764", "holds images, not classes, give"),
+            (tmp_path / "kaggle", "kaggle/ILSVRC/Data/CLS-LOC holds them, give that")]
     for root, words in rows:
         with pytest.raises(DataError, match=words):
             sources(root)
