@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -283,8 +284,12 @@ def test_zip_bombs_unpack_to_no_more_than_they_say(plain: Path, tmp_path: Path) 
     (tmp_path / "train.zip").write_bytes(data.replace(true, (1000).to_bytes(4, "little")))  # lies about its size
     train = sources(tmp_path)[0]
     bomb = next(i for i in range(len(train)) if train.path(i).endswith("bomb.bmp"))
+    tracemalloc.start()
     with pytest.raises(DataError, match="checksum"):
         train.read(bomb)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000
     (tmp_path / "train.zip").write_bytes(data.replace(true, (0xF0000000).to_bytes(4, "little")))
     loaders = sources(tmp_path)[2]
     assert any("1 members too large to be images are passed over (train/n01440764/bomb.bmp)" in line for line in loaders.notices)

@@ -364,6 +364,16 @@ def test_hugging_face_without_the_package(tmp_path: Path, monkeypatch) -> None:
         sources(tmp_path)
 
 
+class Canary:
+    """Pickled code: unpickling it makes a folder."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 def test_index_of_a_large_folder_is_kept_and_noticed_when_it_changes(plain: Path, tmp_path: Path, monkeypatch) -> None:
     from data import folder, index
     monkeypatch.setattr(index, "WORTH_KEEPING", 5)
@@ -395,9 +405,9 @@ def test_index_of_a_large_folder_is_kept_and_noticed_when_it_changes(plain: Path
         before = len(listed)
         assert len(folder.scan_folder(str(root), cache=str(cache))) == 12 and len(listed) == before + 1
     pickled = io.BytesIO()
-    np.savez(pickled, targets=np.array([os.system], dtype=object))
+    np.savez(pickled, targets=np.array([Canary(tmp_path / "canary")], dtype=object))
     kept.write_bytes(pickled.getvalue())
-    assert len(folder.scan_folder(str(root), cache=str(cache))) == 12
+    assert len(folder.scan_folder(str(root), cache=str(cache))) == 12 and not (tmp_path / "canary").exists()
     (tmp_path / "file").write_text("")
     assert len(folder.scan_folder(str(root), cache=str(tmp_path / "file/below"))) == 12  # an unwritable cache is no error
 
