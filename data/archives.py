@@ -78,6 +78,9 @@ class ArchiveImages(Source):
                 os.close(self._opened.pop(number))
             raise
 
+    def listing(self) -> bytes:
+        return self.names.blob.tobytes() + self.names.ends.tobytes() + self.place.tobytes()
+
     def _descriptor(self, number: int) -> int:
         if self._process != os.getpid():  # a forked process shares nothing with its parent
             self._opened, self._process = OrderedDict(), os.getpid()

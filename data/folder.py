@@ -33,6 +33,9 @@ class ImageFolder(Source):
         with open(self.path(index), "rb") as file:
             return file.read()
 
+    def listing(self) -> bytes:
+        return self.names.blob.tobytes() + self.names.ends.tobytes()
+
 
 def entries(folder: str) -> list[os.DirEntry]:
     """Visible entries, sorted by name as torchvision sorts them."""

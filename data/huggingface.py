@@ -22,6 +22,9 @@ class HubImages(Source):
     def path(self, index: int) -> str:
         return f"{self.root}[{index}]"
 
+    def listing(self) -> bytes:
+        return str(len(self.table)).encode()
+
     def fetch(self, index: int) -> bytes:
         cell = self.table[index][self.image]
         if cell and cell.get("bytes"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import time
 
 import numpy as np
@@ -51,6 +52,14 @@ class Source:
         """
         raise NotImplementedError
 
+    def listing(self) -> bytes:
+        """What tells this list of images from another, wherever it lies."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Digest of the names and labels: two lists are the same if and only if these are."""
+        return hashlib.sha256(self.listing() + self.targets.tobytes()).hexdigest()
+
     def configure(self, exif: bool, patience: float) -> None:
         """Set how images are read."""
         self.exif, self.patience = exif, patience
@@ -90,6 +99,9 @@ class View(Source):
 
     def path(self, index: int) -> str:
         return self.source.path(int(self.indices[index]))
+
+    def listing(self) -> bytes:
+        return self.source.listing() + self.indices.tobytes()
 
     def configure(self, exif: bool, patience: float) -> None:
         self.source.configure(exif, patience)

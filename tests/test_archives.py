@@ -125,6 +125,7 @@ def test_archives_hold_the_same_images(plain: Path, tmp_path: Path, kind: str) -
     folder_train, folder_val, _ = sources(plain)
     assert loaders.classes == CLASSES and content(train) == content(folder_train) and content(val) == content(folder_val)
     assert train.load(0).size == (48, 40) and str(tmp_path) in train.path(0)
+    assert train.fingerprint() == sources(tmp_path)[0].fingerprint() != val.fingerprint()
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
     if kind.startswith("zip"):
         assert content(sources(tmp_path, "DATA.ZIP_MODE", True)[0]) == content(folder_train)

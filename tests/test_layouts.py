@@ -289,6 +289,16 @@ def test_classes_are_joined_by_name(tmp_path: Path) -> None:
         sources(tmp_path)
 
 
+def test_fingerprints_tell_lists_apart_wherever_they_lie(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "copy")
+    first, copy = sources(plain), sources(tmp_path / "copy")
+    assert first[0].fingerprint() == copy[0].fingerprint() != first[1].fingerprint()
+    part = [sources(root, "DATA.SUBSET", 0.5)[0].fingerprint() for root in (plain, tmp_path / "copy")]
+    assert part[0] == part[1] != first[0].fingerprint() and sources(plain, "DATA.SUBSET", 0.5, "SEED", 1)[0].fingerprint() != part[0]
+    os.rename(tmp_path / "copy/train/n01440764/0.jpg", tmp_path / "copy/train/n01440764/9.jpg")
+    assert sources(tmp_path / "copy")[0].fingerprint() != first[0].fingerprint()
+
+
 def test_rubbish_is_no_class_and_no_image(plain: Path, tmp_path: Path) -> None:
     shutil.copytree(plain, tmp_path / "d")
     for name in (".ipynb_checkpoints/a.jpg", "__MACOSX/n01440764/a.jpg", ".git/x.png", "n01440764/._0.jpg", "n01440764/Thumbs.db",
@@ -379,6 +389,7 @@ def test_index_of_a_large_folder_is_kept_and_noticed_when_it_changes(plain: Path
     monkeypatch.setattr(index, "WORTH_KEEPING", 5)
     root, cache = tmp_path / "data", tmp_path / "cache"
     shutil.copytree(plain / "train", root)
+    os.utime(root)
 
     def age() -> None:
         for path in (root, *root.rglob("*")):
