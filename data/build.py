@@ -23,7 +23,7 @@ from data import digits, seeds
 from data.classes import join
 from data.errors import DataError
 from data.guard import EvalGuard, TrainGuard
-from data.layouts import Options, recognise
+from data.layouts import Options, beside, recognise
 from data.loader import LEAST_SHARED_MEMORY, ImageLoader, free_shared_memory, needs_pipe
 from data.mixup import build_mixup
 from data.sampler import Key, ShardSampler, StepSampler
@@ -137,7 +137,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
 
     # Both splits are found before either is listed: a missing val/ is told at once, not after a million files.
     layout = recognise(root, Options.of(config), splits)
-    listing = os.path.expanduser(config.DATA.CLASS_NAMES)
+    listing = beside(config.DATA.CLASS_NAMES, root)
 
     def read_split(split: str, classes: Sequence[str] | None) -> Source | None:
         if split not in layout.open:

@@ -25,6 +25,13 @@ from data.source import Source
 SPLIT_NAMES = {"train": ("train", "training"), "val": (*VAL_NAMES, "valid")}
 
 
+def beside(path: str, root: str) -> str:
+    """A file that a key names: as it is, or in the data's folder, where a checkpoint finds it from anywhere."""
+    path, root = os.path.expanduser(path), os.path.expanduser(root)
+    inside = os.path.join(root if os.path.isdir(root) else os.path.dirname(root), path)
+    return inside if path and not os.path.exists(path) and os.path.exists(inside) else path
+
+
 @dataclass(frozen=True)
 class Options:
     """What of the config matters for finding images."""
@@ -38,7 +45,7 @@ class Options:
     @classmethod
     def of(cls, config: CfgNode) -> Options:
         data = config.DATA
-        return cls(data.DATASET, data.ZIP_MODE, data.VAL_FRACTION, os.path.expanduser(data.VAL_LABELS), cache_folder(data.INDEX_CACHE))
+        return cls(data.DATASET, data.ZIP_MODE, data.VAL_FRACTION, beside(data.VAL_LABELS, data.DATA_PATH), cache_folder(data.INDEX_CACHE))
 
     def labels(self, split: str) -> str:
         """The label file that is named for a flat folder or archive."""

@@ -258,6 +258,9 @@ def test_class_names_set_the_order_choose_and_join(plain: Path, tmp_path: Path) 
     assert all(Path(train.path(i)).parent.name == loaders.classes[train.targets[i]] for i in range(len(train)))
     assert any("3 images of classes that" in line for line in loaders.notices)
     assert train.load(0).size == (48, 40)
+    shutil.copytree(plain, tmp_path / "d")
+    listing.rename(tmp_path / "d/mine.txt")
+    assert sources(tmp_path / "d", "DATA.CLASS_NAMES", "mine.txt")[2].classes == ["n02102040", "n01440764"]
     listing.write_text("a\nb\na\n")
     with pytest.raises(DataError, match=r"classes\.txt:3: stands twice"):
         sources(plain, "DATA.CLASS_NAMES", listing)
