@@ -96,7 +96,7 @@ class ArchiveImages(Source):
         return {**self.__dict__, "_opened": OrderedDict(), "_process": -1}
 
     def __del__(self) -> None:
-        if getattr(self, "_process", -1) == os.getpid():
+        if os is not None and getattr(self, "_process", -1) == os.getpid():  # at the interpreter's end modules are None
             for descriptor in self._opened.values():
                 os.close(descriptor)
 
