@@ -7,6 +7,7 @@ failure travels with the batch to the main process, which names and counts it (`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,12 +48,12 @@ class _Guarded(Dataset):
         if workers:
             self.reading.share_memory_()
 
-    def _get(self, key: Any, index: int) -> tuple[Any, int]:
+    def _get(self, key: Any, index: int, get: Callable[[Any], Any]) -> Any:
         worker = get_worker_info()
         place = worker.id if worker else 0
         self.reading[place] = index
         try:
-            return self.images[key]
+            return get(key)
         finally:
             self.reading[place] = -1
 
@@ -68,21 +69,26 @@ class TrainGuard(_Guarded):
         self._ends = np.cumsum(np.bincount(targets, minlength=len(self.folder.classes)))
 
     def __getitem__(self, key: Key) -> tuple[Any, int]:
-        return self._draw(key, [])
+        return self.draw(key, [], self.images.__getitem__)
 
     def __getitems__(self, keys: list[Key]) -> Samples:
         failures: list[Failure] = []
-        return Samples([self._draw(key, failures) for key in keys], failures)
+        return Samples([self.draw(key, failures, self.images.__getitem__) for key in keys], failures)
 
-    def _draw(self, key: Key, failures: list[Failure]) -> tuple[Any, int]:
+    def draw(self, key: Key, failures: list[Failure], get: Callable[[Key], Any]) -> Any:
+        """``get(key)``, or of another key where that image cannot be read; ``failures`` grows by what was met.
+
+        Raises:
+            DataError: nor can any other image of the class.
+        """
         epoch, index, copy = key
         try:
-            return self._get(key, index)
+            return self._get(key, index, get)
         except UnreadableImage as error:
             failures.append(Failure(index, error.path, error.reason))
         for other in self._replacements(key):
             try:
-                return self._get((epoch, other, copy + (index + 1) * _REPLACED), other)
+                return self._get((epoch, other, copy + (index + 1) * _REPLACED), other, get)
             except UnreadableImage as error:
                 failures.append(Failure(other, error.path, error.reason))
         first = failures[-1]
@@ -101,15 +107,16 @@ class EvalGuard(_Guarded):
     """Evaluation images by index; a bad one becomes a blank of target -1."""
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self._get_or_blank(index, [])
+        return self.draw(index, [], self.images.__getitem__) or self.images.blank()
 
     def __getitems__(self, indices: list[int]) -> Samples:
         failures: list[Failure] = []
-        return Samples([self._get_or_blank(index, failures) for index in indices], failures)
+        return Samples([self.draw(index, failures, self.images.__getitem__) or self.images.blank() for index in indices], failures)
 
-    def _get_or_blank(self, index: int, failures: list[Failure]) -> tuple[Any, int]:
+    def draw(self, index: int, failures: list[Failure], get: Callable[[int], Any]) -> Any:
+        """``get(index)``, or None where the image cannot be read; ``failures`` grows by it."""
         try:
-            return self._get(index, index)
+            return self._get(index, index, get)
         except UnreadableImage as error:
             failures.append(Failure(index, error.path, error.reason))
-            return self.images.blank()
+            return None
