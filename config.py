@@ -162,8 +162,9 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("FUSED_WINDOW_PROCESS", False, _bool, "accepted from old files; has no effect"),
     ("FUSED_LAYERNORM", False, _bool, "use NVIDIA apex's fused layer norm when apex is installed"),
 
-    ("DATA.DATA_PATH", "", _str, "folder with train/ and val/ (or validation/), each holding a folder a class"),
-    ("DATA.DATASET", "imagenet", _str, "imagenet or folder (a folder a class), or digits (scikit-learn's, written out once)"),
+    ("DATA.DATA_PATH", "", _str, "folder with train/ and val/ (or validation/), each holding a folder a class, or another layout (README)"),
+    ("DATA.DATASET", "imagenet", _str,
+     "imagenet looks what is there; folder, lists, zip, tar and huggingface look for that alone; digits are scikit-learn's"),
     ("DATA.BATCH_SIZE", 128, _int, "images per process and micro-batch"),
     ("DATA.IMG_SIZE", 224, _size, "input size in pixels: one number, or [height, width]"),
     ("DATA.INTERPOLATION", None, _optional(_str),
@@ -173,7 +174,16 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("DATA.REPEATED_AUG", 1, _int, "copies of an image in an epoch, each augmented differently (DeiT uses 3)"),
     ("DATA.NUM_WORKERS", -1, _int, "loading processes per process; -1 chooses from the CPUs this process may use"),
     ("DATA.PIN_MEMORY", True, _bool, "page-locked batches for faster copies to a GPU"),
-    ("DATA.ZIP_MODE", False, _bool, "accepted from old files; archives are not read, unpack them"),
+    ("DATA.VAL_FRACTION", 0.0, _float, "share of each class kept for validation where the data has no split of its own, e.g. 0.1"),
+    ("DATA.VAL_LABELS", "", _str, "file with the labels of a flat validation folder; empty looks for the usual ones"),
+    ("DATA.CLASS_NAMES", "", _str, "text file, a line a class in the classifier's order: a label, or label<TAB>class; others are left out"),
+    ("DATA.SUBSET", 1.0, _float, "share of each class's training images to use, chosen by the seed, e.g. 0.1"),
+    ("DATA.EXIF", False, _bool, "turn images upright as their EXIF block says (the papers, torchvision and timm do not)"),
+    ("DATA.CORRUPT_BUDGET", 0.001, _float, "unreadable training images to go on with: below 1 a share of them, else a number"),
+    ("DATA.READ_PATIENCE", 2.0, _float, "seconds that a failing read (file gone, share away) is tried again before the image is bad"),
+    ("DATA.TIMEOUT", 600.0, _float, "seconds without a batch after which loading counts as hung; 0 waits for ever"),
+    ("DATA.INDEX_CACHE", "auto", _str, "folder for the file lists of large data sets; auto is the user's cache folder, none keeps none"),
+    ("DATA.ZIP_MODE", False, _bool, "read train.zip and val.zip with their map files (train_map.txt), as Swin has them"),
     ("DATA.CACHE_MODE", "part", _str, "accepted from old files; has no effect"),
 
     ("MODEL.TYPE", "crossformer", _str, "crossformer, swin, cvt, shunted, mpvit, pvt, pvt_v2, galerkin, or timm for any timm model"),
@@ -575,7 +585,7 @@ def check(config: CfgNode) -> None:
     require(config.AMP_OPT_LEVEL in ("", "O0", "O1", "O2"), "AMP_OPT_LEVEL", "it is O0, O1 or O2; PRECISION is the newer key")
     if config.DATA.INTERPOLATION is not None:
         one_of("DATA.INTERPOLATION", ("bicubic", "bilinear", "lanczos", "nearest", "random"))
-    one_of("DATA.DATASET", ("imagenet", "imagenet22K", "folder", "digits"))
+    one_of("DATA.DATASET", ("imagenet", "imagenet22K", "folder", "lists", "zip", "tar", "huggingface", "digits"))
     require(min(image_size(config)) > 0, "DATA.IMG_SIZE", "it must be positive")
     for key in ("DATA.BATCH_SIZE", "DATA.REPEATED_AUG", "TRAIN.ACCUMULATION_STEPS", "TRAIN.EPOCHS", "TRAIN.EVAL_FREQ",
                 "SAVE_FREQ", "PRINT_FREQ", "AUG.RECOUNT"):
@@ -584,6 +594,10 @@ def check(config: CfgNode) -> None:
                 "TRAIN.KEEP_CHECKPOINTS", "TRAIN.LR_BATCH", "TRAIN.SAVE_EVERY_MINUTES", "TRAIN.SKIP_BUDGET", "TRAIN.ROLLBACKS",
                 "TEST.BATCH_SIZE", "AUG.MIXUP", "AUG.CUTMIX", "AUG.COLOR_JITTER", "SEED"):
         require(lookup(config, key) >= 0, key, "it must not be negative")
+    for key in ("DATA.CORRUPT_BUDGET", "DATA.READ_PATIENCE", "DATA.TIMEOUT"):
+        require(lookup(config, key) >= 0, key, "it must not be negative")
+    require(0 <= config.DATA.VAL_FRACTION < 1, "DATA.VAL_FRACTION", "a share lies in [0, 1)")
+    require(0 < config.DATA.SUBSET <= 1, "DATA.SUBSET", "a share lies in (0, 1]")
     require(config.DATA.NUM_WORKERS >= -1, "DATA.NUM_WORKERS", "it is a number of processes, or -1 to choose it")
     require(config.DIST_TIMEOUT > 0, "DIST_TIMEOUT", "it is a number of minutes above 0")
     require(train.BASE_LR > 0, "TRAIN.BASE_LR", "a learning rate must be above 0")

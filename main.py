@@ -28,7 +28,7 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("what to do", "--eval", "EVAL_MODE", "True", "evaluate and stop; with --resume of a checkpoint of ours nothing else is needed"),
     ("what to do", "--throughput", "THROUGHPUT_MODE", "True", "measure images per second of the forward pass and of training"),
     ("data", "--data-path", "DATA.DATA_PATH", None, "folder with train/ and val/"),
-    ("data", "--data-set", "DATA.DATASET", None, "imagenet, folder or digits"),
+    ("data", "--data-set", "DATA.DATASET", None, "imagenet, folder, lists, zip, tar, huggingface or digits"),
     ("data", "--batch-size", "DATA.BATCH_SIZE", None, "images per process and micro-batch"),
     ("data", "--img-size", "DATA.IMG_SIZE", None, "input size in pixels, or [height,width]"),
     ("data", "--num-workers", "DATA.NUM_WORKERS", None, "loading processes per process"),
@@ -56,7 +56,7 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
 # Flags of the Swin and CrossFormer trainers that mean something else here: the key they set, and one line of advice.
 OLD_FLAGS: list[tuple[str, str, str | None, str]] = [
     ("--amp-opt-level", "AMP_OPT_LEVEL", None, "--amp-opt-level is apex's; --precision fp32, bf16 or fp16 says the same"),
-    ("--zip", "DATA.ZIP_MODE", "True", "--zip has no effect: archives are not read, unpack them into folders"),
+    ("--zip", "DATA.ZIP_MODE", "True", "--zip reads train.zip and val.zip; archives are recognised without it too"),
     ("--cache-mode", "DATA.CACHE_MODE", None, "--cache-mode has no effect: the system's page cache serves"),
     ("--local-rank", "LOCAL_RANK", None, "--local_rank has no effect: the launcher's environment decides"),
     ("--fused-window-process", "FUSED_WINDOW_PROCESS", "True", "--fused_window_process has no effect: no extra kernel is built"),

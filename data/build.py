@@ -13,15 +13,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from yacs.config import CfgNode
 
-from config import ConfigError
+from config import ConfigError, image_size
 from data import digits, seeds
-from data.folder import VAL_NAMES, DataError, ImageFolder, find_split, scan_folder
+from data.classes import join
+from data.errors import DataError
+from data.guard import EvalGuard, TrainGuard
+from data.layouts import Options, beside, recognise
+from data.loader import LEAST_SHARED_MEMORY, ImageLoader, free_shared_memory, needs_pipe
 from data.mixup import build_mixup
 from data.sampler import Key, ShardSampler, StepSampler
+from data.selection import choose_classes, subset
+from data.source import Source
 from data.transforms import build_eval_transform, build_train_transform, preprocessing
 
 
@@ -35,33 +42,38 @@ class Loaders:
         classes: class names, in the order of the classifier's outputs.
         mixup: ``(images, targets, step) -> (images, targets)``.
         notices: lines the user should see.
+        layout: what the data was recognised as.
     """
 
-    train: DataLoader | None
-    val: DataLoader | None
+    train: ImageLoader | None
+    val: ImageLoader | None
     classes: list[str]
     mixup: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
     notices: list[str] = field(default_factory=list)
-    _stream: Any = None
+    layout: str = ""
 
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The training stream from step ``start`` on."""
         self.train.batch_sampler.start = start
-        self._stream = iter(self.train)
-        return self._stream
+        return iter(self.train)
+
+    def tell(self, report: Callable[[str], None]) -> None:
+        """Let ``report`` have a line for every image that turns out to be unreadable."""
+        for loader in (self.train, self.val):
+            if loader is not None:
+                loader.report = report
 
     def close(self) -> None:
         """End the loading processes now; left to the garbage collector they end after a time-out each."""
-        for iterator in (self._stream, getattr(self.val, "_iterator", None)):
-            shutdown = getattr(iterator, "_shutdown_workers", None)  # torch offers no public way
-            if shutdown is not None:
-                shutdown()
+        for loader in (self.train, self.val):
+            if loader is not None:
+                loader.close()
 
 
 class TrainImages(Dataset):
     """Augmented training images by key; everything random in a sample is a function of (seed, key)."""
 
-    def __init__(self, folder: ImageFolder, transform: Callable[[Any], Tensor], seed: int):
+    def __init__(self, folder: Source, transform: Callable[[Any], Tensor], seed: int):
         self.folder, self.transform, self.seed = folder, transform, seed
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
@@ -77,11 +89,15 @@ class TrainImages(Dataset):
 class EvalImages(Dataset):
     """Images prepared for evaluation, by index."""
 
-    def __init__(self, folder: ImageFolder, transform: Callable[[Any], Tensor]):
+    def __init__(self, folder: Source, transform: Callable[[Any], Tensor]):
         self.folder, self.transform = folder, transform
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(self.folder.load(index)), int(self.folder.targets[index])
+
+    def blank(self) -> tuple[Tensor, int]:
+        """What stands in the row of an image that cannot be read; it does not count."""
+        return self.transform(Image.new("RGB", (8, 8))), -1
 
 
 class PadToBatch:
@@ -116,16 +132,24 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     root, notices = os.path.expanduser(config.DATA.DATA_PATH), []
     if not root:
         raise ConfigError("DATA.DATA_PATH is empty; give the folder that holds train/ and val/ with --data-path")
-    if config.DATA.DATASET == "imagenet22K":
-        notices.append("notice: DATA.DATASET imagenet22K is read as folders, train/<class>/ and val/<class>/; lists and archives are not")
     if config.DATA.DATASET == "digits" and root == digits.DEFAULT_PATH and digits.ensure_digits(root):
         notices.append(f"wrote scikit-learn's 1,797 digits to {root}")
 
-    # Paths of both splits before either is scanned: a missing val/ is told at once, not after a million files.
-    paths = {split: find_split(root, ("train",) if split == "train" else VAL_NAMES) for split in splits}
-    train_folder = scan_folder(paths["train"], classes) if "train" in paths else None
+    # Both splits are found before either is listed: a missing val/ is told at once, not after a million files.
+    layout = recognise(root, Options.of(config), splits)
+    listing = beside(config.DATA.CLASS_NAMES, root)
+
+    def read_split(split: str, classes: Sequence[str] | None) -> Source | None:
+        if split not in layout.open:
+            return None
+        source = layout.open[split]()
+        return join(choose_classes(source, listing) if listing else source, classes)
+
+    train_folder = read_split("train", classes)
+    if train_folder is not None and config.DATA.SUBSET < 1:
+        train_folder = subset(train_folder, config.DATA.SUBSET, config.SEED)
     names = list(classes) if classes is not None else train_folder.classes if train_folder else None
-    val_folder = scan_folder(paths["val"], names) if "val" in paths else None
+    val_folder = read_split("val", names)
     folders = [f for f in (train_folder, val_folder) if f is not None]
     names = names if names is not None else folders[0].classes
     for folder in folders:
@@ -134,19 +158,29 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         raise ConfigError(f"MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}, but {root} has {len(names)} classes; "
                           "set it to 0 to count them in the data")
 
-    workers = worker_count(config)
-    common = dict(num_workers=workers, pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available() and config.DEVICE != "cpu",
-                  worker_init_fn=_quiet_worker)
+    for folder in folders:
+        folder.configure(config.DATA.EXIF, config.DATA.READ_PATIENCE)
+    workers, free = worker_count(config), free_shared_memory()
+    if workers and free is not None and free < LEAST_SHARED_MEMORY:
+        notices.append(f"notice: /dev/shm has {free >> 10} KiB free, too little for loading processes; images are loaded without them "
+                       "(docker: --shm-size=8g)")
+        workers = 0
+    pipe = _pipe_notice(config, workers, notices)
+    common = dict(workers=workers, timeout=config.DATA.TIMEOUT, pipe=pipe, worker_init_fn=_quiet_worker,
+                  pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available() and config.DEVICE != "cpu")
     train = val = None
     if train_folder is not None:
         sampler = _step_sampler(config, len(train_folder), rank, world_size, notices)
-        train = DataLoader(TrainImages(train_folder, build_train_transform(config), config.SEED), batch_sampler=sampler, **common)
+        images = TrainImages(train_folder, build_train_transform(config), config.SEED)
+        train = ImageLoader(TrainGuard(images, workers, config.SEED), default_collate, batch_sampler=sampler,
+                            budget=_budget(config, len(train_folder)), **common)
     if val_folder is not None:
         batch = config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
-        val = DataLoader(EvalImages(val_folder, build_eval_transform(preprocessing(config))),
-                         batch_sampler=ShardSampler(len(val_folder), batch, rank, world_size), collate_fn=PadToBatch(batch),
-                         persistent_workers=workers > 0, **common)  # evaluation comes again every epoch
-    return Loaders(train, val, list(names), build_mixup(config, len(names), rank), notices)
+        images = EvalImages(val_folder, build_eval_transform(preprocessing(config)))
+        shard = ShardSampler(len(val_folder), batch, rank, world_size)
+        val = ImageLoader(EvalGuard(images, workers), PadToBatch(batch), batch_sampler=shard, persistent_workers=workers > 0,
+                          **common)  # evaluation comes again every epoch
+    return Loaders(train, val, list(names), build_mixup(config, len(names), rank), list(dict.fromkeys(notices)), layout.name)
 
 
 def _step_sampler(config: CfgNode, size: int, rank: int, world_size: int, notices: list[str]) -> StepSampler:
@@ -157,6 +191,21 @@ def _step_sampler(config: CfgNode, size: int, rank: int, world_size: int, notice
         notices.append(f"notice: the {size} training images are fewer than a global batch ({global_batch}); "
                        f"every epoch is one step of {size}")
     return StepSampler(size, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, config.DATA.REPEATED_AUG)
+
+
+def _budget(config: CfgNode, size: int) -> int:
+    """Unreadable training images that a process goes on with."""
+    budget = config.DATA.CORRUPT_BUDGET
+    return int(budget * size if budget < 1 else budget)
+
+
+def _pipe_notice(config: CfgNode, workers: int, notices: list[str]) -> bool:
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    height, width = image_size(config)
+    images = max(config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS, config.TEST.BATCH_SIZE)
+    line = needs_pipe(images * height * width * 3 * 4, workers * (int(here) if here.isdigit() else 1))
+    notices += [line] if line else []
+    return bool(line)
 
 
 def usable_cpus() -> int:

@@ -31,6 +31,7 @@ from utils.seed import make_deterministic, seed_initialisation
 from utils.session import Session, best_line
 from utils.signals import StopRequest
 from utils.throughput import measure
+from utils.unreadable import tell_uncounted, teller
 
 Log = logging.Logger
 
@@ -143,6 +144,7 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
 
     distributed.mark("indexing the images")
     loaders = build_loaders(config, rank, world_size)
+    loaders.tell(teller(logger))
     sampler = loaders.train.batch_sampler
     global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world_size
     steps_per_epoch, total_steps = sampler.steps_per_epoch, sampler.total_steps
@@ -299,6 +301,7 @@ def _require_steps(config: CfgNode, images: int, world_size: int) -> None:
 # Keys that say where, how fast, how loud and how safely, not what is learned.
 _HARMLESS = ("BASE", "OUTPUT", "TAG", "DEVICE", "SAVE_FREQ", "PRINT_FREQ", "EVAL_MODE", "THROUGHPUT_MODE", "LOCAL_RANK", "DIST_TIMEOUT",
              "DATA.DATA_PATH", "DATA.DATASET", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "DATA.CACHE_MODE",
+             "DATA.TIMEOUT", "DATA.READ_PATIENCE", "DATA.INDEX_CACHE", "DATA.CORRUPT_BUDGET",
              "DATA.BATCH_SIZE", "MODEL.PRETRAINED", "MODEL.RESUME", "MODEL.NUM_CLASSES", "TRAIN.ACCUMULATION_STEPS",
              "TRAIN.USE_CHECKPOINT", "TRAIN.AUTO_RESUME", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.SAVE_EVERY_MINUTES",
              "TRAIN.BACKGROUND_SAVE", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.CHECKPOINT_BUDGET", "TRAIN.ACCEPT_CHANGES", "TRAIN.SKIP_BUDGET",
@@ -349,8 +352,8 @@ def _introduce(config: CfgNode, device: torch.device, precision: Precision, mode
     logger.info(f"model {config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters{part}, {len(loaders.classes)} classes, "
                 f"on {device} in {precision.name}, torch {torch.__version__}")
     val = len(loaders.val.dataset.folder)
-    logger.info(f"data {config.DATA.DATA_PATH}: {len(loaders.train.dataset.folder)} training and {val} validation images, "
-                f"{steps_per_epoch} steps an epoch, {loaders.train.num_workers} workers")
+    logger.info(f"data {config.DATA.DATA_PATH} ({loaders.layout}): {len(loaders.train.dataset.folder)} training and {val} validation "
+                f"images, {steps_per_epoch} steps an epoch, {loaders.train.num_workers} workers")
     logger.info(f"global batch {global_batch} = {config.DATA.BATCH_SIZE} images x {config.TRAIN.ACCUMULATION_STEPS} accumulated x "
                 f"{distributed.world_size()} processes; learning rate {config.TRAIN.BASE_LR:g} x {optim.lr_scale(config, global_batch):g} "
                 f"= {schedule.base:g}, from {schedule.warmup:g} over {schedule.warmup_steps} steps, to {schedule.floor:g}")
@@ -370,6 +373,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
     own = checkpoint.is_own(content)
     loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
                             classes=content["classes"] if own else None)
+    loaders.tell(teller(logger))
     for line in loaders.notices:
         logger.info(line)
     model = build_model(config, len(loaders.classes))
@@ -385,6 +389,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
         judged.to(device)
     with contextlib.closing(loaders):
         *raw, result = evaluate(models, loaders.val, device, precision)
+        tell_uncounted(loaders.val, result, logger)
     for other in raw:
         logger.info(f"raw {other.line()}")
     logger.info(result.line())

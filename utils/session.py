@@ -23,6 +23,7 @@ from utils.engine import Evaluation, NumericError, Progress, StepPlan, evaluate,
 from utils.files import replace_file
 from utils.metrics import MetricsLog, TensorBoard
 from utils.signals import Stopped, StopRequest
+from utils.unreadable import tell_uncounted
 
 EVIDENCE = "nonfinite.jsonl"
 FORGIVEN_AFTER = 100  # steps after which one that was skipped no longer counts
@@ -173,6 +174,7 @@ class Session:
                 self.leave(progress)
 
         *raw, result = evaluate(models, self.loaders.val, plan.device, plan.precision, poll)
+        tell_uncounted(self.loaders.val, result, self.logger)
         for other in raw:
             self.logger.info(f"raw {other.line()}")
             row.update(raw_top1=other.top1, raw_top5=other.top5, raw_val_loss=_finite(other.loss))
