@@ -206,7 +206,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, OSError):
         return _fail(f"{error.filename or 'file system'}: {error.strerror or text}; what was saved before is intact",
                      EXIT_FAILURE, everywhere=True)
-    if "DataLoader worker" in text and "exited unexpectedly" in text:
+    if "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text):
         return _fail("a data loading process was killed, mostly for lack of memory or of /dev/shm (docker: --shm-size=8g); "
                      "use fewer --num-workers", EXIT_FAILURE, everywhere=True)
     traceback.print_exc()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,6 +45,41 @@ def _to_tensor(value: Any) -> Any:
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
+class _Deaths:
+    """A loading process that dies is an error where the next batch is waited for, and nowhere else.
+
+    torch raises it wherever the main process happens to be, which may be the middle of an update or of writing a file.
+    """
+
+    def __init__(self) -> None:
+        self.waiting, self.pending, self.check = False, False, None
+
+    def take_over(self) -> None:
+        """Put this before torch's handler, which is set when an iterator is made."""
+        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+            handler = signal.getsignal(signal.SIGCHLD)
+            if callable(handler) and handler != self.noted:
+                self.check = handler
+                signal.signal(signal.SIGCHLD, self.noted)
+
+    def noted(self, number: int, frame: Any) -> None:
+        if self.waiting:
+            self.check(number, frame)
+        self.pending = True
+
+    def __enter__(self) -> None:
+        self.waiting = True
+        if self.pending:
+            self.pending = False
+            self.check(signal.SIGCHLD, None)
+
+    def __exit__(self, *_: object) -> None:
+        self.waiting = False
+
+
+_deaths = _Deaths()
+
+
 class ImageLoader:
     """A ``DataLoader`` that yields ``(images, targets)`` and keeps account of the images that could not be read.
 
@@ -80,12 +116,15 @@ class ImageLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._iterator, self.met = iter(self._loader), 0
+        if self.num_workers:
+            _deaths.take_over()
         return self._batches(self._iterator)
 
     def _batches(self, iterator: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
             try:
-                batch, failures = next(iterator)
+                with _deaths:
+                    batch, failures = next(iterator)
             except StopIteration:
                 return
             except RuntimeError as error:
