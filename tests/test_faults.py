@@ -1,4 +1,4 @@
-"""Kills at the worst moments, damaged files, numbers that are not finite: what is saved stays good, and the run ends as if nothing had been."""
+"""Kills at the worst moments, damaged files, numbers that are not finite: what is saved stays good, and the run goes on."""
 
 from __future__ import annotations
 
@@ -254,7 +254,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tiny_cfg: Path,
     assert after["skipped"] == 1 and load(folder / "last.pth")["step"] == 4
     assert "warning: step 2 was skipped" in done.stdout
     evidence = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
-    assert len(evidence) == 1 and evidence[0]["step"] == 2 and evidence[0]["gradient_norm"] == "nan" and evidence[0]["loss_sum_by_rank"] == ["nan"]
+    assert len(evidence) == 1 and evidence[0]["step"] == 2
+    assert evidence[0]["gradient_norm"] == "nan" and evidence[0]["loss_sum_by_rank"] == ["nan"]
     names = evidence[0]["images_by_rank"][0]
     assert len(names) == 16 and all(Path(name).is_file() for name in names)
     first, second = rows(folder)
@@ -265,8 +266,8 @@ def test_beyond_the_budget_back_to_a_good_checkpoint_and_then_stop(tiny_cfg: Pat
     budget = ["--opts", "TRAIN.SAVE_EVERY_STEPS", 3, "TRAIN.SKIP_BUDGET", 1]
     healed = run_main("--cfg", tiny_cfg, "--epochs", 3, *budget, cwd=tmp_path, **fault(tmp_path, "loss", after=12, how="nan", times=2))
     assert healed.returncode == 0, healed.stderr
-    said = re.search(r"^warning: .* back to \S+ckpt_(\d+)\.pth, passing over the (\d+) steps since \(rollback 1 of 1\)$", healed.stdout, re.M)
-    assert said, healed.stdout
+    said = r"^warning: .* back to \S+ckpt_(\d+)\.pth, passing over the (\d+) steps since \(rollback 1 of 1\)$"
+    assert re.search(said, healed.stdout, re.M), healed.stdout
     last = load(tmp_path / RUN / "last.pth")
     assert last["step"] == 15 and last["rollbacks"] == 1 and "finished 3 epochs" in healed.stdout
     stopped = run_main("--cfg", tiny_cfg, "--epochs", 9, "--tag", "b", *budget, cwd=tmp_path,
