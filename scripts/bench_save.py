@@ -63,7 +63,8 @@ def main() -> None:
     medians = {key: [statistics.median(column) for column in zip(*rows, strict=True)] for key, rows in figures.items()}
     print(f"a checkpoint of {state.size() / 2**20:.0f} MiB, medians of {args.repeats}")
     for background, (stood, whole) in medians.items():
-        print(f"{'in the background' if background else 'waiting for it   '}: training stands still for {stood:.3f} s, file there after {whole:.3f} s")
+        how = 'in the background' if background else 'waiting for it   '
+        print(f"{how}: training stands still for {stood:.3f} s, file there after {whole:.3f} s")
     print(f"ratio {medians[False][0] / medians[True][0]:.1f}")
 
 
