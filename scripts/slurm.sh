@@ -12,6 +12,8 @@ set -u
 processes=${SLURM_GPUS_ON_NODE:-1}
 head=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?start this with sbatch}" | head -n 1)
 
+# torchrun kills its processes 30 seconds after it has passed a signal on, unless told otherwise; a large checkpoint takes longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170
 stopped=0
 srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$processes" --max-restarts 3 \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))" \

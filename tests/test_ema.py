@@ -27,10 +27,10 @@ def test_each_tensor_is_averaged_once() -> None:
         model.a.weight += 1
         model.norm.running_mean += 1
         model.norm.num_batches_tracked += 5
-    average.update(model, 1)
+    average.update(1)
     assert torch.allclose(average.module.a.weight, start + 0.1) and average.module.b.weight is average.module.a.weight
     assert torch.allclose(average.module.norm.running_mean, torch.full((3,), 0.1)) and average.module.norm.num_batches_tracked == 5
-    average.update(model, 2)
+    average.update(2)
     assert torch.allclose(average.module.a.weight, start + 0.19)
     assert not any(p.requires_grad for p in average.module.parameters())
 
@@ -41,5 +41,5 @@ def test_warm_up_forgets_the_beginning() -> None:
     with torch.no_grad():
         model.weight += 1
     before = average.module.weight.clone()
-    average.update(model, 1)
+    average.update(1)
     assert float(average.module.weight - before) == pytest.approx(1 - 2 / 11)

@@ -53,10 +53,10 @@ def same(a: Path, b: Path) -> list[str]:
 # Killed at the worst moment
 # --------------------------------------------------------------------------------------------------
 
-# Calls: config.yaml syncs twice and moves once; the checkpoint of step 3 syncs file and folder, then the link's folder, and
+# Calls: .job and config.yaml sync twice and move once each; the checkpoint of step 3 syncs file and folder, then the link's folder, and
 # moves twice. So the first two wait inside the checkpoint of step 5 before the first evaluation; the last in the one after it, when
 # the line of metrics is written already.
-@pytest.mark.parametrize(("call", "after", "step"), [("fsync", 5, 3), ("replace", 3, 3), ("replace", 5, 5)])
+@pytest.mark.parametrize(("call", "after", "step"), [("fsync", 7, 3), ("replace", 4, 3), ("replace", 6, 5)])
 def test_killed_inside_a_save(straight: Path, tiny_cfg: Path, tmp_path: Path, call: str, after: int, step: int) -> None:
     command, folder = ["--cfg", tiny_cfg, "--epochs", 3, *OFTEN], tmp_path / RUN
     process = start(*command, cwd=tmp_path, **fault(tmp_path, call, after=after, how="wait"))
@@ -91,7 +91,7 @@ def test_ended_during_an_evaluation(straight: Path, tiny_cfg: Path, tmp_path: Pa
 
 def test_a_signal_during_a_save_waits_for_it(tiny_cfg: Path, tmp_path: Path) -> None:
     """Never two saves at once; and killed a moment later, the last whole checkpoint is the one that counts."""
-    process = start("--cfg", tiny_cfg, *ENDLESS, *OFTEN, cwd=tmp_path, **fault(tmp_path, "fsync", after=5, how="slow"))
+    process = start("--cfg", tiny_cfg, *ENDLESS, *OFTEN, cwd=tmp_path, **fault(tmp_path, "fsync", after=7, how="slow"))
     wait_for(waiting(tmp_path))
     process.send_signal(signal.SIGTERM)
     status, _, err = ends([process])[0]
@@ -100,7 +100,7 @@ def test_a_signal_during_a_save_waits_for_it(tiny_cfg: Path, tmp_path: Path) -> 
     assert load(folder / "last.pth")["step"] == max(int(p.stem[5:]) for p in folder.glob("ckpt_*.pth")) >= 5
     assert not list(folder.glob(".tmp-*"))
     waiting(tmp_path).unlink()
-    process = start("--cfg", tiny_cfg, *ENDLESS, *OFTEN, cwd=tmp_path, **fault(tmp_path, "fsync", after=5, how="wait"))
+    process = start("--cfg", tiny_cfg, *ENDLESS, *OFTEN, cwd=tmp_path, **fault(tmp_path, "fsync", after=7, how="wait"))
     wait_for(waiting(tmp_path))
     good = load(folder / "last.pth")["step"]
     process.send_signal(signal.SIGTERM)  # the save hangs, as on a dead disk; the scheduler's patience ends
@@ -114,7 +114,7 @@ def test_a_signal_during_a_save_waits_for_it(tiny_cfg: Path, tmp_path: Path) -> 
 
 def test_a_second_interrupt_stops_at_once(tiny_cfg: Path, tmp_path: Path) -> None:
     process = start("--cfg", tiny_cfg, *ENDLESS, *OFTEN, "--num-workers", 1, cwd=tmp_path,
-                    **fault(tmp_path, "fsync", after=5, how="wait"))
+                    **fault(tmp_path, "fsync", after=7, how="wait"))
     wait_for(waiting(tmp_path))
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
@@ -132,6 +132,26 @@ def test_a_signal_before_the_first_step_ends_at_once(tiny_cfg: Path, tmp_path: P
     status, _, err = ends([process], 10)[0]
     assert status == 75 and "stopped by SIGTERM before the first step" in err and err.count("\n") == 1
     assert not (tmp_path / "output").exists()
+
+
+def test_an_error_lets_the_save_under_way_end(tiny_cfg: Path, tmp_path: Path) -> None:
+    """The evaluation fails while the checkpoint before it is being written, slowly."""
+    slow = fault(tmp_path, "fsync", after=4, how="slow")
+    (Path(slow["PYTHONPATH"]) / "sitecustomize.py").open("a").write(
+        "\nimport torch\ndef _fails(*a, **k):\n    raise ValueError('injected')\ntorch.Tensor.topk = _fails\n")
+    status, _, err = ends([start("--cfg", tiny_cfg, "--epochs", 1, cwd=tmp_path, **slow)])[0]
+    assert status == 1 and "unexpected ValueError" in err
+    assert load(tmp_path / RUN / "last.pth")["step"] == 5
+
+
+def test_a_request_to_save_in_an_evaluation_is_kept(tiny_cfg: Path, tmp_path: Path) -> None:
+    process = start("--cfg", tiny_cfg, *ENDLESS, "--opts", "SAVE_FREQ", 4000, cwd=tmp_path,
+                    **fault(tmp_path, "evaluation", after=15, how="slow"))
+    wait_for(waiting(tmp_path))
+    process.send_signal(signal.SIGUSR1)
+    wait_for(tmp_path / RUN / "ckpt_00000015.pth", seconds=20)
+    process.kill()
+    ends([process])
 
 
 def test_kills_at_random_moments(capfd: pytest.CaptureFixture[str]) -> None:
@@ -193,7 +213,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_overwritten(straight: Path,
     anew = program(*command, "--restart")
     assert anew.returncode == 0 and "moved to" in anew.stdout and "start: scratch" in anew.stdout
     assert same(folder, straight) == []
-    kept = {path.name: path.read_bytes() for path in (folder / "superseded-1").glob("*")}
+    kept = {path.name: path.read_bytes() for path in (folder / "superseded-1").glob("ckpt_*")}
     assert kept == {name: content for name, content in before.items() if name.startswith("ckpt_")}
 
 

@@ -12,9 +12,11 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -23,10 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from models.weights import FORMAT_KEY, TRAILER_MAGIC, CheckpointError, check_finite, check_fits, read_file
+from utils.distributed import restarts
 from utils.ema import WeightAverage
-from utils.files import free_bytes, link_atomically, write_atomically
+from utils.files import file_limit, free_bytes, link_atomically, replace_file, write_atomically
 
 FORMAT = 1
+OVERHEAD = 1024  # bytes that a tensor takes in a file beside its numbers, at most
+_JOB = ".job"
 _NAME = re.compile(r"ckpt_(\d{8,})\.pth")
 
 
@@ -70,9 +75,9 @@ class TrainState:
     def size(self) -> int:
         """Bytes of a checkpoint, about: an optimizer that has not stepped yet is taken to keep two tensors a parameter."""
         names = self.model.state_dict().values()
-        bytes_of = [t.numel() * t.element_size() for t in names]
-        trained = sum(p.numel() * p.element_size() for group in self.optimizer.param_groups for p in group["params"])
-        kept = sum(t.numel() * t.element_size() for slots in self.optimizer.state.values() for t in slots.values()
+        bytes_of = [t.numel() * t.element_size() + OVERHEAD for t in names]
+        trained = sum(p.numel() * p.element_size() + OVERHEAD for group in self.optimizer.param_groups for p in group["params"])
+        kept = sum(t.numel() * t.element_size() + OVERHEAD for slots in self.optimizer.state.values() for t in slots.values()
                    if isinstance(t, Tensor))
         return sum(bytes_of) * (1 if self.ema is None else 2) + (kept or 2 * trained) + (1 << 16)
 
@@ -228,18 +233,37 @@ class CheckpointFolder:
                                   "--restart begins anew and moves them aside, another --tag leaves them")
         return None
 
+    def read_patiently(self, path: str, seconds: float = 30) -> dict[str, Any]:
+        """A checkpoint that another machine has just seen; a shared disk may show it here a little later.
+
+        Raises:
+            CheckpointError: it does not appear, or is damaged.
+        """
+        deadline = time.monotonic() + seconds
+        while not os.path.exists(path):
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"{path}: rank 0 continues from it, but it is not here; put --output on a disk that all "
+                                      "processes see")
+            time.sleep(0.5)
+        return require_own(read_file(path), path)
+
+    def holds(self, path: str) -> bool:
+        """Whether ``path`` (a link too) is one of these checkpoints."""
+        return os.path.realpath(path) in {os.path.realpath(self.path(step)) for step in self.steps()}
+
     def relink(self, content: dict[str, Any]) -> None:
-        """Point the links at the checkpoint that a run continues from: a kill may have come between it and them."""
+        """Point the links at what a run continues from: a kill may have come between it and them."""
         path = self.path(content["step"])
         link_atomically(path, os.path.join(self.folder, "last.pth"))
-        if content["best"].get("step") == content["step"]:
-            link_atomically(path, os.path.join(self.folder, "best.pth"))
+        best = self.path(content["best"].get("step", -1))
+        if os.path.exists(best):
+            link_atomically(best, os.path.join(self.folder, "best.pth"))
 
     def set_aside(self, step: int) -> str | None:
         """Move checkpoints beyond ``step`` into a folder of their own; its path, or None when there are none.
 
-        A run that begins anew in a used folder, or from an older checkpoint, would otherwise be taken for the one that
-        left them. They are kept: nothing that was saved is lost.
+        A run that begins anew in a used folder (``step`` -1), or from an older checkpoint, would otherwise be taken for the
+        one that left them. They are kept, with that run's records: nothing that was saved is lost.
         """
         later = [number for number in self.steps() if number > step]
         if not later:
@@ -250,10 +274,28 @@ class CheckpointFolder:
         os.makedirs(aside)
         for number in later:
             os.replace(self.path(number), os.path.join(aside, os.path.basename(self.path(number))))
+        for name in ("metrics.jsonl", "config.yaml", "nonfinite.jsonl", "tensorboard"):
+            path = os.path.join(self.folder, name)
+            if step < 0 and os.path.exists(path):
+                os.replace(path, os.path.join(aside, name))
+            elif name in ("metrics.jsonl", "config.yaml") and os.path.exists(path):
+                shutil.copy(path, aside)
         for link in (os.path.join(self.folder, name) for name in ("best.pth", "last.pth")):
             if os.path.islink(link) and not os.path.exists(link):
                 os.unlink(link)
         return aside
+
+    def note_job(self) -> None:
+        """Remember which job of a launcher has begun here, for when that starts its processes again."""
+        replace_file(os.path.join(self.folder, _JOB), _job().encode())
+
+    def begun_by_this_job(self) -> bool:
+        """Whether this is a later attempt of the job that has begun here: --restart was obeyed then."""
+        try:
+            with open(os.path.join(self.folder, _JOB), encoding="utf-8") as file:
+                return restarts() > 0 and file.read() == _job()
+        except OSError:
+            return False
 
     def _disposable(self) -> list[str]:
         """Checkpoints that may be deleted, oldest first: not the newest, not the best, not what --resume names."""
@@ -267,27 +309,28 @@ class CheckpointFolder:
             os.unlink(path)
 
     def _make_room(self, path: str, size: int) -> None:
-        """Delete what is no longer kept, then older checkpoints than that, until ``size`` bytes more fit; OSError if they do not."""
-        disposable = self._disposable()
-        while (lack := self._lack(size)) and disposable:
-            self._delete(disposable.pop(0))
-        if lack:
-            raise OSError(errno.ENOSPC, lack, path)
-
-    def _lack(self, size: int) -> str:
-        """Why ``size`` bytes more would not fit; nothing when they do."""
-        taken = sum(os.path.getsize(self.path(step)) for step in self.steps())
-        if self.budget and taken + size > self.budget and taken:
-            return f"TRAIN.CHECKPOINT_BUDGET leaves no room for it ({taken >> 20} of {self.budget >> 20} MiB taken)"
-        free = free_bytes(self.folder)
-        if free < size:
-            return f"no room on the disk ({free >> 20} MiB free, {size >> 20} MiB needed)"
-        return ""
+        """Delete older checkpoints, of those that may go, until ``size`` bytes more fit; none if that would not suffice."""
+        there = os.path.getsize(path) if os.path.exists(path) else 0  # replaced when the new one is whole
+        disposable = [(old, os.path.getsize(old)) for old in self._disposable()]
+        most = sum(size for _, size in disposable)
+        taken, free = sum(os.path.getsize(self.path(step)) for step in self.steps()) - there, free_bytes(self.folder)
+        over, lacking = (taken + size - self.budget if self.budget else 0), size - free
+        if size > file_limit() or lacking > most:
+            raise OSError(errno.ENOSPC, f"no room on the disk ({min(free, file_limit()) >> 20} MiB free, {size >> 20} MiB needed)", path)
+        if over > most and taken:
+            raise OSError(errno.ENOSPC, f"TRAIN.CHECKPOINT_BUDGET leaves no room for it ({taken >> 20} of {self.budget >> 20} MiB "
+                                        "taken)", path)
+        while max(over, lacking) > 0 and disposable:
+            old, gone = disposable.pop(0)
+            self._delete(old)
+            over, before, lacking = over - gone, lacking, size - free_bytes(self.folder)
+            if over <= 0 and lacking >= before:
+                break  # the disk does not give back what is deleted (yet): no more is given for nothing
 
 
 def _tensor_bytes(value: Any) -> int:
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
+        return value.numel() * value.element_size() + OVERHEAD
     if isinstance(value, dict):
         return sum(map(_tensor_bytes, value.values()))
     return sum(map(_tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
@@ -311,6 +354,8 @@ class Saver:
         """Begin to write ``state``; done at once without a background. Waits for the save before."""
         self.wait()
         self._content, self._best = {**description, **state.state_dict(copy=self.background)}, best
+        if self._lost_best and not best:
+            self._content["best"] = dict(self._saved_best)  # the file of the best is the one before
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
         self._thread.start()
         if not self.background:
@@ -350,6 +395,10 @@ class Saver:
                       "saved before is intact")
         else:
             raise error
+
+
+def _job() -> str:
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or ""
 
 
 def describe(config_text: str, classes: list[str], preprocessing: dict[str, Any], data_path: str, global_batch: int,

@@ -133,7 +133,7 @@ def _launcher_store(wait: timedelta) -> Any:
     """A new connection to the store at the master's address; what an earlier attempt of this job wrote is not seen."""
     import torch.distributed as dist
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False, timeout=wait)
-    return dist.PrefixStore(f"attempt {restarts()}", store)
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def mark(phase: str, step: int | None = None) -> None:
@@ -176,9 +176,9 @@ def local_rank() -> int:
 
 
 def restarts() -> int:
-    """Times that torchrun has started this job anew by itself."""
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return int(count) if count.isdigit() else 0
+    """Times that torchrun or Slurm has started this job anew by itself."""
+    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return sum(int(count) for count in counts if count.isdigit())
 
 
 def is_main() -> bool:

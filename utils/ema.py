@@ -22,19 +22,20 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.warmup = decay, warmup
+        # Gathered once: walking the modules takes longer than averaging them. Tensors change in place only.
+        self._ours, self._theirs = _tensors(self.module), _tensors(model)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after update number ``step`` (from 1)."""
+    def update(self, step: int) -> None:
+        """Take in the model's weights after update number ``step`` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
-        averaged = [(ours, theirs) for ours, theirs in pairs if ours.is_floating_point()]
-        torch._foreach_lerp_([ours for ours, _ in averaged], [theirs for _, theirs in averaged], 1 - decay)
-        for ours, theirs in pairs:
-            if not ours.is_floating_point():
-                ours.copy_(theirs)
+        (ours, counts), (theirs, their_counts) = self._ours, self._theirs
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        if counts:
+            torch._foreach_copy_(counts, their_counts)
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters, then buffers, each once."""
-    return [*(p.data for p in model.parameters()), *model.buffers()]
+def _tensors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters and buffers, each once: those that are averaged, and integers."""
+    tensors = [*(p.data for p in model.parameters()), *model.buffers()]
+    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]

@@ -115,6 +115,7 @@ def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[tuple
     for module in plan.fixed:
         module.eval()
     statistics = RunningStatistics(state.model)
+    parameters = [p for p in state.model.parameters() if p.requires_grad]
     while state.step < until:
         waited = time.perf_counter()
         distributed.mark("waiting for data", state.step)
@@ -127,7 +128,7 @@ def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[tuple
         statistics.keep()
         while True:
             loss = backward(model, images, targets, plan, state.step)
-            norm, again = update(state, plan, loss)
+            norm, again = update(state, parameters, plan, loss)
             statistics.restore(~norm.isfinite())
             state.optimizer.zero_grad(set_to_none=True)
             if not again:
@@ -135,11 +136,11 @@ def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[tuple
         progress.add(state.step, loss, norm)
         state.step += 1
         if state.ema is not None:
-            state.ema.update(state.model, state.step)
+            state.ema.update(state.step)
         after_step(state, progress)
 
 
-def update(state: TrainState, plan: StepPlan, loss: Tensor) -> tuple[Tensor, bool]:
+def update(state: TrainState, parameters: Sequence[nn.Parameter], plan: StepPlan, loss: Tensor) -> tuple[Tensor, bool]:
     """Clip and apply the gradients if they are finite: (their norm before, whether fp16 overflowed and the step must be done again).
 
     A non-finite loss has made the gradients of every rank NaN (``backward``), so the norm, the same on all ranks, decides alone.
@@ -147,7 +148,7 @@ def update(state: TrainState, plan: StepPlan, loss: Tensor) -> tuple[Tensor, boo
     scaler, optimizer = plan.precision.scaler, state.optimizer
     scaler.unscale_(optimizer)
     foreach = plan.device.type in ("cpu", "cuda")  # one kernel over all tensors instead of one each
-    norm = nn.utils.clip_grad_norm_([p for p in state.model.parameters() if p.requires_grad], plan.clip, foreach=foreach)
+    norm = nn.utils.clip_grad_norm_(parameters, plan.clip, foreach=foreach)
     if scaler.is_enabled():
         return norm, _update_scaled(scaler, optimizer, norm, loss)
     if isinstance(optimizer, torch.optim.Adam) and optimizer.defaults.get("fused"):

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, TextIO
 
@@ -95,17 +96,21 @@ def _is_alive(holder: str) -> bool:
 
 
 def free_bytes(folder: str) -> int:
-    """Bytes that a new file in ``folder``, or in the nearest folder above that exists, may have: free space and the process's limit."""
+    """Bytes free on the disk of ``folder``, or of the nearest folder above that exists."""
     there = os.path.abspath(folder)
     while not os.path.isdir(there):
         there = os.path.dirname(there)
-    free = shutil.disk_usage(there).free
+    return shutil.disk_usage(there).free
+
+
+def file_limit() -> int:
+    """The largest file this process may write (ulimit -f)."""
     try:
         import resource
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     except ImportError:  # Windows
-        return free
-    return free if limit == resource.RLIM_INFINITY else min(free, limit)
+        return sys.maxsize
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 def remove_leftovers(folder: str) -> list[str]:

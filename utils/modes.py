@@ -24,7 +24,7 @@ from utils.checkpoint import CheckpointFolder, TrainState, program_digest
 from utils.device import Precision, choose_precision
 from utils.ema import WeightAverage
 from utils.engine import StepPlan, evaluate
-from utils.files import free_bytes, lock_folder, remove_leftovers
+from utils.files import file_limit, free_bytes, lock_folder, remove_leftovers
 from utils.freeze import freeze
 from utils.logger import close_files, log_to_file
 from utils.seed import make_deterministic, seed_initialisation
@@ -57,7 +57,12 @@ def resolve_config(cfg_file: str | None, opts: list[str]) -> tuple[CfgNode, Any]
     if not checkpoint.is_own(content):
         raise ConfigError(f"{resume} holds weights without a config; add --cfg with the YAML file of its model")
     checkpoint.require_own(content, resume)
-    return config_from_text(content["config"], ["DATA.DATA_PATH", content["data_path"], *opts], resume), content
+    own = [item for key in _OF_THE_COMMAND for item in (key, lookup(get_config(None, []), key))]
+    return config_from_text(content["config"], [*own, "DATA.DATA_PATH", content["data_path"], *opts], resume), content
+
+
+# What one command asks for; the config in a checkpoint that it left must not ask for it again.
+_OF_THE_COMMAND = ("TRAIN.AUTO_RESUME", "TRAIN.ACCEPT_CHANGES", "EVAL_MODE", "THROUGHPUT_MODE", "LOCAL_RANK")
 
 
 def _last_value(opts: list[str], key: str) -> str:
@@ -82,23 +87,25 @@ class Start:
 
 def choose_start(config: CfgNode, resume_content: Any, folder: str, logger: Log) -> Start:
     """By precedence: the run folder's own newest checkpoint, then --resume, then --pretrained, then fresh weights."""
-    start = None
-    # A job that torchrun starts anew after --restart goes on with what it has done since.
-    if config.TRAIN.AUTO_RESUME or distributed.restarts():
-        newest = CheckpointFolder(folder).newest()
-        if newest is not None:
-            path, content, lines = newest
-            for line in lines:
-                logger.info(line)
-            start = Start("auto-resume", path, content)
+    start, found = None, None
+    files = CheckpointFolder(folder)
+    if distributed.is_main() and (config.TRAIN.AUTO_RESUME or files.begun_by_this_job()):
+        found = files.newest()
+        for line in found[2] if found is not None else ():
+            logger.info(line)
+    # Rank 0 chooses: another machine may not see yet what was written a moment ago.
+    name = distributed.gather_objects(os.path.basename(found[0]) if found is not None else "")[0]
+    if name:
+        path = os.path.join(folder, name)
+        start = Start("auto-resume", path, found[1] if found is not None else files.read_patiently(path))
     if start is None and config.MODEL.RESUME:
         start = Start("resume", config.MODEL.RESUME, checkpoint.require_own(resume_content, config.MODEL.RESUME))
     if start is None:
         start = Start("pretrained", os.path.expanduser(config.MODEL.PRETRAINED)) if config.MODEL.PRETRAINED else Start("scratch")
-    chosen = distributed.gather_objects((start.kind, os.path.basename(start.path), (start.content or {}).get("step")))
-    if any(other != chosen[0] for other in chosen):
-        found = "; ".join(f"rank {number}: {kind} {path} step {step}" for number, (kind, path, step) in enumerate(chosen))
-        raise CheckpointError(f"the processes would start from different places ({found}); put --output on a disk that all of them see")
+    steps = distributed.gather_objects((start.content or {}).get("step"))
+    if any(step != steps[0] for step in steps):
+        raise CheckpointError(f"the processes would start from different steps ({', '.join(map(str, steps))}, by rank); "
+                              "put --output and what --resume names on a disk that all of them see")
     logger.info(f"start: {start.kind}{' ' + start.path if start.path else ''} (the first there is of: auto-resume from {folder}, "
                 "--resume, --pretrained, scratch)")
     return start
@@ -187,19 +194,25 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
 
     distributed.mark("opening the run's folder")
     with _open_run_folder(folder, logger):
-        files = CheckpointFolder(folder, config.TRAIN.KEEP_CHECKPOINTS, config.MODEL.RESUME, config.TRAIN.CHECKPOINT_BUDGET)
+        files = CheckpointFolder(folder, config.TRAIN.KEEP_CHECKPOINTS, os.path.expanduser(config.MODEL.RESUME),
+                                 config.TRAIN.CHECKPOINT_BUDGET)
+        here = start.content is not None and files.holds(start.path)
         if distributed.is_main():
-            if (aside := files.set_aside(state.step if start.content is not None else -1)) is not None:
-                logger.info(f"notice: checkpoints of an earlier run beyond step {state.step} are moved to {aside}")
-            if start.kind == "auto-resume":
+            if (aside := files.set_aside(state.step if here else -1)) is not None:
+                logger.info(f"notice: what an earlier run left here{f' beyond step {state.step}' if here else ''} is moved to {aside}")
+            files.note_job()
+            if here:
                 files.relink(start.content)
-        start = Start(start.kind, start.path)  # a gigabyte that is no longer needed
+            if not os.path.exists(os.path.join(folder, "best.pth")):
+                state.best = {}  # its weights lie elsewhere, if anywhere: the best of this folder is still to come
+        if start.content is not None:
+            start.content.clear()  # a gigabyte that is no longer needed
         schedule = optim.build_schedule(config, steps_per_epoch, global_batch)
         _introduce(config, device, precision, model, loaders, steps_per_epoch, global_batch, schedule, logger)
         plan = StepPlan(schedule, optim.build_loss(config.MODEL.LABEL_SMOOTHING), loaders.mixup, precision, device,
                         config.DATA.BATCH_SIZE, sampler.images_per_step, config.TRAIN.CLIP_GRAD or float("inf"), config.SEED, rank,
                         world_size, fixed)
-        session = Session(config, files, state, plan, loaders, global_batch, stop, logger, saved=start.kind == "auto-resume")
+        session = Session(config, files, state, plan, loaders, global_batch, stop, logger, saved=here)
         with contextlib.closing(loaders):
             session.train(distributed.wrap(model, device))
 
@@ -231,7 +244,7 @@ def require_room(config: CfgNode, folder: str, size: int, logger: Log) -> None:
     Raises:
         ConfigError: not even one fits, or the budget cannot hold the best, the newest and the one being written.
     """
-    budget, free = config.TRAIN.CHECKPOINT_BUDGET, free_bytes(folder)
+    budget, free = config.TRAIN.CHECKPOINT_BUDGET, min(free_bytes(folder), file_limit())
     if budget and budget < 3 * size:
         raise ConfigError(f"TRAIN.CHECKPOINT_BUDGET is {budget >> 20} MiB; a checkpoint takes {size / 2**20:.1f} MiB and there are three "
                           f"at a time (the best, the newest, the one being written), so give at least {-(-3 * size >> 20)}MiB")

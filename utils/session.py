@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -54,7 +55,7 @@ class Session:
         self.first_step, self.saved_step, self.sound_step = state.step, state.step if saved else -1, -1
         self.norm = math.nan  # of the gradients of the last step looked at
         self.window = (self.begun, state.step, 0.0, 0.0, 0)  # time, step, data seconds, loss sum and its steps at the last line
-        self.loader_failed = False
+        self.loader_failed, self.asked = False, False  # asked: for a save, in the middle of an evaluation
 
     # ------------------------------------------------------------------------------------------
     # The epochs
@@ -68,6 +69,14 @@ class Session:
             SaveError: training is done, its result could not be saved.
             NumericError: too many steps were not finite.
         """
+        try:
+            self._train(model)
+        except Exception:
+            with contextlib.suppress(Exception):
+                self.saver.wait()  # what is being written is good, whatever else is not
+            raise
+
+    def _train(self, model: nn.Module) -> None:
         state, self.stop.training = self.state, True
         batches = self._watched(self.loaders.batches(state.step))
         epoch, within = divmod(state.step, self.steps_per_epoch)
@@ -86,11 +95,16 @@ class Session:
                 if self.loader_failed and distributed.world_size() == 1 and self.saved_step != state.step:
                     self.save(progress, best=False)  # the state is that of a whole step
                     self.saver.wait()
-                    self.logger.info(f"saved {self.files.path(state.step)}")
+                    if not self.saver.failed:
+                        self.logger.info(f"saved {self.files.path(state.step)}")
                 raise
             self.end_epoch(epoch + 1, progress)
-            if state.step < self.total_steps and self.stop.agreed()[0]:
-                self.leave(progress)
+            if state.step < self.total_steps:
+                stop, save = self.stop.agreed()
+                if stop:
+                    self.leave(progress)
+                if save and self.saved_step != state.step:
+                    self.save(progress, best=False)
             progress = Progress(self.plan.device, first_step=state.step)
         self.saver.wait()
         if self.main:
@@ -159,7 +173,8 @@ class Session:
         state.evaluated = state.step
         progress.loss_sum.zero_()
         progress.counted = 0
-        if best or due:
+        if best or due or self.asked:
+            self.asked = False
             self.save(progress, best)
 
     def evaluate(self, row: dict[str, Any], progress: Progress) -> Evaluation:
@@ -170,7 +185,9 @@ class Session:
             distributed.broadcast_buffers(model)
 
         def poll() -> None:
-            if self.stop.agreed()[0]:
+            stop, save = self.stop.agreed()
+            self.asked |= save
+            if stop:
                 self.leave(progress)
 
         *raw, result = evaluate(models, self.loaders.val, plan.device, plan.precision, poll)
@@ -207,7 +224,8 @@ class Session:
         name = next(filter(None, names), "a signal")
         if failures[0]:
             raise SaveError(f"stopped by {name}, but step {self.state.step} was not saved: {failures[0]}; {self._newest()}")
-        raise Stopped(f"stopped by {name}: saved {self.files.path(self.state.step)}; the same command continues from there")
+        command = "the same command" if self.config.TRAIN.AUTO_RESUME else "the same command without --restart"
+        raise Stopped(f"stopped by {name}: saved {self.files.path(self.state.step)}; {command} continues from there")
 
     def _newest(self) -> str:
         steps = self.files.steps()
@@ -295,17 +313,15 @@ class Session:
         """
         state, within = self.state, self.state.step - self.state.evaluated
         self.saver.wait()
-        distributed.gather_objects(None)  # rank 0 has written
         found = None
-        if state.rollbacks < self.config.TRAIN.ROLLBACKS:
-            try:
+        if self.main and state.rollbacks < self.config.TRAIN.ROLLBACKS:
+            with contextlib.suppress(CheckpointError):
                 found = self.files.newest()
-            except CheckpointError:
-                found = None
-        steps = distributed.gather_objects(found[1]["step"] if found else None)
-        if found is None or len(set(steps)) > 1:
+        name = distributed.gather_objects(os.path.basename(found[0]) if found is not None else "")[0]
+        if not name:
             raise NumericError(f"{error}; {self._newest()}") from None
-        path, content, _ = found
+        path = os.path.join(self.folder, name)
+        content = found[1] if found is not None else self.files.read_patiently(path)
         kept = (state.step, state.rollbacks + 1, state.evaluated, state.best)
         state.load_state_dict(content, path)
         back = kept[0] - state.step

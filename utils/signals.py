@@ -58,7 +58,7 @@ class StopRequest:
     def agreed(self) -> tuple[bool, bool]:
         """(stop, save), the same on every rank; a request to save is thereby taken."""
         flags = [bool(self.name), self.save]
+        self.save = False  # before the exchange: one that comes while it waits is for the next
         if distributed.world_size() > 1:
             flags = distributed.all_reduce_sum(torch.tensor(flags, dtype=torch.int64)).bool().tolist()
-        self.save = False
         return flags[0], flags[1]
