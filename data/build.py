@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,15 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from yacs.config import CfgNode
 
 from config import ConfigError
 from data import digits, seeds
 from data.folder import VAL_NAMES, DataError, ImageFolder, find_split, scan_folder
 from data.mixup import build_mixup
+from data.pipeline import Pipeline, eval_pipeline, train_pipeline
 from data.sampler import Key, ShardSampler, StepSampler
-from data.transforms import build_eval_transform, build_train_transform, preprocessing
+from data.stream import StreamLoader
 
 
 @dataclass
@@ -52,55 +55,77 @@ class Loaders:
 
     def close(self) -> None:
         """End the loading processes now; left to the garbage collector they end after a time-out each."""
-        for iterator in (self._stream, getattr(self.val, "_iterator", None)):
+        for iterator in (getattr(self._stream, "inner", None), getattr(self.val, "_iterator", None)):
             shutdown = getattr(iterator, "_shutdown_workers", None)  # torch offers no public way
             if shutdown is not None:
                 shutdown()
 
 
 class TrainImages(Dataset):
-    """Augmented training images by key; everything random in a sample is a function of (seed, key)."""
+    """Augmented training images by key; everything random in a sample is a function of (seed, key).
 
-    def __init__(self, folder: ImageFolder, transform: Callable[[Any], Tensor], seed: int):
-        self.folder, self.transform, self.seed = folder, transform, seed
+    A sample is ``(image, target)``, or ``(crop, row of draws, target)`` where the device augments.
+    """
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+    def __init__(self, folder: ImageFolder, pipeline: Pipeline, seed: int):
+        self.folder, self.pipeline, self.seed = folder, pipeline, seed
+
+    def __getitem__(self, key: Key) -> tuple[Any, ...]:
+        return self.sample(key)
+
+    def __getitems__(self, keys: list[Key]) -> tuple[Tensor, ...]:
+        """A whole batch; images are written to their rows at once."""
+        images = empty_batch(len(keys), self.pipeline)
+        parts = [self.sample(key, image)[1:] for key, image in zip(keys, images, strict=True)]
+        return images, *default_collate(parts)
+
+    def sample(self, key: Key, out: Tensor | None = None) -> tuple[Any, ...]:
         epoch, index, copy = key
         seed = seeds.derive(self.seed, seeds.AUGMENT, epoch, index, copy)
         # timm's transforms draw from all three global generators.
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         torch.default_generator.manual_seed(seed)
-        return self.transform(self.folder.load(index)), int(self.folder.targets[index])
+        image = self.pipeline(self.folder, index, out)
+        target = int(self.folder.targets[index])
+        return (*image, target) if isinstance(image, tuple) else (image, target)
 
 
 class EvalImages(Dataset):
-    """Images prepared for evaluation, by index."""
+    """Images prepared for evaluation, by index; a batch is filled up to ``batch_size`` rows of target -1, so that all have one shape."""
 
-    def __init__(self, folder: ImageFolder, transform: Callable[[Any], Tensor]):
-        self.folder, self.transform = folder, transform
+    def __init__(self, folder: ImageFolder, pipeline: Pipeline, batch_size: int):
+        self.folder, self.pipeline, self.batch_size = folder, pipeline, batch_size
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.folder.load(index)), int(self.folder.targets[index])
+        return self.pipeline(self.folder, index), int(self.folder.targets[index])
 
-
-class PadToBatch:
-    """Collate, then fill the batch up to ``batch_size`` rows of target -1, so that evaluation has one shape."""
-
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
-
-    def __call__(self, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-        images, targets = default_collate(samples)
-        missing = self.batch_size - len(targets)
-        if missing:
-            images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
-            targets = torch.cat([targets, targets.new_full((missing,), -1)])
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        images = empty_batch(self.batch_size, self.pipeline)
+        targets = torch.full((self.batch_size,), -1)
+        for row, index in enumerate(indices):
+            self.pipeline(self.folder, index, images[row])
+            targets[row] = int(self.folder.targets[index])
+        images[len(indices):].zero_()
         return images, targets
 
 
+def empty_batch(size: int, pipeline: Pipeline) -> Tensor:
+    """Room for a batch; in a loading process it is shared with the main process from the start, and never copied."""
+    shape, dtype = (size, *pipeline.shape), torch.float32 if pipeline.finish is None else torch.uint8
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+
+
+def as_it_is(batch: Any) -> Any:
+    """The collation of batches that come whole from the data set."""
+    return batch
+
+
 def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: Sequence[str] = ("train", "val"),
-                  classes: Sequence[str] | None = None) -> Loaders:
+                  classes: Sequence[str] | None = None, device: torch.device | str = "cpu", published: bool = False) -> Loaders:
     """Loaders of the splits asked for; a split that is not asked for is not touched.
 
     Args:
@@ -108,6 +133,8 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         splits: of ``"train"`` and ``"val"``.
         classes: class names to match the folders against (those of a checkpoint); None takes the training folder's, or
             without training the evaluation folder's.
+        device: where batches arrive.
+        published: whether weights of others are to be judged, on the pixels that their authors had.
 
     Raises:
         DataError: the data is missing or laid out otherwise.
@@ -134,18 +161,22 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         raise ConfigError(f"MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}, but {root} has {len(names)} classes; "
                           "set it to 0 to count them in the data")
 
-    workers = worker_count(config)
-    common = dict(num_workers=workers, pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available() and config.DEVICE != "cpu",
-                  worker_init_fn=_quiet_worker)
+    workers, device = worker_count(config), torch.device(device)
+    common = dict(num_workers=workers, device=device, pin_memory=config.DATA.PIN_MEMORY, collate_fn=as_it_is, worker_init_fn=_quiet_worker,
+                  # Forked workers start in milliseconds and share the index; torch and timm are not imported again.
+                  multiprocessing_context="fork" if workers and sys.platform.startswith("linux") else None)
     train = val = None
     if train_folder is not None:
         sampler = _step_sampler(config, len(train_folder), rank, world_size, notices)
-        train = DataLoader(TrainImages(train_folder, build_train_transform(config), config.SEED), batch_sampler=sampler, **common)
+        pipeline, lines = train_pipeline(config, device)
+        train = StreamLoader(TrainImages(train_folder, pipeline, config.SEED), batch_sampler=sampler, finish=pipeline.finish, **common)
+        notices += lines
     if val_folder is not None:
         batch = config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
-        val = DataLoader(EvalImages(val_folder, build_eval_transform(preprocessing(config))),
-                         batch_sampler=ShardSampler(len(val_folder), batch, rank, world_size), collate_fn=PadToBatch(batch),
-                         persistent_workers=workers > 0, **common)  # evaluation comes again every epoch
+        pipeline, lines = eval_pipeline(config, device, published)
+        val = StreamLoader(EvalImages(val_folder, pipeline, batch), batch_sampler=ShardSampler(len(val_folder), batch, rank, world_size),
+                           finish=pipeline.finish, persistent_workers=workers > 0, **common)  # evaluation comes again every epoch
+        notices += lines
     return Loaders(train, val, list(names), build_mixup(config, len(names), rank), notices)
 
 

@@ -41,6 +41,19 @@ class ImageFolder:
         start = int(self._ends[index - 1]) if index else 0
         return os.path.join(self.root, os.fsdecode(self._blob[start:int(self._ends[index])]))
 
+    def read(self, index: int) -> bytes:
+        """The file as it is.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        path = self.path(index)
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise DataError(f"{path}: not a readable image ({error}); repair or remove it") from None
+
     def load(self, index: int) -> Image.Image:
         """The image in RGB.
 

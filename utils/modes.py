@@ -134,7 +134,7 @@ def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger
     precision = choose_precision(config, device)
     make_deterministic(device)
 
-    loaders = build_loaders(config, rank, world_size)
+    loaders = build_loaders(config, rank, world_size, device=device)
     sampler = loaders.train.batch_sampler
     global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world_size
     steps_per_epoch, total_steps = sampler.steps_per_epoch, sampler.total_steps
@@ -221,6 +221,7 @@ class _Session:
                 self.leave(progress)
         if self.main:
             self.board.close()
+        self.logger.info(f"training images {self.loaders.train.dataset.pipeline.summary()}")
         self.logger.info(f"finished {config.TRAIN.EPOCHS} epochs in {_clock(time.perf_counter() - self.begun)}{_best(state.best)}; "
                          f"checkpoints in {self.folder}")
 
@@ -408,7 +409,7 @@ def _introduce(config: CfgNode, device: torch.device, precision: Precision, mode
                 f"on {device} in {precision.name}, torch {torch.__version__}")
     val = len(loaders.val.dataset.folder)
     logger.info(f"data {config.DATA.DATA_PATH}: {len(loaders.train.dataset.folder)} training and {val} validation images, "
-                f"{steps_per_epoch} steps an epoch, {loaders.train.num_workers} workers")
+                f"{steps_per_epoch} steps an epoch, {loaders.train.num_workers} workers; {loaders.train.dataset.pipeline.description()}")
     logger.info(f"global batch {global_batch} = {config.DATA.BATCH_SIZE} images x {config.TRAIN.ACCUMULATION_STEPS} accumulated x "
                 f"{distributed.world_size()} processes; learning rate {config.TRAIN.BASE_LR:g} x {optim.lr_scale(config, global_batch):g} "
                 f"= {schedule.base:g}, from {schedule.warmup:g} over {schedule.warmup_steps} steps, to {schedule.floor:g}")
@@ -436,7 +437,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
     make_deterministic(device)
     own = checkpoint.is_own(content)
     loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
-                            classes=content["classes"] if own else None)
+                            classes=content["classes"] if own else None, device=device, published=not own)
     for line in loaders.notices:
         logger.info(line)
     model = build_model(config, len(loaders.classes))
@@ -452,6 +453,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
         judged.to(device)
     with contextlib.closing(loaders):
         *raw, result = evaluate(models, loaders.val, device, precision)
+    logger.info(f"images {loaders.val.dataset.pipeline.summary()}")
     for other in raw:
         logger.info(f"raw {other.line()}")
     logger.info(result.line())

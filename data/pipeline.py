@@ -1,0 +1,244 @@
+"""From an encoded file to what a worker hands over: the fast way for plain JPEGs, and the choice between it and timm's own.
+
+Three pipelines, each called with ``(source, index)``: ``PillowPipeline`` is timm's transform on Pillow's image, the papers' pixels;
+``TrainPipeline`` and ``EvalPipeline`` decode and resize faster. The last two either finish an image in the worker (float, NCHW,
+normalised) or hand over uint8 pixels for ``finish`` to make images of on the device (``data.device_augment``).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
+from torch import Tensor
+from torch.utils.data import get_worker_info
+from torchvision import transforms
+from yacs.config import CfgNode
+
+from config import ConfigError
+from data import jpeg, randaugment
+from data.device_augment import DeviceAugment, DeviceNormalise
+from data.draws import Recipe
+from data.resize import MODES, needed, resize_crop, resize_window
+from data.transforms import build_eval_transform, build_train_transform, preprocessing
+
+MAX_WORKERS = 256
+
+
+Pipeline = Any  # one of the three below
+
+
+def train_pipeline(config: CfgNode, device: torch.device) -> tuple[Pipeline, list[str]]:
+    """What DATA.DECODER, DATA.AUGMENT_ON and the policy ask for, and lines that the user should see.
+
+    Raises:
+        ConfigError: augmentation is asked for on the device, and not all of it can be done there.
+    """
+    transform, where = build_train_transform(config), config.DATA.AUGMENT_ON
+    if config.DATA.DECODER == "pillow":
+        if where == "device":
+            raise ConfigError("DATA.AUGMENT_ON device does not go with DATA.DECODER pillow; set one of them to auto")
+        return PillowPipeline(transform), []
+    try:
+        recipe = Recipe(transform)
+    except LookupError as reason:
+        if where == "device":
+            raise ConfigError(f"DATA.AUGMENT_ON is device, which does not know this augmentation ({reason.args[0]}); "
+                              "set it to auto, or take a rand- policy in AUG.AUTO_AUGMENT") from None
+        return PillowPipeline(transform), [f"notice: this augmentation ({reason.args[0]}) is timm's own on Pillow, about half as fast "
+                                           "as that of a rand- policy"]
+    return TrainPipeline(recipe, where == "device" or (where == "auto" and device.type == "cuda")), []
+
+
+def eval_pipeline(config: CfgNode, device: torch.device, published: bool) -> tuple[Pipeline, list[str]]:
+    """As ``train_pipeline``; ``published`` weights are judged on Pillow's pixels, as their authors did, unless told otherwise."""
+    transform = build_eval_transform(preprocessing(config))
+    if config.DATA.DECODER == "pillow" or (published and config.DATA.DECODER == "auto"):
+        return PillowPipeline(transform), []
+    try:
+        return EvalPipeline(transform, on_device=device.type == "cuda"), []
+    except LookupError as reason:
+        return PillowPipeline(transform), [f"notice: evaluation images are prepared by Pillow ({reason.args[0]})"]
+
+
+class Decoder:
+    """Decodes and counts: plain JPEGs fast, what is not one by the source's ``load``.
+
+    A source has ``read(index) -> bytes`` and ``load(index) -> PIL image in RGB``.
+    """
+
+    def __init__(self) -> None:
+        # A row a worker, shared with all of them: no two processes write to one place.
+        self._shared = torch.zeros(MAX_WORKERS + 1, 2, dtype=torch.int64).share_memory_()
+
+    def open(self, source: Any, index: int) -> tuple[tuple[int, int], Callable[[int], np.ndarray]]:
+        """(height, width) of an image and a function: the pixels (H or fewer, W, 3), uint8, of at least so many rows."""
+        data = source.read(index)
+        header = jpeg.read_header(data)
+        if header is None:
+            return self._by_pillow(source, index)
+
+        def pixels(rows: int) -> np.ndarray:
+            image = jpeg.decode(data, header, rows)
+            if image is None:
+                return self._by_pillow(source, index)[1](rows)
+            self._count(0)
+            return image
+
+        return (header.height, header.width), pixels
+
+    def _by_pillow(self, source: Any, index: int) -> tuple[tuple[int, int], Callable[[int], np.ndarray]]:
+        image = np.array(source.load(index))
+        self._count(1)
+        return image.shape[:2], lambda rows: image
+
+    def _count(self, which: int) -> None:
+        worker = get_worker_info()
+        self._shared.numpy()[min(worker.id + 1, MAX_WORKERS) if worker is not None else 0, which] += 1
+
+    def summary(self) -> str:
+        """Such as ``decoded by simplejpeg: 49,977, by Pillow (other formats, odd files): 23``; the counts begin anew."""
+        fast, odd = self._shared.sum(0).tolist()
+        self._shared.zero_()
+        return f"decoded by {jpeg.LIBRARY}: {fast:,}" + (f", by Pillow (other formats, odd files): {odd:,}" if odd else "")
+
+
+class PillowPipeline:
+    """timm's transform on what Pillow decodes: normalised float (3, H, W)."""
+
+    finish = None
+
+    def __init__(self, transform: Callable[[Any], Tensor]):
+        self.transform = transform
+
+    def __call__(self, source: Any, index: int, out: Tensor | None = None) -> Tensor:
+        image = self.transform(source.load(index))
+        return image if out is None else out.copy_(image)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        crop = next(t for t in self.transform.transforms if isinstance(t, (RandomResizedCropAndInterpolation, transforms.CenterCrop)))
+        return 3, *crop.size
+
+    def description(self) -> str:
+        return "decoded, resized and augmented by Pillow in the workers"
+
+    def summary(self) -> str:
+        return "decoded and resized by Pillow"
+
+
+class TrainPipeline:
+    """A training sample as timm's transform makes it of the same seeds.
+
+    Returns (3, H, W) float, finished; or with ``on_device`` the resized crop (H, W, 3), uint8, and the row of its draws. The image is
+    written to ``out`` where that is given: a row of the batch.
+    """
+
+    def __init__(self, recipe: Recipe, on_device: bool):
+        self.recipe, self.on_device, self.decoder = recipe, on_device, Decoder()
+        self.finish = DeviceAugment(recipe) if on_device else None
+
+    def __call__(self, source: Any, index: int, out: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        recipe = self.recipe
+        (height, width), pixels = self.decoder.open(source, index)
+        draw = recipe.draw(width, height)
+        crop = resize_crop(pixels(draw.crop[0] + draw.crop[2]), draw.crop, recipe.size, recipe.mode)
+        if self.on_device:
+            return _into(out, crop), recipe.row(draw, random.getrandbits(48))
+        if draw.hflip or draw.vflip:
+            crop = flip(crop, draw.hflip, draw.vflip)
+        for operation, argument in draw.operations:
+            crop = randaugment.apply(crop, operation, argument, recipe.fill, recipe.mode)
+        out = normalise(crop, recipe.mean, recipe.std, out)
+        for top, left, height, width in draw.boxes:
+            area = out[:, top:top + height, left:left + width]
+            if recipe.erase == "pixel":
+                area.copy_(torch.empty(area.shape).normal_())
+            elif recipe.erase == "rand":
+                area.copy_(torch.empty(3, 1, 1).normal_())
+            else:
+                area.zero_()
+        return out
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.recipe.size, 3) if self.on_device else (3, *self.recipe.size)
+
+    def description(self) -> str:
+        return f"decoded by {jpeg.LIBRARY}, resized by torch, augmented " + ("on the device" if self.on_device else "in the workers")
+
+    def summary(self) -> str:
+        return self.decoder.summary()
+
+
+class EvalPipeline:
+    """An image as evaluation sees it, resized and cropped: float (3, H, W), normalised, or with ``on_device`` uint8 (H, W, 3).
+
+    Raises:
+        LookupError: a part of timm's transform is not covered here; the message names it.
+    """
+
+    def __init__(self, transform: transforms.Compose, on_device: bool):
+        self.on_device, self.decoder = on_device, Decoder()
+        for part in transform.transforms:
+            if isinstance(part, (transforms.Resize, ResizeKeepRatio)):
+                self.resize, mode = part, part.interpolation
+            elif isinstance(part, transforms.CenterCrop):
+                self.size = tuple(part.size)
+            elif isinstance(part, transforms.Normalize):
+                self.mean, self.std = torch.as_tensor(part.mean), torch.as_tensor(part.std)
+            elif not isinstance(part, transforms.ToTensor):
+                raise LookupError(type(part).__name__)
+        self.mode = getattr(mode, "value", "random")
+        if self.mode not in MODES:
+            raise LookupError(f"interpolation {self.mode}")
+        self.finish = DeviceNormalise(self.mean, self.std) if on_device else None
+
+    def __call__(self, source: Any, index: int, out: Tensor | None = None) -> Tensor:
+        shape, pixels = self.decoder.open(source, index)
+        resized = self._resized(*shape)
+        top, left = (int(round((a - b) / 2)) for a, b in zip(resized, self.size, strict=True))
+        rows = needed(shape[0], resized[0], top + self.size[0])
+        crop = resize_window(pixels(rows), shape, resized, (top, left, *self.size), self.mode)
+        return _into(out, crop) if self.on_device else normalise(crop, self.mean, self.std, out)
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after the resize, never below the crop's: timm scales to at least it."""
+        size = self.resize.size
+        if isinstance(self.resize, ResizeKeepRatio):
+            ratio = min(height / size[0], width / size[1])
+            return round(height / ratio), round(width / ratio)
+        if not isinstance(size, int):
+            return tuple(size)
+        return (int(size * height / width), size) if width <= height else (size, int(size * width / height))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.size, 3) if self.on_device else (3, *self.size)
+
+    def description(self) -> str:
+        return f"decoded by {jpeg.LIBRARY}, resized by torch"
+
+    def summary(self) -> str:
+        return self.decoder.summary() + "; resized by torch, 0.005 of 255 from Pillow's on average (DATA.DECODER pillow: Pillow's own)"
+
+
+def flip(image: np.ndarray, horizontally: bool, vertically: bool) -> np.ndarray:
+    """A mirrored copy of (H, W, 3)."""
+    axes = [axis for axis, wanted in ((1, horizontally), (0, vertically)) if wanted]
+    return torch.from_numpy(image).flip(axes).numpy()
+
+
+def _into(out: Tensor | None, image: np.ndarray) -> Tensor:
+    return torch.from_numpy(image) if out is None else out.copy_(torch.from_numpy(image))
+
+
+def normalise(image: np.ndarray, mean: Tensor, std: Tensor, out: Tensor | None = None) -> Tensor:
+    """(H, W, 3), uint8, to (3, H, W) float, bit for bit as ToTensor and Normalize do it."""
+    out = torch.empty(3, *image.shape[:2]) if out is None else out
+    out.copy_(torch.from_numpy(image).permute(2, 0, 1))
+    return out.div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
