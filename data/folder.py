@@ -49,7 +49,7 @@ class ImageFolder:
         """
         path = self.path(index)
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", buffering=0) as file:
                 return file.read()
         except OSError as error:
             raise DataError(f"{path}: not a readable image ({error}); repair or remove it") from None

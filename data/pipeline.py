@@ -141,6 +141,7 @@ class TrainPipeline:
     def __init__(self, recipe: Recipe, on_device: bool):
         self.recipe, self.on_device, self.decoder = recipe, on_device, Decoder()
         self.finish = DeviceAugment(recipe) if on_device else None
+        self.normalise = Normalise(recipe.mean, recipe.std)
 
     def __call__(self, source: Any, index: int, out: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         recipe = self.recipe
@@ -153,7 +154,7 @@ class TrainPipeline:
             crop = flip(crop, draw.hflip, draw.vflip)
         for operation, argument in draw.operations:
             crop = randaugment.apply(crop, operation, argument, recipe.fill, recipe.mode)
-        out = normalise(crop, recipe.mean, recipe.std, out)
+        out = self.normalise(crop, out)
         for top, left, height, width in draw.boxes:
             area = out[:, top:top + height, left:left + width]
             if recipe.erase == "pixel":
@@ -197,6 +198,7 @@ class EvalPipeline:
         if self.mode not in MODES:
             raise LookupError(f"interpolation {self.mode}")
         self.finish = DeviceNormalise(self.mean, self.std) if on_device else None
+        self.normalise = Normalise(self.mean, self.std)
 
     def __call__(self, source: Any, index: int, out: Tensor | None = None) -> Tensor:
         shape, pixels = self.decoder.open(source, index)
@@ -204,7 +206,7 @@ class EvalPipeline:
         top, left = (int(round((a - b) / 2)) for a, b in zip(resized, self.size, strict=True))
         rows = needed(shape[0], resized[0], top + self.size[0])
         crop = resize_window(pixels(rows), shape, resized, (top, left, *self.size), self.mode)
-        return _into(out, crop) if self.on_device else normalise(crop, self.mean, self.std, out)
+        return _into(out, crop) if self.on_device else self.normalise(crop, out)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after the resize, never below the crop's: timm scales to at least it."""
@@ -234,11 +236,15 @@ def flip(image: np.ndarray, horizontally: bool, vertically: bool) -> np.ndarray:
 
 
 def _into(out: Tensor | None, image: np.ndarray) -> Tensor:
-    return torch.from_numpy(image) if out is None else out.copy_(torch.from_numpy(image))
+    return torch.from_numpy(np.ascontiguousarray(image)) if out is None else out.copy_(torch.from_numpy(image))
 
 
-def normalise(image: np.ndarray, mean: Tensor, std: Tensor, out: Tensor | None = None) -> Tensor:
-    """(H, W, 3), uint8, to (3, H, W) float, bit for bit as ToTensor and Normalize do it."""
-    out = torch.empty(3, *image.shape[:2]) if out is None else out
-    out.copy_(torch.from_numpy(image).permute(2, 0, 1))
-    return out.div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
+class Normalise:
+    """(H, W, 3), uint8, to (3, H, W) float, as ToTensor and Normalize do it but for the last bit: divisions cost three times as much."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        self.scale, self.shift = (1 / (255 * std))[:, None, None], (mean / std)[:, None, None]
+
+    def __call__(self, image: np.ndarray, out: Tensor | None = None) -> Tensor:
+        out = torch.empty(3, *image.shape[:2]) if out is None else out
+        return out.copy_(torch.from_numpy(image).permute(2, 0, 1)).mul_(self.scale).sub_(self.shift)

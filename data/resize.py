@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-MODES = ("bicubic", "bilinear")
+# What F.interpolate(antialias=True) calls; called directly, scales can be given.
+_KERNELS = dict(bicubic=torch.ops.aten._upsample_bicubic2d_aa.default, bilinear=torch.ops.aten._upsample_bilinear2d_aa.default)
+MODES = tuple(_KERNELS)
 
 
 def resize_crop(image: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int], mode: str = "bicubic") -> np.ndarray:
@@ -26,7 +27,7 @@ def resize_crop(image: np.ndarray, box: tuple[int, int, int, int], size: tuple[i
     top, left, height, width = box
     pixels = _pixels(image[top:top + height, left:left + width])
     if (height, width) != tuple(size):
-        pixels = F.interpolate(pixels, size, mode=mode, antialias=True)
+        pixels = _KERNELS[mode](pixels, size, False, None, None)
     return _array(pixels)
 
 
@@ -45,20 +46,23 @@ def resize_window(image: np.ndarray, shape: tuple[int, int], size: tuple[int, in
         shape: height and width of the whole image.
         size: height and width of the whole result.
         window: top, left, height and width of the part of the result that is wanted.
+
+    Returns:
+        (height, width, 3), uint8, a view.
     """
     top, left, height, width = window
     if shape == tuple(size):
-        return _array(_pixels(image[top:top + height, left:left + width]))
-    rows, columns = needed(shape[0], size[0], top + height), needed(shape[1], size[1], left + width)
-    # With the scales given the grid is the whole image's; the output ends where the input does, or a little behind the window.
+        return image[top:top + height, left:left + width]
+    # With the scales given the grid is the whole image's, though the input may end and the output ends before it.
     scales = (size[0] / shape[0], size[1] / shape[1])
-    out = torch.ops.aten._upsample_bicubic2d_aa if mode == "bicubic" else torch.ops.aten._upsample_bilinear2d_aa
-    return _array(out(_pixels(image[:rows, :columns]), (top + height, left + width), False, *scales)[..., top:, left:])
+    pixels = _pixels(image[:needed(shape[0], size[0], top + height)])
+    return _array(_KERNELS[mode](pixels, (top + height, left + width), False, *scales))[top:, left:]
 
 
 def _pixels(image: np.ndarray) -> torch.Tensor:
-    # Interleaved and contiguous, the batch axis made by numpy: otherwise torch's kernel takes slower ways in or out.
-    return torch.from_numpy(np.ascontiguousarray(image[None])).permute(0, 3, 1, 2)
+    """(H, W, 3) as (1, 3, H, W), interleaved, whose strides say so on the batch axis too: otherwise torch takes slower ways."""
+    height, width, _ = image.shape
+    return torch.from_numpy(np.ascontiguousarray(image)).as_strided((1, 3, height, width), (3 * height * width, 1, 3 * width, 3))
 
 
 def _array(pixels: torch.Tensor) -> np.ndarray:
