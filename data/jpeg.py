@@ -15,14 +15,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 
 try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
 
-LIBRARY = "torchvision" if simplejpeg is None else "simplejpeg"
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # announced by torchvision for a later release
+    decode_jpeg = None
+
+LIBRARY = "simplejpeg" if simplejpeg is not None else "torchvision" if decode_jpeg is not None else "Pillow"
 
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended and progressive, Huffman coded
 _ALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
@@ -99,7 +103,7 @@ def _turned(tiff: bytes) -> bool:
 
 
 def decode(data: bytes, header: Header, rows: int | None = None) -> np.ndarray | None:
-    """The pixels (H, W, 3), uint8, as Pillow decodes them; None when the file is damaged.
+    """The pixels (H, W, 3), uint8, as Pillow decodes them; None when the file is damaged or there is no library for it.
 
     Args:
         rows: how many rows from the top are wanted; more may come, and the time for those below is saved.
@@ -114,6 +118,8 @@ def decode(data: bytes, header: Header, rows: int | None = None) -> np.ndarray |
     try:
         if simplejpeg is not None:
             return simplejpeg.decode_jpeg(buffer, "RGB", strict=not partly)
+        if decode_jpeg is None:
+            return None
         with _silence() if partly else contextlib.nullcontext():
             return decode_jpeg(torch.frombuffer(buffer, dtype=torch.uint8), ImageReadMode.RGB).permute(1, 2, 0).numpy()
     except (RuntimeError, ValueError):  # Pillow decides whether it is damaged, and says how

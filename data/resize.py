@@ -1,4 +1,8 @@
-"""Pillow's resize, by torch: antialiased, 8 bits in and out, four times as fast; pixels differ by 0.005 of 255 on average."""
+"""Pillow's resize, by torch: antialiased, 8 bits in and out, four times as fast.
+
+Pixels differ from Pillow's by 0.005 of 255 on average. Only Pillow from 13 on is 0.25 away where the height shrinks by a third more
+than the width: it then resizes the columns first, and rounds in between; older versions, which the papers used, never did.
+"""
 
 from __future__ import annotations
 
@@ -53,10 +57,13 @@ def resize_window(image: np.ndarray, shape: tuple[int, int], size: tuple[int, in
     top, left, height, width = window
     if shape == tuple(size):
         return image[top:top + height, left:left + width]
+    bottom, right = top + height, left + width
+    rows = needed(shape[0], size[0], bottom)
+    # The kernel passes over an axis that goes in and comes out equally long, whatever its scale: one more then.
+    ends = (bottom + (rows == bottom and shape[0] != size[0]), right + (shape[1] == right and shape[1] != size[1]))
     # With the scales given the grid is the whole image's, though the input may end and the output ends before it.
     scales = (size[0] / shape[0], size[1] / shape[1])
-    pixels = _pixels(image[:needed(shape[0], size[0], top + height)])
-    return _array(_KERNELS[mode](pixels, (top + height, left + width), False, *scales))[top:, left:]
+    return _array(_KERNELS[mode](_pixels(image[:rows]), ends, False, *scales))[top:bottom, left:right]
 
 
 def _pixels(image: np.ndarray) -> torch.Tensor:

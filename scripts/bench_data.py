@@ -24,16 +24,16 @@ from collections.abc import Callable
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
-from torch.utils.data import default_collate  # noqa: E402
-from torchvision.datasets import ImageFolder  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch.utils.data import default_collate
+from torchvision.datasets import ImageFolder
 
-from config import get_config  # noqa: E402
-from data import build_loaders  # noqa: E402
-from data.jpeg import LIBRARY  # noqa: E402
-from data.transforms import build_eval_transform, build_train_transform, preprocessing  # noqa: E402
+from config import get_config
+from data import build_loaders
+from data.jpeg import LIBRARY
+from data.transforms import build_eval_transform, build_train_transform, preprocessing
 
 BATCH = 20
 # ImageNet's sizes, roughly: width, height, share.
@@ -86,7 +86,7 @@ def make_sets(root: str, count: int) -> None:
         os.symlink("train", os.path.join(root, name, "val"))
     copies = [sum(os.path.getsize(os.path.join(folder, f)) for folder, _, files in os.walk(os.path.join(root, name)) for f in files)
               for name in ("352", "256")]
-    print(f"{count} images: {size / count / 1000:.1f} KB and {pixels / count / 1e6:.3f} MP on average, copies {copies[0] / count / 1000:.1f} and "
+    print(f"{count} images: {size / count / 1000:.1f} KB and {pixels / count / 1e6:.3f} MP, copies {copies[0] / count / 1000:.1f} and "
           f"{copies[1] / count / 1000:.1f} KB; decoder {LIBRARY}, "
           f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
 
@@ -173,7 +173,8 @@ def main() -> None:
         medians = in_turns(paths, count, options.repeats)
         ratios = {name: medians["reference-val" if name == "val" else "reference"] / value for name, value in medians.items()}
         for name, value in medians.items():
-            print(f"{name:14s} {value:6.3f} ms an image  {1000 / value:6.0f} images/s" + (f"  {ratios[name]:.2f}x" if name in ratios else ""))
+            ratio = f"  {ratios[name]:.2f}x" if name in ratios else ""
+            print(f"{name:14s} {value:6.3f} ms an image  {1000 / value:6.0f} images/s{ratio}")
         if options.workers:
             print(f"scale-2 {scaling(root, count):.2f}")
     for name in ("device", "352", "256", "val"):
