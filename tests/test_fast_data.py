@@ -158,8 +158,8 @@ def test_evaluation_is_within_a_twentieth_of_a_grey_level(tmp_path: Path, opts) 
     for i in range(len(sizes)):
         theirs, mine = exact(source, i), fast(source, i)
         off = ((theirs - mine) * std).abs()
-        # Squashed images may shrink more in height, where new Pillow rounds in another order than older Pillow and torch.
-        limit = 0.3 if "TEST.CROP" in opts and sizes[i][0] > 1.1 * sizes[i][1] else 0.05
+        # A squashed image may shrink more in height, where new Pillow rounds in another order than older Pillow and torch.
+        limit = 0.3 if "TEST.CROP" in opts and sizes[i][0] > sizes[i][1] else 0.05
         assert mine.shape == theirs.shape == fast.shape and off.mean() < limit and off.max() < 3.1, (i, off.mean())
         assert torch.allclose(onto_device.finish(onto_device(source, i)[None])[0], mine, atol=1e-5)
     assert fast.summary().startswith(f"decoded by {jpeg.LIBRARY}: 6;")
