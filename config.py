@@ -12,6 +12,7 @@ import ast
 import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -59,6 +60,15 @@ def _float(value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError("a finite number")
     return number
+
+
+def _bytes(value: Any) -> int:
+    """A size such as 20GB or 500 MiB, in bytes."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    if isinstance(value, bool) or not found or found[2].upper() not in units:
+        raise ValueError("a size such as 20GB")
+    return int(float(found[1]) * units[found[2].upper()])
 
 
 def _str(value: Any) -> str:
@@ -147,12 +157,14 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("THROUGHPUT_MODE", False, _bool, "measure speed only (--throughput)"),
     ("AMP_ENABLE", True, _bool, "allow mixed precision; False is PRECISION fp32"),
     ("AMP_OPT_LEVEL", "", _str, "apex's old spelling: O0 is fp32, O1 and O2 mixed precision"),
+    ("DIST_TIMEOUT", 20.0, _float, "minutes without progress after which a job of several processes ends, naming the one it waits for"),
     ("LOCAL_RANK", 0, _int, "accepted from old files; the launcher's environment decides"),
     ("FUSED_WINDOW_PROCESS", False, _bool, "accepted from old files; has no effect"),
     ("FUSED_LAYERNORM", False, _bool, "use NVIDIA apex's fused layer norm when apex is installed"),
 
-    ("DATA.DATA_PATH", "", _str, "folder with train/ and val/ (or validation/), each holding a folder a class"),
-    ("DATA.DATASET", "imagenet", _str, "imagenet or folder (a folder a class), or digits (scikit-learn's, written out once)"),
+    ("DATA.DATA_PATH", "", _str, "folder with train/ and val/ (or validation/), each holding a folder a class, or another layout (README)"),
+    ("DATA.DATASET", "imagenet", _str,
+     "imagenet looks what is there; folder, lists, zip, tar and huggingface look for that alone; digits are scikit-learn's"),
     ("DATA.BATCH_SIZE", 128, _int, "images per process and micro-batch"),
     ("DATA.IMG_SIZE", 224, _size, "input size in pixels: one number, or [height, width]"),
     ("DATA.INTERPOLATION", None, _optional(_str),
@@ -164,7 +176,16 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("DATA.PIN_MEMORY", True, _bool, "page-locked batches for faster copies to a GPU"),
     ("DATA.DECODER", "auto", _str, "auto; pillow: every pixel as the papers had it; fast: also where published weights are judged"),
     ("DATA.AUGMENT_ON", "auto", _str, "worker, device, or auto: on a GPU the GPU augments, else the loading processes do"),
-    ("DATA.ZIP_MODE", False, _bool, "accepted from old files; archives are not read, unpack them"),
+    ("DATA.VAL_FRACTION", 0.0, _float, "share of each class kept for validation where the data has no split of its own, e.g. 0.1"),
+    ("DATA.VAL_LABELS", "", _str, "file with the labels of a flat validation folder; empty looks for the usual ones"),
+    ("DATA.CLASS_NAMES", "", _str, "text file, a line a class in the classifier's order: a label, or label<TAB>class; others are left out"),
+    ("DATA.SUBSET", 1.0, _float, "share of each class's training images to use, chosen by the seed, e.g. 0.1"),
+    ("DATA.EXIF", False, _bool, "turn images upright as their EXIF block says (the papers, torchvision and timm do not)"),
+    ("DATA.CORRUPT_BUDGET", 0.001, _float, "unreadable training images to go on with: below 1 a share of them, else a number"),
+    ("DATA.READ_PATIENCE", 2.0, _float, "seconds that a failing read (file gone, share away) is tried again before the image is bad"),
+    ("DATA.TIMEOUT", 600.0, _float, "seconds without a batch after which loading counts as hung; 0 waits for ever"),
+    ("DATA.INDEX_CACHE", "auto", _str, "folder for the file lists of large data sets; auto is the user's cache folder, none keeps none"),
+    ("DATA.ZIP_MODE", False, _bool, "read train.zip and val.zip with their map files (train_map.txt), as Swin has them"),
     ("DATA.CACHE_MODE", "part", _str, "accepted from old files; has no effect"),
 
     ("MODEL.TYPE", "crossformer", _str, "crossformer, swin, cvt, shunted, mpvit, pvt, pvt_v2, galerkin, or timm for any timm model"),
@@ -284,7 +305,14 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("TRAIN.USE_CHECKPOINT", False, _bool, "activation checkpointing: less memory, about a third more time"),
     ("TRAIN.AUTO_RESUME", True, _bool, "continue from the run folder's newest good checkpoint"),
     ("TRAIN.SAVE_EVERY_STEPS", 0, _int, "also save every so many steps (0: at epochs only)"),
+    ("TRAIN.SAVE_EVERY_MINUTES", 0.0, _float, "also save when so many minutes have passed since the last save (0: never)"),
+    ("TRAIN.BACKGROUND_SAVE", True, _bool, "write checkpoints while training goes on (costs memory for one more copy of the state)"),
     ("TRAIN.KEEP_CHECKPOINTS", 2, _int, "newest checkpoints kept beside the best one (0: all)"),
+    ("TRAIN.CHECKPOINT_BUDGET", 0, _bytes, "largest size of a run's checkpoints together, e.g. 20GB; older ones go first (0: no limit)"),
+    ("TRAIN.ACCEPT_CHANGES", False, _bool, "continue a run with a changed recipe (--accept-changes)"),
+    ("TRAIN.SKIP_BUDGET", 10, _int,
+     "steps whose loss or gradient is not finite that are skipped before the run gives up; one is forgiven every 100 steps"),
+    ("TRAIN.ROLLBACKS", 1, _int, "times a run then goes back to its last good checkpoint, passing over the data since, before it stops"),
     ("TRAIN.EVAL_FREQ", 1, _int, "evaluate every so many epochs (and after the last)"),
     ("TRAIN.EMA_DECAY", 0.0, _float, "decay of the averaged weights, e.g. 0.9999 (0: no average)"),
     ("TRAIN.EMA_WARMUP", False, _bool, "let that decay grow from 0 over the first steps"),
@@ -561,15 +589,21 @@ def check(config: CfgNode) -> None:
         one_of("DATA.INTERPOLATION", ("bicubic", "bilinear", "lanczos", "nearest", "random"))
     one_of("DATA.DECODER", ("auto", "fast", "pillow"))
     one_of("DATA.AUGMENT_ON", ("auto", "worker", "device"))
-    one_of("DATA.DATASET", ("imagenet", "imagenet22K", "folder", "digits"))
+    one_of("DATA.DATASET", ("imagenet", "imagenet22K", "folder", "lists", "zip", "tar", "huggingface", "digits"))
     require(min(image_size(config)) > 0, "DATA.IMG_SIZE", "it must be positive")
     for key in ("DATA.BATCH_SIZE", "DATA.REPEATED_AUG", "TRAIN.ACCUMULATION_STEPS", "TRAIN.EPOCHS", "TRAIN.EVAL_FREQ",
                 "SAVE_FREQ", "PRINT_FREQ", "AUG.RECOUNT"):
         require(lookup(config, key) >= 1, key, "it must be at least 1")
     for key in ("MODEL.NUM_CLASSES", "TRAIN.WARMUP_EPOCHS", "TRAIN.WEIGHT_DECAY", "TRAIN.CLIP_GRAD", "TRAIN.SAVE_EVERY_STEPS",
-                "TRAIN.KEEP_CHECKPOINTS", "TRAIN.LR_BATCH", "TEST.BATCH_SIZE", "AUG.MIXUP", "AUG.CUTMIX", "AUG.COLOR_JITTER", "SEED"):
+                "TRAIN.KEEP_CHECKPOINTS", "TRAIN.LR_BATCH", "TRAIN.SAVE_EVERY_MINUTES", "TRAIN.SKIP_BUDGET", "TRAIN.ROLLBACKS",
+                "TEST.BATCH_SIZE", "AUG.MIXUP", "AUG.CUTMIX", "AUG.COLOR_JITTER", "SEED"):
         require(lookup(config, key) >= 0, key, "it must not be negative")
+    for key in ("DATA.CORRUPT_BUDGET", "DATA.READ_PATIENCE", "DATA.TIMEOUT"):
+        require(lookup(config, key) >= 0, key, "it must not be negative")
+    require(0 <= config.DATA.VAL_FRACTION < 1, "DATA.VAL_FRACTION", "a share lies in [0, 1)")
+    require(0 < config.DATA.SUBSET <= 1, "DATA.SUBSET", "a share lies in (0, 1]")
     require(config.DATA.NUM_WORKERS >= -1, "DATA.NUM_WORKERS", "it is a number of processes, or -1 to choose it")
+    require(config.DIST_TIMEOUT > 0, "DIST_TIMEOUT", "it is a number of minutes above 0")
     require(train.BASE_LR > 0, "TRAIN.BASE_LR", "a learning rate must be above 0")
     require(train.BASE_LR <= 1000, "TRAIN.BASE_LR", "no training survives that learning rate")
     require(train.WARMUP_LR >= 0, "TRAIN.WARMUP_LR", "it must not be negative")

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import multiprocessing
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -26,12 +28,14 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("what to do", "--eval", "EVAL_MODE", "True", "evaluate and stop; with --resume of a checkpoint of ours nothing else is needed"),
     ("what to do", "--throughput", "THROUGHPUT_MODE", "True", "measure images per second of the forward pass and of training"),
     ("data", "--data-path", "DATA.DATA_PATH", None, "folder with train/ and val/"),
-    ("data", "--data-set", "DATA.DATASET", None, "imagenet, folder or digits"),
+    ("data", "--data-set", "DATA.DATASET", None, "imagenet, folder, lists, zip, tar, huggingface or digits"),
     ("data", "--batch-size", "DATA.BATCH_SIZE", None, "images per process and micro-batch"),
     ("data", "--img-size", "DATA.IMG_SIZE", None, "input size in pixels, or [height,width]"),
     ("data", "--num-workers", "DATA.NUM_WORKERS", None, "loading processes per process"),
     ("weights and runs", "--resume", "MODEL.RESUME", None, "checkpoint to continue, or to judge with --eval"),
     ("weights and runs", "--pretrained", "MODEL.PRETRAINED", None, "weights to start from; the head is replaced when it does not fit"),
+    ("weights and runs", "--restart", "TRAIN.AUTO_RESUME", "False", "begin anew in a used run folder; its checkpoints are moved aside"),
+    ("weights and runs", "--accept-changes", "TRAIN.ACCEPT_CHANGES", "True", "continue although the recipe differs from the run's"),
     ("weights and runs", "--output", "OUTPUT", None, "folder of all runs"),
     ("weights and runs", "--tag", "TAG", None, "name of this run"),
     ("weights and runs", "--seed", "SEED", None, "seed of everything random"),
@@ -52,7 +56,7 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
 # Flags of the Swin and CrossFormer trainers that mean something else here: the key they set, and one line of advice.
 OLD_FLAGS: list[tuple[str, str, str | None, str]] = [
     ("--amp-opt-level", "AMP_OPT_LEVEL", None, "--amp-opt-level is apex's; --precision fp32, bf16 or fp16 says the same"),
-    ("--zip", "DATA.ZIP_MODE", "True", "--zip has no effect: archives are not read, unpack them into folders"),
+    ("--zip", "DATA.ZIP_MODE", "True", "--zip reads train.zip and val.zip; archives are recognised without it too"),
     ("--cache-mode", "DATA.CACHE_MODE", None, "--cache-mode has no effect: the system's page cache serves"),
     ("--local-rank", "LOCAL_RANK", None, "--local_rank has no effect: the launcher's environment decides"),
     ("--fused-window-process", "FUSED_WINDOW_PROCESS", "True", "--fused_window_process has no effect: no extra kernel is built"),
@@ -134,7 +138,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 
     config, content = resolve_config(cfg_file, opts)
     device = choose_device(config.DEVICE, distributed.local_rank())
-    distributed.init(device)
+    distributed.init(device, config.DIST_TIMEOUT)
     logger = create_logger(speaks=distributed.is_main())
     for line in advice:
         logger.info(line)
@@ -172,7 +176,9 @@ def _explain(error: Exception) -> int:
 
     from data import DataError
     from models.weights import CheckpointError
+    from utils import distributed
     from utils.engine import NumericError
+    from utils.session import SaveError
     from utils.signals import Stopped
 
     text = str(error)
@@ -183,9 +189,15 @@ def _explain(error: Exception) -> int:
         return _fail(text, EXIT_NUMBERS)
     if isinstance(error, Stopped):
         return _fail(text, EXIT_STOPPED)
+    if isinstance(error, SaveError):
+        return _fail(text, EXIT_FAILURE)
     if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(error, RuntimeError) and any(
             word in text for word in ("gloo", "NCCL", "Connection reset", "Connection closed", "DistBackendError", "Broken pipe")):
-        return _fail("another process of this job stopped; its own message says why", EXIT_FAILURE, everywhere=True)
+        culprit = distributed.blame()
+        if culprit:
+            return _fail(culprit, EXIT_FAILURE, everywhere=True)
+        return EXIT_FAILURE if culprit == "" else _fail("another process of this job stopped; its own message says why", EXIT_FAILURE,
+                                                        everywhere=True)
     if isinstance(error, ValueError) and "Expected more than 1 value per channel" in text:
         return _fail("batch norm needs more than one value a channel; raise --batch-size or --img-size", EXIT_USAGE)
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: not enough memory" in text:
@@ -194,7 +206,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, OSError):
         return _fail(f"{error.filename or 'file system'}: {error.strerror or text}; what was saved before is intact",
                      EXIT_FAILURE, everywhere=True)
-    if "DataLoader worker" in text and "exited unexpectedly" in text:
+    if "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text):
         return _fail("a data loading process was killed, mostly for lack of memory or of /dev/shm (docker: --shm-size=8g); "
                      "use fewer --num-workers", EXIT_FAILURE, everywhere=True)
     traceback.print_exc()
@@ -203,11 +215,15 @@ def _explain(error: Exception) -> int:
 
 def _fail(sentence: str, status: int, everywhere: bool = False) -> int:
     """Say it once: rank 0, or with its number any rank that may be alone in its trouble."""
-    rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-    if rank == "0":
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-    elif everywhere or local == "0":
-        print(f"error (rank {rank}): {sentence}", file=sys.stderr, flush=True)
+    from utils.logger import printable
+    rank, local, place = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0"), ""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        place = f" (rank {rank})"
+        if status not in (EXIT_USAGE, EXIT_STOPPED) and (distributed := sys.modules.get("utils.distributed")):
+            distributed.announce_failure(sentence)
+            place = f" ({distributed.place()})"
+    if rank == "0" or everywhere or local == "0":
+        print(f"error{place if rank != '0' or everywhere else ''}: {printable(sentence)}", file=sys.stderr, flush=True)
     return status
 
 
@@ -216,6 +232,10 @@ if __name__ == "__main__":
     if sys.stdout is not None:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
-    if code and os.environ.get("WORLD_SIZE", "1") != "1":
-        os._exit(code)  # other ranks may be inside a collective: leaving the group in good order would wait for them
+    if code and threading.active_count() > 1:
+        # A save may be under way, which Ctrl-C twice does not wait for; other ranks may be inside a collective, where leaving
+        # the group in good order would wait for them.
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(code)
     sys.exit(code)

@@ -6,26 +6,26 @@ import atexit
 import math
 import multiprocessing
 import os
-import random
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from yacs.config import CfgNode
 
 from config import ConfigError
-from data import digits, seeds
-from data.folder import VAL_NAMES, DataError, ImageFolder, find_split, scan_folder
+from data import digits
+from data.classes import join
+from data.errors import DataError
+from data.images import EvalImages, TrainImages
+from data.layouts import Options, beside, recognise
+from data.loader import LEAST_SHARED_MEMORY, ImageLoader, free_shared_memory, needs_pipe
 from data.mixup import build_mixup
 from data.pipeline import Pipeline, eval_pipeline, train_pipeline
-from data.sampler import Key, ShardSampler, StepSampler
-from data.stream import StreamLoader
+from data.sampler import ShardSampler, StepSampler
+from data.selection import choose_classes, subset
+from data.source import Source
 
 
 @dataclass
@@ -38,90 +38,32 @@ class Loaders:
         classes: class names, in the order of the classifier's outputs.
         mixup: ``(images, targets, step) -> (images, targets)``.
         notices: lines the user should see.
+        layout: what the data was recognised as.
     """
 
-    train: DataLoader | None
-    val: DataLoader | None
+    train: ImageLoader | None
+    val: ImageLoader | None
     classes: list[str]
     mixup: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
     notices: list[str] = field(default_factory=list)
-    _stream: Any = None
+    layout: str = ""
 
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The training stream from step ``start`` on."""
         self.train.batch_sampler.start = start
-        self._stream = iter(self.train)
-        return self._stream
+        return iter(self.train)
+
+    def tell(self, report: Callable[[str], None]) -> None:
+        """Let ``report`` have a line for every image that turns out to be unreadable."""
+        for loader in (self.train, self.val):
+            if loader is not None:
+                loader.report = report
 
     def close(self) -> None:
         """End the loading processes now; left to the garbage collector they end after a time-out each."""
-        for iterator in (getattr(self._stream, "inner", None), getattr(self.val, "_iterator", None)):
-            shutdown = getattr(iterator, "_shutdown_workers", None)  # torch offers no public way
-            if shutdown is not None:
-                shutdown()
-
-
-class TrainImages(Dataset):
-    """Augmented training images by key; everything random in a sample is a function of (seed, key).
-
-    A sample is ``(image, target)``, or ``(crop, row of draws, target)`` where the device augments.
-    """
-
-    def __init__(self, folder: ImageFolder, pipeline: Pipeline, seed: int):
-        self.folder, self.pipeline, self.seed = folder, pipeline, seed
-
-    def __getitem__(self, key: Key) -> tuple[Any, ...]:
-        return self.sample(key)
-
-    def __getitems__(self, keys: list[Key]) -> tuple[Tensor, ...]:
-        """A whole batch; images are written to their rows at once."""
-        images = empty_batch(len(keys), self.pipeline)
-        parts = [self.sample(key, image)[1:] for key, image in zip(keys, images, strict=True)]
-        return images, *default_collate(parts)
-
-    def sample(self, key: Key, out: Tensor | None = None) -> tuple[Any, ...]:
-        epoch, index, copy = key
-        seed = seeds.derive(self.seed, seeds.AUGMENT, epoch, index, copy)
-        # timm's transforms draw from all three global generators.
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        torch.default_generator.manual_seed(seed)
-        image = self.pipeline(self.folder, index, out)
-        target = int(self.folder.targets[index])
-        return (*image, target) if isinstance(image, tuple) else (image, target)
-
-
-class EvalImages(Dataset):
-    """Images prepared for evaluation, by index; a batch is filled up to ``batch_size`` rows of target -1, so that all have one shape."""
-
-    def __init__(self, folder: ImageFolder, pipeline: Pipeline, batch_size: int):
-        self.folder, self.pipeline, self.batch_size = folder, pipeline, batch_size
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.pipeline(self.folder, index), int(self.folder.targets[index])
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        images = empty_batch(self.batch_size, self.pipeline)
-        targets = torch.full((self.batch_size,), -1)
-        for row, index in enumerate(indices):
-            self.pipeline(self.folder, index, images[row])
-            targets[row] = int(self.folder.targets[index])
-        images[len(indices):].zero_()
-        return images, targets
-
-
-def empty_batch(size: int, pipeline: Pipeline) -> Tensor:
-    """Room for a batch; in a loading process it is shared with the main process from the start, and never copied."""
-    shape, dtype = (size, *pipeline.shape), torch.float32 if pipeline.finish is None else torch.uint8
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
-
-
-def as_it_is(batch: Any) -> Any:
-    """The collation of batches that come whole from the data set."""
-    return batch
+        for loader in (self.train, self.val):
+            if loader is not None:
+                loader.close()
 
 
 def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: Sequence[str] = ("train", "val"),
@@ -143,16 +85,30 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     root, notices = os.path.expanduser(config.DATA.DATA_PATH), []
     if not root:
         raise ConfigError("DATA.DATA_PATH is empty; give the folder that holds train/ and val/ with --data-path")
-    if config.DATA.DATASET == "imagenet22K":
-        notices.append("notice: DATA.DATASET imagenet22K is read as folders, train/<class>/ and val/<class>/; lists and archives are not")
     if config.DATA.DATASET == "digits" and root == digits.DEFAULT_PATH and digits.ensure_digits(root):
         notices.append(f"wrote scikit-learn's 1,797 digits to {root}")
 
-    # Paths of both splits before either is scanned: a missing val/ is told at once, not after a million files.
-    paths = {split: find_split(root, ("train",) if split == "train" else VAL_NAMES) for split in splits}
-    train_folder = scan_folder(paths["train"], classes) if "train" in paths else None
+    # What cannot be done is told before any file is looked at.
+    device = torch.device(device)
+    train_way, lines = train_pipeline(config, device) if "train" in splits else (None, [])
+    val_way, more = eval_pipeline(config, device, published) if "val" in splits else (None, [])
+    notices += lines + more
+
+    # Both splits are found before either is listed: a missing val/ is told at once, not after a million files.
+    layout = recognise(root, Options.of(config), splits)
+    listing = beside(config.DATA.CLASS_NAMES, root)
+
+    def read_split(split: str, classes: Sequence[str] | None) -> Source | None:
+        if split not in layout.open:
+            return None
+        source = layout.open[split]()
+        return join(choose_classes(source, listing) if listing else source, classes)
+
+    train_folder = read_split("train", classes)
+    if train_folder is not None and config.DATA.SUBSET < 1:
+        train_folder = subset(train_folder, config.DATA.SUBSET, config.SEED)
     names = list(classes) if classes is not None else train_folder.classes if train_folder else None
-    val_folder = scan_folder(paths["val"], names) if "val" in paths else None
+    val_folder = read_split("val", names)
     folders = [f for f in (train_folder, val_folder) if f is not None]
     names = names if names is not None else folders[0].classes
     for folder in folders:
@@ -161,23 +117,27 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         raise ConfigError(f"MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}, but {root} has {len(names)} classes; "
                           "set it to 0 to count them in the data")
 
-    workers, device = worker_count(config), torch.device(device)
-    common = dict(num_workers=workers, device=device, pin_memory=config.DATA.PIN_MEMORY, collate_fn=as_it_is, worker_init_fn=_quiet_worker,
-                  # Forked workers start in milliseconds and share the index; torch and timm are not imported again.
-                  multiprocessing_context="fork" if workers and sys.platform.startswith("linux") else None)
+    for folder in folders:
+        folder.configure(config.DATA.EXIF, config.DATA.READ_PATIENCE)
+    workers, free = worker_count(config), free_shared_memory()
+    if workers and free is not None and free < LEAST_SHARED_MEMORY:
+        notices.append(f"notice: /dev/shm has {free >> 10} KiB free, too little for loading processes; images are loaded without them "
+                       "(docker: --shm-size=8g)")
+        workers = 0
+    train_batch, val_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS, config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
+    pipe = _pipe_notice(max(_bytes(train_way, train_batch), _bytes(val_way, val_batch)), workers, notices)
+    common = dict(workers=workers, timeout=config.DATA.TIMEOUT, device=device, pin_memory=config.DATA.PIN_MEMORY,
+                  worker_init_fn=_quiet_worker)
     train = val = None
     if train_folder is not None:
         sampler = _step_sampler(config, len(train_folder), rank, world_size, notices)
-        pipeline, lines = train_pipeline(config, device)
-        train = StreamLoader(TrainImages(train_folder, pipeline, config.SEED), batch_sampler=sampler, finish=pipeline.finish, **common)
-        notices += lines
+        images = TrainImages(train_folder, train_way, config.SEED, workers, pipe)
+        train = ImageLoader(images, batch_sampler=sampler, budget=_budget(config, len(train_folder)), **common)
     if val_folder is not None:
-        batch = config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
-        pipeline, lines = eval_pipeline(config, device, published)
-        val = StreamLoader(EvalImages(val_folder, pipeline, batch), batch_sampler=ShardSampler(len(val_folder), batch, rank, world_size),
-                           finish=pipeline.finish, persistent_workers=workers > 0, **common)  # evaluation comes again every epoch
-        notices += lines
-    return Loaders(train, val, list(names), build_mixup(config, len(names), rank), notices)
+        shard = ShardSampler(len(val_folder), val_batch, rank, world_size)
+        val = ImageLoader(EvalImages(val_folder, val_way, val_batch, workers, pipe), batch_sampler=shard,
+                          persistent_workers=workers > 0, **common)  # evaluation comes again every epoch
+    return Loaders(train, val, list(names), build_mixup(config, len(names), rank), list(dict.fromkeys(notices)), layout.name)
 
 
 def _step_sampler(config: CfgNode, size: int, rank: int, world_size: int, notices: list[str]) -> StepSampler:
@@ -188,6 +148,24 @@ def _step_sampler(config: CfgNode, size: int, rank: int, world_size: int, notice
         notices.append(f"notice: the {size} training images are fewer than a global batch ({global_batch}); "
                        f"every epoch is one step of {size}")
     return StepSampler(size, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, config.DATA.REPEATED_AUG)
+
+
+def _budget(config: CfgNode, size: int) -> int:
+    """Unreadable training images that a process goes on with."""
+    budget = config.DATA.CORRUPT_BUDGET
+    return int(budget * size if budget < 1 else budget)
+
+
+def _bytes(pipeline: Pipeline | None, images: int) -> int:
+    """Size of a batch as a loading process hands it over."""
+    return 0 if pipeline is None else images * math.prod(pipeline.shape) * pipeline.dtype.itemsize
+
+
+def _pipe_notice(batch_bytes: int, workers: int, notices: list[str]) -> bool:
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    line = needs_pipe(batch_bytes, workers * (int(here) if here.isdigit() else 1))
+    notices += [line] if line else []
+    return bool(line)
 
 
 def usable_cpus() -> int:

@@ -10,7 +10,7 @@ import tempfile
 import numpy as np
 from PIL import Image
 
-from data.folder import DataError
+from data.errors import DataError
 
 DEFAULT_PATH = "datasets/digits"
 SIDE = 32  # the originals are 8 x 8; at 32 random crops and shears have pixels to work with

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import struct
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -23,8 +24,11 @@ except ImportError:
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # announced by torchvision for a later release
+except ImportError:
+    # torchvision has announced since 0.29 that a later release goes without it. Where simplejpeg is not installed either,
+    # `LIBRARY` then is Pillow, every file takes the way of odd ones, and the log says so: slower, the same pixels.
     decode_jpeg = None
+warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision are deprecated", DeprecationWarning)
 
 LIBRARY = "simplejpeg" if simplejpeg is not None else "torchvision" if decode_jpeg is not None else "Pillow"
 
@@ -42,6 +46,7 @@ class Header(NamedTuple):
         height_at: where the height stands in the file.
         sequential: rows are coded from top to bottom in a single scan, so that the first can be decoded alone.
         block: rows coded together.
+        upright: nothing in it asks for a rotation; False too where that cannot be told.
     """
 
     width: int
@@ -49,16 +54,17 @@ class Header(NamedTuple):
     height_at: int
     sequential: bool
     block: int
+    upright: bool
 
 
 def read_header(data: bytes) -> Header | None:
     """The header of a JPEG that every decoder reads alike; None for anything else.
 
-    Plain is: 8 bits, grey or YCbCr or RGB, upright, and small enough for Pillow's limit on image bombs.
+    Plain is: 8 bits, grey or YCbCr or RGB, and small enough for Pillow's limit on image bombs.
     """
     if data[:2] != b"\xff\xd8":
         return None
-    at, end, frame = 2, len(data) - 20, None
+    at, end, frame, upright = 2, len(data) - 20, None, True
     while at < end:
         if data[at] != 0xFF:
             return None
@@ -76,17 +82,20 @@ def read_header(data: bytes) -> Header | None:
             frame, height_at, progressive = (width, height, components, block), at + 5, marker == 0xC2
         elif marker == 0xDA and frame is not None:
             width, height, components, block = frame
-            return Header(width, height, height_at, not progressive and data[at + 4] == components, block)
+            return Header(width, height, height_at, not progressive and data[at + 4] == components, block, upright)
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker in (0xD9, 0xDA):
             return None  # lossless or arithmetic coding; or no frame before the scan
-        elif marker == 0xE1 and data[at + 4:at + 10] == b"Exif\0\0" and _turned(data[at + 10:at + 2 + length]):
-            return None
+        elif marker == 0xE1 and _turned(data[at + 4:at + 2 + length]):
+            upright = False
         at += 2 + length
     return None
 
 
-def _turned(tiff: bytes) -> bool:
-    """Whether an EXIF block says that the image is not upright, or cannot be read."""
+def _turned(block: bytes) -> bool:
+    """Whether an application's block, EXIF or XMP, may say that the image is not upright."""
+    if block[:6] != b"Exif\0\0":
+        return b"tiff:Orientation" in block
+    tiff = block[6:]
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
         return True

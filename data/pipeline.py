@@ -1,6 +1,6 @@
 """From an encoded file to what a worker hands over: the fast way for plain JPEGs, and the choice between it and timm's own.
 
-Three pipelines, each called with ``(source, index)``: ``PillowPipeline`` is timm's transform on Pillow's image, the papers' pixels;
+Three pipelines, each called with ``(source, index, out)``: ``PillowPipeline`` is timm's transform on Pillow's image, the papers' pixels;
 ``TrainPipeline`` and ``EvalPipeline`` decode and resize faster. The last two either finish an image in the worker (float, NCHW,
 normalised) or hand over uint8 pixels for ``finish`` to make images of on the device (``data.device_augment``).
 """
@@ -15,21 +15,17 @@ import numpy as np
 import torch
 from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torch import Tensor
-from torch.utils.data import get_worker_info
 from torchvision import transforms
 from yacs.config import CfgNode
 
 from config import ConfigError
 from data import jpeg, randaugment
+from data.decode import decode
 from data.device_augment import DeviceAugment, DeviceNormalise
 from data.draws import Recipe
 from data.resize import MODES, needed, resize_crop, resize_window
+from data.source import Source
 from data.transforms import build_eval_transform, build_train_transform, preprocessing
-
-MAX_WORKERS = 256
-
-
-Pipeline = Any  # one of the three below
 
 
 def train_pipeline(config: CfgNode, device: torch.device) -> tuple[Pipeline, list[str]]:
@@ -66,84 +62,125 @@ def eval_pipeline(config: CfgNode, device: torch.device, published: bool) -> tup
 
 
 class Decoder:
-    """Decodes and counts: plain JPEGs fast, what is not one by the source's ``load``.
+    """Decodes and counts: plain JPEGs fast, all else as ``data.decode`` does.
 
-    A source has ``read(index) -> bytes`` and ``load(index) -> PIL image in RGB``.
+    Attributes:
+        fast, odd: images decoded so far, by the fast decoder and by Pillow.
     """
 
     def __init__(self) -> None:
-        # A row a worker, shared with all of them: no two processes write to one place.
-        self._shared = torch.zeros(MAX_WORKERS + 1, 2, dtype=torch.int64).share_memory_()
+        self.fast = self.odd = 0
 
-    def open(self, source: Any, index: int) -> tuple[tuple[int, int], Callable[[int], np.ndarray]]:
-        """(height, width) of an image and a function: the pixels (H or fewer, W, 3), uint8, of at least so many rows."""
+    def open(self, source: Source, index: int) -> tuple[tuple[int, int], Callable[[int], np.ndarray]]:
+        """(height, width) of an image and a function: the pixels (H or fewer, W, 3), uint8, of at least so many rows.
+
+        Raises:
+            UnreadableImage: it cannot be read or decoded; so may the function.
+        """
         data = source.read(index)
         header = jpeg.read_header(data)
-        if header is None:
-            return self._by_pillow(source, index)
+        if header is None or (source.exif and not header.upright):
+            image = self._by_pillow(data, source, index)
+            return image.shape[:2], lambda rows: image
 
         def pixels(rows: int) -> np.ndarray:
             image = jpeg.decode(data, header, rows)
             if image is None:
-                return self._by_pillow(source, index)[1](rows)
-            self._count(0)
+                return self._by_pillow(data, source, index)
+            self.fast += 1
             return image
 
         return (header.height, header.width), pixels
 
-    def _by_pillow(self, source: Any, index: int) -> tuple[tuple[int, int], Callable[[int], np.ndarray]]:
-        image = np.array(source.load(index))
-        self._count(1)
-        return image.shape[:2], lambda rows: image
-
-    def _count(self, which: int) -> None:
-        worker = get_worker_info()
-        self._shared.numpy()[min(worker.id + 1, MAX_WORKERS) if worker is not None else 0, which] += 1
-
-    def summary(self) -> str:
-        """Such as ``decoded by simplejpeg: 49,977, by Pillow (other formats, odd files): 23``; the counts begin anew."""
-        fast, odd = self._shared.sum(0).tolist()
-        self._shared.zero_()
-        return f"decoded by {jpeg.LIBRARY}: {fast:,}" + (f", by Pillow (other formats, odd files): {odd:,}" if odd else "")
+    def _by_pillow(self, data: bytes, source: Source, index: int) -> np.ndarray:
+        image = np.array(decode(data, source.path(index), source.exif))
+        self.odd += 1
+        return image
 
 
-class PillowPipeline:
+class Pipeline:
+    """What the three have in common.
+
+    Attributes:
+        shape, dtype: of an image as it is handed over.
+        finish: what makes finished images of a batch of them on the device; None where they are finished already.
+    """
+
+    shape: tuple[int, ...]
+    dtype = torch.float32
+    finish: Callable[..., Tensor] | None = None
+
+    def __call__(self, source: Source, index: int, out: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Image ``index``, written to ``out`` where that is given: a row of the batch.
+
+        Raises:
+            UnreadableImage: it cannot be read or decoded.
+        """
+        raise NotImplementedError
+
+    def counts(self) -> tuple[int, int]:
+        """Images decoded by the fast decoder, and by Pillow, since this was last asked."""
+        raise NotImplementedError
+
+    def description(self) -> str:
+        """How images are made, for the log."""
+        raise NotImplementedError
+
+    def summary(self, fast: int, odd: int) -> str:
+        """How images were made, given the sums of ``counts``."""
+        raise NotImplementedError
+
+
+class PillowPipeline(Pipeline):
     """timm's transform on what Pillow decodes: normalised float (3, H, W)."""
 
-    finish = None
-
     def __init__(self, transform: Callable[[Any], Tensor]):
-        self.transform = transform
+        crop = next(t for t in transform.transforms if isinstance(t, (RandomResizedCropAndInterpolation, transforms.CenterCrop)))
+        self.transform, self.shape = transform, (3, *crop.size)
 
-    def __call__(self, source: Any, index: int, out: Tensor | None = None) -> Tensor:
+    def __call__(self, source: Source, index: int, out: Tensor | None = None) -> Tensor:
         image = self.transform(source.load(index))
         return image if out is None else out.copy_(image)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        crop = next(t for t in self.transform.transforms if isinstance(t, (RandomResizedCropAndInterpolation, transforms.CenterCrop)))
-        return 3, *crop.size
+    def counts(self) -> tuple[int, int]:
+        return 0, 0  # nobody asks who decoded where there is but one decoder
 
     def description(self) -> str:
         return "decoded, resized and augmented by Pillow in the workers"
 
-    def summary(self) -> str:
+    def summary(self, fast: int, odd: int) -> str:
         return "decoded and resized by Pillow"
 
 
-class TrainPipeline:
+class _FastPipeline(Pipeline):
+    """Finished in the worker, (3, *size) float; or with ``on_device`` handed over as (*size, 3), uint8, for ``finish``."""
+
+    def __init__(self, size: tuple[int, int], mean: Tensor, std: Tensor, finish: Callable[..., Tensor] | None):
+        self.on_device, self.finish = finish is not None, finish
+        self.shape, self.dtype = ((*size, 3), torch.uint8) if self.on_device else ((3, *size), torch.float32)
+        self.decoder, self.normalise = Decoder(), Normalise(mean, std)
+
+    def counts(self) -> tuple[int, int]:
+        counts = self.decoder.fast, self.decoder.odd
+        self.decoder.fast = self.decoder.odd = 0
+        return counts
+
+    def summary(self, fast: int, odd: int) -> str:
+        """Such as ``decoded by simplejpeg: 49,977, by Pillow (other formats, odd files): 23``."""
+        return f"decoded by {jpeg.LIBRARY}: {fast:,}" + (f", by Pillow (other formats, odd files): {odd:,}" if odd else "")
+
+
+class TrainPipeline(_FastPipeline):
     """A training sample as timm's transform makes it of the same seeds.
 
-    Returns (3, H, W) float, finished; or with ``on_device`` the resized crop (H, W, 3), uint8, and the row of its draws. The image is
-    written to ``out`` where that is given: a row of the batch.
+    Returns (3, H, W) float, finished; or with ``on_device`` the resized crop (H, W, 3), uint8, and the row of its draws.
     """
 
     def __init__(self, recipe: Recipe, on_device: bool):
-        self.recipe, self.on_device, self.decoder = recipe, on_device, Decoder()
-        self.finish = DeviceAugment(recipe) if on_device else None
-        self.normalise = Normalise(recipe.mean, recipe.std)
+        super().__init__(recipe.size, recipe.mean, recipe.std, DeviceAugment(recipe) if on_device else None)
+        self.recipe = recipe
 
-    def __call__(self, source: Any, index: int, out: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def __call__(self, source: Source, index: int, out: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         recipe = self.recipe
         (height, width), pixels = self.decoder.open(source, index)
         draw = recipe.draw(width, height)
@@ -165,18 +202,11 @@ class TrainPipeline:
                 area.zero_()
         return out
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.recipe.size, 3) if self.on_device else (3, *self.recipe.size)
-
     def description(self) -> str:
         return f"decoded by {jpeg.LIBRARY}, resized by torch, augmented " + ("on the device" if self.on_device else "in the workers")
 
-    def summary(self) -> str:
-        return self.decoder.summary()
 
-
-class EvalPipeline:
+class EvalPipeline(_FastPipeline):
     """An image as evaluation sees it, resized and cropped: float (3, H, W), normalised, or with ``on_device`` uint8 (H, W, 3).
 
     Raises:
@@ -184,23 +214,21 @@ class EvalPipeline:
     """
 
     def __init__(self, transform: transforms.Compose, on_device: bool):
-        self.on_device, self.decoder = on_device, Decoder()
         for part in transform.transforms:
             if isinstance(part, (transforms.Resize, ResizeKeepRatio)):
                 self.resize, mode = part, part.interpolation
             elif isinstance(part, transforms.CenterCrop):
                 self.size = tuple(part.size)
             elif isinstance(part, transforms.Normalize):
-                self.mean, self.std = torch.as_tensor(part.mean), torch.as_tensor(part.std)
+                mean, std = torch.as_tensor(part.mean), torch.as_tensor(part.std)
             elif not isinstance(part, transforms.ToTensor):
                 raise LookupError(type(part).__name__)
         self.mode = getattr(mode, "value", "random")
         if self.mode not in MODES:
             raise LookupError(f"interpolation {self.mode}")
-        self.finish = DeviceNormalise(self.mean, self.std) if on_device else None
-        self.normalise = Normalise(self.mean, self.std)
+        super().__init__(self.size, mean, std, DeviceNormalise(mean, std) if on_device else None)
 
-    def __call__(self, source: Any, index: int, out: Tensor | None = None) -> Tensor:
+    def __call__(self, source: Source, index: int, out: Tensor | None = None) -> Tensor:
         shape, pixels = self.decoder.open(source, index)
         resized = self._resized(*shape)
         top, left = (int(round((a - b) / 2)) for a, b in zip(resized, self.size, strict=True))
@@ -218,15 +246,11 @@ class EvalPipeline:
             return tuple(size)
         return (int(size * height / width), size) if width <= height else (size, int(size * width / height))
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.size, 3) if self.on_device else (3, *self.size)
-
     def description(self) -> str:
         return f"decoded by {jpeg.LIBRARY}, resized by torch"
 
-    def summary(self) -> str:
-        return self.decoder.summary() + "; resized by torch, 0.005 of 255 from Pillow's on average (DATA.DECODER pillow: Pillow's own)"
+    def summary(self, fast: int, odd: int) -> str:
+        return super().summary(fast, odd) + "; resized by torch, 0.005 of 255 from Pillow's on average (DATA.DECODER pillow: Pillow's own)"
 
 
 def flip(image: np.ndarray, horizontally: bool, vertically: bool) -> np.ndarray:

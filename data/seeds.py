@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # What a seed is for; the second word of every derivation, so that purposes never share a stream.
 ORDER, AUGMENT, MIXUP, DROPOUT, INIT = range(1, 6)
+REPLACE = 101
 
 _MASK = (1 << 64) - 1
 

@@ -1,75 +1,49 @@
-"""The last stretch of a batch: from the loading processes to the device, finished there, one batch ahead on a stream of its own."""
+"""The last stretch of a batch: onto the device and finished there, on CUDA one batch ahead on a stream of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-Batch = tuple[Tensor, Tensor]
+Parts, Finished = tuple[Tensor, ...], tuple[Tensor, Tensor]
 
 
-class StreamLoader(DataLoader):
-    """A DataLoader whose batches arrive finished: ``(images (B, 3, H, W) float, targets (B,))`` on ``device``.
+def finished(batches: Iterable[Parts], finish: Callable[..., Tensor] | None, device: torch.device) -> Iterator[Finished]:
+    """``(images (B, 3, H, W) float, targets (B,))`` on ``device`` of each of ``batches``.
 
     Args:
-        finish: from what the workers hand over, images on the device, to finished images; None where they are finished already.
+        batches: ``(images, targets)`` or ``(crops, rows of draws, targets)`` on the host.
+        finish: from what is handed over, images on the device, to finished images; None where they are finished already.
     """
-
-    def __init__(self, *arguments: Any, device: torch.device, finish: Callable[..., Tensor] | None = None, pin_memory: bool = True,
-                 **options: Any):
-        super().__init__(*arguments, pin_memory=pin_memory and device.type == "cuda", **options)
-        self.device, self.finish = device, finish
-
-    def __iter__(self) -> Iterator[Batch]:
-        inner = super().__iter__()
-        return _CudaStream(inner, self.finish, self.device) if self.device.type == "cuda" else _Stream(inner, self.finish, self.device)
+    one = functools.partial(_finished, finish, device)
+    return _ahead(batches, one, device) if device.type == "cuda" else map(one, batches)
 
 
-class _Stream:
-    """Batches as they are asked for."""
-
-    def __init__(self, inner: Iterator[Any], finish: Callable[..., Tensor] | None, device: torch.device):
-        self.inner, self.finish, self.device = inner, finish, device
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        return self._finished(next(self.inner))
-
-    def _finished(self, batch: Any) -> Batch:
-        images, *rows, targets = batch  # rows of draws, where augmentation is the device's; they stay on the host
-        images, targets = images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
-        return images if self.finish is None else self.finish(images, *rows), targets
+def _finished(finish: Callable[..., Tensor] | None, device: torch.device, batch: Parts) -> Finished:
+    images, *rows, targets = batch  # rows of draws, where augmentation is the device's; they stay on the host
+    images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    return images if finish is None else finish(images, *rows), targets
 
 
-class _CudaStream(_Stream):
-    """One batch ahead: its copy and its augmentation run beside the step that the model computes."""
+def _ahead(batches: Iterable[Parts], one: Callable[[Parts], Finished], device: torch.device) -> Iterator[Finished]:
+    """The copy and the augmentation of the next batch run beside the step that the model computes on this one."""
+    side, ready = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(side):
+            following = one(batch), side.record_event()
+        if ready is not None:
+            yield _taken(*ready, device)
+        ready = following
+    if ready is not None:
+        yield _taken(*ready, device)
 
-    def __init__(self, inner: Iterator[Any], finish: Callable[..., Tensor] | None, device: torch.device):
-        super().__init__(inner, finish, device)
-        self.side = torch.cuda.Stream(device)
-        self.ahead = self._fetch()
 
-    def _fetch(self) -> Batch | None:
-        try:
-            batch = next(self.inner)
-        except StopIteration:
-            return None
-        with torch.cuda.stream(self.side):
-            return self._finished(batch)
-
-    def __next__(self) -> Batch:
-        if self.ahead is None:
-            raise StopIteration
-        batch, current = self.ahead, torch.cuda.current_stream(self.device)
-        current.wait_stream(self.side)
-        for tensor in batch:
-            tensor.record_stream(current)  # its memory was the side stream's; it must not be reused before the step is done
-        # The next batch is taken from the workers now; without it at hand the step would wait here, as it would without a stream.
-        self.ahead = self._fetch()
-        return batch
+def _taken(batch: Finished, event: torch.cuda.Event, device: torch.device) -> Finished:
+    current = torch.cuda.current_stream(device)
+    current.wait_event(event)
+    for tensor in batch:
+        tensor.record_stream(current)  # its memory is the side stream's; it must not be used again before the step is done
+    return batch

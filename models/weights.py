@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -82,6 +83,19 @@ def verify_digest(path: str) -> bool:
     return True
 
 
+def _check_archive(path: str) -> None:
+    """Refuse a zip whose members claim more bytes than the file has: torch would allocate them before it looks.
+
+    torch stores its members as they are, so none is larger than the file.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        size = os.path.getsize(path)
+        if sum(member.file_size for member in archive.infolist()) > size or any(m.compress_type for m in archive.infolist()):
+            raise CheckpointError(f"{path}: refused, its members claim to be larger than the file")
+
+
 def read_file(path: str) -> Any:
     """The content of a ``.pth`` or ``.safetensors`` file as plain data, tensors on the CPU.
 
@@ -97,6 +111,7 @@ def read_file(path: str) -> Any:
         raise CheckpointError(f"{path}: is empty; the copy or the save was cut off")
     try:
         signed = verify_digest(path)
+        _check_archive(path)
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(path, device="cpu")

@@ -32,7 +32,10 @@ from torchvision.datasets import ImageFolder
 
 from config import get_config
 from data import build_loaders
+from data.folder import scan_folder
+from data.images import EvalImages
 from data.jpeg import LIBRARY
+from data.pipeline import eval_pipeline
 from data.transforms import build_eval_transform, build_train_transform, preprocessing
 
 BATCH = 20
@@ -109,8 +112,6 @@ def training(root: str, name: str, where: str) -> Callable[[list[int]], object]:
 
 def evaluation(root: str, device: str) -> Callable[[list[int]], object]:
     config = configuration(root, "originals", "DATA.DECODER", "fast")
-    from data.build import EvalImages, scan_folder
-    from data.pipeline import eval_pipeline
     pipeline, _ = eval_pipeline(config, torch.device(device), published=False)
     return EvalImages(scan_folder(os.path.join(config.DATA.DATA_PATH, "val")), pipeline, BATCH).__getitems__
 

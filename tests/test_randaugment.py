@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 
 import numpy as np
@@ -16,6 +17,7 @@ from data import randaugment as ra
 from data.device_augment import _OPERATIONS, DeviceAugment, normal_noise
 from data.draws import Recipe
 from data.pipeline import PillowPipeline, TrainPipeline, eval_pipeline, train_pipeline
+from data.source import Source
 from data.transforms import build_train_transform
 
 FILL = (124, 116, 104)
@@ -137,12 +139,13 @@ def test_a_sample_is_the_one_timm_makes_of_the_same_seeds(opts, monkeypatch) -> 
     y, x = np.mgrid[:100, :130] / 12
     image = Image.fromarray(np.stack([120 + 100 * np.sin(x + k) * np.cos(y) for k in range(3)], -1).astype(np.uint8))
 
-    class Source:
-        def read(self, index: int) -> bytes:
-            return b"no JPEG"
+    class OneImage(Source):
+        def path(self, index: int) -> str:
+            return "one.png"
 
-        def load(self, index: int) -> Image.Image:
-            return image
+        def fetch(self, index: int) -> bytes:
+            image.save(file := io.BytesIO(), "PNG")
+            return file.getvalue()
 
     worker, device = TrainPipeline(Recipe(transform), on_device=False), TrainPipeline(Recipe(transform), on_device=True)
     off, cross = [], []
@@ -150,9 +153,9 @@ def test_a_sample_is_the_one_timm_makes_of_the_same_seeds(opts, monkeypatch) -> 
         seed(number)
         theirs = transform(image)
         seed(number)
-        mine = worker(Source(), 0)
+        mine = worker(OneImage(), 0)
         seed(number)
-        crop, row = device(Source(), 0)
+        crop, row = device(OneImage(), 0)
         finished = device.finish(crop[None], row[None])[0]
         boxes = worker.recipe.columns(row[None].numpy())[2][0].astype(int)
         plain = torch.ones(48, 64, dtype=torch.bool)  # what is erased is noise of another source on the device

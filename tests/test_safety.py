@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,10 +30,10 @@ def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
-def wait_for(path: Path, words: str, seconds: float = 60) -> None:
+def wait_for(path: Path, words: str, seconds: float = 60, binary: bool = False) -> None:
     deadline = time.time() + seconds
     while time.time() < deadline:
-        if path.exists() and words in path.read_text():
+        if path.exists() and (binary or words in path.read_text()):
             return
         time.sleep(0.02)
     raise AssertionError(f"no {words!r} in {path}")
@@ -65,11 +66,13 @@ def test_sigusr1_saves_and_goes_on(tiny_cfg: Path, tmp_path: Path) -> None:
     while not list(folder.glob("ckpt_*.pth")) and time.time() < deadline:
         time.sleep(0.02)
     assert process.poll() is None and list(folder.glob("ckpt_*.pth"))
-    second = run_main("--cfg", tiny_cfg, cwd=tmp_path)  # meanwhile: a second run in the same folder
-    assert second.returncode == 2 and "another run is writing here" in second.stderr and second.stderr.count("\n") == 1
+    second = run_main("--cfg", tiny_cfg, *ENDLESS, cwd=tmp_path)  # meanwhile: a second run in the same folder
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    assert f"another run is writing here (process {process.pid} on {socket.gethostname()})" in second.stderr
     process.kill()
     process.communicate()
-    freed = run_main("--cfg", tiny_cfg, "--epochs", 1, "--warmup-epochs", 0, cwd=tmp_path)  # the lock of the dead is no lock
+    # The lock of the dead is no lock.
+    freed = run_main("--cfg", tiny_cfg, "--epochs", 1, "--warmup-epochs", 0, "--accept-changes", cwd=tmp_path)
     assert freed.returncode == 0, freed.stderr
 
 
@@ -113,7 +116,11 @@ def test_another_optimizer_is_refused_and_new_numbers_hold(tiny_cfg: Path, progr
     for name in ("sgd", "lion", "lamb"):
         done = program("--cfg", tiny_cfg, "--epochs", 2, "--optim", name)
         assert done.returncode == 3 and "AdamW" in done.stderr and "--pretrained" in done.stderr and done.stderr.count("\n") == 1
-    done = program("--cfg", tiny_cfg, "--epochs", 2, "--weight-decay", 0.3)
+    asked = program("--cfg", tiny_cfg, "--epochs", 2, "--weight-decay", 0.3, "--seed", 4)
+    assert asked.returncode == 2 and asked.stderr.count("\n") == 1 and "--accept-changes" in asked.stderr
+    assert "SEED changed from 0 to 4; TRAIN.WEIGHT_DECAY changed from 0.05 to 0.3; go on" in asked.stderr
+    assert load(program.folder / "output/tiny/default/last.pth")["step"] == 5
+    done = program("--cfg", tiny_cfg, "--epochs", 2, "--weight-decay", 0.3, "--accept-changes")
     assert done.returncode == 0 and "notice: TRAIN.WEIGHT_DECAY changed from 0.05 to 0.3 since" in done.stdout
     last = load(program.folder / "output/tiny/default/last.pth")
     assert sorted(g["weight_decay"] for g in last["optimizer"]["param_groups"]) == [0, 0.3]
@@ -124,8 +131,9 @@ def test_weights_gone_bad_never_replace_good_ones(tiny_cfg: Path, program) -> No
     folder = program.folder / "output/tiny/default"
     assert program("--cfg", tiny_cfg, "--epochs", 1).returncode == 0
     broken = program("--cfg", tiny_cfg, "--epochs", 9, "--lr", 1000, "--warmup-epochs", 0, "--opts", "TRAIN.LR_BATCH", 1,
-                     "TRAIN.CLIP_GRAD", 0)
+                     "TRAIN.CLIP_GRAD", 0, "TRAIN.ACCEPT_CHANGES", True)
     assert broken.returncode == 4 and broken.stderr.count("\n") == 1, broken.stderr
+    assert "rollback 1 of 1" in broken.stdout  # tried once from the good one, and led to the same
     for path in folder.glob("*.pth"):
         assert all(torch.isfinite(t).all() for t in load(path)["model"].values())
     for line in (folder / "metrics.jsonl").read_text().splitlines():
@@ -152,15 +160,64 @@ def test_mistakes_leave_no_folder(tiny_cfg: Path, program) -> None:
         assert not (program.folder / "output").exists(), arguments
 
 
-def test_full_disk_keeps_what_was_saved(tiny_cfg: Path, tmp_path: Path) -> None:
-    assert run_main("--cfg", tiny_cfg, "--epochs", 1, cwd=tmp_path).returncode == 0
+def limit_files(process: subprocess.Popen[str], size: int) -> None:
+    """The largest file that the running program may write from now on, as a full disk or a quota would have it."""
+    import resource
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_full_disk_keeps_what_was_saved_and_training_goes_on(tiny_cfg: Path, tmp_path: Path) -> None:
+    """Checkpoints, log, metrics and TensorBoard fail, each is told once; with room again the next save succeeds."""
+    process = start("--cfg", tiny_cfg, "--epochs", 4000, "--warmup-epochs", 1, "--opts", "TRAIN.SAVE_EVERY_STEPS", 7, cwd=tmp_path)
     folder = tmp_path / "output/tiny/default"
-    before = (folder / "ckpt_00000005.pth").read_bytes()
-    command = f"ulimit -f 300; exec '{sys.executable}' '{ROOT / 'main.py'}' --cfg '{tiny_cfg}' --epochs 3"
+    wait_for(folder / "log.txt", "epoch 4/4000")
+    limit_files(process, 1)
+    said = ""
+    while "epoch 40/4000" not in said:
+        said += process.stdout.readline()
+    for what in ("was not saved", "log.txt: cannot be written", "metrics.jsonl: cannot be written"):
+        assert what in said, said[-1000:]
+    assert said.count("log.txt: cannot be written") == 1 and said.count("TensorBoard curves end here") <= 1
+    kept = sorted(int(path.stem[5:]) for path in folder.glob("ckpt_*.pth"))
+    assert kept and kept[-1] < 100 and not list(folder.glob(".tmp-*"))  # from before; nothing half-written
+    assert all(load(path)["step"] for path in folder.glob("*.pth"))
+    limit_files(process, 1 << 40)
+    wait_for(folder / "metrics.jsonl", '"epoch": 42,')
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    rows = [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, len(rows) + 1))  # the lines that could not be written then are there now
+
+
+def test_a_last_save_that_fails_is_told_by_the_exit_status(tiny_cfg: Path, tmp_path: Path) -> None:
+    process = start("--cfg", tiny_cfg, *ENDLESS, "TRAIN.BACKGROUND_SAVE", False, cwd=tmp_path)
+    folder = tmp_path / "output/tiny/default"
+    wait_for(folder / "log.txt", "epoch 2/4000")
+    process.send_signal(signal.SIGUSR1)
+    wait_for(folder / "last.pth", "", binary=True)
+    limit_files(process, 200_000)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err.count("\n") == 1, err
+    assert "was not saved" in err and f"the newest checkpoint is {Path('output/tiny/default') / 'ckpt_'}" in err
+    assert load(folder / "last.pth")["step"] > 0 and not list(folder.glob(".tmp-*"))
+
+
+def test_room_is_looked_at_before_the_run(tiny_cfg: Path, tmp_path: Path, program) -> None:
+    command = f"ulimit -f 300; exec '{sys.executable}' '{ROOT / 'main.py'}' --cfg '{tiny_cfg}'"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1 and "ckpt_00000010.pth" in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert (folder / "ckpt_00000005.pth").read_bytes() == before and not list(folder.glob(".tmp-*"))
-    assert run_main("--cfg", tiny_cfg, "--epochs", 3, cwd=tmp_path).returncode == 0
+    assert done.returncode == 2 and "a checkpoint takes 0.7 MiB, but only 0.3 MiB can be written there" in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "output").exists()
+    tight = program("--cfg", tiny_cfg, "--opts", "TRAIN.CHECKPOINT_BUDGET", "1MB")
+    assert tight.returncode == 2 and "give at least 3MiB" in tight.stderr
+    kept = program("--cfg", tiny_cfg, "--epochs", 5, "--opts", "TRAIN.CHECKPOINT_BUDGET", "3.6MB", "TRAIN.KEEP_CHECKPOINTS", 0,
+                   "TRAIN.SAVE_EVERY_STEPS", 2)
+    assert kept.returncode == 0, kept.stderr
+    files = list((program.folder / "output/tiny/default").glob("ckpt_*.pth"))
+    assert 2 <= len(files) <= 4 and sum(path.stat().st_size for path in files) <= 3_600_000
+    best = load(program.folder / "output/tiny/default/best.pth")
+    assert best["best"]["step"] == best["step"]
 
 
 @pytest.mark.parametrize("how", ["closed", "full", "ascii"])

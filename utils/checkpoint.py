@@ -14,6 +14,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from models.weights import FORMAT_KEY, TRAILER_MAGIC, CheckpointError, check_finite, check_fits, read_file
 from utils.ema import WeightAverage
-from utils.files import link_atomically, write_atomically
+from utils.files import free_bytes, link_atomically, write_atomically
 
 FORMAT = 1
 _NAME = re.compile(r"ckpt_(\d{8,})\.pth")
@@ -37,6 +39,11 @@ class TrainState:
         best: top-1, epoch and step of the best evaluation so far; empty before the first.
         loss_sums: per rank, the sum of the losses of the images seen in the current epoch, so that an epoch's mean
             loss comes out the same after a restart in its middle.
+        loss_steps: steps of the current epoch that loss_sums holds.
+        skipped: steps whose update was skipped because loss or gradients were not finite, and that are not forgiven yet.
+        rollbacks: times the run went back to a checkpoint because of such steps.
+        evaluated: the step after which an epoch was last brought to its end. A checkpoint at an epoch's last step that has
+            not been evaluated yet starts with the evaluation.
     """
 
     model: nn.Module
@@ -46,12 +53,28 @@ class TrainState:
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)
     loss_sums: list[float] = field(default_factory=list)
+    skipped: int = 0
+    loss_steps: int = 0
+    rollbacks: int = 0
+    evaluated: int = 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, copy: bool = False) -> dict[str, Any]:
+        """Plain data with its tensors on the CPU; with ``copy`` none of them shares memory with the state."""
         return dict(
-            model=_on_cpu(self.model.state_dict()), ema=_on_cpu(self.ema.module.state_dict()) if self.ema is not None else {},
-            optimizer=_on_cpu(self.optimizer.state_dict()), optimizer_name=type(self.optimizer).__name__,
-            scaler=self.scaler.state_dict(), step=self.step, best=dict(self.best), loss_sums=list(self.loss_sums))
+            model=_on_cpu(self.model.state_dict(), copy),
+            ema=_on_cpu(self.ema.module.state_dict(), copy) if self.ema is not None else {},
+            optimizer=_on_cpu(self.optimizer.state_dict(), copy), optimizer_name=type(self.optimizer).__name__,
+            scaler=self.scaler.state_dict(), step=self.step, best=dict(self.best), loss_sums=list(self.loss_sums),
+            skipped=self.skipped, loss_steps=self.loss_steps, rollbacks=self.rollbacks, evaluated=self.evaluated)
+
+    def size(self) -> int:
+        """Bytes of a checkpoint, about: an optimizer that has not stepped yet is taken to keep two tensors a parameter."""
+        names = self.model.state_dict().values()
+        bytes_of = [t.numel() * t.element_size() for t in names]
+        trained = sum(p.numel() * p.element_size() for group in self.optimizer.param_groups for p in group["params"])
+        kept = sum(t.numel() * t.element_size() for slots in self.optimizer.state.values() for t in slots.values()
+                   if isinstance(t, Tensor))
+        return sum(bytes_of) * (1 if self.ema is None else 2) + (kept or 2 * trained) + (1 << 16)
 
     def load_state_dict(self, content: dict[str, Any], path: str) -> None:
         """Take over a checkpoint's state; raises ``CheckpointError`` naming what does not fit, before anything is changed."""
@@ -62,7 +85,7 @@ class TrainState:
             check_fits(self.ema.module, averaged, path)
         # torch checks only how many parameters a state is for; another optimizer's would be taken and fail later.
         saved, wanted = content.get("optimizer_name"), type(self.optimizer).__name__
-        ours = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        ours = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
         try:
             if saved not in (None, wanted):
                 raise ValueError(f"it was {saved}")
@@ -78,16 +101,20 @@ class TrainState:
         if content["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.step, self.best, self.loss_sums = content["step"], dict(content["best"]), list(content["loss_sums"])
+        self.skipped, self.rollbacks = content.get("skipped", 0), content.get("rollbacks", 0)
+        # Older files lack these: they were written after the evaluation, and no step was skipped.
+        self.evaluated = content.get("evaluated", self.step - self.step % content["steps_per_epoch"])
+        self.loss_steps = content.get("loss_steps", self.step % content["steps_per_epoch"])
 
 
-def _on_cpu(value: Any) -> Any:
-    """Nested plain data with its tensors on the CPU, so that a file opens on any machine; what is there is not copied."""
+def _on_cpu(value: Any, copy: bool) -> Any:
+    """Nested plain data with its tensors on the CPU, so that a file opens on any machine."""
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        return value.detach().clone() if copy and value.device.type == "cpu" else value.detach().cpu()
     if isinstance(value, dict):
-        return {k: _on_cpu(v) for k, v in value.items()}
+        return {k: _on_cpu(v, copy) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_on_cpu(v) for v in value)
+        return type(value)(_on_cpu(v, copy) for v in value)
     return value
 
 
@@ -146,9 +173,14 @@ def is_own(content: Any) -> bool:
 class CheckpointFolder:
     """The checkpoints of a run."""
 
-    def __init__(self, folder: str, keep: int = 2, protected: str = ""):
-        """``protected``: a file never deleted: the one that --resume names, which the same command will want again."""
-        self.folder, self.keep, self.protected = folder, keep, protected
+    def __init__(self, folder: str, keep: int = 2, protected: str = "", budget: int = 0):
+        """
+        Args:
+            keep: newest ones kept beside the best; 0 keeps all.
+            protected: a file never deleted: the one that --resume names, which the same command will want again.
+            budget: bytes that the checkpoints may take together, one that is being written included; 0 is no limit.
+        """
+        self.folder, self.keep, self.protected, self.budget = folder, keep, protected, budget
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, newest first: by number, whatever the clock said."""
@@ -159,13 +191,21 @@ class CheckpointFolder:
         return os.path.join(self.folder, f"ckpt_{step:08d}.pth")
 
     def save(self, content: dict[str, Any], best: bool) -> str:
-        """Write a checkpoint, point ``last.pth`` (and ``best.pth``) at it, and delete those no longer kept."""
+        """Write a checkpoint, point ``last.pth`` (and ``best.pth``) at it, and delete those no longer kept.
+
+        Raises:
+            OSError: no room, even without those that may go; what was saved before is untouched.
+        """
         path = self.path(content["step"])
+        os.makedirs(self.folder, exist_ok=True)  # somebody may have deleted it
+        self._make_room(path, _tensor_bytes(content))
         write_checkpoint(path, content)
         if best:
             link_atomically(path, os.path.join(self.folder, "best.pth"))
         link_atomically(path, os.path.join(self.folder, "last.pth"))
-        self._prune()
+        older = {self.path(step) for step in self.steps()[self.keep:]} if self.keep else set()
+        for old in older.intersection(self._disposable()):
+            self._delete(old)
         return path
 
     def newest(self) -> tuple[str, dict[str, Any], list[str]] | None:
@@ -185,7 +225,7 @@ class CheckpointFolder:
                 damage.append(str(error))
         if damage:
             raise CheckpointError(f"{self.folder}: none of its {len(damage)} checkpoints can be read ({damage[0]}); "
-                                  "move them away, or use another --tag, to start anew")
+                                  "--restart begins anew and moves them aside, another --tag leaves them")
         return None
 
     def relink(self, content: dict[str, Any]) -> None:
@@ -215,15 +255,101 @@ class CheckpointFolder:
                 os.unlink(link)
         return aside
 
-    def _prune(self) -> None:
-        if not self.keep:
-            return
+    def _disposable(self) -> list[str]:
+        """Checkpoints that may be deleted, oldest first: not the newest, not the best, not what --resume names."""
         wanted = [os.path.join(self.folder, name) for name in ("best.pth", "last.pth")] + [self.protected]
         kept = {os.path.realpath(path) for path in wanted if path}
-        for step in self.steps()[self.keep:]:
-            if os.path.realpath(self.path(step)) not in kept:
-                with contextlib.suppress(OSError):
-                    os.unlink(self.path(step))
+        paths = [self.path(step) for step in reversed(self.steps()[1:])]
+        return [path for path in paths if os.path.realpath(path) not in kept]
+
+    def _delete(self, path: str) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+    def _make_room(self, path: str, size: int) -> None:
+        """Delete what is no longer kept, then older checkpoints than that, until ``size`` bytes more fit; OSError if they do not."""
+        disposable = self._disposable()
+        while (lack := self._lack(size)) and disposable:
+            self._delete(disposable.pop(0))
+        if lack:
+            raise OSError(errno.ENOSPC, lack, path)
+
+    def _lack(self, size: int) -> str:
+        """Why ``size`` bytes more would not fit; nothing when they do."""
+        taken = sum(os.path.getsize(self.path(step)) for step in self.steps())
+        if self.budget and taken + size > self.budget and taken:
+            return f"TRAIN.CHECKPOINT_BUDGET leaves no room for it ({taken >> 20} of {self.budget >> 20} MiB taken)"
+        free = free_bytes(self.folder)
+        if free < size:
+            return f"no room on the disk ({free >> 20} MiB free, {size >> 20} MiB needed)"
+        return ""
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(_tensor_bytes, value.values()))
+    return sum(map(_tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
+
+
+class Saver:
+    """Saves one checkpoint after the other, in the background where asked; never two at once.
+
+    A save that fails (disk full) does not end training: ``warn`` is called, and ``failed`` says why until one succeeds.
+    """
+
+    def __init__(self, files: CheckpointFolder, background: bool, best: dict[str, float], warn: Callable[[str], None]):
+        self.files, self.background, self.warn = files, background, warn
+        self.failed, self._saved_best, self._lost_best = "", dict(best), False
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._content: dict[str, Any] = {}
+        self._best = False
+
+    def save(self, state: TrainState, description: dict[str, Any], best: bool) -> None:
+        """Begin to write ``state``; done at once without a background. Waits for the save before."""
+        self.wait()
+        self._content, self._best = {**description, **state.state_dict(copy=self.background)}, best
+        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self.background:
+            self.wait()
+
+    def _write(self) -> None:
+        try:
+            self.files.save(self._content, self._best)
+        except Exception as error:  # told by ``wait`` in the main thread
+            self._error = error
+
+    def poll(self) -> None:
+        """Look after a save that has ended meanwhile; never waits."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def best_saved(self, best: dict[str, float]) -> dict[str, float]:
+        """``best``, or the best before it when its weights could not be saved."""
+        self.poll()
+        return dict(self._saved_best) if self._lost_best else best
+
+    def wait(self) -> None:
+        """Until nothing is being written any more."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        content, self._content = self._content, {}
+        if error is None:
+            self.failed = ""
+            if self._best:
+                self._saved_best, self._lost_best = dict(content["best"]), False
+        elif isinstance(error, OSError):
+            self._lost_best |= self._best
+            self.failed = f"{error.filename or self.files.folder}: {error.strerror or error}"
+            self.warn(f"warning: the checkpoint of step {content['step']} was not saved: {self.failed}; training goes on, what was "
+                      "saved before is intact")
+        else:
+            raise error
 
 
 def describe(config_text: str, classes: list[str], preprocessing: dict[str, Any], data_path: str, global_batch: int,
@@ -240,6 +366,17 @@ def versions() -> dict[str, str]:
     import torchvision
     return {"python": sys.version.split()[0],  # str: torch's own version is an object that no safe reader would take
             **{module.__name__: str(module.__version__) for module in (torch, torchvision, timm)}}
+
+
+def program_digest() -> str:
+    """Digest of this program's own source files."""
+    root, digest = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), hashlib.sha256()
+    for folder in ("", "models", "data", "utils"):
+        for name in sorted(os.listdir(os.path.join(root, folder))):
+            if name.endswith(".py"):
+                with open(os.path.join(root, folder, name), "rb") as file:
+                    digest.update(name.encode() + file.read())
+    return digest.hexdigest()
 
 
 def git_commit() -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from config import ConfigError
-
-TIMEOUT = timedelta(minutes=20)  # longest wait for another rank, a slow save on rank 0 included
+from utils.heartbeat import Heartbeat
 
 
 @dataclass
@@ -26,6 +27,7 @@ class _Group:
     world_size: int = 1
     local_rank: int = 0
     active: bool = False
+    heartbeat: Heartbeat | None = None
 
 
 _group = _Group()
@@ -37,6 +39,7 @@ def _launched() -> _Group:
     Raises:
         ConfigError: the environment is set by halves.
     """
+    _take_over_slurm()
     names = ("RANK", "WORLD_SIZE")
     given = {name: os.environ[name] for name in names if os.environ.get(name, "") != ""}
     if not given:
@@ -60,14 +63,40 @@ def _launched() -> _Group:
     return _Group(rank, world_size, local_rank)
 
 
-def init(device: torch.device) -> None:
+def _take_over_slurm() -> None:
+    """Give ``srun python main.py`` the variables that torchrun would set; an interactive or batch shell has no step of tasks."""
+    tasks, env = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ
+    if "RANK" in env or "WORLD_SIZE" in env or not tasks.isdigit() or int(tasks) < 2 or "SLURM_PROCID" not in env:
+        return
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], tasks
+    env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])
+    if address := env.get("SLURM_LAUNCH_NODE_IPADDR"):
+        env.setdefault("MASTER_ADDR", address)
+    if (job := env.get("SLURM_JOB_ID", "")).isdigit():
+        env.setdefault("MASTER_PORT", str(20000 + int(job) % 20000))
+
+
+def _end_with_launcher() -> None:
+    """A launcher that is killed takes its processes along: each gets SIGTERM, saves and stops (Linux)."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(OSError, AttributeError):
+            import ctypes
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def init(device: torch.device, minutes: float = 20.0) -> None:
     """Join the launcher's group, if there is one; ``device`` is what this process computes on.
+
+    Args:
+        minutes: how long the job may stand still (DIST_TIMEOUT), waiting for the others at the start included.
 
     Raises:
         ConfigError: the environment is half set, torch lacks torch.distributed, or the address cannot be used.
     """
     global _group
     group = _launched()
+    _end_with_launcher()
     if group.world_size > 1:
         import torch.distributed as dist
         if not dist.is_available():
@@ -80,8 +109,12 @@ def init(device: torch.device) -> None:
                 raise ConfigError("WORLD_SIZE is set but LOCAL_RANK is not, so processes do not know their GPUs; start with torchrun")
             if device.index != group.local_rank:
                 raise ConfigError(f"DEVICE is {device} for every process; with {group.world_size} of them use DEVICE cuda")
+        wait = timedelta(minutes=minutes + 1)
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT,
+            # torchrun's store outlives the processes it starts anew, who would read the addresses of those before them (seen
+            # with torch 2.15 and gloo): so each attempt has names of its own there.
+            store = _launcher_store(wait) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=wait, store=store,
                                     rank=group.rank, world_size=group.world_size)
         except (RuntimeError, ValueError, OSError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -91,7 +124,38 @@ def init(device: torch.device) -> None:
             raise ConfigError(f"the processes did not find each other at {address} "
                               f"({str(error).splitlines()[0][:120]}); check MASTER_ADDR and MASTER_PORT") from None
         group.active = True
+        signs = dist.PrefixStore("signs", _launcher_store(timedelta(seconds=20)))
+        group.heartbeat = Heartbeat(signs, group.rank, group.world_size, 60 * minutes)
     _group = group
+
+
+def _launcher_store(wait: timedelta) -> Any:
+    """A new connection to the store at the master's address; what an earlier attempt of this job wrote is not seen."""
+    import torch.distributed as dist
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False, timeout=wait)
+    return dist.PrefixStore(f"attempt {restarts()}", store)
+
+
+def mark(phase: str, step: int | None = None) -> None:
+    """Note what this process begins to do, for the sentence of a job that hangs or breaks."""
+    if _group.heartbeat is not None:
+        _group.heartbeat.mark(phase, step)
+
+
+def place() -> str:
+    """Where this process of several stands, such as ``rank 1, training, step 12``."""
+    return f"rank {_group.rank}" + (f", {_group.heartbeat.place()}" if _group.heartbeat is not None else "")
+
+
+def announce_failure(sentence: str) -> None:
+    """Let the other processes know that this one ends, and that it says why itself."""
+    if _group.heartbeat is not None:
+        _group.heartbeat.announce_failure(sentence)
+
+
+def blame() -> str | None:
+    """After a broken exchange: the sentence on the process that broke it; empty when another process says it, None if unknown."""
+    return _group.heartbeat.blame() if _group.heartbeat is not None else None
 
 
 def rank() -> int:
@@ -106,8 +170,15 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """This process's number on its machine: the GPU it takes. Valid before ``init``."""
+    _take_over_slurm()
     value = os.environ.get("LOCAL_RANK", "0")
     return int(value) if value.isdigit() else 0
+
+
+def restarts() -> int:
+    """Times that torchrun has started this job anew by itself."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(count) if count.isdigit() else 0
 
 
 def is_main() -> bool:
@@ -165,5 +236,7 @@ def shutdown() -> None:
     global _group
     if _group.active:
         import torch.distributed as dist
+        if _group.heartbeat is not None:
+            _group.heartbeat.stop()
         dist.destroy_process_group()
         _group = _Group()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,10 @@ from utils.seed import seed_micro_batch
 
 
 class NumericError(ArithmeticError):
-    """The loss is no longer a finite number (exit status 4)."""
+    """Loss, gradients or weights are no longer finite numbers, beyond what may be skipped (exit status 4)."""
+
+
+SMALLEST_SCALE = 1.0  # fp16 gradients that overflow unscaled are not a matter of the scale
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,18 @@ class StepPlan:
 
 @dataclass
 class Progress:
-    """Running figures of an epoch, kept on the device until a line is logged."""
+    """Running figures of an epoch, kept on the device until a line is logged.
+
+    Attributes:
+        loss_sum: sum of the losses of this rank's images, those of skipped steps left out.
+        steps: (step, loss sum, gradient norm) of the steps nobody has looked at yet.
+        counted: steps of the epoch, of those looked at, that loss_sum holds.
+    """
 
     device: torch.device
     loss_sum: Tensor = field(init=False)
-    grad_norm: Tensor | None = None
+    steps: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    counted: int = 0
     data_seconds: float = 0.0
     start: float = field(default_factory=time.perf_counter)
     first_step: int = 0
@@ -63,42 +73,110 @@ class Progress:
         # double where the device has it: an epoch's sum is then the same however often it is read
         self.loss_sum = torch.zeros((), device=self.device, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
 
-    def loss(self) -> float:
-        """The sum so far, read from the device."""
-        return self.loss_sum.item()
+    def add(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        self.loss_sum += torch.where(norm.isfinite(), loss, 0)
+        self.steps.append((step, loss, norm))
+
+
+class RunningStatistics:
+    """The means and variances of batch norms: the forward pass of a step moves them before anybody knows whether it is sound."""
+
+    def __init__(self, model: nn.Module):
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self.live = [buffer.view(-1) for norm in norms for buffer in norm.buffers(recurse=False) if buffer.is_floating_point()]
+        self.sizes = [len(buffer) for buffer in self.live]
+        self.kept = torch.empty(0)
+
+    def keep(self) -> None:
+        if self.live:
+            self.kept = torch.cat(self.live)
+
+    def restore(self, where: Tensor) -> None:
+        """Take back what has happened since ``keep`` if ``where``, a flag on the device, says so; nobody waits for it."""
+        if self.live:
+            torch._foreach_copy_(self.live, list(torch.where(where, self.kept, torch.cat(self.live)).split(self.sizes)))
 
 
 def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], until: int, plan: StepPlan,
                     progress: Progress, after_step: Callable[[TrainState, Progress], None]) -> None:
     """Run the steps from ``state.step`` to ``until``.
 
+    A step whose loss or gradient is not finite on any rank leaves weights, optimizer and batch-norm statistics as they were.
+
     Args:
         model: what is called: ``state.model``, possibly under DDP.
         batches: the stream of local batches, one a step, ``(images (B, 3, H, W), targets (B,))``.
         after_step: called after every step; the only place that logs, reads the device or saves.
+
+    Raises:
+        NumericError: gradients in fp16 overflow at every loss scale.
     """
     model.train()
     for module in plan.fixed:
         module.eval()
-    parameters = [p for p in state.model.parameters() if p.requires_grad]
-    foreach = plan.device.type in ("cpu", "cuda")  # one kernel over all tensors instead of one each
+    statistics = RunningStatistics(state.model)
     while state.step < until:
         waited = time.perf_counter()
+        distributed.mark("waiting for data", state.step)
         images, targets = next(batches)
         progress.data_seconds += time.perf_counter() - waited
+        distributed.mark("training", state.step)
         images, targets = images.to(plan.device, non_blocking=True), targets.to(plan.device, non_blocking=True)
         images, targets = plan.mixup(images, targets, state.step)
         set_lr(state.optimizer, plan.schedule.lr_at(state.step))
-        progress.loss_sum += backward(model, images, targets, plan, state.step)
-        plan.precision.scaler.unscale_(state.optimizer)
-        progress.grad_norm = nn.utils.clip_grad_norm_(parameters, plan.clip, foreach=foreach)
-        plan.precision.scaler.step(state.optimizer)
-        plan.precision.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
+        statistics.keep()
+        while True:
+            loss = backward(model, images, targets, plan, state.step)
+            norm, again = update(state, plan, loss)
+            statistics.restore(~norm.isfinite())
+            state.optimizer.zero_grad(set_to_none=True)
+            if not again:
+                break
+        progress.add(state.step, loss, norm)
         state.step += 1
         if state.ema is not None:
             state.ema.update(state.model, state.step)
         after_step(state, progress)
+
+
+def update(state: TrainState, plan: StepPlan, loss: Tensor) -> tuple[Tensor, bool]:
+    """Clip and apply the gradients if they are finite: (their norm before, whether fp16 overflowed and the step must be done again).
+
+    A non-finite loss has made the gradients of every rank NaN (``backward``), so the norm, the same on all ranks, decides alone.
+    """
+    scaler, optimizer = plan.precision.scaler, state.optimizer
+    scaler.unscale_(optimizer)
+    foreach = plan.device.type in ("cpu", "cuda")  # one kernel over all tensors instead of one each
+    norm = nn.utils.clip_grad_norm_([p for p in state.model.parameters() if p.requires_grad], plan.clip, foreach=foreach)
+    if scaler.is_enabled():
+        return norm, _update_scaled(scaler, optimizer, norm, loss)
+    if isinstance(optimizer, torch.optim.Adam) and optimizer.defaults.get("fused"):
+        # Decided on the device, nobody waits for it. (torch's fused SGD, skipped in its first step, starts from garbage.)
+        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+        optimizer.step()
+    elif norm.isfinite():
+        optimizer.step()
+    return norm, False
+
+def _update_scaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, norm: Tensor, loss: Tensor) -> bool:
+    """The update in fp16: True when the gradients overflowed, and the same step is to be done again at the lower scale now set.
+
+    The schedule and the data so stay where they are. A loss that is itself not finite is no matter of the scale.
+    """
+    scale = scaler.get_scale()
+    if norm.isfinite():
+        scaler.step(optimizer)
+        scaler.update()
+        return False
+    if distributed.all_reduce_sum((~loss.isfinite()).float()):
+        scaler.update(scale)
+        return False
+    if scale <= SMALLEST_SCALE:
+        raise NumericError(f"the gradients overflow in fp16 at every loss scale down to {scale:g}; use --precision bf16 (or fp32)")
+    scaler.update()
+    if scaler.get_scale() >= scale:  # every gradient was finite, their norm was not
+        scaler.update(scale * scaler.get_backoff_factor())
+    return True
 
 
 def backward(model: nn.Module, images: Tensor, targets: Tensor, plan: StepPlan, step: int) -> Tensor:
@@ -113,8 +191,10 @@ def backward(model: nn.Module, images: Tensor, targets: Tensor, plan: StepPlan, 
             with plan.precision.autocast():
                 logits = model(x)
             loss = plan.criterion(logits, y)
-            # DDP averages over ranks, so a sample weighs world/images here and 1/images in the end.
-            plan.precision.scaler.scale(loss * (plan.world_size / plan.images)).backward()
+            # DDP averages over ranks, so a sample weighs world/images here and 1/images in the end. The second term is 0, and
+            # NaN where the loss is not finite: the gradients of every rank then say so, and all skip the step alike.
+            weight = plan.world_size / plan.images + 0.0 * loss.detach()
+            plan.precision.scaler.scale(loss * weight).backward()
         total += loss.detach()
     return total
 
@@ -145,26 +225,36 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(models: Sequence[nn.Module], loader: Iterable[tuple[Tensor, Tensor]], device: torch.device,
-             precision: Precision) -> list[Evaluation]:
+def evaluate(models: Sequence[nn.Module], loader: Collection[tuple[Tensor, Tensor]], device: torch.device,
+             precision: Precision, poll: Callable[[], None] | None = None) -> list[Evaluation]:
     """Judge each of ``models`` in one pass over the images (raw and averaged weights share the decoding).
 
     Counts integers over every image once, on any number of ranks; rows with target -1 fill a batch and do not count. With
-    fewer than five classes every image counts as right among the top five.
+    fewer than five classes every image counts as right among the top five. ``poll`` is called after each batch, equally often
+    on every rank.
     """
     counts = torch.zeros(len(models), 3, dtype=torch.int64, device=device)
     loss_sums = torch.zeros(len(models), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     for model in models:
         model.eval()
-    for images, targets in loader:
+    distributed.mark("evaluating")
+    # A rank with fewer batches takes part in the others' exchanges all the same.
+    polls = 0 if poll is None else max(distributed.gather_objects(len(loader)))
+    for number, (images, targets) in enumerate(loader):
+        distributed.mark(f"evaluating, batch {number}")
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        for number, model in enumerate(models):
+        for which, model in enumerate(models):
             with precision.autocast():
                 logits = model(images)
             logits = logits.float()
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-            counts[number] += torch.stack([hits[:, 0].sum(), hits.sum(), (targets >= 0).sum()])
-            loss_sums[number] += F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+            counts[which] += torch.stack([hits[:, 0].sum(), hits.sum(), (targets >= 0).sum()])
+            loss_sums[which] += F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        if poll is not None:
+            poll()
+    for _ in range(polls - len(loader)):
+        distributed.mark("evaluating, done with its own images")
+        poll()
     distributed.all_reduce_sum(counts)
     distributed.all_reduce_sum(loss_sums)
     return [Evaluation(*row, loss_sum) for row, loss_sum in zip(counts.tolist(), loss_sums.tolist(), strict=True)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
+import socket
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, TextIO
 
@@ -52,24 +54,58 @@ def link_atomically(target: str, link: str) -> None:
 def lock_folder(folder: str) -> TextIO:
     """Lock ``folder`` for as long as the file that is returned stays open; the system breaks the lock of a dead process.
 
+    The file says who holds it. On a file system without locks that text decides: a live process of this machine keeps others out.
+
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds it; ``filename`` says which.
     """
-    file = open(os.path.join(folder, ".lock"), "a", encoding="utf-8")  # noqa: SIM115  held open on purpose
+    file = open(os.path.join(folder, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115  held open on purpose
+    file.seek(0)
+    holder = file.read(200).strip()
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows: no lock
         pass
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK):
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK) or _is_alive(holder):
             file.close()
-            raise BlockingIOError from None
-        # a file system without locks: go on without
+            raise BlockingIOError(errno.EAGAIN, "locked", holder) from None
+    with contextlib.suppress(OSError):  # a full disk: the lock itself holds
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
     if hasattr(os, "register_at_fork"):
         # Loading processes outlive a killed run by seconds and must not hold its lock.
         os.register_at_fork(after_in_child=file.close)
     return file
+
+
+def _is_alive(holder: str) -> bool:
+    words = holder.split()
+    if len(words) != 4 or not words[1].isdigit() or words[3] != socket.gethostname() or int(words[1]) == os.getpid():
+        return False
+    try:
+        os.kill(int(words[1]), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def free_bytes(folder: str) -> int:
+    """Bytes that a new file in ``folder``, or in the nearest folder above that exists, may have: free space and the process's limit."""
+    there = os.path.abspath(folder)
+    while not os.path.isdir(there):
+        there = os.path.dirname(there)
+    free = shutil.disk_usage(there).free
+    try:
+        import resource
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    except ImportError:  # Windows
+        return free
+    return free if limit == resource.RLIM_INFINITY else min(free, limit)
 
 
 def remove_leftovers(folder: str) -> list[str]:

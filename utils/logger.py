@@ -22,7 +22,7 @@ class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if self.closed:
             return
-        line = record.getMessage()
+        line = printable(record.getMessage())
         if self.colour:
             tint = next((tint for word, tint in _COLOURS if line.startswith(word)), None)
             line = colored(line, tint) if tint else line
@@ -34,6 +34,11 @@ class _Console(logging.Handler):
             self.closed = True
             # Python flushes standard output at exit and would complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def printable(text: str) -> str:
+    """``text`` with the control characters that file and class names may hold written out: they must not steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def create_logger(speaks: bool) -> logging.Logger:
@@ -60,8 +65,13 @@ class _Kept(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
+    warned = False
+
     def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk must not stop training; the console goes on."""
+        """A full disk must not stop training; the console goes on, and hears of it once."""
+        if not self.warned:
+            self.warned = True
+            logging.getLogger("trainer").warning(f"warning: {self.baseFilename}: cannot be written; the console alone has the lines")
 
 
 def log_to_file(logger: logging.Logger, path: str) -> None:

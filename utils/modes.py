@@ -9,27 +9,28 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, TextIO
 
 import torch
 from torch import nn
 from yacs.config import CfgNode
 
 from config import KEYS, ConfigError, config_from_text, get_config, lookup
-from data import build_loaders, preprocessing
+from data import build_loaders
 from models import build_model, check_input_size, load_pretrained, load_state
 from models.weights import CheckpointError, check_finite, read_file, unwrap_state_dict
 from utils import checkpoint, distributed, optim
-from utils.checkpoint import CheckpointFolder, TrainState
-from utils.device import Precision, choose_precision, peak_memory_mib
+from utils.checkpoint import CheckpointFolder, TrainState, program_digest
+from utils.device import Precision, choose_precision
 from utils.ema import WeightAverage
-from utils.engine import Evaluation, Progress, StepPlan, evaluate, require_finite, train_one_epoch
-from utils.files import lock_folder, remove_leftovers, replace_file
+from utils.engine import StepPlan, evaluate
+from utils.files import free_bytes, lock_folder, remove_leftovers
 from utils.freeze import freeze
 from utils.logger import close_files, log_to_file
-from utils.metrics import MetricsLog, TensorBoard
+from utils.reading import decoding, tell_uncounted, teller
 from utils.seed import make_deterministic, seed_initialisation
-from utils.signals import Stopped, StopRequest
+from utils.session import Session, best_line
+from utils.signals import StopRequest
 from utils.throughput import measure
 
 Log = logging.Logger
@@ -82,7 +83,8 @@ class Start:
 def choose_start(config: CfgNode, resume_content: Any, folder: str, logger: Log) -> Start:
     """By precedence: the run folder's own newest checkpoint, then --resume, then --pretrained, then fresh weights."""
     start = None
-    if config.TRAIN.AUTO_RESUME:
+    # A job that torchrun starts anew after --restart goes on with what it has done since.
+    if config.TRAIN.AUTO_RESUME or distributed.restarts():
         newest = CheckpointFolder(folder).newest()
         if newest is not None:
             path, content, lines = newest
@@ -125,35 +127,43 @@ def keep_global_batch(config: CfgNode, content: Any, world_size: int, logger: Lo
 
 def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger: Log) -> None:
     """Train to the last epoch, from wherever the run stands. Nothing is written before everything has been checked."""
+    with StopRequest() as stop:
+        _train(config, resume_content, device, stop, logger)
+
+
+def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: StopRequest, logger: Log) -> None:
     rank, world_size, folder = distributed.rank(), distributed.world_size(), run_folder(config)
     optim.check_optimizer(config)
     _require_writable(folder)
+    distributed.mark("choosing where to start")
     start = choose_start(config, resume_content, folder, logger)
     if start.content is not None:
         config = keep_global_batch(config, start.content, world_size, logger)
     precision = choose_precision(config, device)
     make_deterministic(device)
 
+    distributed.mark("indexing the images")
     loaders = build_loaders(config, rank, world_size, device=device)
+    loaders.tell(teller(logger))
     sampler = loaders.train.batch_sampler
     global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world_size
     steps_per_epoch, total_steps = sampler.steps_per_epoch, sampler.total_steps
     for line in (*loaders.notices, *optim.apex_notices(config), precision.notice):
         if line:
             logger.info(line)
+    require_agreement(config, loaders)
     if start.content is None:
         _require_steps(config, len(loaders.train.dataset.folder), world_size)
     else:
         _check_same_data(start, loaders.classes, steps_per_epoch)
-        for line in _changes(start.content["config"], config):
-            logger.info(f"notice: {line} since {start.path} was written")
-        if start.content["step"] >= total_steps:
+        if start.content["step"] >= total_steps and start.content.get("evaluated", total_steps) >= total_steps:
             if start.kind == "auto-resume" and distributed.is_main():
                 CheckpointFolder(folder).relink(start.content)
             logger.info(f"finished already: {start.path} is at step {start.content['step']} of {total_steps}"
-                        f"{_best(start.content['best'])}; raise --epochs to go on, or choose another --tag for a new run")
+                        f"{best_line(start.content['best'])}; raise --epochs to go on, or choose another --tag for a new run")
             return
 
+    distributed.mark("building the model")
     seed_initialisation(config.SEED)
     model = build_model(config, len(loaders.classes))
     check_input_size(model, config)
@@ -170,12 +180,16 @@ def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger
     state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, ema)
     if start.content is not None:
         state.load_state_dict(start.content, start.path)
+        accept_changes(start, config, logger)
+    require_room(config, folder, state.size(), logger)
+    if start.content is not None:
         logger.info(f"resumed {start.path} at step {state.step}")
 
+    distributed.mark("opening the run's folder")
     with _open_run_folder(folder, logger):
-        files = CheckpointFolder(folder, config.TRAIN.KEEP_CHECKPOINTS, config.MODEL.RESUME)
+        files = CheckpointFolder(folder, config.TRAIN.KEEP_CHECKPOINTS, config.MODEL.RESUME, config.TRAIN.CHECKPOINT_BUDGET)
         if distributed.is_main():
-            if (aside := files.set_aside(state.step)) is not None:
+            if (aside := files.set_aside(state.step if start.content is not None else -1)) is not None:
                 logger.info(f"notice: checkpoints of an earlier run beyond step {state.step} are moved to {aside}")
             if start.kind == "auto-resume":
                 files.relink(start.content)
@@ -185,153 +199,13 @@ def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger
         plan = StepPlan(schedule, optim.build_loss(config.MODEL.LABEL_SMOOTHING), loaders.mixup, precision, device,
                         config.DATA.BATCH_SIZE, sampler.images_per_step, config.TRAIN.CLIP_GRAD or float("inf"), config.SEED, rank,
                         world_size, fixed)
-        session = _Session(config, files, state, plan, loaders, steps_per_epoch, total_steps, global_batch, logger)
-        with session.stop, contextlib.closing(loaders):
+        session = Session(config, files, state, plan, loaders, global_batch, stop, logger, saved=start.kind == "auto-resume")
+        with contextlib.closing(loaders):
             session.train(distributed.wrap(model, device))
 
 
-class _Session:
-    """The epochs of a run: training, evaluation, records and checkpoints around the hot path."""
-
-    def __init__(self, config: CfgNode, files: CheckpointFolder, state: TrainState, plan: StepPlan, loaders: Any, steps_per_epoch: int,
-                 total_steps: int, global_batch: int, logger: Log):
-        self.config, self.files, self.state, self.plan, self.loaders, self.logger = config, files, state, plan, loaders, logger
-        self.folder, self.stop = files.folder, StopRequest()
-        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
-        self.main = distributed.is_main()
-        self.description = checkpoint.describe(config.dump(), loaders.classes, preprocessing(config), config.DATA.DATA_PATH,
-                                               global_batch, steps_per_epoch)
-        if self.main:
-            replace_file(os.path.join(self.folder, "config.yaml"), config.dump().encode())
-            self.metrics, self.board = MetricsLog(self.folder, state.step), TensorBoard(self.folder, state.step)
-        self.begun, self.first_step, self.saved_step = time.perf_counter(), state.step, -1
-        self.window = (self.begun, state.step, 0.0, 0.0)  # time, step, data seconds and loss sum at the last line
-
-    def train(self, model: nn.Module) -> None:
-        config, state = self.config, self.state
-        batches = self.loaders.batches(state.step)
-        for epoch in range(state.step // self.steps_per_epoch, config.TRAIN.EPOCHS):
-            progress = Progress(self.plan.device, first_step=state.step)
-            if state.step % self.steps_per_epoch:
-                progress.loss_sum += self._restored_loss_sum()
-            self.window = (time.perf_counter(), state.step, 0.0, progress.loss_sum.item())
-            train_one_epoch(model, state, batches, (epoch + 1) * self.steps_per_epoch, self.plan, progress, self.after_step)
-            self.end_epoch(epoch + 1, progress)
-            if state.step < self.total_steps and self.stop.agreed()[0]:
-                self.leave(progress)
-        if self.main:
-            self.board.close()
-        self.logger.info(f"training images {self.loaders.train.dataset.pipeline.summary()}")
-        self.logger.info(f"finished {config.TRAIN.EPOCHS} epochs in {_clock(time.perf_counter() - self.begun)}{_best(state.best)}; "
-                         f"checkpoints in {self.folder}")
-
-    def after_step(self, state: TrainState, progress: Progress) -> None:
-        within = state.step % self.steps_per_epoch  # 0 after the last step of an epoch
-        last = within == 0
-        if self.main and (within % self.config.PRINT_FREQ == 0 or last):
-            self._log_line(progress)
-        if last:
-            return  # the epoch's end saves, and then looks whether to stop
-        stop, save = self.stop.agreed()
-        every = self.config.TRAIN.SAVE_EVERY_STEPS
-        if stop:
-            self.leave(progress)
-        if save or (every and state.step % every == 0):
-            self.save(progress, best=False)
-
-    def leave(self, progress: Progress) -> NoReturn:
-        """Save unless that has just been done, and end the program once every rank is that far."""
-        if self.saved_step != self.state.step:
-            self.save(progress, best=False)
-        # The exchange also keeps every rank here until rank 0 has written.
-        names = [name for name in distributed.gather_objects(self.stop.name) if name]
-        raise Stopped(f"stopped by {names[0] if names else 'a signal'}: saved {self.files.path(self.state.step)}; "
-                      "the same command continues from there")
-
-    def end_epoch(self, epoch: int, progress: Progress) -> None:
-        config, state, plan = self.config, self.state, self.plan
-        seconds = time.perf_counter() - progress.start
-        steps = state.step - progress.first_step
-        images = self.steps_per_epoch * plan.images
-        train_loss = require_finite(distributed.all_reduce_sum(progress.loss_sum.clone()).item() / images,
-                                    f"the training loss of epoch {epoch}")
-        self.require_sound()
-        final = state.step >= self.total_steps
-        row: dict[str, Any] = dict(
-            epoch=epoch, step=state.step, train_loss=train_loss, top1=None, top5=None, val_loss=None,
-            lr=plan.schedule.lr_at(state.step - 1), images_per_s=round(steps * plan.images / seconds, 2), seconds=round(seconds, 3))
-        best = False
-        if epoch % config.TRAIN.EVAL_FREQ == 0 or final:
-            result = self.evaluate(row)
-            require_finite(result.loss, f"the validation loss of epoch {epoch}")
-            best = not state.best or result.top1 > state.best["top1"]
-            if best:
-                state.best = dict(top1=result.top1, epoch=epoch, step=state.step)
-        if self.main:
-            self.metrics.write(row)
-            self.board.scalars(state.step, train__loss=train_loss, train__lr=row["lr"], train__images_per_s=row["images_per_s"],
-                               **{f"val__{k}": row[k] for k in ("top1", "top5", "val_loss") if row[k] is not None})
-        progress.loss_sum.zero_()
-        every = config.TRAIN.SAVE_EVERY_STEPS
-        if best or final or epoch % config.SAVE_FREQ == 0 or (every and state.step % every == 0):
-            self.save(progress, best)
-
-    def evaluate(self, row: dict[str, Any]) -> Evaluation:
-        state, plan = self.state, self.plan
-        models = [state.model] if state.ema is None else [state.model, state.ema.module]
-        for model in models:
-            distributed.broadcast_buffers(model)
-        *raw, result = evaluate(models, self.loaders.val, plan.device, plan.precision)
-        for other in raw:
-            self.logger.info(f"raw {other.line()}")
-            row.update(raw_top1=other.top1, raw_top5=other.top5, raw_val_loss=other.loss)
-        self.logger.info(result.line())
-        row.update(top1=result.top1, top5=result.top5, val_loss=result.loss)
-        return result
-
-    def require_sound(self) -> None:
-        """Raise ``NumericError`` when a weight is no longer finite: such a state must not replace a good checkpoint."""
-        tensors = [t for t in self.state.model.state_dict().values() if t.is_floating_point()]
-        require_finite(nn.utils.get_total_norm(tensors).item(), f"the norm of the weights after step {self.state.step}")
-
-    def save(self, progress: Progress, best: bool) -> None:
-        self.state.loss_sums = distributed.gather_objects(progress.loss_sum.item())
-        require_finite(sum(self.state.loss_sums), f"the training loss before step {self.state.step}")
-        self.require_sound()
-        if self.main:
-            self.files.save({**self.description, **self.state.state_dict()}, best)
-        self.saved_step = self.state.step
-
-    def _restored_loss_sum(self) -> float:
-        sums = self.state.loss_sums
-        if len(sums) == self.plan.world_size:
-            return sums[self.plan.rank]
-        return sum(sums) if self.main else 0.0  # another number of processes: only the total matters
-
-    def _log_line(self, progress: Progress) -> None:
-        state, plan = self.state, self.plan
-        then, step, data_seconds, loss_sum = self.window
-        now, total = time.perf_counter(), progress.loss_sum.item()
-        steps, seconds = state.step - step, now - then
-        if not steps:
-            return
-        local = self.loaders.train.batch_sampler.local_images()
-        loss = require_finite((total - loss_sum) / (steps * local), f"the training loss in steps {step + 1} to {state.step}")
-        norm = float(progress.grad_norm)
-        within = (state.step - 1) % self.steps_per_epoch + 1
-        pace = (now - self.begun) / (state.step - self.first_step)
-        epoch = (state.step - 1) // self.steps_per_epoch + 1
-        self.logger.info(
-            f"epoch {epoch}/{self.config.TRAIN.EPOCHS} step {within}/{self.steps_per_epoch} lr {plan.schedule.lr_at(state.step - 1):.3e} "
-            f"loss {loss:.4f} grad {norm:.3f} {steps * plan.images / seconds:.0f} images/s "
-            f"data {100 * (progress.data_seconds - data_seconds) / seconds:.0f}% mem {peak_memory_mib(plan.device)} MiB "
-            f"eta {_clock(pace * (self.steps_per_epoch - within))} epoch, {_clock(pace * (self.total_steps - state.step))} run")
-        self.board.scalars(state.step, step__loss=loss, step__grad_norm=norm, step__lr=plan.schedule.lr_at(state.step - 1))
-        self.window = (now, state.step, progress.data_seconds, total)
-
-
 def _require_writable(folder: str) -> None:
-    """Raise ``ConfigError`` when the folder cannot be made or written; makes nothing."""
+    """Raise ``ConfigError`` when the folder cannot be made or written, or another run is in it; makes nothing."""
     there = os.path.abspath(folder)
     while not os.path.lexists(there):
         there = os.path.dirname(there)
@@ -339,6 +213,60 @@ def _require_writable(folder: str) -> None:
         raise ConfigError(f"{folder}: cannot be written ({there} is no folder); choose another --output or --tag")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder}: cannot be written (no permission in {there}); choose another --output")
+    if distributed.is_main() and os.path.exists(os.path.join(folder, ".lock")):
+        _lock(folder).close()
+
+
+def _lock(folder: str) -> TextIO:
+    try:
+        return lock_folder(folder)
+    except BlockingIOError as error:
+        raise ConfigError(f"{folder}: another run is writing here ({error.filename or 'process unknown'}); "
+                          "wait for it, stop it, or choose another --tag") from None
+
+
+def require_room(config: CfgNode, folder: str, size: int, logger: Log) -> None:
+    """Look, before the run, whether the disk and the budget hold its checkpoints of ``size`` bytes.
+
+    Raises:
+        ConfigError: not even one fits, or the budget cannot hold the best, the newest and the one being written.
+    """
+    budget, free = config.TRAIN.CHECKPOINT_BUDGET, free_bytes(folder)
+    if budget and budget < 3 * size:
+        raise ConfigError(f"TRAIN.CHECKPOINT_BUDGET is {budget >> 20} MiB; a checkpoint takes {size / 2**20:.1f} MiB and there are three "
+                          f"at a time (the best, the newest, the one being written), so give at least {-(-3 * size >> 20)}MiB")
+    if free < size:
+        raise ConfigError(f"{folder}: a checkpoint takes {size / 2**20:.1f} MiB, but only {free / 2**20:.1f} MiB can be written there; "
+                          "free some space, or choose another --output")
+    wanted = (config.TRAIN.KEEP_CHECKPOINTS + 2) * size
+    if free < min(wanted, budget or wanted) and not CheckpointFolder(folder).steps():
+        logger.info(f"warning: {folder}: {free >> 20} MiB are free, the run's checkpoints will take {wanted >> 20} MiB; older ones are "
+                    "deleted to make room")
+
+
+def require_agreement(config: CfgNode, loaders: Any) -> None:
+    """Make sure that all processes were given the same config, images and program; each would silently train something else.
+
+    Raises:
+        ConfigError: naming what differs, and on which rank.
+    """
+    if distributed.world_size() == 1:
+        return
+    sources = {"training images": loaders.train, "validation images": loaders.val}
+    own = {f"{what} ({len(loader.dataset.folder)})": loader.dataset.folder.fingerprint() for what, loader in sources.items()}
+    own |= {f"config key {key}": str(lookup(config, key)) for key, *_ in KEYS if key not in _PER_PROCESS}
+    own |= {"class names": "\n".join(loaders.classes), "program": program_digest()}
+    own |= {f"version of {name}": version for name, version in checkpoint.versions().items()}
+    facts = distributed.gather_objects(own)
+    for rank, theirs in enumerate(facts):
+        for what in sorted(facts[0].keys() | theirs.keys()):
+            if facts[0].get(what) != theirs.get(what):
+                shown = " and ".join(str(fact.get(what, "another number"))[:80].replace("\n", ", ") for fact in (facts[0], theirs))
+                raise ConfigError(f"rank {rank} does not have rank 0's {what} ({shown}); give every process the same command, "
+                                  "the same files and the same installation")
+
+
+_PER_PROCESS = ("DEVICE", "LOCAL_RANK", "OUTPUT", "DATA.NUM_WORKERS", "DATA.DATA_PATH")
 
 
 @contextlib.contextmanager
@@ -349,10 +277,8 @@ def _open_run_folder(folder: str, logger: Log) -> Iterator[None]:
         return
     try:
         os.makedirs(folder, exist_ok=True)
-        lock = lock_folder(folder)
+        lock = _lock(folder)
         remove_leftovers(folder)
-    except BlockingIOError:
-        raise ConfigError(f"{folder}: another run is writing here; wait for it, stop it, or choose another --tag") from None
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another --output or --tag") from None
     log_to_file(logger, os.path.join(folder, "log.txt"))
@@ -372,21 +298,39 @@ def _require_steps(config: CfgNode, images: int, world_size: int) -> None:
                           f"micro-batches of {micro} x {world_size}; accumulate at most {micro_batches}")
 
 
-# Keys that say where, how fast and how loud, not what is learned.
-_HARMLESS = ("BASE", "OUTPUT", "TAG", "DEVICE", "SAVE_FREQ", "PRINT_FREQ", "EVAL_MODE", "THROUGHPUT_MODE", "LOCAL_RANK", "DATA.DATA_PATH",
-             "DATA.DATASET", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "DATA.CACHE_MODE", "DATA.BATCH_SIZE",
-             "MODEL.PRETRAINED", "MODEL.RESUME", "MODEL.NUM_CLASSES", "TRAIN.ACCUMULATION_STEPS", "TRAIN.USE_CHECKPOINT",
-             "TRAIN.AUTO_RESUME", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.EVAL_FREQ", "TEST.BATCH_SIZE")
+# Keys that say where, how fast, how loud and how safely, not what is learned.
+_HARMLESS = ("BASE", "OUTPUT", "TAG", "DEVICE", "SAVE_FREQ", "PRINT_FREQ", "EVAL_MODE", "THROUGHPUT_MODE", "LOCAL_RANK", "DIST_TIMEOUT",
+             "DATA.DATA_PATH", "DATA.DATASET", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "DATA.CACHE_MODE",
+             "DATA.TIMEOUT", "DATA.READ_PATIENCE", "DATA.INDEX_CACHE", "DATA.CORRUPT_BUDGET",
+             "DATA.BATCH_SIZE", "MODEL.PRETRAINED", "MODEL.RESUME", "MODEL.NUM_CLASSES", "TRAIN.ACCUMULATION_STEPS",
+             "TRAIN.USE_CHECKPOINT", "TRAIN.AUTO_RESUME", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.SAVE_EVERY_MINUTES",
+             "TRAIN.BACKGROUND_SAVE", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.CHECKPOINT_BUDGET", "TRAIN.ACCEPT_CHANGES", "TRAIN.SKIP_BUDGET",
+             "TRAIN.ROLLBACKS", "TRAIN.EVAL_FREQ", "TEST.BATCH_SIZE")
 
 
-def _changes(then: str, config: CfgNode) -> list[str]:
-    """Lines such as ``TRAIN.BASE_LR changed from 0.1 to 0.2``: what differs from the config of a checkpoint."""
+def accept_changes(start: Start, config: CfgNode, logger: Log) -> None:
+    """Compare the recipe with that of the checkpoint a run continues from.
+
+    More epochs are taken as they are, the rule being said; any other change must be meant.
+
+    Raises:
+        ConfigError: the recipe differs and TRAIN.ACCEPT_CHANGES is not set.
+    """
     try:
-        old = config_from_text(then)
+        old = config_from_text(start.content["config"])
     except ConfigError:
-        return ["the config is of another version"]
+        logger.info(f"notice: {start.path} was written with a config of another version; it is not compared")
+        return
     pairs = [(key, lookup(old, key), lookup(config, key)) for key, *_ in KEYS if key not in _HARMLESS]
-    return [f"{key} changed from {before} to {now}" for key, before, now in pairs if before != now]
+    changes = {key: f"{key} changed from {before} to {now}" for key, before, now in pairs if before != now}
+    if (epochs := changes.pop("TRAIN.EPOCHS", None)) is not None:
+        logger.info(f"notice: {epochs} since {start.path} was written; from its step on the learning rate follows the longer or "
+                    "shorter schedule")
+    if changes and not config.TRAIN.ACCEPT_CHANGES:
+        raise ConfigError(f"the recipe is not that of {start.path}: {'; '.join(changes.values())}; go on with it by --accept-changes, "
+                          "or begin anew under another --tag")
+    for line in changes.values():
+        logger.info(f"notice: {line} since {start.path} was written")
 
 
 def _check_same_data(start: Start, classes: list[str], steps_per_epoch: int) -> None:
@@ -408,20 +352,12 @@ def _introduce(config: CfgNode, device: torch.device, precision: Precision, mode
     logger.info(f"model {config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters{part}, {len(loaders.classes)} classes, "
                 f"on {device} in {precision.name}, torch {torch.__version__}")
     val = len(loaders.val.dataset.folder)
-    logger.info(f"data {config.DATA.DATA_PATH}: {len(loaders.train.dataset.folder)} training and {val} validation images, "
-                f"{steps_per_epoch} steps an epoch, {loaders.train.num_workers} workers; {loaders.train.dataset.pipeline.description()}")
+    logger.info(f"data {config.DATA.DATA_PATH} ({loaders.layout}): {len(loaders.train.dataset.folder)} training and {val} validation "
+                f"images, {steps_per_epoch} steps an epoch, {loaders.train.num_workers} workers; "
+                f"{loaders.train.dataset.pipeline.description()}")
     logger.info(f"global batch {global_batch} = {config.DATA.BATCH_SIZE} images x {config.TRAIN.ACCUMULATION_STEPS} accumulated x "
                 f"{distributed.world_size()} processes; learning rate {config.TRAIN.BASE_LR:g} x {optim.lr_scale(config, global_batch):g} "
                 f"= {schedule.base:g}, from {schedule.warmup:g} over {schedule.warmup_steps} steps, to {schedule.floor:g}")
-
-
-def _best(best: dict[str, float]) -> str:
-    return f", best top1 {best['top1']:.2f} at epoch {best['epoch']}" if best else ""
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(max(0, seconds)), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -438,6 +374,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
     own = checkpoint.is_own(content)
     loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
                             classes=content["classes"] if own else None, device=device, published=not own)
+    loaders.tell(teller(logger))
     for line in loaders.notices:
         logger.info(line)
     model = build_model(config, len(loaders.classes))
@@ -453,7 +390,8 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
         judged.to(device)
     with contextlib.closing(loaders):
         *raw, result = evaluate(models, loaders.val, device, precision)
-    logger.info(f"images {loaders.val.dataset.pipeline.summary()}")
+        tell_uncounted(loaders.val, result, logger)
+    logger.info(f"images {decoding(loaders.val)}")
     for other in raw:
         logger.info(f"raw {other.line()}")
     logger.info(result.line())

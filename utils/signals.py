@@ -13,7 +13,7 @@ from utils import distributed
 
 
 class Stopped(Exception):
-    """Training ended because a signal asked for it, after a checkpoint was written (exit status 75)."""
+    """Training ended because a signal asked for it, with nothing lost (exit status 75)."""
 
 
 class StopRequest:
@@ -21,10 +21,13 @@ class StopRequest:
 
     A second SIGINT ends the program at once. The flags are agreed between ranks at every step, so that all of them
     save after the same one; the exchange is of two numbers on the CPU and does not wait for a GPU.
+
+    Attributes:
+        training: while False there is nothing to save yet, and a signal ends the program where it stands.
     """
 
     def __init__(self) -> None:
-        self.name, self.save = "", False
+        self.name, self.save, self.training = "", False, False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -35,9 +38,11 @@ class StopRequest:
                     self._before[number] = signal.signal(number, self._noted)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        # A process of several that fails is sent SIGTERM by its launcher before it has said why.
+        ending = kind is not None and distributed.world_size() > 1
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if ending else handler)
 
     def _noted(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -47,6 +52,8 @@ class StopRequest:
         if name == "SIGINT" and self.name == "SIGINT":
             raise KeyboardInterrupt
         self.name = name
+        if not self.training:
+            raise Stopped(f"stopped by {name} before the first step; the same command starts again from where the run stands")
 
     def agreed(self) -> tuple[bool, bool]:
         """(stop, save), the same on every rank; a request to save is thereby taken."""

@@ -1,0 +1,214 @@
+"""Images that cannot be read, hangs and narrow machines: nothing stops that need not, everything is named."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_MODEL, differences, environment, load, write_images
+
+from config import get_config
+from data import DataError, build, build_loaders, loader
+from data.folder import scan_folder
+
+
+def config_for(root: Path, *opts: object):
+    return get_config(None, ["DATA.DATA_PATH", str(root), "DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "8", "DATA.NUM_WORKERS", "0",
+                             "DATA.READ_PATIENCE", "0", "TRAIN.EPOCHS", "21", *map(str, opts)])
+
+
+@pytest.fixture
+def spoiled(tmp_path: Path) -> Path:
+    """40 training images of two classes, three of them bad; 10 validation images, two of them bad."""
+    write_images(tmp_path, "train", {"a": 20, "b": 20})
+    write_images(tmp_path, "val", {"a": 5, "b": 5}, seed=1)
+    (tmp_path / "train/a/3.png").write_bytes(b"")
+    whole = (tmp_path / "train/b/4.jpg").read_bytes()
+    (tmp_path / "train/b/4.jpg").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "train/b/5.png").write_text("<html>")
+    (tmp_path / "val/a/0.jpg").write_text("<html>")
+    (tmp_path / "val/b/2.jpg").write_bytes(b"")
+    return tmp_path
+
+
+def stream(root: Path, start: int, steps: int, *opts: object) -> tuple[list, list[str], list]:
+    loaders, lines = build_loaders(config_for(root, "DATA.CORRUPT_BUDGET", 5, *opts), splits=("train",)), []
+    loaders.tell(lines.append)
+    batches = loaders.batches(start)
+    found = [next(batches) for _ in range(steps)]
+    loaders.close()
+    return found, lines, loaders.train.failures
+
+
+def test_bad_images_are_replaced_the_same_way_however_the_stream_is_read(spoiled: Path) -> None:
+    whole, lines, failures = stream(spoiled, 0, 10)
+    assert sorted(os.path.relpath(f.path, spoiled) for f in failures) == ["train/a/3.png", "train/b/4.jpg", "train/b/5.png"]
+    assert len(lines) == 3 and all(line.startswith("warning: ") for line in lines)  # each once, though met in both epochs
+    assert any("a/3.png: not a readable image (an empty file); another of its class" in line for line in lines)
+    later = stream(spoiled, 4, 6, "DATA.NUM_WORKERS", 2)[0]
+    for (xa, ya), (xb, yb) in zip(whole[4:], later, strict=True):
+        assert torch.equal(xa, xb) and torch.equal(ya, yb)
+    assert torch.cat([y for _, y in whole[:5]]).bincount().tolist() == [20, 20]  # of the same class
+    other = stream(spoiled, 0, 5, "SEED", 1)[0]
+    assert not all(torch.equal(a[0], b[0]) for a, b in zip(whole, other, strict=False))
+
+
+def test_replacements_differ_from_step_to_step_and_pass_over_bad_ones(tmp_path: Path) -> None:
+    write_images(tmp_path, "train", {"a": 12})
+    for i in range(10):
+        next((tmp_path / "train/a").glob(f"{i}.*")).write_bytes(b"")
+    guard = build_loaders(config_for(tmp_path, "DATA.CORRUPT_BUDGET", 50), splits=("train",)).train.dataset
+    assert len({float(guard[(epoch, 0, 0)][0].sum()) for epoch in range(8)}) == 8
+    assert guard[(0, 0, 0)][1] == 0 and not torch.equal(guard[(0, 0, 0)][0], guard[(0, 1, 0)][0])
+    for i in (10, 11):
+        next((tmp_path / "train/a").glob(f"{i}.*")).write_bytes(b"")
+    with pytest.raises(DataError, match="nor is any other of its class 'a'"):
+        guard[(0, 0, 0)]
+
+
+def test_over_the_budget_the_first_ten_are_named(tmp_path: Path) -> None:
+    write_images(tmp_path, "train", {"a": 20, "b": 20})
+    for i in range(15):
+        next((tmp_path / "train/a").glob(f"{i}.*")).write_bytes(b"")
+    with pytest.raises(DataError, match="DATA.CORRUPT_BUDGET") as caught:
+        list(build_loaders(config_for(tmp_path, "DATA.CORRUPT_BUDGET", 12), splits=("train",)).batches())
+    assert str(caught.value).count("an empty file") == 10 and "and 3 more: 13 unreadable images" in str(caught.value)
+    share = build_loaders(config_for(tmp_path, "DATA.CORRUPT_BUDGET", 0.1), splits=("train",)).train
+    assert share.budget == 4
+    assert build_loaders(config_for(tmp_path), splits=("train",)).train.budget == 0
+
+
+def test_evaluation_leaves_bad_images_out_and_says_so(spoiled: Path) -> None:
+    loaders, lines = build_loaders(config_for(spoiled), splits=("val",)), []
+    loaders.tell(lines.append)
+    for _ in range(2):
+        targets = torch.cat([y for _, y in loaders.val])
+        assert targets.tolist() == [-1, 0, 0, 0, 0, 1, 1, -1, 1, 1, -1, -1, -1, -1, -1, -1] and loaders.val.met == 2
+    assert [line.count("it is not counted") for line in lines] == [1, 1]
+
+
+def test_the_program_goes_on_counts_and_resumes_exactly(spoiled: Path, program) -> None:
+    cfg = spoiled / "tiny.yaml"
+    cfg.write_text(f"DATA: {{DATA_PATH: '{spoiled}', IMG_SIZE: 32, BATCH_SIZE: 8, NUM_WORKERS: 0, CORRUPT_BUDGET: 0.1}}\n{TINY_MODEL}"
+                   "TRAIN: {EPOCHS: 2, WARMUP_EPOCHS: 0, BASE_LR: 0.05, SAVE_EVERY_STEPS: 3, KEEP_CHECKPOINTS: 0}\n")
+    done = program("--cfg", cfg)
+    assert done.returncode == 0, done
+    for name in ("train/a/3.png", "train/b/4.jpg", "train/b/5.png", "val/a/0.jpg", "val/b/2.jpg"):
+        assert done.stdout.count(f"{name}: not a readable image") == 1
+    assert done.stdout.count("warning: 2 of 10 validation images could not be read and are not counted") == 2
+    assert re.findall(r"\((\d+) of (\d+)\)", done.stdout)[-1][1] == "8"
+    folder = program.folder / "output/tiny/default"
+    again = program("--cfg", cfg, "--resume", folder / "ckpt_00000003.pth", "--tag", "again", "--num-workers", 1)
+    assert again.returncode == 0, again
+    assert not differences(load(folder / "last.pth")["model"], load(program.folder / "output/tiny/again/last.pth")["model"])
+    judged = program("--eval", "--resume", folder / "last.pth")
+    assert judged.returncode == 0 and judged.stdout.rstrip().endswith("of 8)"), judged
+    for path in spoiled.glob("val/*/*"):
+        path.write_bytes(b"")
+    none = program("--eval", "--resume", folder / "last.pth")
+    assert none.returncode == 3 and "none of its 10 validation images can be read" in none.stderr
+
+
+def test_a_file_that_comes_back_is_waited_for(tmp_path: Path, monkeypatch) -> None:
+    write_images(tmp_path, "train", {"a": 2})
+    source = scan_folder(str(tmp_path / "train"))
+    away, path = tmp_path / "away", Path(source.path(0))
+    path.rename(away)
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    source.configure(exif=False, patience=2.0)
+    with pytest.raises(DataError, match=r"0\.jpg: not a readable image \(No such file"):
+        source.load(0)
+    assert sum(pauses) == pytest.approx(2.0) and pauses == sorted(pauses[:-1]) + pauses[-1:] and len(pauses) > 3
+    monkeypatch.setattr(time, "sleep", lambda seconds: away.rename(path))
+    assert source.load(0).size == (48, 40)
+    monkeypatch.setattr(source, "fetch", lambda index: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with pytest.raises(DataError, match="Input/output error"):
+        source.read(0)
+
+
+HANG = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from data import folder
+fetch = folder.ImageFolder.fetch
+def slow(self, index):
+    if self.path(index).endswith("a/7.png"):
+        time.sleep(3600)
+    return fetch(self, index)
+folder.ImageFolder.fetch = slow
+import main
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_a_hang_is_ended_and_the_file_named(tmp_path: Path) -> None:
+    write_images(tmp_path, "train", {"a": 10, "b": 10})
+    write_images(tmp_path, "val", {"a": 2, "b": 2})
+    cfg = tmp_path / "tiny.yaml"
+    cfg.write_text(f"DATA: {{DATA_PATH: '{tmp_path}', IMG_SIZE: 32, BATCH_SIZE: 8, NUM_WORKERS: 2, TIMEOUT: 2}}\n{TINY_MODEL}"
+                   "TRAIN: {EPOCHS: 3, WARMUP_EPOCHS: 0}\n")
+    done = subprocess.run([sys.executable, "-c", HANG.format(root=str(ROOT)), "--cfg", str(cfg)], cwd=tmp_path, env=environment(),
+                          capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 3, done
+    assert "no batch came for 2 seconds (DATA.TIMEOUT); being read at that moment: " in done.stderr and "train/a/7.png;" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_few_open_files_still_run(spoiled: Path) -> None:
+    """A hard limit of 64: the batches go through pipes, and the stream is the same."""
+    script = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport hashlib\nfrom pathlib import Path\n"
+              "from test_corrupt import stream\nfrom data import build_loaders\n"
+              f"found = stream(Path({str(spoiled)!r}), 0, 10, 'DATA.NUM_WORKERS', 2)[0]\n"
+              "print(hashlib.sha256(b''.join(x.numpy().tobytes() for x, _ in found)).hexdigest())")
+    command = f"ulimit -n 64; exec {sys.executable} -c \"$SCRIPT\""
+    done = subprocess.run(["bash", "-c", command], env=environment(SCRIPT=script), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-800:]
+    import hashlib
+    whole = stream(spoiled, 0, 10)[0]
+    assert done.stdout.strip() == hashlib.sha256(b"".join(x.numpy().tobytes() for x, _ in whole)).hexdigest()
+
+
+def test_narrow_shared_memory_is_told_and_gone_round(spoiled: Path, monkeypatch) -> None:
+    for module in (loader, build):
+        monkeypatch.setattr(module, "free_shared_memory", lambda: 2 << 20)
+    opts = ("DATA.NUM_WORKERS", 2, "DATA.CORRUPT_BUDGET", 5, "TEST.BATCH_SIZE", 200)
+    loaders = build_loaders(config_for(spoiled, *opts))
+    assert any("/dev/shm has 2.0 MiB free" in line and "--shm-size" in line for line in loaders.notices)
+    assert loaders.train.pipe and loaders.val.pipe
+    images, targets = next(loaders.batches())
+    whole = stream(spoiled, 0, 1)[0][0]
+    assert torch.equal(images, whole[0]) and torch.equal(targets, whole[1])
+    loaders.close()
+    assert not build_loaders(config_for(spoiled)).train.pipe
+    monkeypatch.setattr(build, "free_shared_memory", lambda: 1000)
+    loaders = build_loaders(config_for(spoiled, *opts))
+    assert loaders.train.num_workers == 0 and any("images are loaded without them" in line for line in loaders.notices)
+
+
+def test_a_real_small_dev_shm(spoiled: Path) -> None:
+    script = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nfrom pathlib import Path\n"
+              "from test_corrupt import stream\n"
+              f"print(len(stream(Path({str(spoiled)!r}), 0, 4, 'DATA.NUM_WORKERS', 2, 'DATA.IMG_SIZE', 224)[0]))")
+    inner = f"mount -t tmpfs -o size=2m tmpfs /dev/shm && exec {sys.executable} -c \"$SCRIPT\""
+    done = subprocess.run(["unshare", "-m", "bash", "-c", inner], env=environment(SCRIPT=script), capture_output=True, text=True,
+                          timeout=60, check=False)
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip("needs the right to mount")
+    assert done.returncode == 0 and done.stdout.strip() == "4", done.stderr[-800:]
+
+
+def test_bad_share_of_one_class_only_touches_that_class(spoiled: Path) -> None:
+    targets = build_loaders(config_for(spoiled), splits=("train",)).train.dataset
+    for epoch in range(3):
+        for index in range(len(targets.folder)):
+            assert targets[(epoch, index, 0)][1] == targets.folder.targets[index]
+    assert np.bincount(targets.folder.targets).tolist() == [20, 20]
