@@ -77,8 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         epilog="keys for --opts and YAML files, with their defaults:\n" + describe_keys() + "\n\nexit status: 0 done, 1 failure, "
-               "2 usage or configuration, 3 data or checkpoint unusable,\n4 the loss or the weights are no longer finite, "
-               "75 stopped by a signal with a checkpoint written")
+               "2 usage or configuration, 3 data or checkpoint unusable,\n4 loss, gradients or weights are no longer finite, "
+               "75 stopped by a signal with a checkpoint written\n(the same command continues); torchrun reports 1 for any of them")
     parser.add_argument("--cfg", metavar="FILE", help="YAML file of the config tree; its BASE files are merged first")
     parser.add_argument("--opts", metavar="KEY VALUE", nargs="*", action="extend", help="any keys of the tree, listed below")
     groups: dict[str, Any] = {}
