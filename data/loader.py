@@ -78,7 +78,7 @@ class ImageLoader:
         failures: each bad image once, in the order in which they were met by this process.
         met: images of the last pass that were bad, by this process's count.
         decoded: images of the last pass decoded by the fast decoder, and by Pillow, by this process's count.
-        report: called with a line for each of them; None: nobody is told.
+        report: called with a line for each bad image; None: nobody is told.
     """
 
     def __init__(self, dataset: TrainImages | EvalImages, workers: int, timeout: float, device: torch.device, pin_memory: bool,
