@@ -46,12 +46,12 @@ class _Guard:
 
     def _get(self, key: Any, index: int, get: Callable[[Any], Any]) -> Any:
         worker = get_worker_info()
-        place = worker.id if worker else 0
-        self.reading[place] = index
+        place, reading = worker.id if worker else 0, self.reading.numpy()
+        reading[place] = index
         try:
             return get(key)
         finally:
-            self.reading[place] = -1
+            reading[place] = -1
 
 
 class TrainGuard(_Guard):
