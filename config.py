@@ -174,6 +174,8 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("DATA.REPEATED_AUG", 1, _int, "copies of an image in an epoch, each augmented differently (DeiT uses 3)"),
     ("DATA.NUM_WORKERS", -1, _int, "loading processes per process; -1 chooses from the CPUs this process may use"),
     ("DATA.PIN_MEMORY", True, _bool, "page-locked batches for faster copies to a GPU"),
+    ("DATA.DECODER", "auto", _str, "auto; pillow: every pixel as the papers had it; fast: also where published weights are judged"),
+    ("DATA.AUGMENT_ON", "auto", _str, "worker, device, or auto: on a GPU the GPU augments, else the loading processes do"),
     ("DATA.VAL_FRACTION", 0.0, _float, "share of each class kept for validation where the data has no split of its own, e.g. 0.1"),
     ("DATA.VAL_LABELS", "", _str, "file with the labels of a flat validation folder; empty looks for the usual ones"),
     ("DATA.CLASS_NAMES", "", _str, "text file, a line a class in the classifier's order: a label, or label<TAB>class; others are left out"),
@@ -585,6 +587,8 @@ def check(config: CfgNode) -> None:
     require(config.AMP_OPT_LEVEL in ("", "O0", "O1", "O2"), "AMP_OPT_LEVEL", "it is O0, O1 or O2; PRECISION is the newer key")
     if config.DATA.INTERPOLATION is not None:
         one_of("DATA.INTERPOLATION", ("bicubic", "bilinear", "lanczos", "nearest", "random"))
+    one_of("DATA.DECODER", ("auto", "fast", "pillow"))
+    one_of("DATA.AUGMENT_ON", ("auto", "worker", "device"))
     one_of("DATA.DATASET", ("imagenet", "imagenet22K", "folder", "lists", "zip", "tar", "huggingface", "digits"))
     require(min(image_size(config)) > 0, "DATA.IMG_SIZE", "it must be positive")
     for key in ("DATA.BATCH_SIZE", "DATA.REPEATED_AUG", "TRAIN.ACCUMULATION_STEPS", "TRAIN.EPOCHS", "TRAIN.EVAL_FREQ",

@@ -1,9 +1,11 @@
 """Data: finding images, augmenting them, mixing batches, and the one stream of training steps.
 
 From a path to batches: ``layouts`` recognises what lies there and opens it as a ``source`` (``folder``, ``archives``, ``lists``,
-``flat``, ``huggingface``), ``selection`` and ``classes`` choose and number, ``index`` remembers; ``decode`` makes pixels,
-``transforms`` augments, ``sampler`` says which image is where in the stream, ``guard`` and ``loader`` deal with what goes wrong,
-``build`` puts it together.
+``flat``, ``huggingface``), ``selection`` and ``classes`` choose and number, ``index`` remembers. ``sampler`` says which image is where
+in the stream; ``images`` fills a batch with them row by row, each made by a ``pipeline``: ``decode`` and timm's ``transforms``, or
+faster ``jpeg`` and ``resize``, with ``draws`` of timm's numbers that ``randaugment`` carries out in the loading process or
+``device_augment`` on the device. ``guard`` stands in for what cannot be read, ``loader`` runs the processes and names what goes
+wrong, ``stream`` brings batches to the device, ``mixup`` mixes them; ``build`` puts it together.
 """
 
 from data.build import Loaders, build_loaders

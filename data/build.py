@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
 import os
-import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
 from yacs.config import CfgNode
 
-from config import ConfigError, image_size
-from data import digits, seeds
+from config import ConfigError
+from data import digits
 from data.classes import join
 from data.errors import DataError
-from data.guard import EvalGuard, TrainGuard
+from data.images import EvalImages, TrainImages
 from data.layouts import Options, beside, recognise
 from data.loader import LEAST_SHARED_MEMORY, ImageLoader, free_shared_memory, needs_pipe
 from data.mixup import build_mixup
-from data.sampler import Key, ShardSampler, StepSampler
+from data.pipeline import Pipeline, eval_pipeline, train_pipeline
+from data.sampler import ShardSampler, StepSampler
 from data.selection import choose_classes, subset
 from data.source import Source
-from data.transforms import build_eval_transform, build_train_transform, preprocessing
 
 
 @dataclass
@@ -70,53 +66,8 @@ class Loaders:
                 loader.close()
 
 
-class TrainImages(Dataset):
-    """Augmented training images by key; everything random in a sample is a function of (seed, key)."""
-
-    def __init__(self, folder: Source, transform: Callable[[Any], Tensor], seed: int):
-        self.folder, self.transform, self.seed = folder, transform, seed
-
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        epoch, index, copy = key
-        seed = seeds.derive(self.seed, seeds.AUGMENT, epoch, index, copy)
-        # timm's transforms draw from all three global generators.
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        torch.default_generator.manual_seed(seed)
-        return self.transform(self.folder.load(index)), int(self.folder.targets[index])
-
-
-class EvalImages(Dataset):
-    """Images prepared for evaluation, by index."""
-
-    def __init__(self, folder: Source, transform: Callable[[Any], Tensor]):
-        self.folder, self.transform = folder, transform
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.folder.load(index)), int(self.folder.targets[index])
-
-    def blank(self) -> tuple[Tensor, int]:
-        """What stands in the row of an image that cannot be read; it does not count."""
-        return self.transform(Image.new("RGB", (8, 8))), -1
-
-
-class PadToBatch:
-    """Collate, then fill the batch up to ``batch_size`` rows of target -1, so that evaluation has one shape."""
-
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
-
-    def __call__(self, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-        images, targets = default_collate(samples)
-        missing = self.batch_size - len(targets)
-        if missing:
-            images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
-            targets = torch.cat([targets, targets.new_full((missing,), -1)])
-        return images, targets
-
-
 def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: Sequence[str] = ("train", "val"),
-                  classes: Sequence[str] | None = None) -> Loaders:
+                  classes: Sequence[str] | None = None, device: torch.device | str = "cpu", published: bool = False) -> Loaders:
     """Loaders of the splits asked for; a split that is not asked for is not touched.
 
     Args:
@@ -124,6 +75,8 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         splits: of ``"train"`` and ``"val"``.
         classes: class names to match the folders against (those of a checkpoint); None takes the training folder's, or
             without training the evaluation folder's.
+        device: where batches arrive.
+        published: whether weights of others are to be judged, on the pixels that their authors had.
 
     Raises:
         DataError: the data is missing or laid out otherwise.
@@ -134,6 +87,12 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         raise ConfigError("DATA.DATA_PATH is empty; give the folder that holds train/ and val/ with --data-path")
     if config.DATA.DATASET == "digits" and root == digits.DEFAULT_PATH and digits.ensure_digits(root):
         notices.append(f"wrote scikit-learn's 1,797 digits to {root}")
+
+    # What cannot be done is told before any file is looked at.
+    device = torch.device(device)
+    train_way, lines = train_pipeline(config, device) if "train" in splits else (None, [])
+    val_way, more = eval_pipeline(config, device, published) if "val" in splits else (None, [])
+    notices += lines + more
 
     # Both splits are found before either is listed: a missing val/ is told at once, not after a million files.
     layout = recognise(root, Options.of(config), splits)
@@ -165,21 +124,19 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         notices.append(f"notice: /dev/shm has {free >> 10} KiB free, too little for loading processes; images are loaded without them "
                        "(docker: --shm-size=8g)")
         workers = 0
-    pipe = _pipe_notice(config, workers, notices)
-    common = dict(workers=workers, timeout=config.DATA.TIMEOUT, pipe=pipe, worker_init_fn=_quiet_worker,
-                  pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available() and config.DEVICE != "cpu")
+    train_batch, val_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS, config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
+    pipe = _pipe_notice(max(_bytes(train_way, train_batch), _bytes(val_way, val_batch)), workers, notices)
+    common = dict(workers=workers, timeout=config.DATA.TIMEOUT, device=device, pin_memory=config.DATA.PIN_MEMORY,
+                  worker_init_fn=_quiet_worker)
     train = val = None
     if train_folder is not None:
         sampler = _step_sampler(config, len(train_folder), rank, world_size, notices)
-        images = TrainImages(train_folder, build_train_transform(config), config.SEED)
-        train = ImageLoader(TrainGuard(images, workers, config.SEED), default_collate, batch_sampler=sampler,
-                            budget=_budget(config, len(train_folder)), **common)
+        images = TrainImages(train_folder, train_way, config.SEED, workers, pipe)
+        train = ImageLoader(images, batch_sampler=sampler, budget=_budget(config, len(train_folder)), **common)
     if val_folder is not None:
-        batch = config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
-        images = EvalImages(val_folder, build_eval_transform(preprocessing(config)))
-        shard = ShardSampler(len(val_folder), batch, rank, world_size)
-        val = ImageLoader(EvalGuard(images, workers), PadToBatch(batch), batch_sampler=shard, persistent_workers=workers > 0,
-                          **common)  # evaluation comes again every epoch
+        shard = ShardSampler(len(val_folder), val_batch, rank, world_size)
+        val = ImageLoader(EvalImages(val_folder, val_way, val_batch, workers, pipe), batch_sampler=shard,
+                          persistent_workers=workers > 0, **common)  # evaluation comes again every epoch
     return Loaders(train, val, list(names), build_mixup(config, len(names), rank), list(dict.fromkeys(notices)), layout.name)
 
 
@@ -199,11 +156,14 @@ def _budget(config: CfgNode, size: int) -> int:
     return int(budget * size if budget < 1 else budget)
 
 
-def _pipe_notice(config: CfgNode, workers: int, notices: list[str]) -> bool:
+def _bytes(pipeline: Pipeline | None, images: int) -> int:
+    """Size of a batch as a loading process hands it over."""
+    return 0 if pipeline is None else images * math.prod(pipeline.shape) * pipeline.dtype.itemsize
+
+
+def _pipe_notice(batch_bytes: int, workers: int, notices: list[str]) -> bool:
     here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    height, width = image_size(config)
-    images = max(config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS, config.TEST.BATCH_SIZE)
-    line = needs_pipe(images * height * width * 3 * 4, workers * (int(here) if here.isdigit() else 1))
+    line = needs_pipe(batch_bytes, workers * (int(here) if here.isdigit() else 1))
     notices += [line] if line else []
     return bool(line)
 

@@ -30,7 +30,7 @@ class ImageFolder(Source):
         return os.path.join(self.root, self.names[index])
 
     def fetch(self, index: int) -> bytes:
-        with open(self.path(index), "rb") as file:
+        with open(self.path(index), "rb", buffering=0) as file:
             return file.read()
 
     def listing(self) -> bytes:

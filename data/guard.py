@@ -8,16 +8,16 @@ failure travels with the batch to the main process, which names and counts it (`
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import get_worker_info
 
 from data import seeds
 from data.errors import DataError, UnreadableImage
 from data.sampler import Key
+from data.source import Source
 
 _TRIES = 64
 _REPLACED = 1 << 20  # added to the copy number: a replacement is augmented unlike the image's own appearance in that epoch
@@ -31,49 +31,37 @@ class Failure(NamedTuple):
     reason: str
 
 
-@dataclass
-class Samples:
-    """The samples of a batch and the failures met on the way."""
+class _Guard:
+    """Around what fetches a sample; says which image is being read, so that a hang can be named.
 
-    samples: list[tuple[Any, int]]
-    failures: list[Failure]
+    Attributes:
+        reading: the image that each loading process has in hand, -1 for none; the main process sees it.
+    """
 
-
-class _Guarded(Dataset):
-    """Around a dataset of images; says which image is being read, so that a hang can be named."""
-
-    def __init__(self, images: Any, workers: int):
-        self.images, self.folder = images, images.folder
+    def __init__(self, folder: Source, workers: int):
+        self.folder = folder
         self.reading = torch.full((max(1, workers),), -1, dtype=torch.int64)
         if workers:
             self.reading.share_memory_()
 
     def _get(self, key: Any, index: int, get: Callable[[Any], Any]) -> Any:
         worker = get_worker_info()
-        place = worker.id if worker else 0
-        self.reading[place] = index
+        place, reading = worker.id if worker else 0, self.reading.numpy()
+        reading[place] = index
         try:
             return get(key)
         finally:
-            self.reading[place] = -1
+            reading[place] = -1
 
 
-class TrainGuard(_Guarded):
+class TrainGuard(_Guard):
     """Training images by key, a bad one replaced by a draw from its class."""
 
-    def __init__(self, images: Any, workers: int, seed: int):
-        super().__init__(images, workers)
+    def __init__(self, folder: Source, workers: int, seed: int):
+        super().__init__(folder, workers)
         self.seed = seed
-        targets = self.folder.targets
-        self._by_class = np.argsort(targets, kind="stable")
-        self._ends = np.cumsum(np.bincount(targets, minlength=len(self.folder.classes)))
-
-    def __getitem__(self, key: Key) -> tuple[Any, int]:
-        return self.draw(key, [], self.images.__getitem__)
-
-    def __getitems__(self, keys: list[Key]) -> Samples:
-        failures: list[Failure] = []
-        return Samples([self.draw(key, failures, self.images.__getitem__) for key in keys], failures)
+        self._by_class = np.argsort(folder.targets, kind="stable")
+        self._ends = np.cumsum(np.bincount(folder.targets, minlength=len(folder.classes)))
 
     def draw(self, key: Key, failures: list[Failure], get: Callable[[Key], Any]) -> Any:
         """``get(key)``, or of another key where that image cannot be read; ``failures`` grows by what was met.
@@ -103,15 +91,8 @@ class TrainGuard(_Guarded):
         return [int(other) for other in chosen if other != key[1]][:_TRIES]
 
 
-class EvalGuard(_Guarded):
-    """Evaluation images by index; a bad one becomes a blank of target -1."""
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.draw(index, [], self.images.__getitem__) or self.images.blank()
-
-    def __getitems__(self, indices: list[int]) -> Samples:
-        failures: list[Failure] = []
-        return Samples([self.draw(index, failures, self.images.__getitem__) or self.images.blank() for index in indices], failures)
+class EvalGuard(_Guard):
+    """Evaluation images by index; nothing stands in for a bad one."""
 
     def draw(self, index: int, failures: list[Failure], get: Callable[[int], Any]) -> Any:
         """``get(index)``, or None where the image cannot be read; ``failures`` grows by it."""

@@ -1,10 +1,11 @@
-"""Batches from loading processes, and what these processes suffer: bad images, hangs, too little shared memory."""
+"""Batches from loading processes to the device, and what these processes suffer: bad images, hangs, too little shared memory."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,35 +15,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from data import stream
 from data.errors import DataError
-from data.guard import Failure, Samples
+from data.guard import Failure
+from data.images import Batch, EvalImages, TrainImages
 
 LEAST_SHARED_MEMORY = 1 << 20  # bytes; the locks of loading processes lie there too
 _PREFETCH = 2  # batches each worker holds ready
 _FILES_OF_A_WORKER, _FILES_BESIDES = 24, 96
 
 
-class _Collate:
-    """Batch the samples and keep the failures beside them.
-
-    With ``pipe`` the main process batches instead: here a tensor is made in shared memory, there it need not be.
-    """
-
-    def __init__(self, collate: Callable[[list], Any], pipe: bool):
-        self.collate, self.pipe = collate, pipe
-
-    def __call__(self, batch: Samples) -> tuple[Any, list[Failure]]:
-        if self.pipe:
-            return [tuple(_to_numpy(value) for value in sample) for sample in batch.samples], batch.failures
-        return self.collate(batch.samples), batch.failures
+def _as_it_is(batch: Batch) -> Batch:
+    """The collation of batches that come whole from the images."""
+    return batch
 
 
-def _to_numpy(value: Any) -> Any:
-    return value.numpy() if isinstance(value, Tensor) else value
-
-
-def _to_tensor(value: Any) -> Any:
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+def _to_tensor(part: Tensor | np.ndarray) -> Tensor:
+    return torch.from_numpy(part) if isinstance(part, np.ndarray) else part
 
 
 class _Deaths:
@@ -81,31 +70,41 @@ _deaths = _Deaths()
 
 
 class ImageLoader:
-    """A ``DataLoader`` that yields ``(images, targets)`` and keeps account of the images that could not be read.
+    """A ``DataLoader`` whose batches arrive finished, and which keeps account of the images that could not be read.
+
+    It yields ``(images (B, 3, H, W) float, targets (B,))`` on ``device``.
 
     Attributes:
         failures: each bad image once, in the order in which they were met by this process.
         met: images of the last pass that were bad, by this process's count.
-        report: called with a line for each of them; None: nobody is told.
+        decoded: images of the last pass decoded by the fast decoder, and by Pillow, by this process's count.
+        report: called with a line for each bad image; None: nobody is told.
     """
 
-    def __init__(self, dataset: Any, collate: Callable[[list], Any], workers: int, timeout: float,
-                 budget: int | None = None, pipe: bool = False, **options: Any):
+    def __init__(self, dataset: TrainImages | EvalImages, workers: int, timeout: float, device: torch.device, pin_memory: bool,
+                 budget: int | None = None, **options: Any):
         self.failures: list[Failure] = []
         self.report: Callable[[str], None] | None = None
-        self.collate, self.budget, self.pipe, self.timeout, self.met = collate, budget, pipe and workers > 0, timeout, 0
+        self.budget, self.timeout, self.device, self.met, self.decoded = budget, timeout, device, 0, (0, 0)
         self._named: set[int] = set()
         self._iterator: Any = None
-        self._loader = DataLoader(dataset, collate_fn=_Collate(collate, self.pipe), num_workers=workers,
-                                  timeout=timeout if workers else 0, prefetch_factor=_PREFETCH if workers else None, **options)
+        # Forked workers start in milliseconds and share the index; torch and timm are not imported again.
+        context = "fork" if workers and sys.platform.startswith("linux") else None
+        self._loader = DataLoader(dataset, collate_fn=_as_it_is, num_workers=workers, timeout=timeout if workers else 0,
+                                  prefetch_factor=_PREFETCH if workers else None, multiprocessing_context=context,
+                                  pin_memory=pin_memory and device.type == "cuda", **options)
 
     @property
-    def dataset(self) -> Any:
+    def dataset(self) -> TrainImages | EvalImages:
         return self._loader.dataset
 
     @property
     def batch_sampler(self) -> Any:
         return self._loader.batch_sampler
+
+    @property
+    def pipe(self) -> bool:
+        return self.dataset.pipe
 
     @property
     def num_workers(self) -> int:
@@ -115,16 +114,16 @@ class ImageLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self._iterator, self.met = iter(self._loader), 0
+        self._iterator, self.met, self.decoded = iter(self._loader), 0, (0, 0)
         if self.num_workers:
             _deaths.take_over()
-        return self._batches(self._iterator)
+        return stream.finished(self._batches(self._iterator), self.dataset.pipeline.finish, self.device)
 
-    def _batches(self, iterator: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, iterator: Iterator[Batch]) -> Iterator[tuple[Tensor, ...]]:
         while True:
             try:
                 with _deaths:
-                    batch, failures = next(iterator)
+                    parts, failures, (fast, odd) = next(iterator)
             except StopIteration:
                 return
             except RuntimeError as error:
@@ -133,9 +132,8 @@ class ImageLoader:
                 raise self._hung() from None
             if failures:
                 self._account(failures)
-            if self.pipe:
-                batch = self.collate([tuple(_to_tensor(value) for value in sample) for sample in batch])
-            yield tuple(batch)
+            self.decoded = self.decoded[0] + fast, self.decoded[1] + odd
+            yield tuple(_to_tensor(part) for part in parts)
 
     def _account(self, failures: list[Failure]) -> None:
         for failure in failures:
@@ -154,7 +152,7 @@ class ImageLoader:
                 self.report(f"warning: {failure.path}: not a readable image ({failure.reason}); {instead}")
 
     def _hung(self) -> DataError:
-        busy = [self.dataset.folder.path(i) for i in self.dataset.reading.tolist() if i >= 0]
+        busy = [self.dataset.folder.path(i) for i in self.dataset.guard.reading.tolist() if i >= 0]
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each process that is killed
         for process in getattr(self._iterator, "_workers", ()):

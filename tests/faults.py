@@ -42,7 +42,7 @@ if _what and os.environ.get("BREAK_RANK", os.environ.get("RANK")) == os.environ.
 
     if _what == "loader":
         import data.source as place
-        place.Source.load = _broken(place.Source.load)
+        place.Source.read = _broken(place.Source.read)
     elif _what == "index":
         import data.build as place
         place.recognise = _broken(place.recognise)

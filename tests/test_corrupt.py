@@ -47,16 +47,20 @@ def stream(root: Path, start: int, steps: int, *opts: object) -> tuple[list, lis
     return found, lines, loaders.train.failures
 
 
-def test_bad_images_are_replaced_the_same_way_however_the_stream_is_read(spoiled: Path) -> None:
-    whole, lines, failures = stream(spoiled, 0, 10)
+WAYS = [("DATA.AUGMENT_ON", "worker"), ("DATA.AUGMENT_ON", "device"), ("DATA.DECODER", "pillow")]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bad_images_are_replaced_the_same_way_however_the_stream_is_read(spoiled: Path, way) -> None:
+    whole, lines, failures = stream(spoiled, 0, 10, *way)
     assert sorted(os.path.relpath(f.path, spoiled) for f in failures) == ["train/a/3.png", "train/b/4.jpg", "train/b/5.png"]
     assert len(lines) == 3 and all(line.startswith("warning: ") for line in lines)  # each once, though met in both epochs
     assert any("a/3.png: not a readable image (an empty file); another of its class" in line for line in lines)
-    later = stream(spoiled, 4, 6, "DATA.NUM_WORKERS", 2)[0]
+    later = stream(spoiled, 4, 6, "DATA.NUM_WORKERS", 2, *way)[0]
     for (xa, ya), (xb, yb) in zip(whole[4:], later, strict=True):
         assert torch.equal(xa, xb) and torch.equal(ya, yb)
     assert torch.cat([y for _, y in whole[:5]]).bincount().tolist() == [20, 20]  # of the same class
-    other = stream(spoiled, 0, 5, "SEED", 1)[0]
+    other = stream(spoiled, 0, 5, "SEED", 1, *way)[0]
     assert not all(torch.equal(a[0], b[0]) for a, b in zip(whole, other, strict=False))
 
 
@@ -85,11 +89,13 @@ def test_over_the_budget_the_first_ten_are_named(tmp_path: Path) -> None:
     assert build_loaders(config_for(tmp_path), splits=("train",)).train.budget == 0
 
 
-def test_evaluation_leaves_bad_images_out_and_says_so(spoiled: Path) -> None:
-    loaders, lines = build_loaders(config_for(spoiled), splits=("val",)), []
+@pytest.mark.parametrize("way", [("DATA.DECODER", "auto"), ("DATA.DECODER", "pillow")])
+def test_evaluation_leaves_bad_images_out_and_says_so(spoiled: Path, way) -> None:
+    loaders, lines = build_loaders(config_for(spoiled, *way), splits=("val",)), []
     loaders.tell(lines.append)
     for _ in range(2):
-        targets = torch.cat([y for _, y in loaders.val])
+        images, targets = (torch.cat(parts) for parts in zip(*loaders.val, strict=True))
+        assert (images.flatten(1).abs().amax(1) > 0).equal(targets >= 0)  # blank, whatever lay there before
         assert targets.tolist() == [-1, 0, 0, 0, 0, 1, 1, -1, 1, 1, -1, -1, -1, -1, -1, -1] and loaders.val.met == 2
     assert [line.count("it is not counted") for line in lines] == [1, 1]
 
@@ -177,15 +183,18 @@ def test_few_open_files_still_run(spoiled: Path) -> None:
     assert done.stdout.strip() == hashlib.sha256(b"".join(x.numpy().tobytes() for x, _ in whole)).hexdigest()
 
 
-def test_narrow_shared_memory_is_told_and_gone_round(spoiled: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_narrow_shared_memory_is_told_and_gone_round(spoiled: Path, monkeypatch, way) -> None:
     for module in (loader, build):
         monkeypatch.setattr(module, "free_shared_memory", lambda: 2 << 20)
-    opts = ("DATA.NUM_WORKERS", 2, "DATA.CORRUPT_BUDGET", 5, "TEST.BATCH_SIZE", 200)
+    opts = ("DATA.NUM_WORKERS", 2, "DATA.CORRUPT_BUDGET", 5, "TEST.BATCH_SIZE", 200, *way)
     loaders = build_loaders(config_for(spoiled, *opts))
     assert any("/dev/shm has 2.0 MiB free" in line and "--shm-size" in line for line in loaders.notices)
     assert loaders.train.pipe and loaders.val.pipe
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", None)  # in the loading processes too: they are forked
     images, targets = next(loaders.batches())
-    whole = stream(spoiled, 0, 1)[0][0]
+    assert sum(len(y[y >= 0]) for _, y in loaders.val) == 8
+    whole = stream(spoiled, 0, 1, *way)[0][0]
     assert torch.equal(images, whole[0]) and torch.equal(targets, whole[1])
     loaders.close()
     assert not build_loaders(config_for(spoiled)).train.pipe

@@ -27,11 +27,11 @@ from utils.engine import StepPlan, evaluate
 from utils.files import file_limit, free_bytes, lock_folder, remove_leftovers
 from utils.freeze import freeze
 from utils.logger import close_files, log_to_file
+from utils.reading import decoding, tell_uncounted, teller
 from utils.seed import make_deterministic, seed_initialisation
 from utils.session import Session, best_line
 from utils.signals import StopRequest
 from utils.throughput import measure
-from utils.unreadable import tell_uncounted, teller
 
 Log = logging.Logger
 
@@ -150,7 +150,7 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
     make_deterministic(device)
 
     distributed.mark("indexing the images")
-    loaders = build_loaders(config, rank, world_size)
+    loaders = build_loaders(config, rank, world_size, device=device)
     loaders.tell(teller(logger))
     sampler = loaders.train.batch_sampler
     global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world_size
@@ -366,7 +366,8 @@ def _introduce(config: CfgNode, device: torch.device, precision: Precision, mode
                 f"on {device} in {precision.name}, torch {torch.__version__}")
     val = len(loaders.val.dataset.folder)
     logger.info(f"data {config.DATA.DATA_PATH} ({loaders.layout}): {len(loaders.train.dataset.folder)} training and {val} validation "
-                f"images, {steps_per_epoch} steps an epoch, {loaders.train.num_workers} workers")
+                f"images, {steps_per_epoch} steps an epoch, {loaders.train.num_workers} workers; "
+                f"{loaders.train.dataset.pipeline.description()}")
     logger.info(f"global batch {global_batch} = {config.DATA.BATCH_SIZE} images x {config.TRAIN.ACCUMULATION_STEPS} accumulated x "
                 f"{distributed.world_size()} processes; learning rate {config.TRAIN.BASE_LR:g} x {optim.lr_scale(config, global_batch):g} "
                 f"= {schedule.base:g}, from {schedule.warmup:g} over {schedule.warmup_steps} steps, to {schedule.floor:g}")
@@ -385,7 +386,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
     make_deterministic(device)
     own = checkpoint.is_own(content)
     loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
-                            classes=content["classes"] if own else None)
+                            classes=content["classes"] if own else None, device=device, published=not own)
     loaders.tell(teller(logger))
     for line in loaders.notices:
         logger.info(line)
@@ -403,6 +404,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
     with contextlib.closing(loaders):
         *raw, result = evaluate(models, loaders.val, device, precision)
         tell_uncounted(loaders.val, result, logger)
+    logger.info(f"images {decoding(loaders.val)}")
     for other in raw:
         logger.info(f"raw {other.line()}")
     logger.info(result.line())

@@ -23,8 +23,8 @@ from utils.device import peak_memory_mib
 from utils.engine import Evaluation, NumericError, Progress, StepPlan, evaluate, train_one_epoch
 from utils.files import replace_file
 from utils.metrics import MetricsLog, TensorBoard
+from utils.reading import decoding, tell_uncounted
 from utils.signals import Stopped, StopRequest
-from utils.unreadable import tell_uncounted
 
 EVIDENCE = "nonfinite.jsonl"
 FORGIVEN_AFTER = 100  # steps after which one that was skipped no longer counts
@@ -106,6 +106,7 @@ class Session:
                 if save and self.saved_step != state.step:
                     self.save(progress, best=False)
             progress = Progress(self.plan.device, first_step=state.step)
+        self.logger.info(f"training images {decoding(self.loaders.train)}")
         self.saver.wait()
         if self.main:
             self.board.close()

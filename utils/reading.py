@@ -1,4 +1,4 @@
-"""What is said about images that could not be read."""
+"""What is said about the reading of images: which could not be read, and who decoded the others."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def teller(logger: logging.Logger) -> Callable[[str], None]:
     if distributed.is_main():
         return logger.info
     return lambda line: print(f"{line} (rank {distributed.rank()})", file=sys.stderr, flush=True)
+
+
+def decoding(loader: Any) -> str:
+    """How the images of the loader's last pass were made, over all ranks; every rank must ask."""
+    fast, odd = (sum(counts) for counts in zip(*distributed.gather_objects(loader.decoded), strict=True))
+    return loader.dataset.pipeline.summary(fast, odd)
 
 
 def tell_uncounted(loader: Any, result: Evaluation, logger: logging.Logger) -> None:
