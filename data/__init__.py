@@ -3,11 +3,25 @@
 From a path to batches: ``layouts`` recognises what lies there and opens it as a ``source`` (``folder``, ``archives``, ``lists``,
 ``flat``, ``huggingface``), ``selection`` and ``classes`` choose and number, ``index`` remembers; ``decode`` makes pixels,
 ``transforms`` augments, ``sampler`` says which image is where in the stream, ``guard`` and ``loader`` deal with what goes wrong,
-``build`` puts it together.
+``build`` puts it together; ``doctor`` looks it all over before a run.
 """
 
-from data.build import Loaders, build_loaders
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from data.errors import DataError
-from data.transforms import preprocessing
+
+if TYPE_CHECKING:
+    from data.build import Loaders, build_loaders
+    from data.transforms import preprocessing
 
 __all__ = ["DataError", "Loaders", "build_loaders", "preprocessing"]
+
+_HOME = {"Loaders": "data.build", "build_loaders": "data.build", "preprocessing": "data.transforms"}
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch, imported when it is asked for: the doctor and the scripts only read files."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'data' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
