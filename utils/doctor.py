@@ -31,7 +31,13 @@ _HEAD = """#!/bin/sh
 # Written by main.py --doctor. What is taken out goes to the folder below; nothing is deleted, nothing is overwritten.
 set -eu
 out={out}
-take_out() {{ [ -e "$1" ] || return 0; mkdir -p -- "$out/$2"; mv -n -- "$1" "$out/$2/"; }}
+take_out() {{
+    [ -e "$1" ] || return 0
+    place=$out/$2/${{1##*/}}
+    while [ -e "$place" ]; do place=$place~; done
+    mkdir -p -- "$out/$2"
+    mv -- "$1" "$place"
+}}
 rename() {{ [ -e "$1" ] || return 0; mkdir -p -- "$(dirname -- "$2")"; mv -n -- "$1" "$2"; }}
 """
 
