@@ -187,7 +187,7 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("DATA.ZIP_MODE", False, _bool, "read train.zip and val.zip with their map files (train_map.txt), as Swin has them"),
     ("DATA.CACHE_MODE", "part", _str, "accepted from old files; has no effect"),
 
-    ("DOCTOR.FOLDER", "", _str, "where the doctor writes its report, manifests and mending scripts; empty is OUTPUT/doctor/<name of the data>"),
+    ("DOCTOR.FOLDER", "", _str, "where the doctor writes its report, manifests and scripts; empty is OUTPUT/doctor/<name of the data>"),
     ("DOCTOR.JSON", "", _str, "file for the doctor's report as JSON; - is standard output; empty is report.json in its folder"),
     ("DOCTOR.NEAR", 8, _int,
      "bits of 128 in which the fingerprints of a training and a validation image may differ to be compared closer (0 to 11; -1: none)"),

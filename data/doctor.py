@@ -1,7 +1,7 @@
 """The doctor: reads a whole data set before a run and says what is wrong with it; the data itself is never changed.
 
 ``diagnose`` does it all: ``survey`` opens the splits and reads every image with a ``crew`` of processes, ``examine`` makes a row of
-each, ``findings`` judges (with ``similar`` and ``strays``), and ``facts`` sums up. Nothing here needs torch or a model.
+each, ``findings`` judges (with ``twins``, ``similar`` and ``strays``), and ``facts`` sums up. Nothing here needs torch or a model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from yacs.config import CfgNode
 from config import image_size
 from data.cpus import usable_cpus, worker_count
 from data.examine import MODES, ROW, SEEN, format_of
-from data.findings import ERROR, SEVERITIES, WARNING, Finding, Images, findings
+from data.finding import ERROR, SEVERITIES, WARNING, Finding, Images, many
+from data.findings import findings
 from data.index import Index, keep, names_of, store_names
 from data.names import PackedNames
 from data.survey import Split, Survey, base_of, open_survey, read_all
@@ -64,7 +65,7 @@ def diagnose(config: CfgNode, begun: Callable[[Survey], None], progress: Callabl
         if changed is not None and len(changed):
             offset = len(survey.splits["train"].rows) if name == "val" and "train" in survey.splits else 0
             found.append(Images(survey, changed + offset).finding(
-                "changed", WARNING, f"{len(changed):,} images of {name} have changed since the last report, under the same names",
+                "changed", WARNING, f"{many(len(changed))} of {name} changed since the last report, under the same name",
                 "a disk that loses bits shows like this; compare with a copy"))
     found.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     return Diagnosis(survey, found, _facts(survey, found))
@@ -114,7 +115,8 @@ def _speed(survey: Survey) -> dict[str, Any]:
     augment = _AUGMENT_SECONDS * height * width / 224**2
     train = survey.splits.get("train")
     images = int(len(train.rows) * config.DATA.SUBSET) * config.DATA.REPEATED_AUG if train else 0
-    return dict(processes=survey.processes, seconds=round(survey.seconds, 2), images_per_second=round(survey.images / max(survey.seconds, 1e-9), 1),
+    return dict(processes=survey.processes, seconds=round(survey.seconds, 2),
+                images_per_second=round(survey.images / max(survey.seconds, 1e-9), 1),
                 decode_ms=round(decode * 1e3, 3), read_ms=round(read * 1e3, 3), decoded_per_second_and_core=round(1 / max(decode, 1e-6), 1),
                 plan=dict(images=images, epochs=config.TRAIN.EPOCHS, batch_size=config.DATA.BATCH_SIZE, workers=workers, cores=cores,
                           batch_seconds=round(config.DATA.BATCH_SIZE * (decode + read) / cores, 3),

@@ -31,9 +31,8 @@ ROW = np.dtype([
     ("flags", np.uint16), ("mode", np.uint8), ("format", np.uint8),
 ], align=False)
 
-_EXTENSIONS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF",
-               ".ppm": "PPM", ".pgm": "PPM"}
 EXTENSION_OF = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "TIFF": ".tif", "PPM": ".ppm"}
+_EXTENSIONS = {extension: kind for kind, extension in EXTENSION_OF.items()} | {".jpeg": "JPEG", ".tiff": "TIFF", ".pgm": "PPM"}
 _GRID = 9
 _BITS = 1 << np.arange(64, dtype=np.uint64)
 

@@ -1,7 +1,7 @@
 """What the doctor makes of a survey: findings, each with its severity and what mends it.
 
 An error is what training would stop for or what makes its result worthless, a warning what harms it, a note what is worth
-knowing. Findings hold positions, not sentences: a million of them cost a few megabytes.
+knowing.
 """
 
 from __future__ import annotations
@@ -9,57 +9,19 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from config import image_size
-from data.classes import some
-from data.errors import UnreadableImage
-from data.examine import ALPHA, ANIMATED, BLANK, EXIF_TURNED, EXTENSION_OF, MISNAMED, MODES, PLAIN, format_of, thumbnail
-from data.similar import near_pairs, same_bytes
+from data.examine import ALPHA, ANIMATED, BLANK, EXIF_TURNED, EXTENSION_OF, MISNAMED, MODES, format_of
+from data.finding import ERROR, NOTE, SEVERITIES, WARNING, Finding, Images, Move, all_rows, many, start_of
 from data.strays import HIDDEN, LOOSE, strays
 from data.survey import Split, Survey, base_of
+from data.twins import look_alikes, same_bytes_twice
 
-ERROR, WARNING, NOTE = SEVERITIES = ("error", "warning", "note")
 HUGE_PIXELS = 20_000_000
-LEAK_SHARE = 0.01  # of the validation images: below it a result moves by less than that
-_LIKE = 6.0  # mean difference of thumbnails, of 255: recompressed and resized copies stay below 3, other pictures begin at 10
-_COMPARED = 20_000  # pairs whose pixels are compared, the nearest first
-
-
-@dataclass(frozen=True)
-class Move:
-    """A file to take out of the data (``to`` empty), or to be called or placed otherwise."""
-
-    path: str
-    to: str = ""
-
-
-@dataclass
-class Finding:
-    """One thing found.
-
-    Attributes:
-        code: a word for scripts.
-        title: a sentence without a full stop.
-        count: how many items there are; ``item(i)`` describes one: ``path`` or ``name``, and ``detail``.
-        advice: what to do, or that nothing needs doing.
-        commands: that mend it.
-        moves: files to take out or rename; whoever writes the report makes a script of them.
-    """
-
-    code: str
-    severity: str
-    title: str
-    count: int = 0
-    item: Callable[[int], dict[str, Any]] = dict
-    advice: str = ""
-    commands: list[str] = field(default_factory=list)
-    moves: Callable[[], Iterator[Move]] | None = None
 
 
 def findings(survey: Survey, distance: int) -> list[Finding]:
@@ -68,9 +30,9 @@ def findings(survey: Survey, distance: int) -> list[Finding]:
     Args:
         distance: bits in which near-duplicates' fingerprints may differ; negative looks for none.
     """
-    found = [*_splits(survey), *_classes(survey), *_unreadable(survey), *_same(survey), *_kinds(survey), *_passed_over(survey)]
+    found = [*_splits(survey), *_classes(survey), *_unreadable(survey), *same_bytes_twice(survey), *_kinds(survey), *_passed_over(survey)]
     if distance >= 0:
-        found += _alike(survey, distance)
+        found += look_alikes(survey, distance)
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
@@ -88,19 +50,23 @@ def _splits(survey: Survey) -> Iterator[Finding]:
     if train is not None:
         batch = data.BATCH_SIZE * survey.config.TRAIN.ACCUMULATION_STEPS
         if len(train.rows) < batch:
-            yield Finding("small", WARNING, f"{len(train.rows):,} training images are fewer than a batch ({batch:,}), so that an epoch is one step",
-                          commands=[f"--batch-size {max(1, 2 ** int(np.log2(max(1, len(train.rows) // 4))))} --accumulation-steps 1"])
+            fitting = max(1, 2 ** int(np.log2(max(1, len(train.rows) // 4))))
+            yield Finding("small", WARNING,
+                          f"only {many(len(train.rows), 'training image')}, less than a batch ({batch:,}): an epoch is one step",
+                          commands=[f"--batch-size {fitting} --accumulation-steps 1"])
         wanted = survey.config.MODEL.NUM_CLASSES
         if wanted and wanted != survey.known:
-            yield Finding("class-count", ERROR, f"MODEL.NUM_CLASSES is {wanted}, but there are {survey.known} classes",
+            yield Finding("class-count", ERROR, f"MODEL.NUM_CLASSES is {wanted}, but the data has {many(survey.known, 'class')}",
                           commands=["--opts MODEL.NUM_CLASSES 0"])
         if survey.known == 1:
-            yield Finding("one-class", WARNING, "there is one class only: nothing can be learned from it", advice="give another class's folder")
+            yield Finding("one-class", WARNING,
+                          "there is one class only: nothing can be learned from it", advice="give another class's folder")
     told = set()
     for split in survey.splits.values():
         for line in split.source.notices:
             severity, _, sentence = line.partition(": ")
-            if "empty class folders" not in line and "classes without a folder" not in line and sentence not in told:
+            ours = "empty class folders" in line or "classes without a folder" in line
+            if not ours and sentence not in told:
                 told.add(sentence)
                 yield Finding("told", WARNING if severity == "warning" else NOTE, sentence, advice="training says the same")
 
@@ -112,41 +78,45 @@ def _classes(survey: Survey) -> Iterator[Finding]:
         return
     if len(names) > survey.known:
         surplus = np.arange(survey.known, len(names))
-        near = {i: difflib.get_close_matches(names[i], names[:survey.known], n=1, cutoff=0.8) for i in surplus[:100].tolist()}
-        yield Finding("surplus-classes", ERROR, f"{len(surplus):,} classes of val are unknown to train: training stops", len(surplus),
-                      lambda i: dict(name=names[surplus[i]], detail=f"{in_val[surplus[i]]:,} images"
-                                     + (f"; {near[surplus[i]][0]!r} is meant?" if near.get(surplus[i]) else "")),
+        near = [difflib.get_close_matches(names[i], names[:survey.known], n=1, cutoff=0.8) for i in surplus[:100].tolist()]
+        yield Finding("surplus-classes", ERROR,
+                      f"{many(len(surplus), 'class')} of val that train does not know: training stops", len(surplus),
+                      lambda i: dict(name=names[surplus[i]], detail=many(in_val[surplus[i]])
+                                     + (f"; {near[i][0]!r} is meant?" if i < len(near) and near[i] else "")),
                       advice="name them as train does, or take them out of val", moves=_folders(val, names, surplus))
     known = np.arange(survey.known)
     empty = known[in_train[known] == 0]
     if len(empty):
-        yield Finding("empty-classes", WARNING, f"{len(empty):,} classes have no training images", len(empty),
-                      lambda i: dict(name=names[empty[i]], detail=f"{in_val[empty[i]]:,} images in val"),
+        yield Finding("empty-classes", WARNING, f"{many(len(empty), 'class')} without training images", len(empty),
+                      lambda i: dict(name=names[empty[i]], detail=f"{many(in_val[empty[i]])} in val"),
                       advice="add images, or take the classes out of train and val",
                       moves=_folders(train, names, empty, val))
     if val is not None:
         missing = known[(in_val[known] == 0) & (in_train[known] > 0)]
         if len(missing):
-            yield Finding("missing-classes", WARNING, f"{len(missing):,} classes have no validation images: nothing says how well they are learned",
-                          len(missing), lambda i: dict(name=names[missing[i]], detail=f"{in_train[missing[i]]:,} images in train"),
-                          advice="give val a tenth of their training images", moves=_share(train, val, names, missing))
+            yield Finding("missing-classes", WARNING,
+                          f"{many(len(missing), 'class')} without validation images: nothing says what is learned there",
+                          len(missing), lambda i: dict(name=names[missing[i]], detail=f"{many(in_train[missing[i]])} in train"),
+                          advice="give val a tenth of the training images", moves=_share(train, val, names, missing))
     alike: dict[str, list[str]] = {}
     for name in names[:survey.known]:
         alike.setdefault(" ".join(name.lower().replace("_", " ").replace("-", " ").split()), []).append(name)
     double = [group for group in alike.values() if len(group) > 1]
     if double:
-        yield Finding("double-classes", WARNING, f"{len(double):,} classes stand there twice, under names that differ in case or blanks only",
-                      len(double), lambda i: dict(name=double[i][0], detail="also " + ", ".join(map(repr, double[i][1:]))),
+        yield Finding("double-classes", WARNING,
+                      f"{many(len(double), 'class')} under several names that differ only in case or blanks", len(double),
+                      lambda i: dict(name=double[i][0], detail="also " + ", ".join(map(repr, double[i][1:]))),
                       advice="join them with a file of lines label<TAB>class, given as DATA.CLASS_NAMES")
     odd = [name for name in names if not name.isprintable() or len(name) > 100]
     if odd:
-        yield Finding("odd-names", NOTE, f"{len(odd):,} classes have names with control characters or of more than 100 letters", len(odd),
-                      lambda i: dict(name=odd[i], detail=f"{len(odd[i])} letters"), advice="they work; rename them where they are in the way")
+        yield Finding("odd-names", NOTE,
+                      f"{many(len(odd), 'class')} with control characters in the name, or more than 100 letters", len(odd),
+                      lambda i: dict(name=odd[i], detail=f"{len(odd[i])} letters"),
+                      advice="this works; rename what is in the way elsewhere")
     present = in_train[in_train > 0]
     if len(present) and present.max() >= 10 * present.min() and len(present) > 1:
         yield Finding("imbalance", WARNING if present.max() >= 100 * present.min() else NOTE,
-                      f"the largest class has {present.max() / present.min():,.0f} times as many training images as the smallest "
-                      f"({present.max():,} and {present.min():,})",
+                      f"classes of {present.min():,} to {present.max():,} training images, 1 to {present.max() / present.min():,.0f}",
                       advice="top-1 favours the large ones; add images to the small ones")
 
 
@@ -183,60 +153,16 @@ def _share(train: Split, val: Split, names: Sequence[str], chosen: np.ndarray):
 # Single images
 # --------------------------------------------------------------------------------------------------
 
-class Images:
-    """Some images of a survey, as items of a finding and as files to take out.
-
-    Args:
-        positions: positions in all splits put one behind the other.
-    """
-
-    def __init__(self, survey: Survey, positions: np.ndarray, detail: Callable[[Split, int], str] = lambda split, index: ""):
-        self.positions, self.detail = np.asarray(positions, dtype=np.int64), detail
-        self.splits = list(survey.splits.values())
-        self.starts = np.cumsum([0, *(len(split.rows) for split in self.splits)])
-
-    def place(self, position: int) -> tuple[Split, int]:
-        at = int(np.searchsorted(self.starts, position, "right")) - 1
-        return self.splits[at], int(position - self.starts[at])
-
-    def item(self, i: int) -> dict[str, Any]:
-        split, index = self.place(self.positions[i])
-        return dict(path=split.source.path(index), split=split.name, detail=self.detail(split, index))
-
-    def moves(self, target: Callable[[Split, int], str] = lambda split, index: "") -> Callable[[], Iterator[Move]] | None:
-        if not any(self.place(p)[0].movable for p in self.positions[:1000]):
-            return None
-
-        def generate() -> Iterator[Move]:
-            for position in self.positions.tolist():
-                split, index = self.place(position)
-                if split.movable:
-                    yield Move(split.source.path(index), target(split, index))
-        return generate
-
-    def finding(self, code: str, severity: str, title: str, advice: str = "", commands: Sequence[str] = (), moves=None) -> Finding:
-        return Finding(code, severity, title, len(self.positions), self.item, advice, list(commands), moves)
-
-
-def _rows(survey: Survey) -> np.ndarray:
-    rows = [split.rows for split in survey.splits.values()]
-    return np.concatenate(rows) if rows else np.zeros(0)
-
-
-def _start(survey: Survey, name: str) -> int:
-    return len(survey.splits["train"].rows) if name == "val" and "train" in survey.splits else 0
-
-
 def _unreadable(survey: Survey) -> Iterator[Finding]:
     for split in survey.splits.values():
         bad = np.flatnonzero(~split.readable)
         if not len(bad):
             continue
-        images = Images(survey, bad + _start(survey, split.name), lambda split, index: split.reasons.get(index, ""))
+        images = Images(survey, bad + start_of(survey, split.name), lambda split, index: split.reasons.get(index, ""))
         much = f"{len(bad):,} of {len(split.rows):,} images of {split.name} cannot be read"
         if split.name == "val":
             whole = len(bad) == len(split.rows)
-            yield images.finding("unreadable-val", ERROR if whole else WARNING, much + ("" if whole else "; they do not count"),
+            yield images.finding("unreadable-val", ERROR if whole else WARNING, much + ("" if whole else "; results do not count them"),
                                  moves=images.moves())
             continue
         budget = survey.config.DATA.CORRUPT_BUDGET
@@ -248,15 +174,17 @@ def _unreadable(survey: Survey) -> Iterator[Finding]:
         counts, readable = survey.counts("train"), survey.counts("train", readable=True)
         lost = np.flatnonzero((counts > 0) & (readable == 0))
         if len(lost):
-            yield Finding("unreadable-classes", ERROR, f"{len(lost):,} classes have no readable training image: training stops there", len(lost),
-                          lambda i: dict(name=survey.classes[lost[i]], detail=f"{counts[lost[i]]:,} unreadable"),
+            yield Finding("unreadable-classes", ERROR,
+                          f"{many(len(lost), 'class')} without a readable training image: training stops there",
+                          len(lost), lambda i, lost=lost, counts=counts: dict(
+                              name=survey.classes[lost[i]], detail=f"{counts[lost[i]]:,} unreadable"),
                           advice="repair or add images, or take the classes out of train and val",
                           moves=_folders(split, survey.classes, lost, survey.splits.get("val")))
 
 
 def _kinds(survey: Survey) -> Iterator[Finding]:
     """Sizes, and files that are read in a way worth knowing."""
-    rows = _rows(survey)
+    rows = all_rows(survey)
     if not len(rows):
         return
     flags, read = rows["flags"], np.concatenate([split.readable for split in survey.splits.values()])
@@ -269,39 +197,42 @@ def _kinds(survey: Survey) -> Iterator[Finding]:
     tiny = min(32, side // 4)
     if len(at := np.flatnonzero(read & (shorter < tiny))):
         images = Images(survey, at, size)
-        yield images.finding("tiny", WARNING, f"{len(at):,} images have a side below {tiny} pixels (the input is {side})", moves=images.moves())
+        yield images.finding("tiny", WARNING,
+                             f"{many(len(at))} with a side below {tiny} pixels (the input is {side})", moves=images.moves())
     pixels = rows["width"].astype(np.int64) * rows["height"]
     if len(at := np.flatnonzero(read & (pixels > HUGE_PIXELS))):
         ms = rows["decode_us"][at].mean() / 1000
-        yield Images(survey, at, size).finding("huge", NOTE, f"{len(at):,} images have more than {HUGE_PIXELS // 10**6} million pixels; "
-                                               f"one takes {ms:,.0f} ms to decode", commands=[resize_command(survey)])
+        yield Images(survey, at, size).finding("huge", NOTE, f"{many(len(at))} of more than {HUGE_PIXELS // 10**6} million pixels, "
+                                               f"{ms:,.0f} ms each to decode", commands=[resize_command(survey)])
     if len(at := np.flatnonzero(read & (longer > 10 * shorter.astype(np.int64)))):
-        yield Images(survey, at, size).finding("long", NOTE, f"{len(at):,} images are more than ten times as long as wide",
+        yield Images(survey, at, size).finding("long", NOTE, f"{many(len(at))} more than ten times as long as wide",
                                                advice="crops show little of them; nothing needs doing")
     if len(at := np.flatnonzero(read & ((flags & BLANK) > 0))):
         images = Images(survey, at, size)
-        yield images.finding("blank", WARNING, f"{len(at):,} images are of a single colour", moves=images.moves())
+        yield images.finding("blank", WARNING, f"{many(len(at))} of a single colour", moves=images.moves())
     if len(at := np.flatnonzero(read & ((flags & MISNAMED) > 0))):
         images = Images(survey, at, lambda split, index: f"is {format_of(split.rows[index])}")
-        yield images.finding("misnamed", NOTE, f"{len(at):,} images have another format's extension; they are read by their content",
+        yield images.finding("misnamed", NOTE, f"{many(len(at))} with another format's extension, read by content",
                              advice="nothing needs doing for training", moves=images.moves(_right_name))
     if len(at := np.flatnonzero(read & ((flags & EXIF_TURNED) > 0))) and not survey.config.DATA.EXIF:
-        yield Images(survey, at).finding("exif", NOTE, f"{len(at):,} images are turned by their EXIF block; they are used as they are stored, as in "
-                                         "torchvision and timm", commands=["--opts DATA.EXIF True"])
+        yield Images(survey, at).finding("exif", NOTE,
+                                         f"{many(len(at))} turned by an EXIF block, used as stored (as torchvision and timm do)",
+                                         commands=["--opts DATA.EXIF True"])
     if len(at := np.flatnonzero(read & ((flags & ANIMATED) > 0))):
-        yield Images(survey, at).finding("animated", NOTE, f"{len(at):,} files hold several pictures; the first is used",
+        yield Images(survey, at).finding("animated", NOTE, f"{many(len(at), 'file')} of several pictures, of which the first is used",
                                          advice="nothing needs doing")
     if len(at := np.flatnonzero(read & ((flags & ALPHA) > 0))):
-        yield Images(survey, at, _mode).finding("transparent", NOTE, f"{len(at):,} images may have transparent parts; those are laid on white",
+        yield Images(survey, at, _mode).finding("transparent", NOTE,
+                                                f"{many(len(at))} with an alpha channel; transparent parts become white",
                                                 advice="nothing needs doing")
-    for code, modes, what in (("cmyk", ("CMYK",), "are CMYK; they are converted by Pillow's rule, as in torchvision and timm"),
-                              ("deep", ("I;16", "I", "F"), "have more than 8 bits a channel; they are scaled to 8")):
+    for code, modes, what in (("cmyk", ("CMYK",), "in CMYK, converted by Pillow's rule (as torchvision and timm do)"),
+                              ("deep", ("I;16", "I", "F"), "of more than 8 bits a channel, scaled to 8")):
         if len(at := np.flatnonzero(read & np.isin(rows["mode"], [MODES.index(mode) for mode in modes]))):
-            yield Images(survey, at, _mode).finding(code, NOTE, f"{len(at):,} images {what}", advice="nothing needs doing")
+            yield Images(survey, at, _mode).finding(code, NOTE, f"{many(len(at))} {what}", advice="nothing needs doing")
     middle = float(np.median(shorter[read])) if read.any() else 0
     if middle > 2.5 * side:
-        yield Finding("large", NOTE, f"half of the images have a shorter side above {middle:,.0f} pixels, of which an input of {side} uses few; a "
-                      "smaller copy decodes several times as fast", commands=[resize_command(survey)])
+        yield Finding("large", NOTE, f"half of the images have a shorter side above {middle:,.0f} pixels, and the input is {side}: "
+                      "a smaller copy decodes several times as fast", commands=[resize_command(survey)])
 
 
 def _mode(split: Split, index: int) -> str:
@@ -333,109 +264,16 @@ def _passed_over(survey: Survey) -> Iterator[Finding]:
         seen.add(place)
         counts, examples = strays(base)
         if loose := counts.pop(LOOSE, 0):
-            yield Finding("loose", WARNING, f"{loose:,} images of {split.name} lie outside a class folder and are not used", 1,
+            yield Finding("loose", WARNING, f"{many(loose)} of {split.name} outside any class folder: not used", 1,
                           lambda i, e=examples[LOOSE]: dict(path=e, detail="for example"), advice="move them into their class's folder")
         if counts:
             kinds = sorted(counts.items(), key=lambda kind: -kind[1])
-            yield Finding("passed-over", NOTE, f"{counts.total():,} files or folders of {split.name} are no images and are passed over", len(kinds),
-                          lambda i, kinds=kinds, examples=examples: dict(path=examples[kinds[i][0]], detail=f"{kinds[i][1]:,} {kinds[i][0]}",
-                                                                         number=kinds[i][1]),
-                          advice=f"read are {some([e for e in EXTENSION_OF.values()], 9)}; convert other pictures to one of them"
-                          if set(counts) - {HIDDEN} else "nothing needs doing")
+            other = set(counts) - {HIDDEN}
+            yield Finding("passed-over", NOTE,
+                          f"{many(counts.total(), 'file')} or folders of {split.name} passed over: no images", len(kinds),
+                          lambda i, kinds=kinds, examples=examples: dict(
+                              path=examples[kinds[i][0]], detail=f"{kinds[i][1]:,} {kinds[i][0]}", number=kinds[i][1]),
+                          advice=f"pictures of other kinds than {', '.join(EXTENSION_OF)} must be converted" if other
+                          else "nothing needs doing")
 
 
-# --------------------------------------------------------------------------------------------------
-# The same image twice
-# --------------------------------------------------------------------------------------------------
-
-def _same(survey: Survey) -> Iterator[Finding]:
-    """Byte for byte: copies within a split, under several classes, in training and validation."""
-    rows = _rows(survey)
-    if not len(rows):
-        return
-    read = np.flatnonzero(np.concatenate([split.readable for split in survey.splits.values()]))
-    targets = np.concatenate([split.targets for split in survey.splits.values()])
-    border = len(survey.splits["train"].rows) if "train" in survey.splits else 0
-    first: dict[str, list[int]] = {name: [] for name in ("copies", "conflicts", "leaks", "leaked from")}
-    twin: dict[int, int] = {}
-    for group in same_bytes(rows["sha256"][read]):
-        members = read[group]
-        for part in (members[members < border], members[members >= border]):
-            if len(part) < 2:
-                continue
-            if len(np.unique(targets[part])) > 1:
-                first["conflicts"] += part.tolist()
-                twin.update((p, int(part[targets[part] != targets[p]][0])) for p in part.tolist())
-            else:
-                first["copies"] += part[1:].tolist()
-                twin.update((p, int(part[0])) for p in part[1:].tolist())
-        inside, outside = members[members < border], members[members >= border]
-        if len(inside) and len(outside):
-            first["leaks"] += outside.tolist()
-            first["leaked from"] += inside.tolist()
-            twin.update((p, int(inside[0])) for p in outside.tolist() if p not in twin or twin[p] >= border)
-    everywhere = Images(survey, np.zeros(0))
-
-    def named(position: int) -> tuple[str, int]:
-        split, index = everywhere.place(position)
-        return split.source.path(index), int(split.targets[index])
-
-    def like(split: Split, index: int) -> str:
-        path, target = named(twin[index + _start(survey, split.name)])
-        other = f", there of class {survey.classes[target]!r}" if target != split.targets[index] else ""
-        return f"= {os.path.relpath(path, survey.root) if os.path.isdir(survey.root) else path}{other}"
-
-    if first["leaks"]:
-        share = len(first["leaks"]) / max(1, len(rows) - border)
-        yield Images(survey, first["leaks"], like).finding(
-            "leaks", ERROR if share >= LEAK_SHARE else WARNING,
-            f"{len(first['leaks']):,} validation images ({share:.2%}) are training images too, byte for byte: the result is too good",
-            advice="take them out of train", moves=Images(survey, first["leaked from"]).moves())
-    if first["conflicts"]:
-        images = Images(survey, first["conflicts"], like)
-        yield images.finding("conflicts", WARNING, f"{len(first['conflicts']):,} images stand under more than one class, byte for byte the same",
-                             advice="keep the right one of each; the script takes out all", moves=images.moves())
-    if first["copies"]:
-        images = Images(survey, first["copies"], like)
-        yield images.finding("copies", WARNING, f"{len(first['copies']):,} images are copies of another of their class, byte for byte",
-                             advice="the script keeps the first of each", moves=images.moves())
-
-
-def _alike(survey: Survey, distance: int) -> Iterator[Finding]:
-    """To the eye: validation images of which training has another version."""
-    train, val = survey.splits.get("train"), survey.splits.get("val")
-    if train is None or val is None:
-        return
-    able = [np.flatnonzero(split.readable & ((split.rows["flags"] & PLAIN) == 0)) for split in (train, val)]
-    at, match, bits = near_pairs(train.rows["hash"][able[0]], val.rows["hash"][able[1]], distance)
-    theirs, ours = able[0][match], able[1][at]
-    differ = np.any(train.rows["sha256"][theirs] != val.rows["sha256"][ours], axis=1)
-    theirs, ours, bits = theirs[differ], ours[differ], bits[differ]
-    order = np.argsort(bits, kind="stable")[:_COMPARED]
-    theirs, ours = theirs[order], ours[order]
-    with ThreadPoolExecutor(max(1, survey.processes)) as pool:  # Pillow decodes without holding the interpreter
-        same = np.array(list(pool.map(lambda pair: _look_alike(train, val, *pair), zip(theirs.tolist(), ours.tolist(), strict=True))), dtype=bool)
-    theirs, ours = theirs[same], ours[same]
-    if not len(ours):
-        return
-    start = len(train.rows)
-    origin = dict(zip(ours.tolist(), theirs.tolist(), strict=True))
-
-    def like(split: Split, index: int) -> str:
-        other = origin[index]
-        path = train.source.path(other)
-        said = f"~ {os.path.relpath(path, survey.root) if os.path.isdir(survey.root) else path}"
-        return said + (f", there of class {survey.classes[train.targets[other]]!r}" if train.targets[other] != val.targets[index] else "")
-
-    share = len(ours) / len(val.rows)
-    yield Images(survey, ours + start, like).finding(
-        "near-leaks", WARNING, f"{len(ours):,} validation images ({share:.2%}) look like a training image (resized or compressed anew)",
-        advice="look at some of them; the script takes the training images out", moves=Images(survey, np.unique(theirs)).moves())
-
-
-def _look_alike(train: Split, val: Split, theirs: int, ours: int) -> bool:
-    try:
-        one, other = thumbnail(train.source, theirs), thumbnail(val.source, ours)
-    except UnreadableImage:  # gone since
-        return False
-    return float(np.abs(one - other).mean()) < _LIKE

@@ -84,7 +84,7 @@ class Survey:
 
     @property
     def images(self) -> int:
-        return sum(len(split.rows) for split in self.splits.values())
+        return sum(len(split.targets) for split in self.splits.values())
 
 
 def base_of(source: Source) -> tuple[Source, np.ndarray | None]:

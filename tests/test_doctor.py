@@ -56,8 +56,9 @@ def bomb(width: int, height: int) -> bytes:
     """A small PNG that unpacks to an enormous picture."""
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     pixels = zlib.compress(bytes(width * 100 + 100), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def spoil(root: Path) -> None:
@@ -65,7 +66,8 @@ def spoil(root: Path) -> None:
     train, val = root / "train", root / "val"
     seed = write(root, "train", {**dict(ape=24, bee=6, cat=6, gone=2, rotten=2, nowhere=3), "Red Fox": 3, "red_fox": 3,
                                  **dict.fromkeys(HOSTILE, 3)}, 100)
-    seed = write(root, "val", {**dict(ape=6, bee=3, cat=3, rotten=2, bees=2), "Red Fox": 2, "red_fox": 2, **dict.fromkeys(HOSTILE, 1)}, seed)
+    seed = write(root, "val", {**dict(ape=6, bee=3, cat=3, rotten=2, bees=2), "Red Fox": 2, "red_fox": 2,
+                               **dict.fromkeys(HOSTILE, 1)}, seed)
     whole = (train / "ape/0.jpg").read_bytes()
     (train / "ape/0.jpg").write_bytes(whole[:len(whole) // 2])
     (train / "ape/1.jpg").write_bytes(b"")
@@ -161,7 +163,8 @@ def test_a_folder_spoiled_in_twenty_ways(tmp_path: Path, program) -> None:
         assert found[code]["mend"] or found[code]["advice"], code
     assert found["imbalance"]["severity"] == "note" and found.keys() == single.keys() | {"imbalance", "passed-over"}
     reasons = {"/".join(Path(item["path"]).parts[-2:]): item["detail"] for item in found["unreadable-train"]["items"]}
-    for name, word in (("ape/0.jpg", "truncated"), ("ape/1.jpg", "empty"), ("ape/2.jpg", "none of JPEG"), ("ape/3.png", "decompression bomb")):
+    for name, word in (("ape/0.jpg", "truncated"), ("ape/1.jpg", "empty"), ("ape/2.jpg", "none of JPEG"),
+                       ("ape/3.png", "decompression bomb")):
         assert word in reasons[name], reasons
     passed = {item["detail"].partition(" ")[2]: item["number"] for item in found["passed-over"]["items"]}
     assert passed == {"hidden files and folders": 3, ".heic files": 1, ".txt files": 1, "links to nothing, pipes and devices": 1}
@@ -186,8 +189,8 @@ def test_a_folder_spoiled_in_twenty_ways(tmp_path: Path, program) -> None:
     done = program("--doctor", "--data-path", root, "--accumulation-steps", "1", *TINY)
     assert done.returncode == 0, done.stdout
     left = set(report_of(folder)[1])
-    assert left == {"double-classes", "odd-names", "loose", "passed-over", "huge", "long", "exif", "animated", "transparent", "cmyk", "deep"} | (
-        left & {"imbalance", "missing-classes"}), left
+    assert left - {"imbalance", "missing-classes"} == {"double-classes", "odd-names", "loose", "passed-over", "huge", "long", "exif",
+                                                       "animated", "transparent", "cmyk", "deep"}
 
 
 def test_hostile_names_in_archives_and_lists(tmp_path: Path, program) -> None:
@@ -284,7 +287,7 @@ def test_little_or_nothing(make, status: int, codes: set[str], tmp_path: Path, p
 
 
 def _after(_: int, root: Path) -> list[Path]:
-    return [path for path in root.rglob("*.jpg")]
+    return list(root.rglob("*.jpg"))
 
 
 def test_usage(sound: Path, tmp_path: Path, program) -> None:
@@ -326,8 +329,8 @@ def test_a_process_of_its_own_needs_no_torch_and_ends_at_once(tmp_path: Path) ->
     write(root, "train", dict(a=6, b=6), write(root, "val", dict(a=2, b=2), 70))
     code = ("import sys, main; status = main.main(sys.argv[1:]); "
             "assert not {'torch', 'timm', 'torchvision'} & set(sys.modules); sys.exit(status)")
-    done = subprocess.run([sys.executable, "-c", code, "--doctor", "--data-path", root, *TINY], cwd=tmp_path, capture_output=True, text=True,
-                          env=environment(PYTHONPATH=str(ROOT)), timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code, "--doctor", "--data-path", root, *TINY], cwd=tmp_path, capture_output=True,
+                          text=True, env=environment(PYTHONPATH=str(ROOT)), timeout=60, check=False)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     slow = ("import sys, time, main\nfrom data import crew\n"
             "crew.examine = lambda *_: time.sleep(60)\nsys.exit(main.main(sys.argv[1:]))")

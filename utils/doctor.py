@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from config import ConfigError
 from data.doctor import Diagnosis, diagnose, manifests
-from data.findings import Finding, Move
+from data.finding import Finding, Move
 from data.folder import ImageFolder
 from data.index import Index
 from data.survey import Survey, base_of
@@ -65,8 +65,7 @@ def examine_run(config: CfgNode, logger: logging.Logger) -> int:
     scripts = _write_scripts(diagnosis, folder)
     for name, content in manifests(diagnosis.survey).items():
         write_atomically(os.path.join(folder, f"manifest-{name}.npz"), lambda file, content=content: np.savez(file, **content))
-    lines = render(diagnosis, scripts, shutil.get_terminal_size((100, 24)).columns)
-    lines = [*lines, "", f"{plain(folder)} holds report.txt, report.json, the manifests and the scripts"]
+    lines = list(render(diagnosis, scripts, folder, shutil.get_terminal_size((100, 24)).columns))
     replace_file(os.path.join(folder, "report.txt"), "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
     write_atomically(os.path.join(folder, "report.json"), lambda file: _write_json(file, diagnosis, scripts))
     if config.DOCTOR.JSON not in ("", "-"):
@@ -90,15 +89,16 @@ def _prepare(folder: str, survey: Survey, json_file: str) -> None:
     for split in survey.splits.values():
         base = base_of(split.source)[0]
         if isinstance(base, ImageFolder) and os.path.realpath(folder).startswith(os.path.join(os.path.realpath(base.root), "")):
-            raise ConfigError(f"{folder}: the report would lie among the images of {base.root}; choose another place with --opts DOCTOR.FOLDER")
+            raise ConfigError(f"{folder}: the report would lie among the images of {base.root}; choose another place with "
+                              "--opts DOCTOR.FOLDER")
     try:
         os.makedirs(folder, exist_ok=True)
         replace_file(os.path.join(folder, "report.txt"), b"the doctor has not finished\n")
         if json_file not in ("", "-"):
             replace_file(os.path.expanduser(json_file), b"{}\n")
     except OSError as error:
-        raise ConfigError(f"{error.filename or folder}: the report cannot be written there ({error.strerror}); choose another place with --opts "
-                          "DOCTOR.FOLDER or --doctor-json") from None
+        raise ConfigError(f"{error.filename or folder}: the report cannot be written there ({error.strerror}); choose another place "
+                          "with --opts DOCTOR.FOLDER or --doctor-json") from None
     shutil.rmtree(os.path.join(folder, "mend"), ignore_errors=True)  # scripts of an earlier report
 
 
@@ -168,7 +168,8 @@ def _json_lines(diagnosis: Diagnosis, scripts: dict[str, str]) -> Iterator[str]:
     yield '\n],\n"findings": ['
     for number, finding in enumerate(diagnosis.found):
         mend = [*([scripts[finding.code]] if finding.code in scripts else []), *finding.commands]
-        head = _json(dict(code=finding.code, severity=finding.severity, title=finding.title, advice=finding.advice, mend=mend, count=finding.count))
+        head = _json(dict(code=finding.code, severity=finding.severity, title=finding.title, advice=finding.advice, mend=mend,
+                          count=finding.count))
         yield (",\n" if number else "\n") + head[:-1] + ', "items": ['
         for i in range(finding.count):
             yield (",\n " if i else "\n ") + _json(finding.item(i))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from data.doctor import Diagnosis
-from data.findings import Finding
+from data.finding import Finding
 from data.survey import Survey
 
 _INDENT = " " * 9
@@ -29,11 +29,12 @@ def shortened(text: str, width: int, keep_end: bool = False) -> str:
     return "..." + text[len(text) - width + 3:] if keep_end else text[:width - 3] + "..."
 
 
-def render(diagnosis: Diagnosis, mends: dict[str, str], width: int) -> Iterator[str]:
+def render(diagnosis: Diagnosis, mends: dict[str, str], folder: str, width: int) -> Iterator[str]:
     """The lines of the report.
 
     Args:
         mends: the command of each finding's script, by the finding's code.
+        folder: where the report, the manifests and the scripts lie.
         width: columns; below 60 counts as 60.
     """
     width = max(60, min(width, 120))
@@ -49,6 +50,8 @@ def render(diagnosis: Diagnosis, mends: dict[str, str], width: int) -> Iterator[
     for finding in diagnosis.found:
         yield ""
         yield from _finding(finding, mends.get(finding.code), survey, width)
+    yield ""
+    yield f"Report, manifests{' and scripts' if mends else ''}: {plain(folder)}"
 
 
 def _splits(diagnosis: Diagnosis, width: int) -> Iterator[str]:
@@ -58,7 +61,8 @@ def _splits(diagnosis: Diagnosis, width: int) -> Iterator[str]:
         if facts is None:
             yield f"  {name:6} none"
             continue
-        kinds = "; ".join(", ".join(f"{kind} {count:,}" for kind, count in facts[what].items()) for what in ("formats", "modes") if facts[what])
+        kinds = "; ".join(", ".join(f"{kind} {count:,}" for kind, count in facts[what].items())
+                          for what in ("formats", "modes") if facts[what])
         text = (f"{facts['layout']}: {facts['images']:,} images, {facts['classes']:,} classes, {_size(facts['bytes'])}, "
                 f"{facts['images'] - facts['readable']:,} unreadable" + (f" ({kinds})" if kinds else ""))
         yield from _wrapped(text, f"  {name:6} ", " " * 9, width)
@@ -99,7 +103,8 @@ def _classes(survey: Survey, width: int) -> Iterator[str]:
     yield ""
     yield f"Classes by their number of images in {split}"
     for span, count in zip(spans, inside.tolist(), strict=True):
-        yield f"  {span:>{room}} images {count:>{len(f'{inside.max():,}')},} classes {'#' * round((width - room - 30) * count / max(1, inside.max()))}".rstrip()
+        number = f"{count:>{len(f'{inside.max():,}')},}"
+        yield f"  {span:>{room}} images {number} classes {'#' * round((width - room - 30) * count / max(1, inside.max()))}".rstrip()
 
 
 def _sizes(diagnosis: Diagnosis) -> Iterator[str]:
@@ -127,9 +132,10 @@ def _speed(diagnosis: Diagnosis, width: int) -> Iterator[str]:
                         f"({speed['decoded_per_second_and_core']:,.0f}/s a core), reading {speed['read_ms']:.2f} ms", "  ", "  ", width)
     if plan["images"]:
         total = plan["epochs"] * plan["augmented_epoch_seconds"]
-        yield from _wrapped(f"the planned run, {plan['workers']} loading processes on {plan['cores']} cores: an epoch of {plan['images']:,} images takes "
-                            f"{_time(plan['epoch_seconds'])} to read and decode, about {_time(plan['augmented_epoch_seconds'])} with the training "
-                            f"augmentation; {plan['epochs']} epochs {_time(total)}. A faster model waits for its data", "  ", "  ", width)
+        yield from _wrapped(
+            f"the planned run, {plan['workers']} loading processes on {plan['cores']} cores: an epoch of {plan['images']:,} images takes "
+            f"{_time(plan['epoch_seconds'])} to read and decode, about {_time(plan['augmented_epoch_seconds'])} with the training "
+            f"augmentation; {plan['epochs']} epochs {_time(total)}. A faster model waits for its data", "  ", "  ", width)
 
 
 def _finding(finding: Finding, script: str | None, survey: Survey, width: int) -> Iterator[str]:
@@ -144,7 +150,8 @@ def _finding(finding: Finding, script: str | None, survey: Survey, width: int) -
     if script:
         yield f"{_INDENT}mend: {script}"
     for command in finding.commands:
-        yield f"{_INDENT}{'mend: ' if not command.startswith('--') else 'run with '}{plain(command)}"
+        words = "mend: " if not command.startswith("--") else "or run with " if script else "run with "
+        yield f"{_INDENT}{words}{plain(command)}"
 
 
 def _item(item: dict, survey: Survey, room: int) -> str:
