@@ -102,5 +102,5 @@ def _fingerprint(image: Image.Image, row: np.void) -> None:
 
 
 def thumbnail(source: Source, index: int) -> np.ndarray:
-    """(32, 32, 3) float32: what two pictures are compared by when their fingerprints are alike."""
-    return np.asarray(source.load(index).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
+    """(16, 16, 3) float32: what two pictures are compared by when their fingerprints are alike."""
+    return np.asarray(source.load(index).resize((16, 16), Image.Resampling.BOX), dtype=np.float32)

@@ -94,7 +94,7 @@ def _classes(survey: Survey, width: int) -> Iterator[str]:
         yield from map(line, order.tolist())
         return
     yield from map(line, order[:_SOME_CLASSES].tolist())
-    yield f"  {'...':{room}}"
+    yield "  ..."
     yield from map(line, order[-_SOME_CLASSES:].tolist())
     edges = np.unique(np.linspace(counts.min(), counts.max() + 1, _BINS + 1).astype(int))
     inside, _ = np.histogram(counts, edges)
@@ -183,4 +183,4 @@ def _time(seconds: float) -> str:
         return f"{seconds:.1f} s"
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.0f} h"
