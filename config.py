@@ -189,7 +189,7 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
 
     ("DOCTOR.FOLDER", "", _str, "where the doctor writes its report, manifests and scripts; empty is OUTPUT/doctor/<name of the data>"),
     ("DOCTOR.JSON", "", _str, "file for the doctor's report as JSON; - is standard output; empty is report.json in its folder"),
-    ("DOCTOR.NEAR", 11, _int,
+    ("DOCTOR.NEAR", 8, _int,
      "bits of 128 in which the fingerprints of a training and a validation image may differ to be compared closer (0 to 11; -1: none)"),
 
     ("MODEL.TYPE", "crossformer", _str, "crossformer, swin, cvt, shunted, mpvit, pvt, pvt_v2, galerkin, or timm for any timm model"),

@@ -21,7 +21,7 @@ from test_archives import tar_of
 
 from data.similar import near_pairs
 
-TINY = ("--img-size", "64", "--batch-size", "8", "--opts", "DATA.READ_PATIENCE", "0")
+TINY = ("--img-size", "64", "--batch-size", "8", "--opts", "DATA.READ_PATIENCE", "0", "DATA.INDEX_CACHE", "none")
 
 
 def picture(seed: int, width: int = 96, height: int = 80) -> Image.Image:
@@ -297,6 +297,8 @@ def test_usage(sound: Path, tmp_path: Path, program) -> None:
     (tmp_path / "file").write_text("")
     done = program("--doctor", "--data-path", sound, "--opts", "DOCTOR.FOLDER", tmp_path / "file/x")
     assert done.returncode == 2 and "DOCTOR.FOLDER" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = program("--doctor", "--data-path", sound, "--doctor-json", tmp_path / "no/x.json")
+    assert done.returncode == 2 and f"{tmp_path}/no/x.json: the report cannot be written" in done.stderr
     done = program("--doctor", "--data-path", sound, "--opts", "DOCTOR.FOLDER", sound / "train/report")
     assert done.returncode == 2 and "among the images" in done.stderr and not (sound / "train/report").exists()
     done = program("--doctor", "--data-path", sound, "--doctor-json", "-", *TINY)

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -91,15 +91,19 @@ def _prepare(folder: str, survey: Survey, json_file: str) -> None:
         if isinstance(base, ImageFolder) and os.path.realpath(folder).startswith(os.path.join(os.path.realpath(base.root), "")):
             raise ConfigError(f"{folder}: the report would lie among the images of {base.root}; choose another place with "
                               "--opts DOCTOR.FOLDER")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        replace_file(os.path.join(folder, "report.txt"), b"the doctor has not finished\n")
-        if json_file not in ("", "-"):
-            replace_file(os.path.expanduser(json_file), b"{}\n")
-    except OSError as error:
-        raise ConfigError(f"{error.filename or folder}: the report cannot be written there ({error.strerror}); choose another place "
-                          "with --opts DOCTOR.FOLDER or --doctor-json") from None
+    _tried(lambda: os.makedirs(folder, exist_ok=True), folder)
+    _tried(lambda: replace_file(os.path.join(folder, "report.txt"), b"the doctor has not finished\n"), folder)
+    if json_file not in ("", "-"):
+        _tried(lambda: replace_file(os.path.expanduser(json_file), b"{}\n"), json_file)
     shutil.rmtree(os.path.join(folder, "mend"), ignore_errors=True)  # scripts of an earlier report
+
+
+def _tried(write: Callable[[], None], path: str) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise ConfigError(f"{path}: the report cannot be written there ({error.strerror}); choose another place with --opts DOCTOR.FOLDER "
+                          "or --doctor-json") from None
 
 
 def _read_manifest(path: str) -> Index | None:
