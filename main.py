@@ -27,7 +27,7 @@ EXIT_FAILURE, EXIT_USAGE, EXIT_DATA, EXIT_NUMBERS, EXIT_STOPPED = 1, 2, 3, 4, 75
 FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("what to do", "--eval", "EVAL_MODE", "True", "evaluate and stop; with --resume of a checkpoint of ours nothing else is needed"),
     ("what to do", "--throughput", "THROUGHPUT_MODE", "True", "measure images per second of the forward pass and of training"),
-    ("what to do", "--doctor", "DOCTOR_MODE", "True", "read all images, report what is wrong with the data and what mends it; status 3 for errors"),
+    ("what to do", "--doctor", "DOCTOR_MODE", "True", "read all images, report what is wrong and what mends it; status 3 for errors"),
     ("what to do", "--doctor-json", "DOCTOR.JSON", None, "file for the doctor's report as JSON; - is standard output"),
     ("data", "--data-path", "DATA.DATA_PATH", None, "folder with train/ and val/"),
     ("data", "--data-set", "DATA.DATASET", None, "imagenet, folder, lists, zip, tar, huggingface or digits"),
