@@ -132,8 +132,9 @@ def read_file(path: str) -> Any:
     except PermissionError:
         raise CheckpointError(f"{path}: cannot be read (permission denied)") from None
     except Exception as error:  # torch, zip and safetensors raise many kinds for a damaged file
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: damaged or not a checkpoint ({reason})") from None
+        reason = (str(error).strip().splitlines() or [""])[0][:120]
+        reason = f" ({reason})" if any(c.isalpha() for c in reason) else ""  # some raise the bare byte they stumbled over
+        raise CheckpointError(f"{path}: damaged or not a checkpoint{reason}") from None
 
 
 def _refused_class(message: str) -> str:

@@ -54,18 +54,19 @@ def same(a: Path, b: Path) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 
 # Calls: config.yaml syncs twice and moves once; the checkpoint of step 3 syncs file and folder, then the link's folder, and
-# moves twice. So these wait inside the checkpoint of step 5, which stands before the first evaluation.
-@pytest.mark.parametrize(("call", "after"), [("fsync", 5), ("replace", 3)])
-def test_killed_inside_a_save(straight: Path, tiny_cfg: Path, tmp_path: Path, call: str, after: int) -> None:
+# moves twice. So the first two wait inside the checkpoint of step 5 before the first evaluation; the last in the one after it, when
+# the line of metrics is written already.
+@pytest.mark.parametrize(("call", "after", "step"), [("fsync", 5, 3), ("replace", 3, 3), ("replace", 5, 5)])
+def test_killed_inside_a_save(straight: Path, tiny_cfg: Path, tmp_path: Path, call: str, after: int, step: int) -> None:
     command, folder = ["--cfg", tiny_cfg, "--epochs", 3, *OFTEN], tmp_path / RUN
     process = start(*command, cwd=tmp_path, **fault(tmp_path, call, after=after, how="wait"))
     wait_for(waiting(tmp_path))
     os.killpg(process.pid, signal.SIGKILL)
     ends([process])
-    assert list(folder.glob(".tmp-*")) and [p.name for p in folder.glob("ckpt_*.pth")] == ["ckpt_00000003.pth"]
-    assert load(folder / "last.pth")["step"] == 3
+    assert list(folder.glob(".tmp-*")) and max(int(p.stem[5:]) for p in folder.glob("ckpt_*.pth")) == step
+    assert load(folder / "last.pth")["step"] == step and (folder / "metrics.jsonl").exists() == (step == 5)
     done = run_main(*command, cwd=tmp_path)
-    assert done.returncode == 0 and "at step 3\n" in done.stdout and not list(folder.glob(".tmp-*"))
+    assert done.returncode == 0 and f"at step {step}\n" in done.stdout and not list(folder.glob(".tmp-*"))
     assert same(folder, straight) == []
 
 
@@ -263,12 +264,16 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tiny_cfg: Path,
 
 
 def test_beyond_the_budget_back_to_a_good_checkpoint_and_then_stop(tiny_cfg: Path, tmp_path: Path) -> None:
-    budget = ["--opts", "TRAIN.SAVE_EVERY_STEPS", 3, "TRAIN.SKIP_BUDGET", 1]
-    healed = run_main("--cfg", tiny_cfg, "--epochs", 3, *budget, cwd=tmp_path, **fault(tmp_path, "loss", after=12, how="nan", times=2))
+    budget = ["--opts", "TRAIN.SAVE_EVERY_STEPS", 3, "TRAIN.SKIP_BUDGET", 1, "TRAIN.KEEP_CHECKPOINTS", 0]
+    # Five calls for the first epoch's steps, six in its evaluation: steps 8 and 9.
+    healed = run_main("--cfg", tiny_cfg, "--epochs", 3, *budget, cwd=tmp_path, **fault(tmp_path, "loss", after=13, how="nan", times=2))
     assert healed.returncode == 0, healed.stderr
     said = r"^warning: .* back to \S+ckpt_(\d+)\.pth, passing over the (\d+) steps since \(rollback 1 of 1\)$"
     assert re.search(said, healed.stdout, re.M), healed.stdout
-    last = load(tmp_path / RUN / "last.pth")
+    good, back, last = (load(tmp_path / RUN / f"ckpt_{step:08d}.pth") for step in (6, 9, 15))
+    for part in ("model", "ema"):
+        assert differences(good[part], back[part]) == []  # step 7 is undone
+    assert differences(good["optimizer"]["state"], back["optimizer"]["state"]) == [] and differences(back["model"], last["model"])
     assert last["step"] == 15 and last["rollbacks"] == 1 and "finished 3 epochs" in healed.stdout
     stopped = run_main("--cfg", tiny_cfg, "--epochs", 9, "--tag", "b", *budget, cwd=tmp_path,
                        **fault(tmp_path, "loss", after=17, how="nan", times=99))
