@@ -155,6 +155,7 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("PRINT_FREQ", 10, _int, "log a line every so many steps"),
     ("EVAL_MODE", False, _bool, "evaluate only (--eval)"),
     ("THROUGHPUT_MODE", False, _bool, "measure speed only (--throughput)"),
+    ("DOCTOR_MODE", False, _bool, "read and judge the data only (--doctor)"),
     ("AMP_ENABLE", True, _bool, "allow mixed precision; False is PRECISION fp32"),
     ("AMP_OPT_LEVEL", "", _str, "apex's old spelling: O0 is fp32, O1 and O2 mixed precision"),
     ("DIST_TIMEOUT", 20.0, _float, "minutes without progress after which a job of several processes ends, naming the one it waits for"),
@@ -187,6 +188,11 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("DATA.INDEX_CACHE", "auto", _str, "folder for the file lists of large data sets; auto is the user's cache folder, none keeps none"),
     ("DATA.ZIP_MODE", False, _bool, "read train.zip and val.zip with their map files (train_map.txt), as Swin has them"),
     ("DATA.CACHE_MODE", "part", _str, "accepted from old files; has no effect"),
+
+    ("DOCTOR.FOLDER", "", _str, "where the doctor writes its report, manifests and scripts; empty is OUTPUT/doctor/<name of the data>"),
+    ("DOCTOR.JSON", "", _str, "file for the doctor's report as JSON; - is standard output; empty is report.json in its folder"),
+    ("DOCTOR.NEAR", 8, _int,
+     "bits of 128 in which the fingerprints of a training and a validation image may differ to be compared closer (0 to 11; -1: none)"),
 
     ("MODEL.TYPE", "crossformer", _str, "crossformer, swin, cvt, shunted, mpvit, pvt, pvt_v2, galerkin, or timm for any timm model"),
     ("MODEL.NAME", "crossformer_tiny", _str, "variant of the family, or a label when the family's node gives the numbers"),
@@ -600,6 +606,7 @@ def check(config: CfgNode) -> None:
         require(lookup(config, key) >= 0, key, "it must not be negative")
     for key in ("DATA.CORRUPT_BUDGET", "DATA.READ_PATIENCE", "DATA.TIMEOUT"):
         require(lookup(config, key) >= 0, key, "it must not be negative")
+    require(-1 <= config.DOCTOR.NEAR <= 11, "DOCTOR.NEAR", "bits between 0 and 11, or -1 for none")
     require(0 <= config.DATA.VAL_FRACTION < 1, "DATA.VAL_FRACTION", "a share lies in [0, 1)")
     require(0 < config.DATA.SUBSET <= 1, "DATA.SUBSET", "a share lies in (0, 1]")
     require(config.DATA.NUM_WORKERS >= -1, "DATA.NUM_WORKERS", "it is a number of processes, or -1 to choose it")

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from config import ConfigError, describe_keys
+from config import ConfigError, describe_keys, get_config
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_DATA, EXIT_NUMBERS, EXIT_STOPPED = 1, 2, 3, 4, 75
 
@@ -27,6 +27,8 @@ EXIT_FAILURE, EXIT_USAGE, EXIT_DATA, EXIT_NUMBERS, EXIT_STOPPED = 1, 2, 3, 4, 75
 FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("what to do", "--eval", "EVAL_MODE", "True", "evaluate and stop; with --resume of a checkpoint of ours nothing else is needed"),
     ("what to do", "--throughput", "THROUGHPUT_MODE", "True", "measure images per second of the forward pass and of training"),
+    ("what to do", "--doctor", "DOCTOR_MODE", "True", "read all images, report what is wrong and what mends it; status 3 for errors"),
+    ("what to do", "--doctor-json", "DOCTOR.JSON", None, "file for the doctor's report as JSON; - is standard output"),
     ("data", "--data-path", "DATA.DATA_PATH", None, "folder with train/ and val/"),
     ("data", "--data-set", "DATA.DATASET", None, "imagenet, folder, lists, zip, tar, huggingface or digits"),
     ("data", "--batch-size", "DATA.BATCH_SIZE", None, "images per process and micro-batch"),
@@ -130,6 +132,10 @@ def parse(argv: Sequence[str] | None = None) -> tuple[str | None, list[str], lis
 def run(argv: Sequence[str] | None = None) -> int:
     """Read the command line and the config, choose the mode, do it."""
     cfg_file, opts, advice = parse(argv)
+    if "DOCTOR_MODE" in opts and "MODEL.RESUME" not in opts:
+        config = get_config(cfg_file, opts)
+        if config.DOCTOR_MODE:
+            return _doctor(config, advice)
     # torch and timm take seconds to import: not before the command line has been understood.
     from utils import distributed
     from utils.device import choose_device
@@ -137,6 +143,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     from utils.modes import evaluate_run, measure_throughput, resolve_config, train_run
 
     config, content = resolve_config(cfg_file, opts)
+    if config.DOCTOR_MODE:
+        return _doctor(config, advice)
     device = choose_device(config.DEVICE, distributed.local_rank())
     distributed.init(device, config.DIST_TIMEOUT)
     logger = create_logger(speaks=distributed.is_main())
@@ -150,6 +158,17 @@ def run(argv: Sequence[str] | None = None) -> int:
         train_run(config, content, device, logger)
     distributed.shutdown()
     return 0
+
+
+def _doctor(config: Any, advice: Sequence[str]) -> int:
+    """The one mode that needs neither torch nor a model."""
+    from utils.doctor import examine_run
+    from utils.logger import create_logger
+
+    logger = create_logger(speaks=True)
+    for line in advice:
+        logger.info(line)
+    return examine_run(config, logger)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """The list of a large data set's files, kept between runs: arrays in an npz file, never pickle.
 
 An entry is found by what it lists and holds the time and size of every folder or archive that it was read from; reusing it
-costs one ``stat`` of each. A folder's time changes when a file is added, removed or renamed in it.
+costs one ``stat`` of each. A folder's time changes when a file is added, removed or renamed in it. The doctor keeps an entry of
+whatever size, with checksums that training does not read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,6 +26,43 @@ WORTH_KEEPING = 10_000  # images; fewer are listed in no time
 _TICK = 2.0  # seconds within which a file system may give two changes the same time
 
 Index = dict[str, np.ndarray]
+SUMS = "sums."  # keys that begin so are for whoever checks the files
+
+
+@dataclass
+class Entry:
+    """An index as ``cached`` gave it: the file it is kept in (None: nowhere), what it depends on, when it was begun (0: kept before)."""
+
+    path: str | None
+    index: Index
+    watched: list[str]
+    begun: float
+
+
+_recorded: list[Entry] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Entry]]:
+    """Inside, every index that is used is put on the list that is returned."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def keep(entry: Entry, sums: Index) -> bool:
+    """Keep an entry with checksums (their keys without ``SUMS``) for the next run; False where that cannot be.
+
+    It cannot be where the data changed in the moment before it was listed.
+    """
+    if entry.path is None:
+        return False
+    plain = {key: value for key, value in entry.index.items() if key != "stamps" and not key.startswith("watched.")}
+    return _write(entry.path, plain | {SUMS + key: value for key, value in sums.items()}, entry.watched, entry.begun,
+                  entry.index.get("stamps"))
 
 
 def cache_folder(setting: str) -> str | None:
@@ -44,16 +83,25 @@ def cached(folder: str | None, kind: str, places: Sequence[str], build: Callable
         build: returns the index (with ``targets``, an image each) and the folders or archives that it depends on.
     """
     if folder is None:
-        return build()[0]
+        begun = time.time()
+        index, watched = build()
+        return _note(Entry(None, index, watched, begun))
     key = "\0".join([str(_VERSION), kind, *(os.path.abspath(place) for place in places)])
     path = os.path.join(folder, hashlib.sha256(os.fsencode(key)).hexdigest()[:32] + ".npz")
     index = _read(path)
-    if index is None:
-        begun = time.time()
-        index, watched = build()
-        if len(index["targets"]) >= WORTH_KEEPING:
-            _write(path, index, watched, begun)
-    return index
+    if index is not None:
+        return _note(Entry(path, index, list(names_of(index, "watched")) if _recorded is not None else [], 0.0))
+    begun = time.time()
+    index, watched = build()
+    if len(index["targets"]) >= WORTH_KEEPING:
+        _write(path, index, watched, begun)
+    return _note(Entry(path, index, watched, begun))
+
+
+def _note(entry: Entry) -> Index:
+    if _recorded is not None:
+        _recorded.append(entry)
+    return entry.index
 
 
 def names_of(index: Index, key: str) -> PackedNames:
@@ -77,7 +125,7 @@ def _read(path: str) -> Index | None:
     # A cache is never a reason to fail: whatever is wrong with it, the files are listed again.
     try:
         with np.load(path, allow_pickle=False) as file:
-            index = {key: file[key] for key in file.files}
+            index = {key: file[key] for key in file.files if not key.startswith(SUMS)}
         watched = names_of(index, "watched")
         packed = [key[:-5] for key in index if key.endswith(".ends")]
         whole = all(int(index[k + ".ends"][-1]) == len(index[k + ".blob"]) for k in packed if len(index[k + ".ends"]))
@@ -88,12 +136,15 @@ def _read(path: str) -> Index | None:
     return None
 
 
-def _write(path: str, index: Index, watched: list[str], begun: float) -> None:
+def _write(path: str, index: Index, watched: list[str], begun: float, known: np.ndarray | None = None) -> bool:
+    """Whether the index was kept; ``known`` are the stamps that it was found with, which must still hold."""
     with contextlib.suppress(OSError):
         watched = [os.path.abspath(place) for place in watched]
         stamps = _stamps(watched)
-        if len(stamps) and stamps[:, 0].max() > (begun - _TICK) * 1e9:
-            return  # changed just now: a further change might leave the same time
+        if known is not None and not np.array_equal(stamps, known):
+            return False
+        if known is None and len(stamps) and stamps[:, 0].max() > (begun - _TICK) * 1e9:
+            return False  # changed just now: a further change might leave the same time
         content = dict(index, stamps=stamps)
         store_names(content, "watched", PackedNames.of(watched))
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
@@ -102,6 +153,8 @@ def _write(path: str, index: Index, watched: list[str], begun: float) -> None:
             with os.fdopen(descriptor, "wb") as file:
                 np.savez(file, **content)
             os.replace(scratch, path)
+            return True
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(scratch)
+    return False

@@ -221,7 +221,7 @@ def test_mixup_is_a_function_of_seed_step_and_rank(images: Path) -> None:
 
 
 def test_worker_count_follows_the_machine(images: Path, monkeypatch) -> None:
-    monkeypatch.setattr("data.build.usable_cpus", lambda: 6)
+    monkeypatch.setattr("data.cpus.usable_cpus", lambda: 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert worker_count(config_for(images, "DATA.NUM_WORKERS", -1)) == 3
     assert worker_count(config_for(images, "DATA.NUM_WORKERS", 5)) == 5

@@ -8,7 +8,8 @@ import sys
 
 from termcolor import colored
 
-_COLOURS = (("warning", "yellow"), ("notice", "cyan"), ("resumed", "green"), ("top1", "green"), ("finished", "green"))
+_COLOURS = (("error ", "red"), ("warning", "yellow"), ("notice", "cyan"), ("note ", "cyan"),
+            ("resumed", "green"), ("top1", "green"), ("finished", "green"))
 
 
 class _Console(logging.Handler):
