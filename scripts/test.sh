@@ -4,4 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 ensure_environment requirements-dev.txt
-python -m pytest "$@"
+# Two at a time: many of them wait for programs that they start, stop and kill.
+OMP_NUM_THREADS=1 python -m pytest -n 2 "$@"

@@ -294,7 +294,7 @@ def _after(_: int, root: Path) -> list[Path]:
 def test_usage(sound: Path, tmp_path: Path, program) -> None:
     assert program("--doctor").returncode == 2
     missing = program("--doctor", "--data-path", tmp_path / "absent")
-    assert missing.returncode == 3 and "no such data folder" in missing.stdout
+    assert missing.returncode == 3 and "no such data folder" in " ".join(missing.stdout.split())
     (tmp_path / "file").write_text("")
     done = program("--doctor", "--data-path", sound, "--opts", "DOCTOR.FOLDER", tmp_path / "file/x")
     assert done.returncode == 2 and "DOCTOR.FOLDER" in done.stderr and len(done.stderr.splitlines()) == 1
