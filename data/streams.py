@@ -87,7 +87,8 @@ class Stream(Source):
                     if isinstance(error, DataError):
                         raise
                     if waited >= self.patience:
-                        words = " ".join(str(error).split())[:300] or type(error).__name__
+                        words = " ".join(str(error.args[0] if error.args and not isinstance(error, OSError) else error).split())[:300]
+                        words = words or type(error).__name__
                         raise DataError(f"{self.root}: the stream cannot be read ({words}); look at the network and the address, or raise "
                                         "DATA.READ_PATIENCE") from None
                 pause = min(2 * pause, self.patience - waited)
@@ -174,6 +175,10 @@ def open_streams(config: CfgNode, splits: Sequence[str], classes: Sequence[str] 
         stream.patience, stream.exif = data.READ_PATIENCE, data.EXIF
         classes = list(classes) if classes is not None else stream.classes
         opened[split] = join(stream, classes)
+        first = next(stream.records(range(len(stream.segments))), None)  # what is wrong with every image is told now
+        if first is None:
+            raise DataError(f"{stream.root}: holds no images; give another address")
+        stream.target(first)
     if "train" in opened:
         opened["train"].notices.append(f"notice: {root} is a stream: resume is exact to the epoch only (in its middle the images that were "
                                        "seen are read past, which is exact if the stream still has the same order)")

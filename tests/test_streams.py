@@ -153,7 +153,7 @@ def test_what_is_missing_is_one_sentence(shards: list[object], parquet: Path, mo
     with pytest.raises(DataError, match="its label '3' is none of the 3 classes"):
         list(loaders_of(shards, "MODEL.NUM_CLASSES", 3).batches())
     with pytest.raises(DataError, match="the stream cannot be read .*DATA.READ_PATIENCE"):
-        list(loaders_of(shards, "DATA.DATA_PATH", f"file://{tmp_path}/gone-{{0..1}}.tar", "DATA.READ_PATIENCE", 0.1).batches())
+        loaders_of(shards, "DATA.VAL_PATH", f"file://{tmp_path}/gone-{{0..1}}.tar", "DATA.READ_PATIENCE", 0.1)
     for package, options in (("webdataset", shards), ("datasets", hub)):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ConfigError, match=f"needs the package {package}; pip install {package}"):

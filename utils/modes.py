@@ -393,7 +393,8 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
         logger.info(line)
     model = build_model(config, len(loaders.classes))
     check_input_size(model, config)
-    logger.info(f"evaluating {path}" + (f" (step {content['step']})" if own else "") + f" on {config.DATA.VAL_PATH or config.DATA.DATA_PATH}, "
+    logger.info(f"evaluating {path}" + (f" (step {content['step']})" if own else "")
+                + f" on {config.DATA.VAL_PATH or config.DATA.DATA_PATH}, "
                 f"{len(loaders.val.dataset.folder) or 'an unknown number of'} images, {len(loaders.classes)} classes")
     # Where a run kept an average, it is what counts; the raw weights are judged beside it.
     states = [s for s in (content["model"], content["ema"]) if s] if own else [unwrap_state_dict(content, path)]
