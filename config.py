@@ -164,6 +164,9 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("FUSED_LAYERNORM", False, _bool, "use NVIDIA apex's fused layer norm when apex is installed"),
 
     ("DATA.DATA_PATH", "", _str, "folder with train/ and val/ (or validation/), each holding a folder a class, or another layout (README)"),
+    ("DATA.VAL_PATH", "", _str, "validation shards where DATA.DATA_PATH is a stream of WebDataset shards: file:///d/val-{00..04}.tar"),
+    ("DATA.STREAM_IMAGES", 0, _int, "training images of a stream that does not tell; 0 asks the stream"),
+    ("DATA.STREAM_BUFFER", 4096, _int, "encoded images held by each process to shuffle a stream of training images"),
     ("DATA.DATASET", "imagenet", _str,
      "imagenet looks what is there; folder, lists, zip, tar and huggingface look for that alone; digits are scikit-learn's"),
     ("DATA.BATCH_SIZE", 128, _int, "images per process and micro-batch"),
@@ -609,6 +612,8 @@ def check(config: CfgNode) -> None:
     require(-1 <= config.DOCTOR.NEAR <= 11, "DOCTOR.NEAR", "bits between 0 and 11, or -1 for none")
     require(0 <= config.DATA.VAL_FRACTION < 1, "DATA.VAL_FRACTION", "a share lies in [0, 1)")
     require(0 < config.DATA.SUBSET <= 1, "DATA.SUBSET", "a share lies in (0, 1]")
+    require(config.DATA.STREAM_IMAGES >= 0, "DATA.STREAM_IMAGES", "it is a number of images, or 0 to ask the stream")
+    require(config.DATA.STREAM_BUFFER >= 1, "DATA.STREAM_BUFFER", "it must be positive")
     require(config.DATA.NUM_WORKERS >= -1, "DATA.NUM_WORKERS", "it is a number of processes, or -1 to choose it")
     require(config.DIST_TIMEOUT > 0, "DIST_TIMEOUT", "it is a number of minutes above 0")
     require(train.BASE_LR > 0, "TRAIN.BASE_LR", "a learning rate must be above 0")

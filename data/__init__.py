@@ -5,8 +5,8 @@ From a path to batches: ``layouts`` recognises what lies there and opens it as a
 in the stream; ``images`` fills a batch with them row by row, each made by a ``pipeline``: ``decode`` and timm's ``transforms``, or
 faster ``jpeg`` and ``resize``, with ``draws`` of timm's numbers that ``randaugment`` carries out in the loading process or
 ``device_augment`` on the device. ``guard`` stands in for what cannot be read, ``loader`` runs the processes and names what goes
-wrong, ``stream`` brings batches to the device, ``mixup`` mixes them; ``build`` puts it together;
-``doctor`` looks it all over before a run.
+wrong, ``stream`` brings batches to the device, ``mixup`` mixes them; ``build`` puts it together; ``doctor`` looks it all over before a
+run. ``streams`` opens what lies behind a URL and ``stream_batches`` makes steps of it: there images have no numbers, only an order.
 """
 
 from importlib import import_module

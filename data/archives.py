@@ -205,7 +205,7 @@ def _zip_members(path: str, passed: dict[str, list[str]]) -> Iterator[Member]:
         raise DataError(f"{path}: a damaged zip file ({error}); copy it again") from None
 
 
-def _label_of(data: bytes, suffix: str) -> str | None:
+def label_of(data: bytes, suffix: str) -> str | None:
     """The class in a .cls or .json member of a WebDataset sample; None where there is none."""
     try:
         value = data.decode("utf-8").strip()
@@ -260,7 +260,7 @@ def _contents(path: str, pick: Callable[[str], str | None], notices: list[str]) 
             if is_image(os.path.basename(name)):
                 images.append((name, member))
             elif suffix in _LABEL_SUFFIXES and member.method < 0 and member.size < 1 << 20 and "." not in os.path.basename(stem):
-                label = _label_of(read_at(file.fileno(), member.offset, member.size), suffix)
+                label = label_of(read_at(file.fileno(), member.offset, member.size), suffix)
                 if label is not None and (suffix == ".cls" or stem not in beside):
                     beside[stem] = label
                 elif label is None and suffix == ".cls":

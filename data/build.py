@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from data.pipeline import Pipeline, eval_pipeline, train_pipeline
 from data.sampler import ShardSampler, StepSampler
 from data.selection import choose_classes, subset
 from data.source import Source
+from data.stream_batches import StreamEvalImages, StreamSampler, StreamShard, StreamTrainImages
+from data.streams import Stream, is_stream, open_streams
 
 
 @dataclass
@@ -95,6 +98,11 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     val_way, more = eval_pipeline(config, device, published) if "val" in splits else (None, [])
     notices += lines + more
 
+    if is_stream(root):
+        return _stream_loaders(config, rank, world_size, open_streams(config, splits, classes), train_way, val_way, device, notices)
+    if config.DATA.VAL_PATH:
+        raise ConfigError(f"DATA.VAL_PATH is for streams alone, and {root} is none; leave it empty")
+
     # Both splits are found before either is listed: a missing val/ is told at once, not after a million files.
     layout = recognise(root, Options.of(config), splits)
     listing = beside(config.DATA.CLASS_NAMES, root)
@@ -120,15 +128,8 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
 
     for folder in folders:
         folder.configure(config.DATA.EXIF, config.DATA.READ_PATIENCE)
-    workers, free = worker_count(config), free_shared_memory()
-    if workers and free is not None and free < LEAST_SHARED_MEMORY:
-        notices.append(f"notice: /dev/shm has {free >> 10} KiB free, too little for loading processes; images are loaded without them "
-                       "(docker: --shm-size=8g)")
-        workers = 0
-    train_batch, val_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS, config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
-    pipe = _pipe_notice(max(_bytes(train_way, train_batch), _bytes(val_way, val_batch)), workers, notices)
-    common = dict(workers=workers, timeout=config.DATA.TIMEOUT, device=device, pin_memory=config.DATA.PIN_MEMORY,
-                  worker_init_fn=_quiet_worker)
+    common, pipe, val_batch = _loading(config, train_way, val_way, device, notices)
+    workers = common["workers"]
     train = val = None
     if train_folder is not None:
         sampler = _step_sampler(config, len(train_folder), rank, world_size, notices)
@@ -141,14 +142,59 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     return Loaders(train, val, list(names), build_mixup(config, len(names), rank), list(dict.fromkeys(notices)), layout.name)
 
 
+def _loading(config: CfgNode, train_way: Pipeline | None, val_way: Pipeline | None, device: torch.device,
+             notices: list[str]) -> tuple[dict[str, Any], bool, int]:
+    """How loading processes run: options of both loaders, whether batches go through pipes, and images of an evaluation batch."""
+    workers, free = worker_count(config), free_shared_memory()
+    if workers and free is not None and free < LEAST_SHARED_MEMORY:
+        notices.append(f"notice: /dev/shm has {free >> 10} KiB free, too little for loading processes; images are loaded without them "
+                       "(docker: --shm-size=8g)")
+        workers = 0
+    train_batch, val_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS, config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
+    pipe = _pipe_notice(max(_bytes(train_way, train_batch), _bytes(val_way, val_batch)), workers, notices)
+    common = dict(workers=workers, timeout=config.DATA.TIMEOUT, device=device, pin_memory=config.DATA.PIN_MEMORY,
+                  worker_init_fn=_quiet_worker)
+    return common, pipe, val_batch
+
+
+def _stream_loaders(config: CfgNode, rank: int, world_size: int, streams: dict[str, Stream], train_way: Pipeline | None,
+                    val_way: Pipeline | None, device: torch.device, notices: list[str]) -> Loaders:
+    """Loaders of streams, which know their images only when they come."""
+    first, data = next(iter(streams.values())), config.DATA
+    for stream in streams.values():
+        notices += stream.notices
+    if config.MODEL.NUM_CLASSES and len(first.classes) != config.MODEL.NUM_CLASSES:
+        raise ConfigError(f"MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}, but {first.root} has {len(first.classes)} classes; "
+                          "set it to 0 to take the stream's")
+    if world_size > 1:
+        notices.append(f"notice: each of the {world_size} processes reads the whole stream and keeps its part")
+    common, pipe, val_batch = _loading(config, train_way, val_way, device, notices)
+    workers, train, val = common["workers"], None, None
+    if "train" in streams:
+        stream, step = streams["train"], data.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world_size
+        _check_size(config, len(stream), world_size, step, notices)
+        sampler = StreamSampler(stream, step, config.TRAIN.EPOCHS, config.SEED, rank, world_size, data.STREAM_BUFFER, data.TIMEOUT)
+        train = ImageLoader(StreamTrainImages(stream, train_way, config.SEED, workers, pipe), batch_sampler=sampler,
+                            budget=_budget(config, len(stream)), **common)
+    if "val" in streams:
+        images = StreamEvalImages(streams["val"], val_way, val_batch, workers, pipe)
+        val = ImageLoader(images, batch_sampler=StreamShard(streams["val"], val_batch, rank, world_size, data.TIMEOUT),
+                          persistent_workers=workers > 0, **common)
+    return Loaders(train, val, list(first.classes), build_mixup(config, len(first.classes), rank), list(dict.fromkeys(notices)), "stream")
+
+
 def _step_sampler(config: CfgNode, size: int, rank: int, world_size: int, notices: list[str]) -> StepSampler:
     global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world_size
+    _check_size(config, size, world_size, global_batch, notices)
+    return StepSampler(size, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, config.DATA.REPEATED_AUG)
+
+
+def _check_size(config: CfgNode, size: int, world_size: int, global_batch: int, notices: list[str]) -> None:
     if size < world_size:
         raise ConfigError(f"{config.DATA.DATA_PATH} has {size} training images for {world_size} processes; start at most {size}")
     if size < global_batch:
         notices.append(f"notice: the {size} training images are fewer than a global batch ({global_batch}); "
                        f"every epoch is one step of {size}")
-    return StepSampler(size, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, config.DATA.REPEATED_AUG)
 
 
 def _budget(config: CfgNode, size: int) -> int:

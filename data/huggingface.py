@@ -79,14 +79,13 @@ def parquet_table(root: str, files: list[str]) -> Any:
         raise DataError(f"{files[0]}: is no readable parquet data set ({' '.join(str(error).split())[:200]})") from None
 
 
-def hub_source(root: str, table: Any) -> HubImages:
-    """The images of a table with an image column and a label column (both named as usual, or the only ones of their kind).
+def columns(root: str, features: Any) -> tuple[str, str]:
+    """The image column and the label column: named as usual, or the only ones of their kind.
 
     Raises:
         DataError: there are no such columns.
     """
     import datasets
-    features = table.features
     images = [n for n, f in features.items() if isinstance(f, datasets.Image)]
     images = images or [n for n, f in features.items() if isinstance(f, dict) and set(f) == {"bytes", "path"}]
     labels = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)]
@@ -95,6 +94,18 @@ def hub_source(root: str, table: Any) -> HubImages:
         raise DataError(f"{root}: needs an image column and a label column; it has {', '.join(features)}")
     image = "image" if "image" in images else images[0]
     label = "label" if "label" in labels else labels[0]
+    return image, label
+
+
+def hub_source(root: str, table: Any) -> HubImages:
+    """The images of a table with an image column and a label column (both named as usual, or the only ones of their kind).
+
+    Raises:
+        DataError: there are no such columns.
+    """
+    import datasets
+    features = table.features
+    image, label = columns(root, features)
     values = table.select_columns([label])[:][label]
     if isinstance(features[label], datasets.ClassLabel):
         classes, targets = list(features[label].names), np.asarray(values, dtype=np.int64)

@@ -34,6 +34,14 @@ class Batch(NamedTuple):
     decoded: tuple[int, int]
 
 
+def seed_generators(seed: int, key: Key) -> None:
+    """Seed what augmentation draws from: timm's transforms use all three global generators."""
+    seed = seeds.derive(seed, seeds.AUGMENT, *key)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+
+
 class _Images(Dataset):
     """A source and what makes samples of it.
 
@@ -77,12 +85,8 @@ class TrainImages(_Images):
         return self._batch((images, *(torch.stack(row) for row in rows), torch.tensor(targets)), failures)
 
     def _sample(self, key: Key, out: Tensor | None = None) -> tuple[Any, ...]:
-        epoch, index, copy = key
-        seed = seeds.derive(self.seed, seeds.AUGMENT, epoch, index, copy)
-        # timm's transforms draw from all three global generators.
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        torch.default_generator.manual_seed(seed)
+        index = key[1]
+        seed_generators(self.seed, key)
         image = self.pipeline(self.folder, index, out)
         target = int(self.folder.targets[index])
         return (*image, target) if isinstance(image, tuple) else (image, target)

@@ -84,7 +84,7 @@ def recognise(root: str, options: Options, splits: Iterable[str] = ("train", "va
         DataError: nothing that can be read, with advice from what is there instead.
     """
     if re.match(r"\w+://", root):
-        raise DataError(f"{root}: streams are not read, since training on them could not resume exactly; copy the data to a disk (shards "
+        raise DataError(f"{root}: is a stream, which training and evaluation alone can read; copy the data to a disk (shards "
                         "and parquet files can stay as they are: hf download --repo-type dataset, aws s3 sync, wget), and give that path")
     if not os.path.exists(root):
         raise DataError(f"{root}: no such data folder; give the folder that holds train/ and val/ with --data-path")

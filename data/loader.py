@@ -126,6 +126,8 @@ class ImageLoader:
                     parts, failures, (fast, odd) = next(iterator)
             except StopIteration:
                 return
+            except DataError:
+                raise
             except RuntimeError as error:
                 if "timed out after" not in str(error):
                     raise

@@ -405,7 +405,8 @@ def describe(config_text: str, classes: list[str], preprocessing: dict[str, Any]
              steps_per_epoch: int) -> dict[str, Any]:
     """What a checkpoint says beside the state: enough to evaluate or continue it with no other file."""
     return {FORMAT_KEY: FORMAT, "config": config_text, "classes": list(classes), "preprocessing": preprocessing,
-            "data_path": os.path.abspath(os.path.expanduser(data_path)), "global_batch": global_batch, "steps_per_epoch": steps_per_epoch,
+            "data_path": data_path if "://" in data_path else os.path.abspath(os.path.expanduser(data_path)),
+            "global_batch": global_batch, "steps_per_epoch": steps_per_epoch,
             "versions": versions(), "git_commit": git_commit()}
 
 

@@ -365,7 +365,7 @@ def _introduce(config: CfgNode, device: torch.device, precision: Precision, mode
     part = f" ({trained / 1e6:.2f} M of them trained)" if trained < parameters else ""
     logger.info(f"model {config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters{part}, {len(loaders.classes)} classes, "
                 f"on {device} in {precision.name}, torch {torch.__version__}")
-    val = len(loaders.val.dataset.folder)
+    val = len(loaders.val.dataset.folder) or "an unknown number of"
     logger.info(f"data {config.DATA.DATA_PATH} ({loaders.layout}): {len(loaders.train.dataset.folder)} training and {val} validation "
                 f"images, {steps_per_epoch} steps an epoch, {loaders.train.num_workers} workers; "
                 f"{loaders.train.dataset.pipeline.description()}")
@@ -393,8 +393,9 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
         logger.info(line)
     model = build_model(config, len(loaders.classes))
     check_input_size(model, config)
-    logger.info(f"evaluating {path}" + (f" (step {content['step']})" if own else "") + f" on {config.DATA.DATA_PATH}, "
-                f"{len(loaders.val.dataset.folder)} images, {len(loaders.classes)} classes")
+    logger.info(f"evaluating {path}" + (f" (step {content['step']})" if own else "")
+                + f" on {config.DATA.VAL_PATH or config.DATA.DATA_PATH}, "
+                f"{len(loaders.val.dataset.folder) or 'an unknown number of'} images, {len(loaders.classes)} classes")
     # Where a run kept an average, it is what counts; the raw weights are judged beside it.
     states = [s for s in (content["model"], content["ema"]) if s] if own else [unwrap_state_dict(content, path)]
     models = [model, *(copy.deepcopy(model) for _ in states[1:])]
