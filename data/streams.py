@@ -87,7 +87,7 @@ class Stream(Source):
                     if isinstance(error, DataError):
                         raise
                     if waited >= self.patience:
-                        words = " ".join(str(error if getattr(error, "errno", None) or not error.args else error.args[0]).split())[:300]
+                        words = " ".join(re.sub(r"<[^<>]* at 0x[0-9a-f]+>,?", "", str(error)).split())[:300]
                         words = words or type(error).__name__
                         raise DataError(f"{self.root}: the stream cannot be read ({words}); look at the network and the address, or raise "
                                         "DATA.READ_PATIENCE") from None
