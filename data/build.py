@@ -173,13 +173,14 @@ def _stream_loaders(config: CfgNode, rank: int, world_size: int, streams: dict[s
     if "train" in streams:
         stream, step = streams["train"], data.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world_size
         _check_size(config, len(stream), world_size, step, notices)
-        sampler = StreamSampler(stream, step, config.TRAIN.EPOCHS, config.SEED, rank, world_size, data.STREAM_BUFFER, data.TIMEOUT)
+        sampler = StreamSampler(stream, step, config.TRAIN.EPOCHS, config.SEED, rank, world_size, data.STREAM_BUFFER,
+                                workers > 0, data.TIMEOUT)
         train = ImageLoader(StreamTrainImages(stream, train_way, config.SEED, workers, pipe), batch_sampler=sampler,
                             budget=_budget(config, len(stream)), **common)
     if "val" in streams:
         images = StreamEvalImages(streams["val"], val_way, val_batch, workers, pipe)
-        val = ImageLoader(images, batch_sampler=StreamShard(streams["val"], val_batch, rank, world_size, data.TIMEOUT),
-                          persistent_workers=workers > 0, **common)
+        shard = StreamShard(streams["val"], val_batch, rank, world_size, workers > 0, data.TIMEOUT)
+        val = ImageLoader(images, batch_sampler=shard, persistent_workers=workers > 0, **common)
     return Loaders(train, val, list(first.classes), build_mixup(config, len(first.classes), rank), list(dict.fromkeys(notices)), "stream")
 
 

@@ -43,14 +43,19 @@ class StreamSampler(StepSampler):
     """Batch sampler of a training stream: ``StepSampler``'s steps, of records in the order in which they come.
 
     A key is (epoch, position in the epoch, 0). Beginning in the middle of an epoch reads past what was before, undecoded.
+
+    Args:
+        thread: read ahead. Only beside loading processes: where images are augmented in this one, nothing else may draw random
+            numbers, and the packages that read streams might.
     """
 
-    def __init__(self, stream: Stream, global_batch: int, epochs: int, seed: int, rank: int, world_size: int, buffer: int, timeout: float):
+    def __init__(self, stream: Stream, global_batch: int, epochs: int, seed: int, rank: int, world_size: int, buffer: int,
+                 thread: bool, timeout: float):
         super().__init__(len(stream), global_batch, epochs, seed, rank, world_size)
-        self.stream, self.buffer, self.timeout = stream, buffer, timeout
+        self.stream, self.buffer, self.thread, self.timeout = stream, buffer, thread, timeout
 
     def __iter__(self) -> Iterator[list[Step]]:
-        return ahead(self._steps(), self.timeout, self.stream.root)
+        return ahead(self._steps(), self.timeout, self.stream.root) if self.thread else self._steps()
 
     def keys(self, step: int, rank: int | None = None) -> list[Key]:
         epoch, within = divmod(step, self.steps_per_epoch)
@@ -85,14 +90,15 @@ class StreamShard:
     Its length is the number of batches where that is known, else 0; it is the same on all ranks, as the number itself is.
     """
 
-    def __init__(self, stream: Stream, batch_size: int, rank: int, world_size: int, timeout: float):
-        self.stream, self.batch_size, self.rank, self.world_size, self.timeout = stream, batch_size, rank, world_size, timeout
+    def __init__(self, stream: Stream, batch_size: int, rank: int, world_size: int, thread: bool, timeout: float):
+        self.stream, self.batch_size, self.rank, self.world_size = stream, batch_size, rank, world_size
+        self.thread, self.timeout = thread, timeout
 
     def __len__(self) -> int:
         return -(-len(self.stream) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[Step]]:
-        return ahead(self._batches(), self.timeout, self.stream.root)
+        return ahead(self._batches(), self.timeout, self.stream.root) if self.thread else self._batches()
 
     def _batches(self) -> Iterator[list[Step]]:
         records = enumerate(self.stream.records(range(len(self.stream.segments))))

@@ -87,7 +87,7 @@ class Stream(Source):
                     if isinstance(error, DataError):
                         raise
                     if waited >= self.patience:
-                        words = " ".join(str(error.args[0] if error.args and not isinstance(error, OSError) else error).split())[:300]
+                        words = " ".join(re.sub(r"<[^<>]* at 0x[0-9a-f]+>,?", "", str(error)).split())[:300]
                         words = words or type(error).__name__
                         raise DataError(f"{self.root}: the stream cannot be read ({words}); look at the network and the address, or raise "
                                         "DATA.READ_PATIENCE") from None
@@ -267,7 +267,7 @@ def _shards(path: str, names: list[str]) -> Stream:
 
         def read() -> Iterator[Record]:
             for sample in webdataset.WebDataset([opened], shardshuffle=False, nodesplitter=everything, workersplitter=everything,
-                                                empty_check=False):
+                                                empty_check=False, seed=0):  # without a seed it draws one from Python's generator
                 suffix = next((s for s in _IMAGE_SUFFIXES if s in sample), None)
                 if suffix is None:
                     continue
