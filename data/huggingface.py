@@ -50,9 +50,10 @@ def parquet_files(root: str, names: tuple[str, ...]) -> list[str]:
 def _package(root: str) -> Any:
     try:
         import datasets
+        from datasets import disable_progress_bars  # a folder of that name in the working directory can be imported, too
     except ImportError:
         raise DataError(f"{root}: is a Hugging Face data set, which needs the package datasets; pip install datasets") from None
-    datasets.disable_progress_bars()
+    disable_progress_bars()
     return datasets
 
 

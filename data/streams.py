@@ -194,11 +194,12 @@ def _hub(path: str, split: str, names: list[str]) -> Stream:
     try:
         import datasets
         import fsspec  # comes with it
+        from datasets import disable_progress_bars  # a folder of that name in the working directory can be imported, too
     except ImportError:
         raise ConfigError(f"{path}: is a Hugging Face stream, which needs the package datasets; pip install datasets") from None
     from data.huggingface import columns
     name, _, configuration = path[len("hf://"):].partition(":")
-    datasets.disable_progress_bars()
+    disable_progress_bars()
     try:
         tables = datasets.load_dataset(name, configuration or None, streaming=True)
         found = next((n for n in SPLIT_NAMES[split] if n in tables), None)

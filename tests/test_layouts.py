@@ -332,7 +332,8 @@ def test_wrong_places_are_told(plain: Path, tmp_path: Path) -> None:
 
 
 def test_hugging_face_on_disk(plain: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("datasets.features")  # datasets alone may be a folder of images
+    import datasets
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=WNIDS))
 
     def table(split: str):
@@ -357,7 +358,8 @@ def test_hugging_face_on_disk(plain: Path, tmp_path: Path) -> None:
 
 
 def test_hugging_face_parquet(plain: Path, tmp_path: Path, monkeypatch) -> None:
-    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("datasets.features")  # datasets alone may be a folder of images
+    import datasets
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "hub/data").mkdir(parents=True)
     for split, name in (("train", "train-00000-of-00001"), ("val", "validation-00000-of-00001")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import sys
+import types
 import tarfile
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[objec
 
 @pytest.fixture(scope="module")
 def parquet(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("datasets.features")  # datasets alone may be a folder of images
+    import datasets
     root = tmp_path_factory.mktemp("hub")
     (root / "data").mkdir()
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(CLASSES)))
@@ -158,6 +160,9 @@ def test_what_is_missing_is_one_sentence(shards: list[object], parquet: Path, mo
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ConfigError, match=f"needs the package {package}; pip install {package}"):
             loaders_of(options)
+    monkeypatch.setitem(sys.modules, "datasets", types.ModuleType("datasets"))  # a folder called datasets is all there is
+    with pytest.raises(ConfigError, match="needs the package datasets"):
+        loaders_of(hub)
 
 
 def test_a_read_that_fails_goes_on_where_it_stopped(shards: list[object]) -> None:
