@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import sys
-import types
 import tarfile
+import types
 from pathlib import Path
 
 import pytest
