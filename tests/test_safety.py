@@ -238,14 +238,14 @@ def test_ranks_that_would_start_apart_are_told(tiny_cfg: Path, monkeypatch, tmp_
 
     from config import get_config
     from models.weights import CheckpointError
-    from utils import distributed, modes
+    from utils import checkpoint, distributed, modes
     config = get_config(str(tiny_cfg))
     monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, 5])
     with pytest.raises(CheckpointError, match=r"different steps \(None, 5, by rank\)"):
         modes.choose_start(config, None, str(tmp_path), logging.getLogger("x"))
     # Rank 1 of a machine that does not see what rank 0 continues from.
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    monkeypatch.setattr(distributed, "gather_objects", lambda value: ["ckpt_00000005.pth", value])
+    monkeypatch.setattr(checkpoint, "gather_objects", lambda value: ["ckpt_00000005.pth", value])
     monkeypatch.setattr(CheckpointFolder.read_patiently, "__defaults__", (0.1,))
     with pytest.raises(CheckpointError, match="rank 0 continues from it, but it is not here"):
         modes.choose_start(config, None, str(tmp_path), logging.getLogger("x"))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from models.weights import FORMAT_KEY, TRAILER_MAGIC, CheckpointError, check_finite, check_fits, read_file
-from utils.distributed import restarts
+from utils.distributed import gather_objects, restarts
 from utils.ema import WeightAverage
 from utils.files import file_limit, free_bytes, link_atomically, replace_file, write_atomically
 
@@ -74,12 +74,9 @@ class TrainState:
 
     def size(self) -> int:
         """Bytes of a checkpoint, about: an optimizer that has not stepped yet is taken to keep two tensors a parameter."""
-        names = self.model.state_dict().values()
-        bytes_of = [t.numel() * t.element_size() + OVERHEAD for t in names]
-        trained = sum(p.numel() * p.element_size() + OVERHEAD for group in self.optimizer.param_groups for p in group["params"])
-        kept = sum(t.numel() * t.element_size() + OVERHEAD for slots in self.optimizer.state.values() for t in slots.values()
-                   if isinstance(t, Tensor))
-        return sum(bytes_of) * (1 if self.ema is None else 2) + (kept or 2 * trained) + (1 << 16)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        weights, kept = _tensor_bytes(self.model.state_dict()), _tensor_bytes(self.optimizer.state)
+        return weights * (1 if self.ema is None else 2) + (kept or 2 * _tensor_bytes(parameters)) + (1 << 16)
 
     def load_state_dict(self, content: dict[str, Any], path: str) -> None:
         """Take over a checkpoint's state; raises ``CheckpointError`` naming what does not fit, before anything is changed."""
@@ -232,6 +229,18 @@ class CheckpointFolder:
             raise CheckpointError(f"{self.folder}: none of its {len(damage)} checkpoints can be read ({damage[0]}); "
                                   "--restart begins anew and moves them aside, another --tag leaves them")
         return None
+
+    def share(self, found: tuple[str, dict[str, Any], list[str]] | None) -> tuple[str, dict[str, Any]] | None:
+        """(path, content) of what rank 0 has ``found``, on every rank, which reads it itself; None when rank 0 found nothing.
+
+        Raises:
+            CheckpointError: another rank does not see the file, or finds it damaged.
+        """
+        name = gather_objects(os.path.basename(found[0]) if found is not None else "")[0]
+        if not name:
+            return None
+        path = os.path.join(self.folder, name)
+        return path, found[1] if found is not None else self.read_patiently(path)
 
     def read_patiently(self, path: str, seconds: float = 30) -> dict[str, Any]:
         """A checkpoint that another machine has just seen; a shared disk may show it here a little later.

@@ -94,10 +94,8 @@ def choose_start(config: CfgNode, resume_content: Any, folder: str, logger: Log)
         for line in found[2] if found is not None else ():
             logger.info(line)
     # Rank 0 chooses: another machine may not see yet what was written a moment ago.
-    name = distributed.gather_objects(os.path.basename(found[0]) if found is not None else "")[0]
-    if name:
-        path = os.path.join(folder, name)
-        start = Start("auto-resume", path, found[1] if found is not None else files.read_patiently(path))
+    if (shared := files.share(found)) is not None:
+        start = Start("auto-resume", *shared)
     if start is None and config.MODEL.RESUME:
         start = Start("resume", config.MODEL.RESUME, checkpoint.require_own(resume_content, config.MODEL.RESUME))
     if start is None:

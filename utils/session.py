@@ -318,11 +318,10 @@ class Session:
         if self.main and state.rollbacks < self.config.TRAIN.ROLLBACKS:
             with contextlib.suppress(CheckpointError):
                 found = self.files.newest()
-        name = distributed.gather_objects(os.path.basename(found[0]) if found is not None else "")[0]
-        if not name:
+        shared = self.files.share(found)
+        if shared is None:
             raise NumericError(f"{error}; {self._newest()}") from None
-        path = os.path.join(self.folder, name)
-        content = found[1] if found is not None else self.files.read_patiently(path)
+        path, content = shared
         kept = (state.step, state.rollbacks + 1, state.evaluated, state.best)
         state.load_state_dict(content, path)
         back = kept[0] - state.step
