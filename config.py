@@ -566,6 +566,16 @@ def lookup(config: CfgNode, key: str) -> Any:
     return node
 
 
+# What one command asks for; the config in a checkpoint that it left must not ask for it again, and no recipe depends on it.
+COMMAND_NODES = ("PREDICT", "EXPORT", "REPORT", "SHOW", "PLAN", "COMPARE", "DOCTOR")
+COMMAND_KEYS = ("TRAIN.AUTO_RESUME", "TRAIN.ACCEPT_CHANGES", "EVAL_MODE", "THROUGHPUT_MODE", "DOCTOR_MODE", "LOCAL_RANK")
+
+
+def of_the_command(key: str) -> bool:
+    """Whether ``key`` is a matter of one command alone, not of the run."""
+    return key in COMMAND_KEYS or key.partition(".")[0] in COMMAND_NODES
+
+
 def image_size(config: CfgNode) -> tuple[int, int]:
     """(height, width) of the input in pixels."""
     size = config.DATA.IMG_SIZE

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import importlib
 import multiprocessing
 import os
 import sys
@@ -18,11 +19,13 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from config import ConfigError, describe_keys, get_config
+from config import ConfigError, describe_keys, get_config, lookup
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_DATA, EXIT_NUMBERS, EXIT_STOPPED = 1, 2, 3, 4, 75
 
-# One table from flags to keys: (group, flags, key, fixed value or None for an argument, help). Both spellings with dash and
+MANY = "*"  # the flag takes one argument or more, a list
+
+# One table from flags to keys: (group, flags, key, fixed value or None for an argument or MANY, help). Both spellings with dash and
 # underscore are understood. No flag has a default, so none beats the YAML unless it is given.
 FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("what to do", "--eval", "EVAL_MODE", "True", "evaluate and stop; with --resume of a checkpoint of ours nothing else is needed"),
@@ -53,6 +56,13 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("device", "--device", "DEVICE", None, "auto, cpu, cuda, cuda:N or mps"),
     ("device", "--precision", "PRECISION", None, "auto, fp32, bf16 or fp16"),
     ("device", "--disable-amp", "AMP_ENABLE", "False", "compute in fp32"),
+]
+
+# The modes, in the order they are looked at; training is what is left. (key that asks for it, module, function). A function takes
+# (config, content of --resume's file or None, device, logger) and returns an exit status, or nothing for 0.
+MODES: list[tuple[str, str, str]] = [
+    ("THROUGHPUT_MODE", "utils.modes", "measure_throughput"),
+    ("EVAL_MODE", "utils.modes", "evaluate_run"),
 ]
 
 # Flags of the Swin and CrossFormer trainers that mean something else here: the key they set, and one line of advice.
@@ -97,8 +107,10 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_flag(group: Any, flag: str, fixed: str | None, meaning: str) -> None:
     spellings = [flag] if flag.replace("_", "-").count("-") == 2 else [flag, "--" + flag[2:].replace("-", "_")]
     destination = flag[2:].replace("-", "_")
-    if fixed is None:
-        group.add_argument(*spellings, dest=destination, metavar=destination.upper(), help=meaning)
+    if fixed in (None, MANY):
+        # "+": at least one; repeated flags add up
+        several = dict(nargs="+", action="extend") if fixed == MANY else {}
+        group.add_argument(*spellings, dest=destination, metavar=destination.upper(), help=meaning, **several)
     else:
         group.add_argument(*spellings, dest=destination, action="store_const", const=fixed, help=meaning)
 
@@ -140,7 +152,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     from utils import distributed
     from utils.device import choose_device
     from utils.logger import create_logger
-    from utils.modes import evaluate_run, measure_throughput, resolve_config, train_run
+    from utils.modes import resolve_config
 
     config, content = resolve_config(cfg_file, opts)
     if config.DOCTOR_MODE:
@@ -150,14 +162,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     logger = create_logger(speaks=distributed.is_main())
     for line in advice:
         logger.info(line)
-    if config.THROUGHPUT_MODE:
-        measure_throughput(config, device, logger)
-    elif config.EVAL_MODE:
-        evaluate_run(config, content, device, logger)
-    else:
-        train_run(config, content, device, logger)
+    wanted = (mode for mode in MODES if lookup(config, mode[0]))
+    _, module, function = next(wanted, ("", "utils.modes", "train_run"))
+    status = getattr(importlib.import_module(module), function)(config, content, device, logger)
     distributed.shutdown()
-    return 0
+    return status or 0
 
 
 def _doctor(config: Any, advice: Sequence[str]) -> int:

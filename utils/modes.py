@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from config import KEYS, ConfigError, config_from_text, get_config, lookup
+from config import KEYS, ConfigError, config_from_text, get_config, lookup, of_the_command
 from data import build_loaders
 from models import build_model, check_input_size, load_pretrained, load_state
 from models.weights import CheckpointError, check_finite, read_file, unwrap_state_dict
@@ -57,12 +57,8 @@ def resolve_config(cfg_file: str | None, opts: list[str]) -> tuple[CfgNode, Any]
     if not checkpoint.is_own(content):
         raise ConfigError(f"{resume} holds weights without a config; add --cfg with the YAML file of its model")
     checkpoint.require_own(content, resume)
-    own = [item for key in _OF_THE_COMMAND for item in (key, lookup(get_config(None, []), key))]
+    own = [item for key, *_ in KEYS if of_the_command(key) for item in (key, lookup(get_config(None, []), key))]
     return config_from_text(content["config"], [*own, "DATA.DATA_PATH", content["data_path"], *opts], resume), content
-
-
-# What one command asks for; the config in a checkpoint that it left must not ask for it again.
-_OF_THE_COMMAND = ("TRAIN.AUTO_RESUME", "TRAIN.ACCEPT_CHANGES", "EVAL_MODE", "THROUGHPUT_MODE", "LOCAL_RANK")
 
 
 def _last_value(opts: list[str], key: str) -> str:
@@ -310,13 +306,12 @@ def _require_steps(config: CfgNode, images: int, world_size: int) -> None:
 
 
 # Keys that say where, how fast, how loud and how safely, not what is learned.
-_HARMLESS = ("BASE", "OUTPUT", "TAG", "DEVICE", "SAVE_FREQ", "PRINT_FREQ", "EVAL_MODE", "THROUGHPUT_MODE", "DOCTOR_MODE", "LOCAL_RANK",
-             "DIST_TIMEOUT", "DOCTOR.FOLDER", "DOCTOR.JSON", "DOCTOR.NEAR",
+_HARMLESS = ("BASE", "OUTPUT", "TAG", "DEVICE", "SAVE_FREQ", "PRINT_FREQ", "DIST_TIMEOUT",
              "DATA.DATA_PATH", "DATA.DATASET", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "DATA.CACHE_MODE",
              "DATA.TIMEOUT", "DATA.READ_PATIENCE", "DATA.INDEX_CACHE", "DATA.CORRUPT_BUDGET",
              "DATA.BATCH_SIZE", "MODEL.PRETRAINED", "MODEL.RESUME", "MODEL.NUM_CLASSES", "TRAIN.ACCUMULATION_STEPS",
-             "TRAIN.USE_CHECKPOINT", "TRAIN.AUTO_RESUME", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.SAVE_EVERY_MINUTES",
-             "TRAIN.BACKGROUND_SAVE", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.CHECKPOINT_BUDGET", "TRAIN.ACCEPT_CHANGES", "TRAIN.SKIP_BUDGET",
+             "TRAIN.USE_CHECKPOINT", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.SAVE_EVERY_MINUTES",
+             "TRAIN.BACKGROUND_SAVE", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.CHECKPOINT_BUDGET", "TRAIN.SKIP_BUDGET",
              "TRAIN.ROLLBACKS", "TRAIN.EVAL_FREQ", "TEST.BATCH_SIZE")
 
 
@@ -333,7 +328,7 @@ def accept_changes(start: Start, config: CfgNode, logger: Log) -> None:
     except ConfigError:
         logger.info(f"notice: {start.path} was written with a config of another version; it is not compared")
         return
-    pairs = [(key, lookup(old, key), lookup(config, key)) for key, *_ in KEYS if key not in _HARMLESS]
+    pairs = [(key, lookup(old, key), lookup(config, key)) for key, *_ in KEYS if key not in _HARMLESS and not of_the_command(key)]
     changes = {key: f"{key} changed from {before} to {now}" for key, before, now in pairs if before != now}
     if (epochs := changes.pop("TRAIN.EPOCHS", None)) is not None:
         logger.info(f"notice: {epochs} since {start.path} was written; from its step on the learning rate follows the longer or "
@@ -421,7 +416,7 @@ def _weights_to_judge(config: CfgNode, content: Any) -> tuple[str, Any]:
     return path, read_file(path)
 
 
-def measure_throughput(config: CfgNode, device: torch.device, logger: Log) -> None:
+def measure_throughput(config: CfgNode, content: Any, device: torch.device, logger: Log) -> None:
     """Images per second of the forward pass and of a training step, on made-up images."""
     precision = choose_precision(config, device)
     for line in (precision.notice, *optim.apex_notices(config)):
