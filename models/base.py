@@ -19,6 +19,28 @@ from torch import Tensor, nn
 from models.weights import load_pretrained_file
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., ECCV 2016): a residual branch left out whole, sample by sample, in training.
+
+    What is kept is scaled by 1/(1 - rate). The rate lives in a tensor, unlike in timm's: ``torch.compile`` takes a number for
+    a constant and would compile every block anew. It is in no state dict.
+    """
+
+    keep: Tensor
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.drop_prob = rate
+        self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) -> the same."""
+        if not self.training:
+            return x
+        kept = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) < self.keep
+        return x * (kept / self.keep).to(x.dtype)
+
+
 class HierarchicalModel(nn.Module):
     """Base of the hierarchical models: stages of blocks, a final norm, pooling and a linear classifier.
 

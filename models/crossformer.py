@@ -24,11 +24,11 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.base import HierarchicalModel, create, default_cfg, make_head
+from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
 
 PADDED_KEY = -1e6  # added to the logits of padded keys
 

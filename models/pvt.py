@@ -23,12 +23,12 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from models.base import HierarchicalModel, create, default_cfg, make_head
+from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
 
 
 def pad_to_patch(x: Tensor, patch: int) -> Tensor:

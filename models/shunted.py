@@ -23,11 +23,11 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.base import HierarchicalModel, create, default_cfg, make_head
+from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
 
 NORM_EPS = 1e-6  # of the blocks' and stages' norms; those of embeddings and merged maps have torch's 1e-5
 
