@@ -29,6 +29,7 @@ MANY = "*"  # the flag takes one argument or more, a list
 # underscore are understood. No flag has a default, so none beats the YAML unless it is given.
 FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("what to do", "--eval", "EVAL_MODE", "True", "evaluate and stop; with --resume of a checkpoint of ours nothing else is needed"),
+    ("what to do", "--compare", "COMPARE.FILES", MANY, "two checkpoints: judge both on the same images, with a paired test"),
     ("what to do", "--throughput", "THROUGHPUT_MODE", "True", "measure images per second of the forward pass and of training"),
     ("what to do", "--doctor", "DOCTOR_MODE", "True", "read all images, report what is wrong and what mends it; status 3 for errors"),
     ("what to do", "--doctor-json", "DOCTOR.JSON", None, "file for the doctor's report as JSON; - is standard output"),
@@ -53,6 +54,10 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("training", "--optim", "TRAIN.OPTIMIZER.NAME", None, "adamw, sgd or any timm optimizer"),
     ("training", "--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", None, "micro-batches per optimizer step"),
     ("training", "--use-checkpoint", "TRAIN.USE_CHECKPOINT", "True", "activation checkpointing, to save memory"),
+    ("evaluation", "--labels", "TEST.LABELS", None, "ImageNet's variants: auto, imagenet, v2, a, r, sketch, real, or a file of classes"),
+    ("evaluation", "--real-labels", "TEST.REAL_LABELS", None, "real.json, where another than timm's is to be used"),
+    ("evaluation", "--per-class", "TEST.PER_CLASS", None, "CSV file for the figures of each class"),
+    ("evaluation", "--test-flip", "TEST.FLIP", "logits", "judge the mean logits of each image and its mirror image"),
     ("device", "--device", "DEVICE", None, "auto, cpu, cuda, cuda:N or mps"),
     ("device", "--precision", "PRECISION", None, "auto, fp32, bf16 or fp16"),
     ("device", "--disable-amp", "AMP_ENABLE", "False", "compute in fp32"),
@@ -62,7 +67,8 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
 # (config, content of --resume's file or None, device, logger) and returns an exit status, or nothing for 0.
 MODES: list[tuple[str, str, str]] = [
     ("THROUGHPUT_MODE", "utils.modes", "measure_throughput"),
-    ("EVAL_MODE", "utils.modes", "evaluate_run"),
+    ("COMPARE.FILES", "utils.compare", "compare_run"),
+    ("EVAL_MODE", "utils.evaluation", "evaluate_run"),
 ]
 
 # Flags of the Swin and CrossFormer trainers that mean something else here: the key they set, and one line of advice.
