@@ -31,6 +31,10 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("what to do", "--eval", "EVAL_MODE", "True", "evaluate and stop; with --resume of a checkpoint of ours nothing else is needed"),
     ("what to do", "--compare", "COMPARE.FILES", MANY, "two checkpoints: judge both on the same images, with a paired test"),
     ("what to do", "--throughput", "THROUGHPUT_MODE", "True", "measure images per second of the forward pass and of training"),
+    ("what to do", "--show-batch", "SHOW.BATCH", None, "PNG file: draw the first training batch with its labels, as the model sees it"),
+    ("what to do", "--show-attention", "SHOW.ATTENTION", None, "image: draw which tokens of it a CrossFormer's token attends to"),
+    ("what to do", "--show-token", "SHOW.TOKEN", None, "y,x in pixels of the model's input: that token; else the one in the centre"),
+    ("what to do", "--show-file", "SHOW.FILE", None, "PNG file for the attention; else attention.png"),
     ("what to do", "--doctor", "DOCTOR_MODE", "True", "read all images, report what is wrong and what mends it; status 3 for errors"),
     ("what to do", "--doctor-json", "DOCTOR.JSON", None, "file for the doctor's report as JSON; - is standard output"),
     ("data", "--data-path", "DATA.DATA_PATH", None, "folder with train/ and val/"),
@@ -67,6 +71,8 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
 # (config, content of --resume's file or None, device, logger) and returns an exit status, or nothing for 0.
 MODES: list[tuple[str, str, str]] = [
     ("THROUGHPUT_MODE", "utils.modes", "measure_throughput"),
+    ("SHOW.BATCH", "utils.show", "show_batch"),
+    ("SHOW.ATTENTION", "utils.attention", "show_attention"),
     ("COMPARE.FILES", "utils.compare", "compare_run"),
     ("EVAL_MODE", "utils.evaluation", "evaluate_run"),
 ]

@@ -174,7 +174,8 @@ def describe(answers: Answers, table: PerClass, names: Sequence[str], result: Ev
     worst = [i for i in table.worst() if table.correct[i] < table.images[i]]
     if worst:
         lines.append("worst classes: " + "; ".join(
-            f"{_cut(names[i])} {table.correct[i]} of {table.images[i]} (mostly {_cut(names[table.mistaken[i]])})" for i in worst))
+            f"{_cut(names[i])}: {table.correct[i]} of {table.images[i]} right, mostly taken for {_cut(names[table.mistaken[i]])}"
+            for i in worst))
     return lines
 
 
