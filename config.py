@@ -438,7 +438,15 @@ def _nearest(word: str, names: Iterable[str]) -> str:
 
 def _unknown(key: str, where: str) -> ConfigError:
     near = _nearest(key, _KIND)
-    return ConfigError(f"{where}: unknown key {key}" + (f"; did you mean {near}?" if near else "; see --help for all keys"))
+    return ConfigError(f"{where}: unknown key {key}" + (f"; did you mean {near}?" if near else "; see --help-keys for all keys"))
+
+
+def converted(key: str, raw: Any, what: str) -> Any:
+    """The value of ``key`` that ``raw`` stands for; ``what`` names it in the ``ConfigError`` for another kind of value."""
+    try:
+        return _KIND[key](raw)
+    except ValueError as error:
+        raise ConfigError(f"{what} takes {error}, not {raw!r}") from None
 
 
 def _set(root: CfgNode, key: str, raw: Any, where: str) -> None:
@@ -448,10 +456,7 @@ def _set(root: CfgNode, key: str, raw: Any, where: str) -> None:
             raise ConfigError(f"{where}: {key} is a section; give one of its keys, such as "
                               f"{next(k for k in _KIND if k.startswith(key + '.'))}")
         raise _unknown(key, where)
-    try:
-        value = _KIND[key](raw)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {key} takes {error}, not {raw!r}") from None
+    value = converted(key, raw, f"{where}: {key}")
     if key == "MODEL.TYPE":
         value = _TYPE_ALIASES.get(value, value)
     *sections, leaf = key.split(".")
