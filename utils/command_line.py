@@ -143,8 +143,9 @@ def unknown(word: str, parser: argparse.ArgumentParser) -> ConfigError:
     key = name.replace("-", "_").upper()
     if near := next((k for k, *_ in KEYS if key in (k, k.rpartition(".")[2]) or flag.lstrip("-").upper() == k), None):
         return ConfigError(f"unknown flag {flag}; it is a key: --opts {near} {value or '...'}")
-    near = difflib.get_close_matches(flag.replace("_", "-"), shown, n=4, cutoff=0.6)
-    names = list(dict.fromkeys(shown[option] for option in near))[:3]
+    close = difflib.get_close_matches(flag.replace("_", "-"), shown, n=4, cutoff=0.6)  # the closest first
+    ratio = {option: difflib.SequenceMatcher(None, option, flag).ratio() for option in close}
+    names = list(dict.fromkeys(shown[option] for option in close if ratio[option] > ratio[close[0]] - 0.15))[:3]
     return ConfigError(f"unknown flag {flag}" + (f"; did you mean {', '.join(names)}?" if names else "; see --help"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from utils.files import write_atomically
 PAPER, INK, FAINT, LINE = (250, 250, 248), (28, 30, 33), (110, 114, 120), (205, 207, 210)
 
 
+@functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own font, ``size`` pixels high."""
     return ImageFont.load_default(size)
@@ -25,9 +27,11 @@ def cut(text: str, width: float, face: ImageFont.FreeTypeFont | ImageFont.ImageF
     text = "".join(c if c.isprintable() else "?" for c in text)
     if face.getlength(text) <= width:
         return text
-    while text and face.getlength(text + "...") > width:
-        text = text[:-1]
-    return text.rstrip() + "..."
+    fits, too_long = 0, len(text)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        fits, too_long = (middle, too_long) if face.getlength(text[:middle] + "...") <= width else (fits, middle)
+    return text[:fits].rstrip() + "..."
 
 
 def canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
