@@ -197,6 +197,13 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("DOCTOR.NEAR", 8, _int,
      "bits of 128 in which the fingerprints of a training and a validation image may differ to be compared closer (0 to 11; -1: none)"),
 
+    ("COMPARE.FILES", [], _strs, "two checkpoints to judge on the same images, with a paired test (--compare)"),
+
+    ("SHOW.BATCH", "", _str, "PNG file for the first training batch as the model sees it (--show-batch)"),
+    ("SHOW.ATTENTION", "", _str, "image on which a CrossFormer's attention is drawn (--show-attention)"),
+    ("SHOW.TOKEN", "", _str, "y,x in pixels of the model's input: the token whose attention is drawn; empty is the centre (--show-token)"),
+    ("SHOW.FILE", "attention.png", _str, "PNG file for the attention (--show-file)"),
+
     ("MODEL.TYPE", "crossformer", _str, "crossformer, swin, cvt, shunted, mpvit, pvt, pvt_v2, galerkin, or timm for any timm model"),
     ("MODEL.NAME", "crossformer_tiny", _str, "variant of the family, or a label when the family's node gives the numbers"),
     ("MODEL.NUM_CLASSES", 0, _int, "0 counts them in the data; another number must agree with the data"),
@@ -358,6 +365,11 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
 
     ("TEST.CROP", True, _bool, "resize to 256/224 of the size (or as the timm model was) and crop the centre; False squashes"),
     ("TEST.BATCH_SIZE", 0, _int, "images per process in evaluation; 0 is DATA.BATCH_SIZE"),
+    ("TEST.FLIP", "none", _str, "--eval: mean of an image and its mirror image: none, logits or probabilities, of which the mean is taken"),
+    ("TEST.LABELS", "auto", _str,
+     "--eval: label set: auto, imagenet, v2, a, r, sketch, real, or a text file of the classes that answers are chosen from, one a line"),
+    ("TEST.REAL_LABELS", "", _str, "--eval: real.json of the ReaL labels (a list of labels an image); empty is the one that timm carries"),
+    ("TEST.PER_CLASS", "", _str, "--eval: CSV file for each class's recall, precision, F1 and what it is mostly taken for"),
     ("TEST.SEQUENTIAL", False, _bool, "accepted from old files; evaluation is always exact"),
     ("TEST.SHUFFLE", False, _bool, "accepted from old files; has no effect"),
 ]
@@ -426,7 +438,15 @@ def _nearest(word: str, names: Iterable[str]) -> str:
 
 def _unknown(key: str, where: str) -> ConfigError:
     near = _nearest(key, _KIND)
-    return ConfigError(f"{where}: unknown key {key}" + (f"; did you mean {near}?" if near else "; see --help for all keys"))
+    return ConfigError(f"{where}: unknown key {key}" + (f"; did you mean {near}?" if near else "; see --help-keys for all keys"))
+
+
+def converted(key: str, raw: Any, what: str) -> Any:
+    """The value of ``key`` that ``raw`` stands for; ``what`` names it in the ``ConfigError`` for another kind of value."""
+    try:
+        return _KIND[key](raw)
+    except ValueError as error:
+        raise ConfigError(f"{what} takes {error}, not {raw!r}") from None
 
 
 def _set(root: CfgNode, key: str, raw: Any, where: str) -> None:
@@ -436,10 +456,7 @@ def _set(root: CfgNode, key: str, raw: Any, where: str) -> None:
             raise ConfigError(f"{where}: {key} is a section; give one of its keys, such as "
                               f"{next(k for k in _KIND if k.startswith(key + '.'))}")
         raise _unknown(key, where)
-    try:
-        value = _KIND[key](raw)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {key} takes {error}, not {raw!r}") from None
+    value = converted(key, raw, f"{where}: {key}")
     if key == "MODEL.TYPE":
         value = _TYPE_ALIASES.get(value, value)
     *sections, leaf = key.split(".")
@@ -568,7 +585,8 @@ def lookup(config: CfgNode, key: str) -> Any:
 
 # What one command asks for; the config in a checkpoint that it left must not ask for it again, and no recipe depends on it.
 COMMAND_NODES = ("PREDICT", "EXPORT", "REPORT", "SHOW", "PLAN", "COMPARE", "DOCTOR")
-COMMAND_KEYS = ("TRAIN.AUTO_RESUME", "TRAIN.ACCEPT_CHANGES", "EVAL_MODE", "THROUGHPUT_MODE", "DOCTOR_MODE", "LOCAL_RANK")
+COMMAND_KEYS = ("TRAIN.AUTO_RESUME", "TRAIN.ACCEPT_CHANGES", "EVAL_MODE", "THROUGHPUT_MODE", "DOCTOR_MODE", "LOCAL_RANK",
+                "TEST.FLIP", "TEST.LABELS", "TEST.REAL_LABELS", "TEST.PER_CLASS")
 
 
 def of_the_command(key: str) -> bool:
@@ -606,6 +624,8 @@ def check(config: CfgNode) -> None:
     require(config.AMP_OPT_LEVEL in ("", "O0", "O1", "O2"), "AMP_OPT_LEVEL", "it is O0, O1 or O2; PRECISION is the newer key")
     if config.DATA.INTERPOLATION is not None:
         one_of("DATA.INTERPOLATION", ("bicubic", "bilinear", "lanczos", "nearest", "random"))
+    one_of("TEST.FLIP", ("none", "logits", "probabilities"))
+    require(len(config.COMPARE.FILES) in (0, 2), "COMPARE.FILES", "two checkpoints are compared")
     one_of("DATA.DECODER", ("auto", "fast", "pillow"))
     one_of("DATA.AUGMENT_ON", ("auto", "worker", "device"))
     one_of("DATA.DATASET", ("imagenet", "imagenet22K", "folder", "lists", "zip", "tar", "huggingface", "digits"))
