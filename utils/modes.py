@@ -373,7 +373,7 @@ def _introduce(config: CfgNode, device: torch.device, precision: Precision, mode
 
 def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Log) -> None:
     """Judge a checkpoint, or published weights, on the validation folder; the training folder is not touched."""
-    path, content = _weights_to_judge(config, content)
+    path, content = weights_to_judge(config, content)
     precision = choose_precision(config, device)
     if precision.notice:
         logger.info(precision.notice)
@@ -405,14 +405,14 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
     logger.info(result.line())
 
 
-def _weights_to_judge(config: CfgNode, content: Any) -> tuple[str, Any]:
-    """(path, content): --resume, else the run folder's best, else --pretrained."""
+def weights_to_judge(config: CfgNode, content: Any, command: str = "--eval") -> tuple[str, Any]:
+    """(path, content): --resume, else the run folder's best, else --pretrained; ``command`` is what needs them."""
     if content is not None:
         return config.MODEL.RESUME, content
     best = os.path.join(run_folder(config), "best.pth")
     path = best if os.path.exists(best) else config.MODEL.PRETRAINED
     if not path:
-        raise ConfigError(f"--eval needs weights: give --resume FILE (there is no {best})")
+        raise ConfigError(f"{command} needs weights: give --resume FILE (there is no {best})")
     return path, read_file(path)
 
 
