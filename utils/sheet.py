@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 
@@ -22,10 +23,10 @@ _LABEL = _BAR + 6 + _CLASS_SIZE + 5 + _FILE_SIZE + 6
 _PAPER, _MOUNT, _INK, _FAINT, _TRACK = "#ffffff", "#f1f2f4", "#1c1f23", "#6b7280", "#dfe3e8"
 _SURE, _UNSURE, _WRONG = "#1f77b4", "#9db8cf", "#b3261e"
 
-# After Pillow's own font, in this order, those that hold other scripts; the first that has every letter of a text is taken.
-_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf",
-          "ipagp.ttf", "NanumGothic.ttf", "Arial Unicode.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "msyh.ttc", "YuGothM.ttc", "malgun.ttf",
-          "arialuni.ttf", "segoeui.ttf")
+# After Pillow's own font, in this order, those that hold other scripts.
+_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc",
+          "DroidSansFallbackFull.ttf", "ipagp.ttf", "NanumGothic.ttf", "Arial Unicode.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc",
+          "msyh.ttc", "YuGothM.ttc", "malgun.ttf", "arialuni.ttf", "segoeui.ttf")
 
 
 class Sheet:
@@ -84,10 +85,10 @@ class Sheet:
             tile.paste(thumbnail, ((_SIDE - thumbnail.width) // 2, (_SIDE - thumbnail.height) // 2))
             number, share = prediction.top[0]
             draw.rectangle((0, _SIDE, _SIDE - 1, _SIDE + _BAR - 1), fill=_TRACK)
-            if (length := round(share * _SIDE)) > 0:
-                draw.rectangle((0, _SIDE, length - 1, _SIDE + _BAR - 1), fill=_SURE if share >= 0.5 else _UNSURE)
+            if (filled := round(share * _SIDE)) > 0:
+                draw.rectangle((0, _SIDE, filled - 1, _SIDE + _BAR - 1), fill=_SURE if share >= 0.5 else _UNSURE)
             told = f"{100 * share:.0f} %"
-            room = _SIDE - round(font_for(told, _CLASS_SIZE).getlength(told))
+            room = _SIDE - round(length(told, _CLASS_SIZE))
             write_line(draw, (room, below), told, _CLASS_SIZE, _INK, _SIDE)
             write_line(draw, (0, below), short_name(self.trained, number), _CLASS_SIZE, _INK, room - 8)
         name = os.path.basename(prediction.path) or prediction.path
@@ -105,22 +106,42 @@ class Sheet:
         return image
 
 
+# --------------------------------------------------------------------------------------------------
+# Text in whatever fonts there are
+# --------------------------------------------------------------------------------------------------
+
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+
+
 def write_line(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, colour: str, width: int) -> None:
     """``text`` on one line, ``at`` its top left, in at most ``width`` pixels, dots in its middle for what is left out."""
-    text = drawable(plain(text))
-    font = font_for(text, size)
-    draw.text(at, fitted(text, font, width), colour, font, anchor="la")
+    x, baseline = at[0], at[1] + size
+    for font, part in _runs(fitted(drawable(plain(text)), size, width), size):
+        draw.text((x, baseline), part, colour, font, anchor="ls")
+        x += font.getlength(part)
 
 
-def fitted(text: str, font: ImageFont.ImageFont, width: int) -> str:
-    """``text``, or its beginning and end with dots between, such that ``width`` pixels hold it."""
-    if font.getlength(text[:1000]) <= width and len(text) <= 1000:
+def fitted(text: str, size: int, width: float) -> str:
+    """``text``, or as much of its beginning and end as ``width`` pixels hold, dots between them."""
+    longest = 1000
+    if len(text) <= longest and length(text, size) <= width:
         return text
-    low, high = 0, min(len(text), 1000) - 1
+    low, high = 0, min(len(text), longest) - 1
     while low < high:  # the most letters that fit
         kept = (low + high + 1) // 2
-        low, high = (kept, high) if font.getlength(_cut(text, kept)) <= width else (low, kept - 1)
+        low, high = (kept, high) if length(_cut(text, kept), size) <= width else (low, kept - 1)
     return _cut(text, low)
+
+
+def length(text: str, size: int) -> float:
+    """Pixels that a line takes."""
+    return sum(font.getlength(part) for font, part in _runs(text, size))
+
+
+def drawable(text: str) -> str:
+    """``text`` with letters that no font here has written out, such as ``\\u732b``."""
+    fonts = _fonts(_FILE_SIZE)
+    return "".join(c if any(_has(font, c) for font in fonts) else c.encode("unicode_escape").decode() for c in text)
 
 
 def _cut(text: str, kept: int) -> str:
@@ -129,29 +150,22 @@ def _cut(text: str, kept: int) -> str:
 
 
 def _centred(draw: ImageDraw.ImageDraw, text: str, size: int, colour: str) -> None:
-    draw.text((_SIDE // 2, _SIDE // 2), text, colour, font_for(text, size), anchor="mm")
+    draw.text((_SIDE // 2, _SIDE // 2), text, colour, _fonts(size)[0], anchor="mm")
 
 
-# --------------------------------------------------------------------------------------------------
-# Fonts
-# --------------------------------------------------------------------------------------------------
-
-def font_for(text: str, size: int) -> ImageFont.ImageFont:
-    """The first font that has every letter of ``text``; Pillow's own where none has."""
-    return next((font for font in _fonts(size) if all(_has(font, letter) for letter in set(text))), _fonts(size)[0])
-
-
-def drawable(text: str) -> str:
-    """``text`` with letters that no one font here has written out, such as ``\\u732b``."""
-    fonts = _fonts(_FILE_SIZE)
-    if any(all(_has(font, letter) for letter in set(text)) for font in fonts):
-        return text
-    return "".join(c if _has(fonts[0], c) else c.encode("unicode_escape").decode() for c in text)
+def _runs(text: str, size: int) -> list[tuple[Font, str]]:
+    """The text in one font where one has all of it, else each stretch in the first font that has its letters."""
+    fonts = _fonts(size)
+    whole = next((font for font in fonts if all(_has(font, letter) for letter in text)), None)
+    if whole is not None:
+        return [(whole, text)]
+    stretches = itertools.groupby(text, lambda letter: next((font for font in fonts if _has(font, letter)), fonts[0]))
+    return [(font, "".join(letters)) for font, letters in stretches]
 
 
 @functools.cache
-def _fonts(size: int) -> list[ImageFont.ImageFont]:
-    found = [ImageFont.load_default(size)]
+def _fonts(size: int) -> list[Font]:
+    found: list[Font] = [ImageFont.load_default(size)]
     for name in _FONTS:
         try:
             found.append(ImageFont.truetype(name, size))
@@ -161,7 +175,7 @@ def _fonts(size: int) -> list[ImageFont.ImageFont]:
 
 
 @functools.lru_cache(1 << 14)
-def _has(font: ImageFont.ImageFont, letter: str) -> bool:
+def _has(font: Font, letter: str) -> bool:
     """Whether the letter is drawn otherwise than one that no font has."""
     if letter == " ":
         return True
