@@ -287,8 +287,8 @@ def _largest_difference(config: CfgNode, model: nn.Module, again: Callable[[Tens
         expected = model(images)
         worst = max(worst, difference(again(images), expected))
         if not worst <= LIMIT:
-            raise ExportError(f"{config.MODEL.NAME} as {what} computes it differs by {worst:.1e} of the largest logit on a batch of {batch}; "
-                              "nothing is kept of it; another form may do")
+            raise ExportError(f"{config.MODEL.NAME} as {what} computes it differs by {worst:.1e} of the largest logit on a batch of "
+                              f"{batch}; nothing of it is kept; another form may do")
     return worst
 
 
