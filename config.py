@@ -204,6 +204,18 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("SHOW.TOKEN", "", _str, "y,x in pixels of the model's input: the token whose attention is drawn; empty is the centre (--show-token)"),
     ("SHOW.FILE", "attention.png", _str, "PNG file for the attention (--show-file)"),
 
+    ("PREDICT.PATHS", [], _strs,
+     "images to predict (--predict): files, folders, patterns, lists of them in .txt files; - is a list on standard input"),
+    ("PREDICT.TOPK", 5, _int, "classes told for an image, likeliest first"),
+    ("PREDICT.CSV", "", _str, "table of the predictions, a row an image; - is standard output"),
+    ("PREDICT.JSON", "", _str, "predictions as JSON, a line an image; - is standard output"),
+    ("PREDICT.FEATURES", "", _str, "pooled features before the classifier: FILE.npy or FILE.safetensors, with FILE.paths.json"),
+    ("PREDICT.SHEET", "", _str, "picture of the images with their classes, FILE.png; more pages are FILE-2.png and so on"),
+
+    ("EXPORT.FILE", "", _str, "what --export writes: FILE.onnx, FILE.pt2, or a folder (or FILE.safetensors) as timm and its hub have it"),
+    ("EXPORT.OPSET", 18, _int, "ONNX operator set"),
+    ("EXPORT.PREPROCESS", False, _bool, "ONNX and pt2: normalise inside the model, which then takes pixels of 0 to 255"),
+
     ("MODEL.TYPE", "crossformer", _str, "crossformer, swin, cvt, shunted, mpvit, pvt, pvt_v2, galerkin, or timm for any timm model"),
     ("MODEL.NAME", "crossformer_tiny", _str, "variant of the family, or a label when the family's node gives the numbers"),
     ("MODEL.NUM_CLASSES", 0, _int, "0 counts them in the data; another number must agree with the data"),
@@ -594,6 +606,11 @@ def of_the_command(key: str) -> bool:
     return key in COMMAND_KEYS or key.partition(".")[0] in COMMAND_NODES
 
 
+def takes_standard_output(config: CfgNode) -> bool:
+    """Whether standard output is a command's data; what the program says then goes to standard error."""
+    return "-" in (config.PREDICT.CSV, config.PREDICT.JSON) or (config.DOCTOR_MODE and config.DOCTOR.JSON == "-")
+
+
 def image_size(config: CfgNode) -> tuple[int, int]:
     """(height, width) of the input in pixels."""
     size = config.DATA.IMG_SIZE
@@ -640,6 +657,7 @@ def check(config: CfgNode) -> None:
     for key in ("DATA.CORRUPT_BUDGET", "DATA.READ_PATIENCE", "DATA.TIMEOUT"):
         require(lookup(config, key) >= 0, key, "it must not be negative")
     require(-1 <= config.DOCTOR.NEAR <= 11, "DOCTOR.NEAR", "bits between 0 and 11, or -1 for none")
+    _check_commands(config, require)
     require(0 <= config.DATA.VAL_FRACTION < 1, "DATA.VAL_FRACTION", "a share lies in [0, 1)")
     require(0 < config.DATA.SUBSET <= 1, "DATA.SUBSET", "a share lies in (0, 1]")
     require(config.DATA.STREAM_IMAGES >= 0, "DATA.STREAM_IMAGES", "it is a number of images, or 0 to ask the stream")
@@ -680,3 +698,20 @@ def check(config: CfgNode) -> None:
     for key in ("DATA.MEAN", "DATA.STD"):
         value = lookup(config, key)
         require(value is None or (len(value) == 3 and (key == "DATA.MEAN" or min(value) > 0)), key, "three numbers, one a channel")
+
+
+def _check_commands(config: CfgNode, require: Callable[[bool, str, str], None]) -> None:
+    """The keys of single commands."""
+    predict, export = config.PREDICT, config.EXPORT
+    require(predict.TOPK >= 1, "PREDICT.TOPK", "it must be at least 1")
+    require(all(predict.PATHS), "PREDICT.PATHS", "a path must not be empty")
+    require(predict.FEATURES.endswith((".npy", ".safetensors")) or not predict.FEATURES, "PREDICT.FEATURES",
+            "it ends in .npy or .safetensors")
+    require(predict.SHEET.endswith(".png") or not predict.SHEET, "PREDICT.SHEET", "it ends in .png")
+    outputs = [key for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET") if lookup(config, key)]
+    for number, key in enumerate(outputs):
+        require(bool(predict.PATHS), key, "it goes with --predict, which says what images to predict")
+        require(lookup(config, key) not in [lookup(config, other) for other in outputs[:number]], key,
+                "another output goes there already")
+    require(export.OPSET >= 18, "EXPORT.OPSET", "the exporter writes operator sets from 18 on")
+    require(not (export.FILE and predict.PATHS), "EXPORT.FILE", "--export and --predict are commands of their own; give one of them")

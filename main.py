@@ -10,6 +10,8 @@
         judge a checkpoint; nothing else is needed
     python main.py --show-batch batch.png --cfg configs/crossformer_t.yaml --data-path imagenet
         look at what the model will be given, before it trains
+    python main.py --predict cat.jpg photos/ --resume output/crossformer_tiny/default/best.pth
+    python main.py --export model.onnx --resume output/crossformer_tiny/default/best.pth
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from config import KEYS, ConfigError, converted, get_config, lookup
+from config import KEYS, ConfigError, converted, get_config, lookup, takes_standard_output
 from utils.command_line import Formatter, Parser, Tell, metavar, odd_opts, require_config_file, unknown
 from utils.completion import SHELLS
 
@@ -45,6 +47,14 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("what to do", "--show-file", "SHOW.FILE", None, "PNG file for the attention; else attention.png"),
     ("what to do", "--doctor", "DOCTOR_MODE", "True", "read all images, report what is wrong and what mends it; status 3 for errors"),
     ("what to do", "--doctor-json", "DOCTOR.JSON", None, "file for the doctor's report as JSON; - is standard output"),
+    ("what to do", "--predict", "PREDICT.PATHS", MANY, "classes of images: files, folders, 'patterns/*.png', lists in .txt files (a path a "
+     "line, relative to the list), - for a list on standard input; with --resume; status 3 if any cannot be read, after the others"),
+    ("what to do", "--topk", "PREDICT.TOPK", None, "classes told for an image (5)"),
+    ("what to do", "--csv", "PREDICT.CSV", None, "file for the predictions as a table; - is standard output"),
+    ("what to do", "--json", "PREDICT.JSON", None, "file for the predictions, a line of JSON an image; - is standard output"),
+    ("what to do", "--features", "PREDICT.FEATURES", None, "file.npy or file.safetensors for the features before the classifier"),
+    ("what to do", "--sheet", "PREDICT.SHEET", None, "file.png for a picture of the images and their classes"),
+    ("what to do", "--export", "EXPORT.FILE", None, "write the model as file.onnx, file.pt2, or a folder that timm opens; with --resume"),
     ("data", "--data-path", "DATA.DATA_PATH", None, "folder with train/ and val/"),
     ("data", "--data-set", "DATA.DATASET", None, "imagenet, folder, lists, zip, tar, huggingface or digits"),
     ("data", "--batch-size", "DATA.BATCH_SIZE", None, "images per process and micro-batch"),
@@ -82,6 +92,8 @@ MODES: list[tuple[str, str, str]] = [
     ("SHOW.BATCH", "utils.show", "show_batch"),
     ("SHOW.ATTENTION", "utils.attention", "show_attention"),
     ("COMPARE.FILES", "utils.compare", "compare_run"),
+    ("PREDICT.PATHS", "utils.predict", "predict_run"),
+    ("EXPORT.FILE", "utils.export", "export_run"),
     ("EVAL_MODE", "utils.evaluation", "evaluate_run"),
 ]
 
@@ -185,7 +197,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         return _doctor(config, advice)
     device = choose_device(config.DEVICE, distributed.local_rank())
     distributed.init(device, config.DIST_TIMEOUT)
-    logger = create_logger(speaks=distributed.is_main())
+    logger = create_logger(distributed.is_main(), takes_standard_output(config))
     for line in advice:
         logger.info(line)
     wanted = (mode for mode in MODES if lookup(config, mode[0]))
@@ -200,7 +212,7 @@ def _doctor(config: Any, advice: Sequence[str]) -> int:
     from utils.doctor import examine_run
     from utils.logger import create_logger
 
-    logger = create_logger(speaks=True)
+    logger = create_logger(True, takes_standard_output(config))
     for line in advice:
         logger.info(line)
     return examine_run(config, logger)
@@ -232,6 +244,7 @@ def _explain(error: Exception) -> int:
     from models.weights import CheckpointError
     from utils import distributed
     from utils.engine import NumericError
+    from utils.export import ExportError
     from utils.session import SaveError
     from utils.signals import Stopped
 
@@ -243,7 +256,7 @@ def _explain(error: Exception) -> int:
         return _fail(text, EXIT_NUMBERS)
     if isinstance(error, Stopped):
         return _fail(text, EXIT_STOPPED)
-    if isinstance(error, SaveError):
+    if isinstance(error, (SaveError, ExportError)):
         return _fail(text, EXIT_FAILURE)
     if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(error, RuntimeError) and any(
             word in text for word in ("gloo", "NCCL", "Connection reset", "Connection closed", "DistBackendError", "Broken pipe")):

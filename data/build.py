@@ -20,6 +20,7 @@ from data import digits
 from data.classes import join
 from data.cpus import worker_count
 from data.errors import DataError
+from data.given import GivenImages
 from data.images import EvalImages, TrainImages
 from data.layouts import Options, beside, recognise
 from data.loader import LEAST_SHARED_MEMORY, ImageLoader, free_shared_memory, needs_pipe
@@ -144,6 +145,24 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         val = ImageLoader(EvalImages(val_folder, val_way, val_batch, workers, pipe), batch_sampler=shard,
                           persistent_workers=workers > 0, **common)  # evaluation comes again every epoch
     return Loaders(train, val, list(names), build_mixup(config, len(names), rank), list(dict.fromkeys(notices)), layout.name)
+
+
+def build_given(config: CfgNode, images: GivenImages, device: torch.device, published: bool = False) -> tuple[ImageLoader, list[str]]:
+    """(loader of images without labels, notices): evaluation's pixels, batches and processes; a row's target is its image's number.
+
+    A batch is evaluation's, or all images where those are fewer. -1 is the target of rows that fill the last batch up and
+    of images that cannot be read; the loader's ``failures`` name these.
+
+    Args:
+        published: as in ``build_loaders``.
+    """
+    way, notices = eval_pipeline(config, device, published)
+    images.configure(config.DATA.EXIF, config.DATA.READ_PATIENCE)
+    common, pipe, batch = _loading(config, None, way, device, notices)
+    batch = min(batch, len(images))
+    shard = ShardSampler(len(images), batch)
+    common["workers"] = workers = min(common["workers"], len(shard)) if len(shard) > 1 else 0  # one batch is as fast here
+    return ImageLoader(EvalImages(images, way, batch, workers, pipe), batch_sampler=shard, **common), list(dict.fromkeys(notices))
 
 
 def _loading(config: CfgNode, train_way: Pipeline | None, val_way: Pipeline | None, device: torch.device,

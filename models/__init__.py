@@ -6,9 +6,9 @@ Every file of this folder is imported, so that a model of your own is one file h
 import importlib
 import pkgutil
 
-from models.build import build_model, check_input_size, load_pretrained, load_state, variants
+from models.build import architecture, build_model, check_input_size, classifier_rows, load_pretrained, load_state, variants
 
-__all__ = ["build_model", "check_input_size", "load_pretrained", "load_state", "variants"]
+__all__ = ["architecture", "build_model", "check_input_size", "classifier_rows", "load_pretrained", "load_state", "variants"]
 
 
 def import_all() -> None:

@@ -43,7 +43,7 @@ def test_links_and_keys_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
     keys = get_config()
-    for key in re.findall(r"\b((?:TRAIN|DATA|AUG|TEST|MODEL|DOCTOR)(?:\.[A-Z_]+)+)", text):
+    for key in re.findall(r"\b((?:TRAIN|DATA|AUG|TEST|MODEL|DOCTOR|PREDICT|EXPORT)(?:\.[A-Z_]+)+)", text):
         node = keys
         for part in key.split("."):
             assert part in node, f"{page.name}: no key {key}"
