@@ -385,14 +385,14 @@ def _introduce(config: CfgNode, device: torch.device, precision: Precision, mode
 # Throughput, and what evaluation begins with
 # --------------------------------------------------------------------------------------------------
 
-def weights_to_judge(config: CfgNode, content: Any) -> tuple[str, Any]:
-    """(path, content): --resume, else the run folder's best, else --pretrained."""
+def weights_to_judge(config: CfgNode, content: Any, command: str) -> tuple[str, Any]:
+    """(path, content) for ``command``: --resume, else the run folder's best, else --pretrained."""
     if content is not None:
         return config.MODEL.RESUME, content
     best = os.path.join(run_folder(config), "best.pth")
     path = best if os.path.exists(best) else config.MODEL.PRETRAINED
     if not path:
-        raise ConfigError(f"--eval needs weights: give --resume FILE (there is no {best})")
+        raise ConfigError(f"{command} needs weights: give --resume FILE (there is no {best})")
     return path, read_file(path)
 
 
