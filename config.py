@@ -335,7 +335,7 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("TRAIN.FREEZE", [], _strs, "parameters left as they are: patterns of names, such as patch_embed.* layers.0.*"),
     ("TRAIN.LINEAR_PROBE", False, _bool, "train the classifier alone; all else is fixed and computes as in evaluation"),
     ("TRAIN.SYNC_BN", False, _bool, "batch norm over all GPUs instead of each one's own"),
-    ("TRAIN.REPORT", True, _bool, "write report.html into the run's folder when training ends"),
+    ("TRAIN.REPORT", "png", _str, "what training writes of itself at its end: report.html (html), also plots/*.png (png), or none"),
     ("TRAIN.TENSORBOARD_HISTOGRAMS", 0, _int, "epochs between histograms of the weights in TensorBoard (0: none)"),
     ("TRAIN.LR_SCHEDULER.NAME", "cosine", _str, "cosine, linear, step or multistep"),
     ("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", None, _optional(_bool),
@@ -703,6 +703,7 @@ def check(config: CfgNode) -> None:
         require(0 <= lookup(config, key) <= 1, key, "a probability lies between 0 and 1")
     require(len(aug.SCALE) == 2 and 0 < aug.SCALE[0] <= aug.SCALE[1] <= 1, "AUG.SCALE", "two shares of the image, rising, in (0, 1]")
     require(len(aug.RATIO) == 2 and 0 < aug.RATIO[0] <= aug.RATIO[1], "AUG.RATIO", "two aspect ratios, rising")
+    one_of("TRAIN.REPORT", ("none", "html", "png"))
     one_of("TRACKER", ("none", "trackio", "wandb"))
     require(len(config.REPORT.DIFF) in (0, 2), "REPORT.DIFF", "two are compared: --diff A B")
     one_of("AUG.REMODE", ("const", "rand", "pixel"))

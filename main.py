@@ -32,6 +32,9 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("what to do", "--throughput", "THROUGHPUT_MODE", "True", "measure images per second of the forward pass and of training"),
     ("what to do", "--doctor", "DOCTOR_MODE", "True", "read all images, report what is wrong and what mends it; status 3 for errors"),
     ("what to do", "--doctor-json", "DOCTOR.JSON", None, "file for the doctor's report as JSON; - is standard output"),
+    ("what to do", "--report", "REPORT.RUNS", MANY, "write a run folder's report.html; of several runs a comparison"),
+    ("what to do", "--diff", "REPORT.DIFF", MANY, "show how two runs, checkpoints or YAML files differ"),
+    ("what to do", "--print-config", "REPORT.CONFIG", "True", "print the config with the source of every value, and stop"),
     ("data", "--data-path", "DATA.DATA_PATH", None, "folder with train/ and val/"),
     ("data", "--data-set", "DATA.DATASET", None, "imagenet, folder, lists, zip, tar, huggingface or digits"),
     ("data", "--batch-size", "DATA.BATCH_SIZE", None, "images per process and micro-batch"),
@@ -63,6 +66,15 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
 MODES: list[tuple[str, str, str]] = [
     ("THROUGHPUT_MODE", "utils.modes", "measure_throughput"),
     ("EVAL_MODE", "utils.modes", "evaluate_run"),
+]
+
+# Modes that need neither a model nor a device, nor torch where --resume names no checkpoint; they are looked at first.
+# (key, module, function); a function takes (config, logger) and returns an exit status.
+QUICK_MODES: list[tuple[str, str, str]] = [
+    ("REPORT.CONFIG", "utils.settings", "print_config"),
+    ("REPORT.DIFF", "utils.settings", "print_differences"),
+    ("REPORT.RUNS", "utils.report", "report_runs"),
+    ("DOCTOR_MODE", "utils.doctor", "examine_run"),
 ]
 
 # Flags of the Swin and CrossFormer trainers that mean something else here: the key they set, and one line of advice.
@@ -144,10 +156,10 @@ def parse(argv: Sequence[str] | None = None) -> tuple[str | None, list[str], lis
 def run(argv: Sequence[str] | None = None) -> int:
     """Read the command line and the config, choose the mode, do it."""
     cfg_file, opts, advice = parse(argv)
-    if "DOCTOR_MODE" in opts and "MODEL.RESUME" not in opts:
+    if "MODEL.RESUME" not in opts and any(key in opts[::2] for key, *_ in QUICK_MODES):
         config = get_config(cfg_file, opts)
-        if config.DOCTOR_MODE:
-            return _doctor(config, advice)
+        if (mode := _asked_for(QUICK_MODES, config)) and not config.MODEL.RESUME:
+            return _quick(mode, config, advice)
     # torch and timm take seconds to import: not before the command line has been understood.
     from utils import distributed
     from utils.device import choose_device
@@ -155,29 +167,30 @@ def run(argv: Sequence[str] | None = None) -> int:
     from utils.modes import resolve_config
 
     config, content = resolve_config(cfg_file, opts)
-    if config.DOCTOR_MODE:
-        return _doctor(config, advice)
+    if mode := _asked_for(QUICK_MODES, config):
+        return _quick(mode, config, advice)
     device = choose_device(config.DEVICE, distributed.local_rank())
     distributed.init(device, config.DIST_TIMEOUT)
     logger = create_logger(speaks=distributed.is_main())
     for line in advice:
         logger.info(line)
-    wanted = (mode for mode in MODES if lookup(config, mode[0]))
-    _, module, function = next(wanted, ("", "utils.modes", "train_run"))
+    _, module, function = _asked_for(MODES, config) or ("", "utils.modes", "train_run")
     status = getattr(importlib.import_module(module), function)(config, content, device, logger)
     distributed.shutdown()
     return status or 0
 
 
-def _doctor(config: Any, advice: Sequence[str]) -> int:
-    """The one mode that needs neither torch nor a model."""
-    from utils.doctor import examine_run
+def _asked_for(modes: Sequence[tuple[str, str, str]], config: Any) -> tuple[str, str, str] | None:
+    return next((mode for mode in modes if lookup(config, mode[0])), None)
+
+
+def _quick(mode: tuple[str, str, str], config: Any, advice: Sequence[str]) -> int:
     from utils.logger import create_logger
 
     logger = create_logger(speaks=True)
     for line in advice:
         logger.info(line)
-    return examine_run(config, logger)
+    return getattr(importlib.import_module(mode[1]), mode[2])(config, logger)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

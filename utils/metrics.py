@@ -11,7 +11,9 @@ from typing import Any
 
 from utils.files import replace_file
 
-EPOCHS, TABLE, STEPS, EVENTS = "metrics.jsonl", "metrics.csv", "steps.jsonl", "history.jsonl"
+# What lies in a run's folder beside checkpoints and log.
+CONFIG, SOURCES = "config.yaml", "sources.json"
+EPOCHS, TABLE, STEPS, EVENTS, EVIDENCE = "metrics.jsonl", "metrics.csv", "steps.jsonl", "history.jsonl", "nonfinite.jsonl"
 
 
 class JsonLines:

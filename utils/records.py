@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import history
+from utils import report
 from utils.board import TensorBoard, Tracker
 from utils.files import replace_file
-from utils.metrics import EVENTS, STEPS, JsonLines, MetricsLog
-
-CONFIG, SOURCES = "config.yaml", "sources.json"
+from utils.metrics import CONFIG, EVENTS, SOURCES, STEPS, JsonLines, MetricsLog
 
 
 class Records:
@@ -35,7 +34,7 @@ class Records:
         """
         self.config, self.folder, self.say = config, folder, say
         replace_file(os.path.join(folder, CONFIG), config.dump().encode())
-        self._guarded(lambda: replace_file(os.path.join(folder, SOURCES), (json.dumps(history(config), indent=1) + "\n").encode()))
+        self._guarded(lambda: replace_file(os.path.join(folder, SOURCES), (json.dumps(history(config)) + "\n").encode()))
         self.metrics = MetricsLog(folder, evaluated, say)
         self.steps = JsonLines(os.path.join(folder, STEPS), step, say, sync=False)
         self.events = JsonLines(os.path.join(folder, EVENTS), float("inf"), say)
@@ -89,13 +88,14 @@ class Records:
         self.event("finished", step)
         if best:
             self.board.result(step, self.config, {"top1": best["top1"], "epoch": best["epoch"]})
-        if self.config.TRAIN.REPORT:
+        if self.config.TRAIN.REPORT != "none":
             self._report()
 
     def _report(self) -> None:
         try:
-            from utils.report import write_report
-            self.say(f"report {write_report([self.folder])}")
+            self.say(f"report {report.write_report([self.folder])}")
+            if self.config.TRAIN.REPORT == "png":
+                self.say(report.write_plots([self.folder], self.folder))
         except Exception as error:  # the run stands, whatever becomes of its report
             self.say(f"warning: no report was written ({type(error).__name__}: {str(error)[:200]}); --report {self.folder} tries again")
 

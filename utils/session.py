@@ -22,13 +22,13 @@ from utils import checkpoint, distributed
 from utils.checkpoint import CheckpointFolder, Saver, TrainState
 from utils.device import device_name, peak_memory_mib
 from utils.engine import Evaluation, NumericError, Progress, StepPlan, evaluate, train_one_epoch
+from utils.metrics import EVIDENCE
 from utils.predictions import FILE as PREDICTIONS
 from utils.reading import decoding, tell_uncounted
 from utils.recorder import recorder
 from utils.records import Records
 from utils.signals import Stopped, StopRequest
 
-EVIDENCE = "nonfinite.jsonl"
 FORGIVEN_AFTER = 100  # steps after which one that was skipped no longer counts
 
 
