@@ -52,7 +52,9 @@ def _save(figure: Figure, folder: str, name: str) -> str:
     return f"{name}.png"
 
 
-def _confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:
+def _confusion(cells: np.ndarray, classes: Sequence[str]) -> Figure:
+    counts = np.zeros((len(classes), len(classes)))
+    counts[cells[:, 0], cells[:, 1]] = cells[:, 2]
     side = 2.5 + 0.18 * len(classes)
     figure = Figure(figsize=(side, side), dpi=130, layout="constrained")
     axes = figure.add_subplot(xlabel="predicted", ylabel="true")

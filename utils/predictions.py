@@ -142,31 +142,34 @@ class OfClass:
 
 
 def confusion(predictions: Predictions) -> np.ndarray:
-    """Counts of (target, predicted), int64 (C, C)."""
-    count = len(predictions.classes)
-    cells = predictions.target.astype(np.int64) * count + predictions.predicted
-    return np.bincount(cells, minlength=count * count).reshape(count, count)
+    """(target, predicted, times) of what occurs, in that order, int64 (K, 3): with many classes most pairs never do."""
+    classes = len(predictions.classes)
+    cells, times = np.unique(predictions.target.astype(np.int64) * classes + predictions.predicted, return_counts=True)
+    return np.stack([*np.divmod(cells, classes), times], axis=1)
 
 
-def by_class(predictions: Predictions, counts: np.ndarray) -> list[OfClass]:
-    """The classes that have images, the worst first."""
-    wrong, totals, called = counts.copy(), counts.sum(1), counts.sum(0)
-    np.fill_diagonal(wrong, 0)
-    names, rows = predictions.classes, []
-    for number in np.flatnonzero(totals):
-        right, other = int(counts[number, number]), int(wrong[number].argmax())
-        times = int(wrong[number, other])
-        rows.append(OfClass(names[number], int(totals[number]), right / totals[number],
-                            right / called[number] if called[number] else None, names[other] if times else "", times))
+def by_class(predictions: Predictions, cells: np.ndarray) -> list[OfClass]:
+    """The classes that have images, the worst first; ``cells`` as ``confusion`` gives them."""
+    names = predictions.classes
+    totals, called = (np.bincount(column, minlength=len(names)) for column in (predictions.target, predictions.predicted))
+    right = {int(target): int(times) for target, predicted, times in cells if target == predicted}
+    mistaken: dict[int, tuple[int, int]] = {}  # the commonest mistake of each class
+    for target, predicted, times in cells.tolist():
+        if target != predicted and times > mistaken.get(target, (0, 0))[0]:
+            mistaken[target] = times, predicted
+    rows = []
+    for number in np.flatnonzero(totals).tolist():
+        times, other = mistaken.get(number, (0, number))
+        hits = right.get(number, 0)
+        rows.append(OfClass(names[number], int(totals[number]), hits / int(totals[number]),
+                            hits / int(called[number]) if called[number] else None, names[other] if times else "", times))
     return sorted(rows, key=lambda row: (row.recall, -row.images))
 
 
-def confused_pairs(counts: np.ndarray, most: int = 20) -> list[tuple[int, int, int]]:
+def confused_pairs(cells: np.ndarray, most: int = 20) -> list[tuple[int, int, int]]:
     """(target, predicted, times) of the commonest mistakes."""
-    wrong = counts.copy()
-    np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
-    return [(*divmod(int(cell), len(wrong)), int(wrong.flat[cell])) for cell in order if wrong.flat[cell]]
+    wrong = cells[cells[:, 0] != cells[:, 1]]
+    return [tuple(cell) for cell in wrong[np.argsort(-wrong[:, 2], kind="stable")][:most].tolist()]
 
 
 def reliability(predictions: Predictions, bins: int = BINS) -> tuple[list[tuple[int, float, float]], float]:

@@ -36,8 +36,9 @@ class Recorder:
         indices = torch.full(targets.shape, -1)
         numbers = next(self.indices)
         indices[:len(numbers)] = torch.tensor(numbers)
-        probability, predicted = logits.softmax(1).max(1)
-        correct = logits.softmax(1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
+        probabilities = logits.softmax(1)
+        probability, predicted = probabilities.max(1)
+        correct = probabilities.gather(1, targets.clamp(min=0)[:, None])[:, 0]
         self.parts.append((indices, targets, predicted, probability, correct))
 
     def write(self, path: str) -> None:

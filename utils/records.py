@@ -20,7 +20,7 @@ from utils.metrics import CONFIG, EVENTS, SOURCES, STEPS, JsonLines, MetricsLog
 
 
 class Records:
-    """The records of a run in ``folder``, kept by rank 0 alone. None of them can stop a run but ``config.yaml``.
+    """The records of a run in ``folder``, kept by rank 0 alone; none of them stops a run that is under way.
 
     On resume, figures beyond the checkpoint's step are cut off, so that every step has one; events are all kept.
     """

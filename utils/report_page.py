@@ -71,7 +71,7 @@ def _folded(title: str, body: str) -> str:
 def _overview(runs: Sequence[Run], names: Sequence[str]) -> str:
     if len(runs) == 1:
         tiles = "".join(f"<div class=tile><b>{text_of(value)}</b><span>{text_of(name)}</span></div>"
-                        for name, value in facts(runs[0]).items())
+                        for name, value in facts(runs[0]).items() if (name, value) != ("state", "finished"))
         return f"<section><div class=tiles>{tiles}</div>{_problems(runs[0])}</section>"
     columns = [facts(run) for run in runs]
     rows = [[name, *(column.get(name, "–") for column in columns)] for name in dict.fromkeys(n for c in columns for n in c)]
@@ -161,20 +161,21 @@ def _of_run(run: Run, letter: str) -> str:
 
 
 def _classes(predictions: Predictions, lead: str) -> str:
-    counts, classes = confusion(predictions), predictions.classes
+    cells, classes = confusion(predictions), predictions.classes
     low, high = (100 * bound for bound in accuracy_interval(predictions.right))
-    rows = by_class(predictions, counts)
+    rows = by_class(predictions, cells)
     table = _table(["class", "images", "recognised (%)", "right when named (%)", "mostly taken for"],
                    [[row.name, (row.images, f"{row.images:,}"), _percent(row.recall), _percent(row.precision),
                      f"{row.mistaken_for} ({row.times})" if row.times else ""] for row in rows[:MOST_ROWS]],
                    numeric=(1, 2, 3), sortable=True)
     cut = f"<p class=soft>The {MOST_ROWS:,} worst of {len(rows):,} classes.</p>" if len(rows) > MOST_ROWS else ""
-    pairs = [[classes[a], classes[b], (times, f"{times:,}"), _percent(times / counts[a].sum())]
-             for a, b, times in confused_pairs(counts)]
+    images = {row.name: row.images for row in rows}
+    pairs = [[classes[a], classes[b], (times, f"{times:,}"), _percent(times / images[classes[a]])] for a, b, times in confused_pairs(cells)]
     pair_table = _table(["true", "taken for", "times", "of the class (%)"], pairs, numeric=(2, 3), sortable=True)
     bins, error = reliability(predictions)
-    matrix = ("<figure><figcaption><b>Confusion: true classes in rows, predictions in columns</b></figcaption>"
-              f"<div class=wide>{confusion_matrix(counts, classes)}</div></figure>" if len(classes) <= MOST_CLASSES else "")
+    wide = " class=row" if len(classes) > 12 else ""
+    matrix = (f"<figure{wide}><figcaption><b>Confusion: true classes in rows, predictions in columns</b></figcaption>"
+              f"<div class=wide>{confusion_matrix(cells, classes)}</div></figure>" if len(classes) <= MOST_CLASSES else "")
     summary = (f"<p>{100 * predictions.right.mean():.2f} % of {len(predictions.target):,} images of the last evaluation are recognised "
                f"(95 % interval {low:.2f} to {high:.2f}, bootstrap).</p>")
     diagram = (f"<figure><figcaption><b>Reliability: expected calibration error {100 * error:.2f} %</b></figcaption>"

@@ -17,7 +17,7 @@ p{margin:8px 0}.soft{color:var(--soft);font-size:.87rem;overflow-wrap:anywhere}
 .tile{background:var(--panel);border-radius:8px;padding:10px 14px}.tile b{display:block;font-size:1.05rem;white-space:nowrap}
 .tile span{color:var(--soft);font-size:.85rem}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:22px 28px;align-items:start}
-.charts>*{min-width:0}
+.charts>*{min-width:0}.row{grid-column:1/-1}
 figure{margin:0}figcaption{display:flex;flex-wrap:wrap;gap:2px 14px;align-items:baseline}
 .legend{display:flex;flex-wrap:wrap;gap:2px 12px;font-size:.84rem;color:var(--soft)}
 .key{display:inline-block;width:18px;border-top:2.5px solid var(--c);margin-right:5px;vertical-align:middle}

@@ -121,7 +121,7 @@ def _text(run: Run, name: str) -> str | None:
         with open(os.path.join(run.folder, name), encoding="utf-8", errors="replace") as file:
             return file.read()
     except OSError as error:
-        run.problems.append(f"{name}: {error.strerror}")
+        run.problems.append(f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}")
         return None
 
 

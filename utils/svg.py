@@ -45,8 +45,7 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, marks: Sequenc
     if not drawn:
         return ""
     xs = [x for _, points in drawn for x, *_ in points]
-    ys = [y for _, points in drawn for _, y, *_ in points]
-    x_ticks, y_ticks = _ticks(0, max(xs), 6), _ticks(min(ys), max(ys), 5)
+    x_ticks, y_ticks = _ticks(0, max(xs), 6), _ticks(*_range([point for _, points in drawn for point in points]), 5)
     # the x axis ends with the curves, the y axis with a round number
     frame = _Frame(0, max(xs), y_ticks[0], y_ticks[-1])
     body = [_axes(frame, [x for x in x_ticks if x <= max(xs)], y_ticks, x_label, y_label)]
@@ -82,6 +81,12 @@ def _reduced(line: Line) -> list[tuple[float, float, float, float]]:
     points = [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if y is not None and math.isfinite(y)]
     groups = [part for part in np.array_split(np.array(points), min(len(points), _COLUMNS)) if len(part)] if points else []
     return [(float(part[-1, 0]), float(part[:, 1].mean()), float(part[:, 1].min()), float(part[:, 1].max())) for part in groups]
+
+
+def _range(points: Sequence[tuple[float, float, float, float]]) -> tuple[float, float]:
+    """(low, high) that hold all means and all but the outermost hundredths of the bands: a spike must not flatten the rest."""
+    _, means, least, largest = np.array(points).T
+    return min(means.min(), np.quantile(least, 0.01)), max(means.max(), np.quantile(largest, 0.99))
 
 
 def _curve(line: Line, points: list[tuple[float, float, float, float]], frame: _Frame) -> str:
@@ -135,27 +140,23 @@ def _axes(frame: _Frame, x_ticks: Iterable[float], y_ticks: Iterable[float], x_l
     return "".join(body)
 
 
-def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> str:
-    """Cells of (target, predicted) as shares of the target's images; the diagonal in one colour, mistakes in another."""
+def confusion_matrix(cells: np.ndarray, names: Sequence[str]) -> str:
+    """(target, predicted, times) as shares of the target's images; the diagonal in one colour, mistakes in another."""
     classes = len(names)
     side = 30 if classes <= 20 else max(11, 600 // classes)
     labels = [shortened(printable(name)) for name in names]
     room = 7 * max(map(len, labels)) + 14
-    totals, body = counts.sum(1), []
-    for row in range(classes):
-        y = room + row * side
-        body.append(f'<text x="{room - 6}" y="{y + side / 2:.0f}" dy="4" text-anchor="end">{escape(labels[row])}</text>')
-        body.append(f'<text transform="translate({room + row * side + side / 2 + 4:.0f} {room - 6}) rotate(-90)">{escape(labels[row])}'
-                    "</text>")
-        for column in np.flatnonzero(counts[row]).tolist():
-            count, x = int(counts[row, column]), room + column * side
-            share = count / totals[row]
-            kind = "right" if row == column else "wrong"
-            body.append(f'<g><rect class="{kind}" x="{x}" y="{y}" width="{side}" height="{side}" '
-                        f'fill-opacity="{0.15 + 0.85 * share if kind == "wrong" else 0.1 + 0.6 * share:.2f}"/>'
-                        + (f'<text x="{x + side / 2}" y="{y + side / 2:.0f}" dy="4" text-anchor="middle">{count}</text>'
-                           if classes <= 20 else "")
-                        + f"<title>{text_of(names[row])} taken for {text_of(names[column])}: {count} of {int(totals[row])}</title></g>")
+    totals, body = np.bincount(cells[:, 0], cells[:, 2], classes), []
+    for number, label in enumerate(labels):
+        middle = room + (number + 0.5) * side
+        body.append(f'<text x="{room - 6}" y="{middle:.0f}" dy="4" text-anchor="end">{escape(label)}</text>'
+                    f'<text transform="translate({middle + 4:.0f} {room - 6}) rotate(-90)">{escape(label)}</text>')
+    for target, predicted, times in cells.tolist():
+        x, y, share = room + predicted * side, room + target * side, times / totals[target]
+        kind, opacity = ("right", 0.1 + 0.6 * share) if target == predicted else ("wrong", 0.15 + 0.85 * share)
+        body.append(f'<g><rect class="{kind}" x="{x}" y="{y}" width="{side}" height="{side}" fill-opacity="{opacity:.2f}"/>'
+                    + (f'<text x="{x + side / 2}" y="{y + side / 2}" dy="4" text-anchor="middle">{times}</text>' if classes <= 20 else "")
+                    + f"<title>{text_of(names[target])} taken for {text_of(names[predicted])}: {times} of {totals[target]:.0f}</title></g>")
     size = classes * side
     body.append(f'<rect class="frame" x="{room}" y="{room}" width="{size}" height="{size}"/>')
     return _svg(room + size + 2, room + size + 2, "".join(body), "confusion matrix: rows are true classes, columns predictions", fixed=True)
