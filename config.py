@@ -575,7 +575,7 @@ def config_from_text(text: str, opts: Sequence[str] | None = None, name: str = "
     root = default_config()
     for key, value, where in _read_yaml(text, name):
         if key != "BASE":
-            _set(root, key, value, where, f"checkpoint {name}")
+            _set(root, key, value, where, name if name == "checkpoint" else f"checkpoint {name}")
     return _finish(root, opts)
 
 

@@ -17,9 +17,10 @@ import yaml
 from conftest import ROOT, environment
 
 from config import ConfigError, get_config, history
-from utils.paired import bootstrap, compare, mcnemar
-from utils.predictions import Predictions, by_class, confused_pairs, confusion, reliability
-from utils.runs import read_run
+from utils.outcomes import Outcomes, by_class, confused_pairs, confusion, reliability
+from utils.paired import compare
+from utils.runs import Run, read_run
+from utils.statistics import mcnemar
 
 RUN = "output/tiny/a"
 
@@ -80,7 +81,7 @@ def test_a_run_records_its_steps_epochs_starts_and_images(finished: Path, images
     assert [{key: str(value) for key, value in row.items()} for row in rows] == table
     assert [event["event"] for event in lines(run / "history.jsonl")] == ["start", "finished"]
 
-    made = Predictions.read(str(run / "predictions.npz"))
+    made = Outcomes.read(str(run / "predictions.npz"))
     assert sorted(made.paths) == sorted(str(path.relative_to(images / "val")) for path in (images / "val").rglob("*.*"))
     assert [path.split("/")[0] for path in made.paths] == [made.classes[target] for target in made.target]
     assert 100 * made.right.mean() == pytest.approx(rows[-1]["top1"])
@@ -91,7 +92,7 @@ def test_a_run_records_its_steps_epochs_starts_and_images(finished: Path, images
 def test_predictions_of_an_evaluation_are_those_of_the_run(finished: Path, program) -> None:
     done = program("--eval", "--resume", finished / RUN / "last.pth", "--batch-size", 4, "--opts", "TEST.PREDICTIONS", "own.npz")
     assert done.returncode == 0, done.stderr
-    ours, theirs = (Predictions.read(str(path)) for path in (program.folder / "own.npz", finished / RUN / "predictions.npz"))
+    ours, theirs = (Outcomes.read(str(path)) for path in (program.folder / "own.npz", finished / RUN / "predictions.npz"))
     assert ours.paths == theirs.paths and np.array_equal(ours.predicted, theirs.predicted)
     assert np.allclose(ours.correct_probability, theirs.correct_probability, atol=1e-5)
     lost = program("--eval", "--resume", finished / RUN / "last.pth", "--opts", "TEST.PREDICTIONS", "nowhere/own.npz")
@@ -122,7 +123,7 @@ def test_images_of_all_ranks_keep_their_numbers(images: Path, tmp_path: Path, mo
             record.write("")
     monkeypatch.setattr(distributed, "gather_objects", lambda own: parts)
     record.write(str(tmp_path / "all.npz"))
-    made = Predictions.read(str(tmp_path / "all.npz"))
+    made = Outcomes.read(str(tmp_path / "all.npz"))
     assert made.index.tolist() == [i for i in range(19) if i != 7] and "b/2.jpg" not in made.paths
     assert [path[0] for path in made.paths] == [made.classes[target] for target in made.target]
     assert (~made.right == (made.target == 3)).all()
@@ -150,6 +151,14 @@ def test_a_resumed_run_has_each_step_once_and_marks_where_it_began_again(finishe
     assert [event.step for event in board.Scalars("val/top1")] == [5, 10]
     assert board.Tags()["images"] == ["train/first_batch"] and "weights/head.weight" in board.Tags()["histograms"]
     assert board.Scalars("result/top1")
+
+
+def test_time_at_work_leaves_out_the_time_between_starts() -> None:
+    events = [dict(event="start", step=0, time=100.0), dict(event="rollback", step=3, time=120.0),
+              dict(event="start", step=4, time=1000.0, before=160.0), dict(event="stopped", step=6, time=1030.0),
+              dict(event="start", step=6, time=2000.0, before=1029.0)]
+    assert Run("x", "x", events=events, steps=[dict(step=8, time=2005.0)]).seconds == 60 + 30 + 5
+    assert Run("x", "x", rows=[dict(step=1, seconds=2.5), dict(step=2, seconds=3)]).seconds == 5.5
 
 
 def test_columns_of_the_table_grow(tmp_path: Path) -> None:
@@ -187,10 +196,10 @@ def test_report_of_two_runs_tests_them_on_the_same_images(finished: Path, progra
     assert "A and B on 19 images" in page.text and "0.05" in page.text and "TRAIN.BASE_LR" in page.text
 
 
-def predictions(right: list[bool], names: list[str] | None = None) -> Predictions:
+def predictions(right: list[bool], names: list[str] | None = None) -> Outcomes:
     target = np.zeros(len(right), dtype=np.int32)
     probability = np.linspace(0.5, 0.9, len(right), dtype=np.float32)
-    return Predictions(np.arange(len(right)), target, (~np.array(right)).astype(np.int32), probability, probability,
+    return Outcomes(np.arange(len(right)), target, (~np.array(right)).astype(np.int32), probability, probability,
                        names or [f"{i}.png" for i in range(len(right))], ["x", "y"], {})
 
 
@@ -206,14 +215,12 @@ def test_paired_test_by_hand() -> None:
     assert (found.images, found.only_first, found.only_second, found.p) == (8, 1, 5, mcnemar(1, 5))
     assert found.accuracies == (3 / 8, 7 / 8) and found.interval[0] < 0.5 < found.interval[1]
     assert compare(predictions(first), predictions(second, [f"other{i}" for i in range(8)])) is None
-    low, high = bootstrap(100, 200, 10_000)  # mean 0.01, deviation sqrt(0.03 - 0.0001) / 100
-    assert low == pytest.approx(0.01 - 1.96 * 0.00173, abs=2e-4) and high == pytest.approx(0.01 + 1.96 * 0.00173, abs=2e-4)
 
 
 def test_figures_of_classes_and_confidence_by_hand() -> None:
     target, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 1, 0])
     probability = np.array([0.9, 0.9, 0.5, 0.5, 0.9, 0.9])
-    made = Predictions(np.arange(6), target, predicted, probability, probability, list("abcdef"), ["u", "v", "w"], {})
+    made = Outcomes(np.arange(6), target, predicted, probability, probability, list("abcdef"), ["u", "v", "w"], {})
     counts = confusion(made)
     assert counts.tolist() == [[0, 0, 1], [0, 1, 2], [1, 1, 2], [2, 0, 1]]
     worst = by_class(made, counts)
@@ -221,8 +228,8 @@ def test_figures_of_classes_and_confidence_by_hand() -> None:
     assert [row.recall for row in worst] == [0, pytest.approx(1 / 3), 1] and [row.precision for row in worst] == [None, 0.5, 0.5]
     assert confused_pairs(counts) == [(0, 1, 2), (2, 0, 1)]
     bins, error = reliability(made, 2)
-    # of four sure ones (0.9) two are right; 0.5 falls into the upper bin too: six, confidence 4.6 / 6, right 3 / 6
-    assert bins[0][0] == 0 and bins[1][0] == 6 and error == pytest.approx(4.6 / 6 - 0.5)
+    # of four sure ones (0.9) two are right, of two unsure ones (0.5, the lower bin's edge) one is
+    assert [images for images, *_ in bins] == [2, 4] and error == pytest.approx((2 * 0.0 + 4 * 0.4) / 6)
     assert made.worst(2) == [1, 5]
 
 
@@ -230,7 +237,7 @@ def test_hostile_names_do_no_harm(finished: Path, tmp_path: Path, capsys) -> Non
     import main
     run, evil = tmp_path / "run", '"><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m'
     shutil.copytree(finished / RUN, run, symlinks=True)
-    made = Predictions.read(str(run / "predictions.npz"))
+    made = Outcomes.read(str(run / "predictions.npz"))
     made.classes = [f"{evil}{number}" for number in range(4)]
     made.paths = [f"'{evil}\udcff/{number}.png" for number in range(len(made.paths))]
     made.write(str(run / "predictions.npz"))
@@ -363,16 +370,13 @@ def test_settings_and_reports_need_no_torch(finished: Path, tmp_path: Path) -> N
 
 _FAKE = """
 import json
-class Run:
-    def log(self, values, step):
-        note("log", step=step, values=values)
-        if FAILS: raise ConnectionError("the server is gone\\nand more")
-    def finish(self): note("finish")
+def log(values, step):
+    note("log", step=step, values=values)
+    if FAILS: raise ConnectionError("the server is gone\\nand more")
+def finish(): note("finish")
 def note(what, **more):
     with open("tracked.jsonl", "a") as file: file.write(json.dumps(dict(what=what, **more)) + "\\n")
-def init(**options):
-    note("init", **options)
-    return Run()
+def init(**options): note("init", **options)
 """
 
 

@@ -116,7 +116,7 @@ class Tracker:
     """
 
     def __init__(self, config: CfgNode, folder: str, warn: Warn = print):
-        self.run, self.warn = None, warn
+        self.module, self.warn = None, warn  # the package, while a run is open there
         if config.TRACKER == "none":
             return
         self.name = config.TRACKER
@@ -127,7 +127,8 @@ class Tracker:
                            resume="allow" if known else "never")
             if self.name == "wandb":  # trackio knows a run by its name, and has a folder of its own
                 options |= dict(id=identity["id"], dir=folder, resume="allow")
-            self.run = module.init(**options)
+            module.init(**options)
+            self.module = module
             if not known:
                 replace_file(path, (json.dumps(identity) + "\n").encode())
 
@@ -136,20 +137,20 @@ class Tracker:
         try:
             yield
         except Exception as error:
-            self.run = None
+            self.module = None
             self.warn(f"warning: {self.name} gets no more figures of this run ({_first_line(error)}); metrics.jsonl goes on")
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Send what is a number."""
-        if self.run is not None:
+        if self.module is not None:
             with self._sending():
-                self.run.log({name: value for name, value in values.items() if value is not None}, step=step)
+                self.module.log({name: value for name, value in values.items() if value is not None}, step=step)
 
     def close(self) -> None:
-        if self.run is not None:
+        if self.module is not None:
             with self._sending():
-                self.run.finish()
-            self.run = None
+                self.module.finish()
+            self.module = None
 
 
 def _identity(config: CfgNode, path: str) -> tuple[dict[str, str], bool]:

@@ -232,8 +232,12 @@ def evaluate(models: Sequence[nn.Module], loader: Collection[tuple[Tensor, Tenso
     """Judge each of ``models`` in one pass over the images (raw and averaged weights share the decoding).
 
     Counts integers over every image once, on any number of ranks; rows with target -1 fill a batch and do not count. With
-    fewer than five classes every image counts as right among the top five. ``poll`` is called after each batch, equally often
-    on every rank; ``record`` with the last model's logits (B, C), in float, and the targets (B,) of each of this rank's batches.
+    fewer than five classes every image counts as right among the top five.
+
+    Args:
+        poll: called after each batch, equally often on every rank.
+        record: called with each batch's ``(logits (B, C) float, targets (B,))`` of the last of ``models``, on the device, the rows
+            that do not count (target -1) included; it must not wait for the device.
     """
     counts = torch.zeros(len(models), 3, dtype=torch.int64, device=device)
     loss_sums = torch.zeros(len(models), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)

@@ -22,8 +22,7 @@ class JsonLines:
     Lines that cannot be written now (disk full) are kept and written with the next.
 
     Attributes:
-        rows: what the file held when it was opened, of that what was kept.
-        last: the last row that it held then, cut off or not.
+        last: the last row that the file held when it was opened, cut off or not.
     """
 
     def __init__(self, path: str, step: float, warn: Callable[[str], None] = print, sync: bool = True):
@@ -31,10 +30,11 @@ class JsonLines:
         self.path, self.warn, self.sync = path, warn, sync
         self._waiting, self._failing = "", False
         lines = _lines(path)
-        found = [row for row in map(_row, lines) if row is not None]
-        self.rows, self.last = [row for row in found if row["step"] <= step], found[-1] if found else None
-        if len(self.rows) < len(lines):
-            replace_file(path, "".join(line + "\n" for line in lines if (row := _row(line)) and row["step"] <= step).encode())
+        found = [(row, line) for row, line in zip(map(_row, lines), lines, strict=True) if row is not None]
+        kept = [line for row, line in found if row["step"] <= step]
+        self.last = found[-1][0] if found else None
+        if len(kept) < len(lines):
+            replace_file(path, "".join(line + "\n" for line in kept).encode())
 
     def write(self, row: dict[str, Any]) -> None:
         self._waiting += json.dumps(row, allow_nan=False) + "\n"
@@ -62,7 +62,7 @@ class MetricsLog:
 
     def __init__(self, folder: str, step: int, warn: Callable[[str], None] = print):
         self.lines = JsonLines(os.path.join(folder, EPOCHS), step, warn)
-        self.table, self.rows = os.path.join(folder, TABLE), self.lines.rows
+        self.table, self.rows = os.path.join(folder, TABLE), read_rows(self.lines.path)
         self._columns: list[str] = []  # of the file as it stands; none: it must be written anew
 
     def write(self, row: dict[str, Any]) -> None:

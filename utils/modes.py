@@ -37,7 +37,7 @@ from utils.engine import StepPlan, evaluate
 from utils.files import file_limit, free_bytes, lock_folder, remove_leftovers
 from utils.freeze import freeze
 from utils.logger import close_files, log_to_file
-from utils.predictions import MOST_IMAGES
+from utils.outcomes import MOST_IMAGES
 from utils.reading import decoding, tell_uncounted, teller
 from utils.recorder import recorder
 from utils.seed import make_deterministic, seed_initialisation

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from utils.curves import charts
-from utils.predictions import confusion, reliability
+from utils.outcomes import confusion, reliability
 from utils.runs import Run
 
 MOST_CLASSES = 50
@@ -22,6 +23,12 @@ def plot(runs: Sequence[Run], folder: str) -> list[str]:
     Raises:
         OSError: they cannot be written.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about letters of class names that its font lacks
+        return _plot(runs, folder)
+
+
+def _plot(runs: Sequence[Run], folder: str) -> list[str]:
     names = []
     for chart in charts(runs):
         figure = Figure(figsize=(6.4, 3.6), dpi=130, layout="constrained")

@@ -13,7 +13,7 @@ from data import DataError
 from data.errors import UnreadableImage
 from data.sampler import ShardSampler
 from utils import distributed
-from utils.predictions import MOST_IMAGES, Predictions, names_of, thumbnail
+from utils.outcomes import MOST_IMAGES, Outcomes, names_of, thumbnail
 
 _THUMBNAILS = 24
 
@@ -56,11 +56,11 @@ class Recorder:
         order = np.argsort(columns[0], kind="stable")
         order = order[columns[1][order] >= 0]
         index, *columns = (column[order] for column in columns)
-        made = Predictions(index, *columns, names_of(self.source, index.tolist()), self.classes, {})
+        made = Outcomes(index, *columns, names_of(self.source, index.tolist()), self.classes, {})
         made.thumbnails = self._thumbnails(made)
         made.write(path)
 
-    def _thumbnails(self, made: Predictions) -> dict[int, bytes]:
+    def _thumbnails(self, made: Outcomes) -> dict[int, bytes]:
         found = {}
         for position in made.worst(_THUMBNAILS):
             try:

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from utils.curves import charts, letters, marks
-from utils.paired import Paired, accuracy_interval, compare
-from utils.predictions import Predictions, by_class, confused_pairs, confusion, reliability
+from utils.outcomes import Outcomes, by_class, confused_pairs, confusion, reliability
+from utils.paired import Paired, compare
 from utils.report_style import SCRIPT, STYLE
 from utils.runs import Run, beside_preset, circumstances, config_differences, facts, shown, source_of
+from utils.statistics import bootstrap_interval
 from utils.svg import COLOURS, confusion_matrix, line_chart, reliability_diagram, shortened, text_of
 
 MOST_CLASSES = 50  # of a confusion matrix that is drawn
@@ -126,7 +127,7 @@ def _paired(paired: Paired, a: str, b: str) -> str:
     return f"<h3>{text_of(f'{a} and {b}')} on {paired.images:,} images</h3>" + _table(["", ""], rows)
 
 
-def _class_changes(first: Predictions, second: Predictions, a: str, b: str) -> str:
+def _class_changes(first: Outcomes, second: Outcomes, a: str, b: str) -> str:
     recalls = [{row.name: row for row in by_class(p, confusion(p))} for p in (first, second)]
     rows = [(recalls[1][name].recall - recalls[0][name].recall, name) for name in recalls[0] if name in recalls[1]]
     rows.sort(key=lambda row: (-abs(row[0]), row[1]))
@@ -160,9 +161,9 @@ def _of_run(run: Run, letter: str) -> str:
     return "".join([*parts, _config(run, lead), _environment(run, lead)])
 
 
-def _classes(predictions: Predictions, lead: str) -> str:
+def _classes(predictions: Outcomes, lead: str) -> str:
     cells, classes = confusion(predictions), predictions.classes
-    low, high = (100 * bound for bound in accuracy_interval(predictions.right))
+    low, high = (100 * bound for bound in bootstrap_interval(int(predictions.right.sum()), len(predictions.right)))
     rows = by_class(predictions, cells)
     table = _table(["class", "images", "recognised (%)", "right when named (%)", "mostly taken for"],
                    [[row.name, (row.images, f"{row.images:,}"), _percent(row.recall), _percent(row.precision),
@@ -186,7 +187,7 @@ def _classes(predictions: Predictions, lead: str) -> str:
             + _section(f"{lead}Confusion and confidence", f"<div class=charts>{matrix}{diagram}{confused}</div>"))
 
 
-def _mistakes(predictions: Predictions, lead: str) -> str:
+def _mistakes(predictions: Outcomes, lead: str) -> str:
     cards = []
     for position in predictions.worst(MISTAKES):
         true, taken = (predictions.classes[column[position]] for column in (predictions.target, predictions.predicted))

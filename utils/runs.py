@@ -12,7 +12,7 @@ import yaml
 
 from config import COMMAND_LINE, KEYS, ConfigError, of_the_command
 from utils.metrics import CONFIG, EPOCHS, EVENTS, EVIDENCE, SOURCES, STEPS, read_rows
-from utils.predictions import FILE, Predictions, PredictionsError
+from utils.outcomes import FILE, Outcomes, OutcomesError
 
 _DEFAULTS = {key: default for key, default, *_ in KEYS}
 
@@ -39,7 +39,7 @@ class Run:
     steps: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     evidence: list[dict[str, Any]] = field(default_factory=list)
-    predictions: Predictions | None = None
+    predictions: Outcomes | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -107,8 +107,8 @@ def read_run(folder: str) -> Run:
     elif not run.steps:
         run.problems.append(f"{STEPS} is missing: curves have a point an epoch")
     try:
-        run.predictions = Predictions.read(os.path.join(folder, FILE))
-    except PredictionsError as error:
+        run.predictions = Outcomes.read(os.path.join(folder, FILE))
+    except OutcomesError as error:
         missing = not os.path.exists(os.path.join(folder, FILE))
         run.problems.append((f"{FILE} is missing" if missing else str(error)) + ": nothing about single classes and images; "
                             f"main.py --eval --resume {os.path.join(folder, 'best.pth')} --opts TEST.PREDICTIONS "
@@ -195,7 +195,7 @@ def facts(run: Run) -> dict[str, str]:
         "time at work": duration(run.seconds),
         "images/s (median)": f"{speeds[len(speeds) // 2]:,.1f}" if speeds else "unknown",
         "restarts": str(max(0, len(run.starts) - 1)),
-        "skipped steps": str(max(len(run.evidence), sum(row.get("skipped_steps", 0) for row in run.rows))),
+        "skipped steps": str(max(len({row["step"] for row in run.evidence}), sum(row.get("skipped_steps", 0) for row in run.rows))),
     }
     ends = [event for event in run.events if event.get("event") in ("finished", "stopped", "failed", "start")]
     if ends:

@@ -23,7 +23,7 @@ from utils.checkpoint import CheckpointFolder, Saver, TrainState
 from utils.device import device_name, peak_memory_mib
 from utils.engine import Evaluation, NumericError, Progress, StepPlan, evaluate, train_one_epoch
 from utils.metrics import EVIDENCE
-from utils.predictions import FILE as PREDICTIONS
+from utils.outcomes import FILE as PREDICTIONS
 from utils.reading import decoding, tell_uncounted
 from utils.recorder import recorder
 from utils.records import Records

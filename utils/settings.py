@@ -15,7 +15,7 @@ from utils.runs import Run, circumstances, config_differences, facts, flatten, r
 
 def print_config(config: CfgNode, logger: logging.Logger) -> int:
     """The config as YAML that ``--cfg`` reads again, each value with its source as a comment; the exit status."""
-    for line in annotated(config):
+    for line in annotated(config) if os.environ.get("RANK", "0") == "0" else ():
         logger.info(line)
     return 0
 

@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 
 from utils.files import write_atomically
+from utils.statistics import expected_calibration_error
 
 FILE = "predictions.npz"
 MOST_IMAGES = 200_000
 BINS = 15  # of confidence in the reliability diagram, equally wide
 
 
-class PredictionsError(ValueError):
+class OutcomesError(ValueError):
     """A file of predictions cannot be used; one sentence."""
 
 
 @dataclass
-class Predictions:
+class Outcomes:
     """An evaluation, image by image, in the order of ``index``; images that could not be read are left out.
 
     Attributes:
@@ -65,10 +66,10 @@ class Predictions:
         write_atomically(path, lambda file: np.savez_compressed(file, **content))
 
     @classmethod
-    def read(cls, path: str) -> Predictions:
+    def read(cls, path: str) -> Outcomes:
         """
         Raises:
-            PredictionsError: no such file, or it holds something else.
+            OutcomesError: no such file, or it holds something else.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -81,9 +82,9 @@ class Predictions:
             made.check()
             return made
         except FileNotFoundError:
-            raise PredictionsError(f"{path}: no such file") from None
+            raise OutcomesError(f"{path}: no such file") from None
         except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-            raise PredictionsError(f"{path}: no file of predictions, or damaged ({type(error).__name__})") from None
+            raise OutcomesError(f"{path}: no file of predictions, or damaged ({type(error).__name__})") from None
 
     def check(self) -> None:
         """Raise ``ValueError`` unless the parts belong together."""
@@ -141,14 +142,14 @@ class OfClass:
     times: int
 
 
-def confusion(predictions: Predictions) -> np.ndarray:
+def confusion(predictions: Outcomes) -> np.ndarray:
     """(target, predicted, times) of what occurs, in that order, int64 (K, 3): with many classes most pairs never do."""
     classes = len(predictions.classes)
     cells, times = np.unique(predictions.target.astype(np.int64) * classes + predictions.predicted, return_counts=True)
     return np.stack([*np.divmod(cells, classes), times], axis=1)
 
 
-def by_class(predictions: Predictions, cells: np.ndarray) -> list[OfClass]:
+def by_class(predictions: Outcomes, cells: np.ndarray) -> list[OfClass]:
     """The classes that have images, the worst first; ``cells`` as ``confusion`` gives them."""
     names = predictions.classes
     totals, called = (np.bincount(column, minlength=len(names)) for column in (predictions.target, predictions.predicted))
@@ -172,15 +173,12 @@ def confused_pairs(cells: np.ndarray, most: int = 20) -> list[tuple[int, int, in
     return [tuple(cell) for cell in wrong[np.argsort(-wrong[:, 2], kind="stable")][:most].tolist()]
 
 
-def reliability(predictions: Predictions, bins: int = BINS) -> tuple[list[tuple[int, float, float]], float]:
-    """([(images, mean confidence, share right) of each bin of confidence], expected calibration error in [0, 1]).
-
-    The error is the mean distance of confidence from accuracy, bins weighing as many images as they hold (Guo et al. 2017).
-    """
-    place = np.clip((predictions.probability * bins).astype(int), 0, bins - 1)
+def reliability(predictions: Outcomes, bins: int = BINS) -> tuple[list[tuple[int, float, float]], float]:
+    """([(images, mean confidence, share right) of each bin of confidence], expected calibration error in [0, 1])."""
+    place = np.clip(np.ceil(predictions.probability * bins).astype(int) - 1, 0, bins - 1)  # a bin holds its upper edge
     images = np.bincount(place, minlength=bins)
     divisor = np.maximum(images, 1)
     confidence = np.bincount(place, predictions.probability, bins) / divisor
     accuracy = np.bincount(place, predictions.right, bins) / divisor
-    error = float((images * np.abs(confidence - accuracy)).sum() / max(1, images.sum()))
+    error = expected_calibration_error(predictions.probability, predictions.right, bins)
     return list(zip(images.tolist(), confidence.tolist(), accuracy.tolist(), strict=True)), error
