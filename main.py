@@ -55,6 +55,9 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("what to do", "--features", "PREDICT.FEATURES", None, "file.npy or file.safetensors for the features before the classifier"),
     ("what to do", "--sheet", "PREDICT.SHEET", None, "file.png for a picture of the images and their classes"),
     ("what to do", "--export", "EXPORT.FILE", None, "write the model as file.onnx, file.pt2, or a folder that timm opens; with --resume"),
+    ("what to do", "--report", "REPORT.RUNS", MANY, "write a run folder's report.html; of several runs a comparison"),
+    ("what to do", "--diff", "REPORT.DIFF", MANY, "show how two runs, checkpoints or YAML files differ"),
+    ("what to do", "--print-config", "REPORT.CONFIG", "True", "print the config with the source of every value, and stop"),
     ("data", "--data-path", "DATA.DATA_PATH", None, "folder with train/ and val/"),
     ("data", "--data-set", "DATA.DATASET", None, "imagenet, folder, lists, zip, tar, huggingface or digits"),
     ("data", "--batch-size", "DATA.BATCH_SIZE", None, "images per process and micro-batch"),
@@ -95,6 +98,15 @@ MODES: list[tuple[str, str, str]] = [
     ("PREDICT.PATHS", "utils.predict", "predict_run"),
     ("EXPORT.FILE", "utils.export", "export_run"),
     ("EVAL_MODE", "utils.evaluation", "evaluate_run"),
+]
+
+# Modes that need neither a model nor a device, nor torch where --resume names no checkpoint; they are looked at first.
+# (key, module, function); a function takes (config, logger) and returns an exit status.
+QUICK_MODES: list[tuple[str, str, str]] = [
+    ("REPORT.CONFIG", "utils.settings", "print_config"),
+    ("REPORT.DIFF", "utils.settings", "print_differences"),
+    ("REPORT.RUNS", "utils.report", "report_runs"),
+    ("DOCTOR_MODE", "utils.doctor", "examine_run"),
 ]
 
 # Flags of the Swin and CrossFormer trainers that mean something else here: the key they set, and one line of advice.
@@ -182,10 +194,10 @@ def run(argv: Sequence[str] | None = None) -> int:
     cfg_file, opts, advice = parse(argv)
     if cfg_file:
         require_config_file(cfg_file)
-    if "DOCTOR_MODE" in opts and "MODEL.RESUME" not in opts:
+    if "MODEL.RESUME" not in opts and any(key in opts[::2] for key, *_ in QUICK_MODES):
         config = get_config(cfg_file, opts)
-        if config.DOCTOR_MODE:
-            return _doctor(config, advice)
+        if (mode := _asked_for(QUICK_MODES, config)) and not config.MODEL.RESUME:
+            return _quick(mode, config, advice)
     # torch and timm take seconds to import: not before the command line has been understood.
     from utils import distributed
     from utils.device import choose_device
@@ -193,29 +205,30 @@ def run(argv: Sequence[str] | None = None) -> int:
     from utils.modes import resolve_config
 
     config, content = resolve_config(cfg_file, opts)
-    if config.DOCTOR_MODE:
-        return _doctor(config, advice)
+    if mode := _asked_for(QUICK_MODES, config):
+        return _quick(mode, config, advice)
     device = choose_device(config.DEVICE, distributed.local_rank())
     distributed.init(device, config.DIST_TIMEOUT)
     logger = create_logger(distributed.is_main(), takes_standard_output(config))
     for line in advice:
         logger.info(line)
-    wanted = (mode for mode in MODES if lookup(config, mode[0]))
-    _, module, function = next(wanted, ("", "utils.modes", "train_run"))
+    _, module, function = _asked_for(MODES, config) or ("", "utils.modes", "train_run")
     status = getattr(importlib.import_module(module), function)(config, content, device, logger)
     distributed.shutdown()
     return status or 0
 
 
-def _doctor(config: Any, advice: Sequence[str]) -> int:
-    """The one mode that needs neither torch nor a model."""
-    from utils.doctor import examine_run
+def _asked_for(modes: Sequence[tuple[str, str, str]], config: Any) -> tuple[str, str, str] | None:
+    return next((mode for mode in modes if lookup(config, mode[0])), None)
+
+
+def _quick(mode: tuple[str, str, str], config: Any, advice: Sequence[str]) -> int:
     from utils.logger import create_logger
 
     logger = create_logger(True, takes_standard_output(config))
     for line in advice:
         logger.info(line)
-    return examine_run(config, logger)
+    return getattr(importlib.import_module(mode[1]), mode[2])(config, logger)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

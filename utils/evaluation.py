@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError
+from config import ConfigError, lookup
 from data import build_loaders
 from data.classes import imagenet_classes
 from models import build_model, check_input_size, load_state
@@ -28,7 +28,9 @@ from utils.engine import evaluate
 from utils.files import replace_file
 from utils.labels import Labels, LabelSet
 from utils.modes import weights_to_judge
+from utils.outcomes import MOST_IMAGES
 from utils.reading import decoding, tell_uncounted, teller
+from utils.recorder import recorder
 from utils.seed import make_deterministic
 
 
@@ -103,7 +105,8 @@ def _published_names(classes: Sequence[str]) -> list[str]:
 def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: logging.Logger) -> None:
     """Judge a checkpoint, or published weights, on the validation images; the training images are not touched."""
     labels = Labels(config)
-    _require_place(config.TEST.PER_CLASS)
+    _require_place(config, "TEST.PER_CLASS")
+    _require_place(config, "TEST.PREDICTIONS")
     path, content = weights_to_judge(config, content, "--eval")
     precision, own = prepare(config, device, logger), checkpoint.is_own(content)
     loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
@@ -119,13 +122,22 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
                 + (f", mean of {config.TEST.FLIP} with the mirror image" if config.TEST.FLIP != "none" else ""))
     everything, chosen = Recorder(), Recorder(label_set.allowed)
 
+    images = recorder(loaders.val, loaders.classes) if config.TEST.PREDICTIONS else None
+    if config.TEST.PREDICTIONS and images is None:
+        raise ConfigError("TEST.PREDICTIONS: not for a stream, whose images have no numbers, nor beyond "
+                          f"{MOST_IMAGES:,} images; leave it empty")
+
     def record(logits: Tensor, targets: Tensor) -> None:
         everything(logits, targets)
+        if images is not None:
+            images(logits, targets)
         if label_set.allowed is not None:
             chosen(logits, targets)
 
     with contextlib.closing(loaders):
         *raw, result = evaluate(models, loaders.val, device, precision, record=record)
+        if images is not None:
+            images.write(os.path.expanduser(config.TEST.PREDICTIONS))
         tell_uncounted(loaders.val, result, logger)
     logger.info(f"images {decoding(loaders.val)}")
     answers = everything.answers(loaders.val)
@@ -181,8 +193,9 @@ def prepare(config: CfgNode, device: torch.device, logger: logging.Logger) -> Pr
     return precision
 
 
-def _require_place(path: str) -> None:
-    """Raise ``ConfigError`` unless a file can be written at ``path``."""
+def _require_place(config: CfgNode, key: str) -> None:
+    """Raise ``ConfigError`` unless the file that ``key`` names, if any, can be written."""
+    path = lookup(config, key)
     folder = os.path.dirname(os.path.abspath(os.path.expanduser(path)))
     if path and (os.path.isdir(os.path.expanduser(path)) or not os.access(folder, os.W_OK)):
-        raise ConfigError(f"TEST.PER_CLASS is {path}; no file can be written there (a folder, or {folder} is not there or not writable)")
+        raise ConfigError(f"{key} is {path}; no file can be written there (a folder, or {folder} is not there or not writable)")

@@ -14,11 +14,21 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from config import KEYS, ConfigError, config_from_text, get_config, lookup, of_the_command
+from config import (
+    KEYS,
+    ConfigError,
+    config_for_another_command,
+    config_from_text,
+    get_config,
+    lookup,
+    of_the_command,
+    with_values,
+)
 from data import build_loaders
 from models import build_model, check_input_size, load_pretrained
 from models.weights import CheckpointError, read_file
 from utils import checkpoint, distributed, optim
+from utils.board import require_tracker
 from utils.checkpoint import CheckpointFolder, TrainState, program_digest
 from utils.device import Precision, choose_precision
 from utils.ema import WeightAverage
@@ -55,15 +65,14 @@ def _resolve(cfg_file: str | None, opts: list[str], resume: str, content: Any) -
     asked = get_config(cfg_file, opts) if cfg_file else None
     if asked is not None:
         if content is not None and checkpoint.is_own(content) and not asked.DATA.DATA_PATH:
-            asked = get_config(cfg_file, ["DATA.DATA_PATH", content["data_path"], *opts])
+            asked = with_values(asked, {"DATA.DATA_PATH": content["data_path"]}, f"checkpoint {resume}")
         return asked, content
     if content is None:
         return get_config(None, opts), None
     if not checkpoint.is_own(content):
         raise ConfigError(f"{resume} holds weights without a config; add --cfg with the YAML file of its model")
     checkpoint.require_own(content, resume)
-    own = [item for key, *_ in KEYS if of_the_command(key) for item in (key, lookup(get_config(None, []), key))]
-    return config_from_text(content["config"], [*own, "DATA.DATA_PATH", content["data_path"], *opts], resume), content
+    return config_for_another_command(content["config"], content["data_path"], opts, resume), content
 
 
 def _resolve_each(cfg_file: str | None, opts: list[str], files: Any) -> tuple[CfgNode, list[tuple[CfgNode, Any]]]:
@@ -133,7 +142,8 @@ def keep_global_batch(config: CfgNode, content: Any, world_size: int, logger: Lo
     micro = max(n for n in range(1, min(micro, local) + 1) if local % n == 0)
     logger.info(f"notice: the checkpoint's global batch of {wanted} is kept: {micro} images x {local // micro} accumulated x "
                 f"{world_size} processes")
-    return config_from_text(config.dump(), ["DATA.BATCH_SIZE", micro, "TRAIN.ACCUMULATION_STEPS", local // micro])
+    return with_values(config, {"DATA.BATCH_SIZE": micro, "TRAIN.ACCUMULATION_STEPS": local // micro},
+                       "derived from the checkpoint's global batch")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,6 +159,8 @@ def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger
 def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: StopRequest, logger: Log) -> None:
     rank, world_size, folder = distributed.rank(), distributed.world_size(), run_folder(config)
     optim.check_optimizer(config)
+    if distributed.is_main():
+        require_tracker(config.TRACKER)
     _require_writable(folder)
     distributed.mark("choosing where to start")
     start = choose_start(config, resume_content, folder, logger)
@@ -326,7 +338,8 @@ _HARMLESS = ("BASE", "OUTPUT", "TAG", "DEVICE", "SAVE_FREQ", "PRINT_FREQ", "DIST
              "DATA.BATCH_SIZE", "MODEL.PRETRAINED", "MODEL.RESUME", "MODEL.NUM_CLASSES", "TRAIN.ACCUMULATION_STEPS",
              "TRAIN.USE_CHECKPOINT", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.SAVE_EVERY_MINUTES",
              "TRAIN.BACKGROUND_SAVE", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.CHECKPOINT_BUDGET", "TRAIN.SKIP_BUDGET",
-             "TRAIN.ROLLBACKS", "TRAIN.EVAL_FREQ", "TEST.BATCH_SIZE")
+             "TRAIN.ROLLBACKS", "TRAIN.EVAL_FREQ", "TRAIN.REPORT", "TRAIN.TENSORBOARD_HISTOGRAMS", "TRACKER", "TRACKER_PROJECT",
+             "TEST.BATCH_SIZE")
 
 
 def accept_changes(start: Start, config: CfgNode, logger: Log) -> None:

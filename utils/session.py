@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -19,14 +20,15 @@ from data import preprocessing
 from models.weights import CheckpointError
 from utils import checkpoint, distributed
 from utils.checkpoint import CheckpointFolder, Saver, TrainState
-from utils.device import peak_memory_mib
+from utils.device import device_name, peak_memory_mib
 from utils.engine import Evaluation, NumericError, Progress, StepPlan, evaluate, train_one_epoch
-from utils.files import replace_file
-from utils.metrics import MetricsLog, TensorBoard
+from utils.metrics import EVIDENCE
+from utils.outcomes import FILE as PREDICTIONS
 from utils.reading import decoding, tell_uncounted
+from utils.recorder import recorder
+from utils.records import Records
 from utils.signals import Stopped, StopRequest
 
-EVIDENCE = "nonfinite.jsonl"
 FORGIVEN_AFTER = 100  # steps after which one that was skipped no longer counts
 
 
@@ -48,9 +50,7 @@ class Session:
                                                global_batch, self.steps_per_epoch)
         self.saver = Saver(files, config.TRAIN.BACKGROUND_SAVE, state.best, logger.info)
         if self.main:
-            replace_file(os.path.join(self.folder, "config.yaml"), config.dump().encode())
-            self.metrics = MetricsLog(self.folder, state.evaluated, logger.info)
-            self.board = TensorBoard(self.folder, state.step, logger.info)
+            self.records = Records(config, self.folder, state.step, state.evaluated, self._facts(), logger.info)
         self.begun = self.saved_at = time.perf_counter()
         self.first_step, self.saved_step, self.sound_step = state.step, state.step if saved else -1, -1
         self.norm = math.nan  # of the gradients of the last step looked at
@@ -71,10 +71,16 @@ class Session:
         """
         try:
             self._train(model)
-        except Exception:
+        except Exception as error:
             with contextlib.suppress(Exception):
                 self.saver.wait()  # what is being written is good, whatever else is not
+            if self.main:
+                what = "stopped" if isinstance(error, Stopped) else "failed"
+                self.records.event(what, self.state.step, reason=str(error)[:300] or type(error).__name__)
             raise
+        finally:
+            if self.main:
+                self.records.close()
 
     def _train(self, model: nn.Module) -> None:
         state, self.stop.training = self.state, True
@@ -108,16 +114,30 @@ class Session:
             progress = Progress(self.plan.device, first_step=state.step)
         self.logger.info(f"training images {decoding(self.loaders.train)}")
         self.saver.wait()
-        if self.main:
-            self.board.close()
         if self.saver.failed:
             raise SaveError(f"training is done, but its last checkpoint was not saved: {self.saver.failed}; {self._newest()}")
         self.logger.info(f"finished {self.config.TRAIN.EPOCHS} epochs in {clock(time.perf_counter() - self.begun)}{best_line(state.best)}; "
                          f"checkpoints in {self.folder}")
+        if self.main:
+            self.records.finish(state.step, state.best)
+
+    def _facts(self) -> dict[str, Any]:
+        """Of this start, for the run's history; nothing that names the machine."""
+        sources = dict(train=self.loaders.train, val=self.loaders.val)
+        data = {name: dict(images=len(loader.dataset.folder), fingerprint=loader.dataset.folder.fingerprint()[:16])
+                for name, loader in sources.items()}
+        plan = self.plan
+        return dict(flags=sys.argv[1:], versions=self.description["versions"], git_commit=self.description["git_commit"],
+                    device=device_name(plan.device), precision=plan.precision.name, processes=plan.world_size,
+                    global_batch=self.description["global_batch"], steps_per_epoch=self.steps_per_epoch, data=data)
 
     def _watched(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """``batches``, noting when it is the loader that failed: the state is then that of the last whole step."""
         try:
+            if self.main and self.state.step == 0:
+                images, targets = next(batches)
+                self.records.first_batch(images, self.description["preprocessing"])
+                yield images, targets
             yield from batches
         except Exception:
             self.loader_failed = True
@@ -162,15 +182,14 @@ class Session:
         if epoch % config.TRAIN.EVAL_FREQ == 0 or final:
             if due and self.saved_step != state.step:
                 self.save(progress, best=False)  # evaluation may take long, and what was trained stands
-            result = self.evaluate(row, progress)
+            result = self.evaluate(row, progress, final)
             state.best = distributed.gather_objects(self.saver.best_saved(state.best))[0]
             best = not state.best or result.top1 > state.best["top1"]
             if best:
                 state.best = dict(top1=result.top1, epoch=epoch, step=state.step)
         if self.main:
-            self.metrics.write(row)
-            self.board.scalars(state.step, train__loss=row["train_loss"], train__lr=row["lr"], train__images_per_s=row["images_per_s"],
-                               **{f"val__{k}": row[k] for k in ("top1", "top5", "val_loss")})
+            self.records.epoch(row)
+            self.records.weights(epoch, state.step, state.model)
         state.evaluated = state.step
         progress.loss_sum.zero_()
         progress.counted = 0
@@ -178,8 +197,11 @@ class Session:
             self.asked = False
             self.save(progress, best)
 
-    def evaluate(self, row: dict[str, Any], progress: Progress) -> Evaluation:
-        """Judge raw and averaged weights; what comes last counts. Looks between batches whether to stop."""
+    def evaluate(self, row: dict[str, Any], progress: Progress, final: bool) -> Evaluation:
+        """Judge raw and averaged weights; what comes last counts. Looks between batches whether to stop.
+
+        The ``final`` evaluation leaves what became of every image in the run's folder.
+        """
         state, plan = self.state, self.plan
         models = [state.model] if state.ema is None else [state.model, state.ema.module]
         for model in models:
@@ -191,7 +213,13 @@ class Session:
             if stop:
                 self.leave(progress)
 
-        *raw, result = evaluate(models, self.loaders.val, plan.device, plan.precision, poll)
+        record = recorder(self.loaders.val, self.loaders.classes) if final else None
+        *raw, result = evaluate(models, self.loaders.val, plan.device, plan.precision, poll, record)
+        if record is not None:
+            try:
+                record.write(os.path.join(self.folder, PREDICTIONS))
+            except OSError as error:
+                self.logger.info(f"warning: {self.folder}: {PREDICTIONS} cannot be written ({error.strerror})")
         tell_uncounted(self.loaders.val, result, self.logger)
         for other in raw:
             self.logger.info(f"raw {other.line()}")
@@ -336,6 +364,8 @@ class Session:
         self.window = (time.perf_counter(), state.step, progress.data_seconds, progress.loss_sum.item(), progress.counted)
         self.logger.info(f"warning: {error}: back to {path}, passing over the {back} steps since (rollback {state.rollbacks} of "
                          f"{self.config.TRAIN.ROLLBACKS})")
+        if self.main:
+            self.records.event("rollback", state.step, to=kept[0] - back)
 
     # ------------------------------------------------------------------------------------------
     # What is said
@@ -359,7 +389,8 @@ class Session:
             f"loss {loss:.4f} grad {self.norm:.3f} {steps * plan.images / seconds:.0f} images/s "
             f"data {100 * (progress.data_seconds - data_seconds) / seconds:.0f}% mem {peak_memory_mib(plan.device)} MiB "
             f"eta {clock(pace * (self.steps_per_epoch - within))} epoch, {clock(pace * (self.total_steps - state.step))} run")
-        self.board.scalars(state.step, step__loss=_finite(loss), step__grad_norm=_finite(self.norm), step__lr=lr)
+        self.records.step(state.step, _finite(loss), _finite(self.norm), lr, steps * plan.images / seconds,
+                          (progress.data_seconds - data_seconds) / seconds)
         self.window = (now, state.step, progress.data_seconds, total, progress.counted)
 
 
