@@ -186,7 +186,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows every line
     try:
-        return run(argv)
+        try:
+            return run(argv)
+        finally:
+            if progress := sys.modules.get("utils.progress"):
+                progress.end()  # what is said next begins on a clean line
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except ConfigError as error:

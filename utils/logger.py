@@ -8,6 +8,10 @@ import sys
 
 from termcolor import colored
 
+from utils import progress
+
+QUICK = 1.0  # seconds between two lines of many alike, at least; log.txt has them all
+
 _COLOURS = (("error ", "red"), ("warning", "yellow"), ("notice", "cyan"), ("note ", "cyan"),
             ("resumed", "green"), ("top1", "green"), ("finished", "green"))
 
@@ -17,24 +21,38 @@ class _Console(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.closed = False
+        self.closed, self.said = False, 0.0
         self.colour = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.closed:
+        if self.closed or self.needless(record):
             return
         line = printable(record.getMessage())
         if self.colour:
             tint = next((tint for word, tint in _COLOURS if line.startswith(word)), None)
             line = colored(line, tint) if tint else line
         try:
-            print(line, flush=True)
-        except UnicodeEncodeError:  # a terminal without UTF-8
-            print(line.encode("ascii", "backslashreplace").decode(), flush=True)
+            with progress.aside():
+                self.write(line)
         except (OSError, ValueError, AttributeError):
             self.closed = True
             # Python flushes standard output at exit and would complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def needless(self, record: logging.LogRecord) -> bool:
+        """Whether the live line on this very terminal says the same, or a line of its kind was written a moment ago."""
+        if not getattr(record, "periodic", False):
+            return False
+        if record.created - self.said < QUICK or (progress.is_live() and sys.stdout is not None and sys.stdout.isatty()):
+            return True
+        self.said = record.created
+        return False
+
+    def write(self, line: str) -> None:
+        try:
+            print(line, flush=True)
+        except UnicodeEncodeError:  # a terminal without UTF-8
+            print(line.encode("ascii", "backslashreplace").decode(), flush=True)
 
 
 def printable(text: str) -> str:

@@ -27,6 +27,7 @@ from utils.engine import StepPlan, evaluate
 from utils.files import file_limit, free_bytes, lock_folder, remove_leftovers
 from utils.freeze import freeze
 from utils.logger import close_files, log_to_file
+from utils.progress import track
 from utils.reading import decoding, tell_uncounted, teller
 from utils.seed import make_deterministic, seed_initialisation
 from utils.session import Session, best_line
@@ -397,7 +398,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
         load_state(judged, state, config, path)
         judged.to(device)
     with contextlib.closing(loaders):
-        *raw, result = evaluate(models, loaders.val, device, precision)
+        *raw, result = evaluate(models, track(loaders.val, len(loaders.val), "evaluating", logger), device, precision)
         tell_uncounted(loaders.val, result, logger)
     logger.info(f"images {decoding(loaders.val)}")
     for other in raw:
