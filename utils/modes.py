@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import os
 import time
@@ -27,7 +28,7 @@ from utils.engine import StepPlan, evaluate
 from utils.files import file_limit, free_bytes, lock_folder, remove_leftovers
 from utils.freeze import freeze
 from utils.logger import close_files, log_to_file
-from utils.progress import track
+from utils.progress import listing, periodic, track
 from utils.reading import decoding, tell_uncounted, teller
 from utils.seed import make_deterministic, seed_initialisation
 from utils.session import Session, best_line
@@ -145,7 +146,8 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
     make_deterministic(device)
 
     distributed.mark("indexing the images")
-    loaders = build_loaders(config, rank, world_size, device=device)
+    with listing(functools.partial(periodic, logger)):
+        loaders = build_loaders(config, rank, world_size, device=device)
     loaders.tell(teller(logger))
     sampler = loaders.train.batch_sampler
     global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world_size
@@ -380,8 +382,9 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
         logger.info(precision.notice)
     make_deterministic(device)
     own = checkpoint.is_own(content)
-    loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
-                            classes=content["classes"] if own else None, device=device, published=not own)
+    with listing(functools.partial(periodic, logger)):
+        loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
+                                classes=content["classes"] if own else None, device=device, published=not own)
     loaders.tell(teller(logger))
     for line in loaders.notices:
         logger.info(line)

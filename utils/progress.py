@@ -7,17 +7,22 @@ stands in it and when plain lines are due is decided here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
+from data.watch import listening
+
 FIRST, SLOW = 10.0, 60.0  # seconds until the first plain line of a piece of work, and between the next ones
+PATIENCE = 1.0  # seconds that listing files may take without a word
 BAR = 8  # columns that the bar has at least where there is one
 NARROW = 60  # columns below which the numbers need the bar's room
 
@@ -31,14 +36,14 @@ class _Drawn(tqdm):
 
     def __init__(self, total: int | None, start: int, compose: Compose):
         self.compose, self.begun_at = compose, start
-        super().__init__(total=total, initial=start, file=sys.stderr, leave=False, mininterval=0.1, miniters=1)
+        super().__init__(total=total, initial=start, file=sys.stderr, leave=False, mininterval=0.1, miniters=1, ncols=80, nrows=24)
 
     def __str__(self) -> str:
         done = self.n - self.begun_at
         elapsed = self.format_dict["elapsed"]
         pace = self.format_dict["rate"] or (done / elapsed if elapsed else 0.0)
         head, parts = self.compose(self.n, pace)
-        columns = _columns(self.fp) - 1
+        columns = _columns(self.fp) - 3  # a ^C that the terminal writes behind it must not begin a new line
         room = columns - len(head) - (BAR + 2 if self.total and columns >= NARROW else 0)
         tail = ""
         for part in parts:
@@ -92,6 +97,7 @@ class Line:
         self._drawn: _Drawn | None = None
         end()  # one at a time
         if _can_be_live():
+            _take_warnings_aside()
             self._drawn = _Drawn(total or None, start, compose)
 
     def at(self, done: int) -> None:
@@ -135,51 +141,106 @@ def aside() -> Iterator[None]:
         yield
 
 
+def _take_warnings_aside() -> None:
+    """Let Python's warnings, which go to standard error, be lines of their own."""
+    show = warnings.showwarning
+    if getattr(show, "aside", False):
+        return
+
+    def shown(*arguments: Any, **options: Any) -> None:
+        with aside():
+            show(*arguments, **options)
+
+    shown.aside = True
+    warnings.showwarning = shown
+
+
 def periodic(logger: logging.Logger, text: str) -> None:
-    """A line of many alike, which the live line makes needless on a terminal; log.txt has it all the same."""
+    """Log a line of many alike, which the live line makes needless on a terminal; log.txt has it all the same."""
     logger.info(text, extra={"periodic": True})
+
+
+class Shown:
+    """How far a piece of work is, from its making to ``close``: a live line, else plain lines, the first after ten seconds.
+
+    Args:
+        total: units there will be; None or 0 where nobody knows.
+        what: what is being done, such as ``evaluating``.
+        unit: what is counted, in the plural.
+        say: takes a plain line.
+    """
+
+    def __init__(self, total: int | None, what: str, unit: str, say: Callable[[str], None] | None):
+        self.total, self.what, self.unit, self.say = total, what, unit, say
+        self.begun = self.said = time.monotonic()
+        self.pause = FIRST
+        self.line = Line(total, self._compose)
+
+    def at(self, done: int) -> None:
+        self.line.at(done)
+        now = time.monotonic()
+        if now - self.said >= self.pause and self.say is not None:
+            self.said, self.pause = now, SLOW
+            head, parts = self._compose(done, done / (now - self.begun))
+            self.say(", ".join((f"{self.what}: {done:,} of {self.total:,} {self.unit}" if self.total else head, *parts)))
+
+    def close(self) -> None:
+        self.line.close()
+
+    def _compose(self, done: int, pace: float) -> tuple[str, list[str]]:
+        head = f"{self.what} {done:,}/{self.total:,}" if self.total else f"{self.what}: {done:,} {self.unit}"
+        left = [f"{clock((self.total - done) / pace)} left"] if self.total and pace else []
+        return head, [*left, f"{_pace(pace)} {self.unit}/s"] if pace else []
 
 
 class Tracked:
     """An iterable that shows how far it has been read; see ``track``."""
 
     def __init__(self, iterable: Iterable[Any], total: int | None, what: str, logger: logging.Logger | None, unit: str):
-        self.iterable, self.total, self.what, self.logger, self.unit = iterable, total, what, logger, unit
+        self.iterable, self.total, self.what, self.unit = iterable, total, what, unit
+        self.say = None if logger is None else functools.partial(periodic, logger)
 
     def __len__(self) -> int:
         return self.total or 0
 
     def __iter__(self) -> Iterator[Any]:
-        begun = said = time.monotonic()
-        pause = FIRST
-        with contextlib.closing(Line(self.total, self._compose)) as line:
+        with contextlib.closing(Shown(self.total, self.what, self.unit, self.say)) as shown:
             for done, item in enumerate(self.iterable, 1):
                 yield item
-                line.at(done)
-                now = time.monotonic()
-                if now - said >= pause and self.logger is not None:
-                    said, pause = now, SLOW
-                    periodic(self.logger, self._plain(done, done / (now - begun)))
-
-    def _compose(self, done: int, pace: float) -> tuple[str, list[str]]:
-        head = f"{self.what} {done}/{self.total}" if self.total else f"{self.what} {done} {self.unit}"
-        left = [f"{clock((self.total - done) / pace)} left"] if self.total and pace else []
-        return head, [*left, f"{_pace(pace)} {self.unit}/s"]
-
-    def _plain(self, done: int, pace: float) -> str:
-        head, parts = self._compose(done, pace)
-        return ", ".join((f"{self.what}: {done} of {self.total} {self.unit}" if self.total else head, *parts[::-1]))
+                shown.at(done)
 
 
 def track(iterable: Iterable[Any], total: int | None, what: str, logger: logging.Logger | None, unit: str = "batches") -> Tracked:
     """``iterable``, shown as it is read: a live line on a terminal, else a line through ``logger`` after ten seconds and then each minute.
 
     Args:
-        total: items there will be; None or 0 where nobody knows.
-        what: what is being done, such as ``evaluating``.
-        unit: what an item is, in the plural.
+        total, what, unit: as of ``Shown``.
     """
     return Tracked(iterable, total, what, logger, unit)
+
+
+@contextlib.contextmanager
+def listing(say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, the listing of folders and archives shows how far it is; ``say`` takes plain lines."""
+    shown: dict[str, Shown] = {}
+    begun = time.monotonic()
+
+    def heard(root: str, files: int) -> None:
+        if time.monotonic() - begun < PATIENCE:
+            return
+        if root not in shown:
+            for other in shown.values():
+                other.close()
+            shown.clear()
+            shown[root] = Shown(None, f"listing {root}", "files", say)
+        shown[root].at(files)
+
+    try:
+        with listening(heard):
+            yield
+    finally:
+        for last in shown.values():
+            last.close()
 
 
 def _pace(pace: float) -> str:
