@@ -32,6 +32,7 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("what to do", "--throughput", "THROUGHPUT_MODE", "True", "measure images per second of the forward pass and of training"),
     ("what to do", "--doctor", "DOCTOR_MODE", "True", "read all images, report what is wrong and what mends it; status 3 for errors"),
     ("what to do", "--doctor-json", "DOCTOR.JSON", None, "file for the doctor's report as JSON; - is standard output"),
+    ("what to do", "--plan", "PLAN.RUN", "True", "dry run: memory, speed, time and disk that the run will take; status 1: it does not fit"),
     ("data", "--data-path", "DATA.DATA_PATH", None, "folder with train/ and val/"),
     ("data", "--data-set", "DATA.DATASET", None, "imagenet, folder, lists, zip, tar, huggingface or digits"),
     ("data", "--batch-size", "DATA.BATCH_SIZE", None, "images per process and micro-batch"),
@@ -52,6 +53,8 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("training", "--weight-decay", "TRAIN.WEIGHT_DECAY", None, "weight decay"),
     ("training", "--optim", "TRAIN.OPTIMIZER.NAME", None, "adamw, sgd or any timm optimizer"),
     ("training", "--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", None, "micro-batches per optimizer step"),
+    ("training", "--fit", "PLAN.FIT", "True", "the largest micro-batch that fits into memory, accumulated to the recipe's global batch"),
+    ("training", "--global-batch", "TRAIN.GLOBAL_BATCH", None, "images a step over all processes, for --fit to keep"),
     ("training", "--use-checkpoint", "TRAIN.USE_CHECKPOINT", "True", "activation checkpointing, to save memory"),
     ("device", "--device", "DEVICE", None, "auto, cpu, cuda, cuda:N or mps"),
     ("device", "--precision", "PRECISION", None, "auto, fp32, bf16 or fp16"),
@@ -63,6 +66,7 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
 MODES: list[tuple[str, str, str]] = [
     ("THROUGHPUT_MODE", "utils.modes", "measure_throughput"),
     ("EVAL_MODE", "utils.modes", "evaluate_run"),
+    ("PLAN.RUN", "utils.plan", "plan_run"),
 ]
 
 # Flags of the Swin and CrossFormer trainers that mean something else here: the key they set, and one line of advice.
@@ -204,12 +208,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: Exception) -> int:
-    import torch
-
     from data import DataError
     from models.weights import CheckpointError
     from utils import distributed
     from utils.engine import NumericError
+    from utils.fit import Unfit
+    from utils.memory import is_out_of_memory
     from utils.session import SaveError
     from utils.signals import Stopped
 
@@ -221,7 +225,7 @@ def _explain(error: Exception) -> int:
         return _fail(text, EXIT_NUMBERS)
     if isinstance(error, Stopped):
         return _fail(text, EXIT_STOPPED)
-    if isinstance(error, SaveError):
+    if isinstance(error, (SaveError, Unfit)):
         return _fail(text, EXIT_FAILURE)
     if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(error, RuntimeError) and any(
             word in text for word in ("gloo", "NCCL", "Connection reset", "Connection closed", "DistBackendError", "Broken pipe")):
@@ -232,9 +236,9 @@ def _explain(error: Exception) -> int:
                                                         everywhere=True)
     if isinstance(error, ValueError) and "Expected more than 1 value per channel" in text:
         return _fail("batch norm needs more than one value a channel; raise --batch-size or --img-size", EXIT_USAGE)
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: not enough memory" in text:
-        return _fail("out of memory; halve --batch-size and double --accumulation-steps (the recipe stays the same), "
-                     "or add --use-checkpoint", EXIT_FAILURE, everywhere=True)
+    if is_out_of_memory(error):
+        return _fail("out of memory; add --fit, which takes a smaller micro-batch and keeps the recipe, or --use-checkpoint",
+                     EXIT_FAILURE, everywhere=True)
     if isinstance(error, OSError):
         return _fail(f"{error.filename or 'file system'}: {error.strerror or text}; what was saved before is intact",
                      EXIT_FAILURE, everywhere=True)
