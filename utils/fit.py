@@ -17,7 +17,7 @@ from utils.batches import divisors
 from utils.checkpoint import TrainState
 from utils.device import choose_precision
 from utils.ema import WeightAverage
-from utils.engine import StepPlan, backward, update
+from utils.engine import StepPlan, backward
 from utils.freeze import freeze
 from utils.seed import make_deterministic, seed_initialisation
 
@@ -40,7 +40,7 @@ def largest_micro_batch(config: CfgNode, local: int, outputs: int, device: torch
         Unfit: a micro-batch of one image does not fit.
     """
     sizes = divisors(local)
-    most = memory.limit(device, config.PLAN.MEMORY) - _of_loading(config, local, device)
+    most = int(memory.HEADROOM * memory.limit(device, config.PLAN.MEMORY)) - _of_loading(config, local, device)
     with memory.allowed(device, config.PLAN.MEMORY):
         found, measured = _try_sizes(Trial(config, local, outputs, device), sizes, most)
     memory.reset_peak(device)  # gives back what the trial had
@@ -135,8 +135,12 @@ def two_steps(state: TrainState, plan: StepPlan, local: int, micro: int, shape: 
     kept = state.state_dict(copy=True) if copies and device.type == "cpu" else None
     try:
         for step in range(2):
-            loss = backward(state.model, images, targets, part, step)
-            update(state, parameters, part, loss)
+            backward(state.model, images, targets, part, step)
+            nn.utils.clip_grad_norm_(parameters, plan.clip)
+            for parameter in parameters:  # the step is for its memory; weights stay what they are, but for their decay
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+            state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
             if state.ema is not None:
                 state.ema.update(1)

@@ -12,7 +12,7 @@ import torch
 from utils import distributed
 from utils.device import peak_memory_mib, synchronize
 
-HEADROOM = 0.95  # share of a GPU's memory that may be used: its allocator loses some between blocks
+HEADROOM = 0.95  # share of the memory that a choice may fill: allocators lose some between blocks, and runs last longer than trials
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -28,7 +28,7 @@ def limit(device: torch.device, budget: int) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         there = free + torch.cuda.memory_reserved(device)  # what others take is not to be had
-        return int(min(there, budget or total) * HEADROOM)
+        return min(there, budget or total)
     if device.type == "mps":
         return budget or torch.mps.recommended_max_memory()
     here = os.environ.get("LOCAL_WORLD_SIZE", "1")

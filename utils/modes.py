@@ -129,7 +129,6 @@ def fit_micro_batch(config: CfgNode, start: Start, device: torch.device, world_s
     """The config with the largest micro-batch that memory holds; the global batch is the checkpoint's, or the recipe's."""
     whose = "the recipe's" if start.content is None else "the checkpoint's"
     wanted = recipe_batch(config, world_size) if start.content is None else start.content["global_batch"]
-    config = keep_global_batch(config, wanted, whose, world_size, logger)
     local = local_batch(wanted, whose, world_size)
     distributed.mark("looking for the largest micro-batch")
     outputs = config.MODEL.NUM_CLASSES or len((start.content or {}).get("classes", ()))

@@ -44,6 +44,9 @@ class Unsuited(Exception):
 
 def plan_run(config: CfgNode, content: Any, device: torch.device, logger: Log) -> int:
     """Say what the run would take; 0 if it fits, 1 if it does not."""
+    scratch = os.path.expanduser(config.PLAN.SCRATCH)
+    if scratch and not (os.path.isdir(scratch) and os.access(scratch, os.W_OK | os.X_OK)):
+        raise ConfigError(f"PLAN.SCRATCH is {scratch}; name a folder that is there and can be written")
     try:
         with StopRequest(), memory.allowed(device, config.PLAN.MEMORY):
             ready = prepare(config, content, device, logger, dry=True)
@@ -69,8 +72,8 @@ def _plan(ready: Prepared, logger: Log) -> None:
     logger.info(_model_line(ready))
     logger.info(f"batch: {ready.global_batch} images = {config.DATA.BATCH_SIZE} x {config.TRAIN.ACCUMULATION_STEPS} accumulated x {world} "
                 f"processes, {per_epoch} steps an epoch")
-    logger.info(f"start: continues {start.path} after step {state.step} of {total}" if start.content is not None else
-                f"start: from the first of {total} steps" + (f", weights of {start.path}" if start.path else ""))
+    logger.info(f"steps: continues {start.path} after step {state.step} of {total}" if start.content is not None else
+                f"steps: from the first of {total}" + (f", with the weights of {start.path}" if start.path else ""))
     for line in _curve_lines(ready):
         logger.info(line)
     _require_disk(ready, logger)
@@ -148,7 +151,7 @@ def _require_memory(ready: Prepared, plan: StepPlan) -> None:
         if taken is None or taken > allowed:
             where = f" on rank {rank}" if len(peaks) > 1 else ""
             raise Unsuited(f"memory: a micro-batch of {config.DATA.BATCH_SIZE} images takes "
-                           f"{'more than' if taken is None else memory.shown(taken) + ' of'} the {memory.shown(allowed)}{where}; --fit "
+                           f"{'' if taken is None else memory.shown(taken) + ', '}more than {memory.shown(allowed)}{where}; --fit "
                            "finds one that fits and keeps the global batch")
 
 
@@ -292,25 +295,17 @@ class Save:
 
 
 def _try_save(ready: Prepared, per_epoch: int, logger: Log) -> Save:
-    """Write a checkpoint to a folder of its own, read it back, take it over, remove it: rank 0's business.
-
-    Raises:
-        Unsuited: it could not be written.
-    """
+    """Write a checkpoint to a folder of its own, read it back, take it over, remove it: rank 0's business."""
     distributed.mark("planning: saving")
-    result: tuple[Save, str] | str = ""
+    save, line = Save(0.0, 0.0, 0.0), ""
     if distributed.is_main():
         try:
-            result = _save_and_load(ready, per_epoch)
-        except OSError as error:
-            result = f"a checkpoint could not be written to {error.filename or 'the scratch folder'} ({error.strerror or error}); name " \
-                     "another with --opts PLAN.SCRATCH FOLDER"
-    result = distributed.gather_objects(result)[0]
-    if isinstance(result, str):
-        raise Unsuited(result)
-    save, line = result
+            save, line = _save_and_load(ready, per_epoch)
+        except OSError as error:  # the disk of the run itself has been looked at
+            line = f"notice: no save was tried: {error.filename or 'the scratch folder'} cannot be written ({error.strerror or error}); " \
+                   "name another folder with --opts PLAN.SCRATCH"
     logger.info(line)
-    return save
+    return distributed.gather_objects(save)[0]
 
 
 def _save_and_load(ready: Prepared, per_epoch: int) -> tuple[Save, str]:

@@ -45,11 +45,11 @@ class _Drawn(tqdm):
         head, parts = self.compose(self.n, pace)
         columns = _columns(self.fp) - 3  # a ^C that the terminal writes behind it must not begin a new line
         room = columns - len(head) - (BAR + 2 if self.total and columns >= NARROW else 0)
-        tail = ""
+        tail, gap = "", " " if columns < NARROW else "  "
         for part in parts:
-            if len(tail) + len(part) + 2 > room:
+            if len(tail) + len(gap) + len(part) > room:
                 break
-            tail += "  " + part
+            tail += gap + part
         if columns < NARROW or not self.total:
             return (head + tail)[:columns]
         shape = f"{_literal(head)} |{{bar}}|{_literal(tail)}"
@@ -168,20 +168,21 @@ class Shown:
         what: what is being done, such as ``evaluating``.
         unit: what is counted, in the plural.
         say: takes a plain line.
+        start: units done already.
     """
 
-    def __init__(self, total: int | None, what: str, unit: str, say: Callable[[str], None] | None):
-        self.total, self.what, self.unit, self.say = total, what, unit, say
+    def __init__(self, total: int | None, what: str, unit: str, say: Callable[[str], None] | None, start: int = 0):
+        self.total, self.what, self.unit, self.say, self.start = total, what, unit, say, start
         self.begun = self.said = time.monotonic()
         self.pause = FIRST
-        self.line = Line(total, self._compose)
+        self.line = Line(total, self._compose, start)
 
     def at(self, done: int) -> None:
         self.line.at(done)
         now = time.monotonic()
         if now - self.said >= self.pause and self.say is not None:
             self.said, self.pause = now, SLOW
-            head, parts = self._compose(done, done / (now - self.begun))
+            head, parts = self._compose(done, (done - self.start) / (now - self.begun))
             self.say(", ".join((f"{self.what}: {done:,} of {self.total:,} {self.unit}" if self.total else head, *parts)))
 
     def close(self) -> None:
@@ -232,7 +233,7 @@ def listing(say: Callable[[str], None]) -> Iterator[None]:
             for other in shown.values():
                 other.close()
             shown.clear()
-            shown[root] = Shown(None, f"listing {root}", "files", say)
+            shown[root] = Shown(None, f"listing {root}", "files", say, files)
         shown[root].at(files)
 
     try:
