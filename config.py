@@ -201,6 +201,7 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("PLAN.FIT", False, _bool, "train (or plan) with the largest micro-batch that memory holds, the global batch staying (--fit)"),
     ("PLAN.MEMORY", 0, _bytes,
      "memory that --plan and --fit may reckon with, e.g. 24GB, for each GPU, or on a CPU for all processes together; 0: all there is"),
+    ("PLAN.SECONDS", 4.0, _float, "about how long --plan measures each speed; longer is more exact"),
     ("PLAN.SCRATCH", "", _str, "folder on whose disk --plan tries a save; empty is the system's folder for temporary files"),
 
     ("MODEL.TYPE", "crossformer", _str, "crossformer, swin, cvt, shunted, mpvit, pvt, pvt_v2, galerkin, or timm for any timm model"),
@@ -635,6 +636,7 @@ def check(config: CfgNode) -> None:
     require(config.DATA.NUM_WORKERS >= -1, "DATA.NUM_WORKERS", "it is a number of processes, or -1 to choose it")
     require(not (config.PLAN.FIT and (config.EVAL_MODE or config.THROUGHPUT_MODE)), "PLAN.FIT",
             "--fit chooses the micro-batch of training; leave it out with --eval and --throughput")
+    require(config.PLAN.SECONDS >= 0, "PLAN.SECONDS", "it must not be negative")
     require(config.DIST_TIMEOUT > 0, "DIST_TIMEOUT", "it is a number of minutes above 0")
     require(train.BASE_LR > 0, "TRAIN.BASE_LR", "a learning rate must be above 0")
     require(train.BASE_LR <= 1000, "TRAIN.BASE_LR", "no training survives that learning rate")

@@ -32,7 +32,6 @@ from utils.progress import clock, track
 from utils.signals import StopRequest
 
 WARM_UP, FEWEST, MOST = 2, 2, 40  # steps not timed; timed steps, at least and at most
-SECONDS = 6.0  # that each measurement may take, about
 CURVE = (60, 6)  # columns and lines
 
 Log = logging.Logger
@@ -185,19 +184,19 @@ class Speed:
 
 
 def _measure(ready: Prepared, plan: StepPlan, logger: Log) -> Speed:
-    state, loaders = ready.state, ready.loaders
+    state, loaders, seconds = ready.state, ready.loaders, ready.config.PLAN.SECONDS
     model, first = distributed.wrap(state.model, ready.device), state.step
     batches = _endless(loaders, first)
     one = next(batches)
     distributed.mark("planning: steps")
     ready_batches = itertools.repeat(one)
     trial = _timed_steps(model, ready, plan, ready_batches, WARM_UP)[-1]
-    step = statistics.median(_timed_steps(model, ready, plan, ready_batches, _agreed(SECONDS / trial)))
+    step = statistics.median(_timed_steps(model, ready, plan, ready_batches, _agreed(seconds / trial)))
     distributed.mark("planning: loading")
-    batch = _loading_seconds(batches, loaders.train.num_workers, ready.device)
+    batch = _loading_seconds(batches, loaders.train.num_workers, ready.device, seconds / 2)
     workers = loaders.train.num_workers
     distributed.mark("planning: steps with loading")
-    number = max(_agreed(2 * SECONDS / max(step, batch)), _agreed(2 * workers))
+    number = max(_agreed(2 * seconds / max(step, batch)), _agreed(2 * workers))
     both = statistics.mean(_timed_steps(model, ready, plan, batches, number))
     distributed.mark("planning: evaluation")
     evaluation = _evaluation_seconds(ready, plan, logger)
@@ -234,7 +233,7 @@ def _timed_steps(model: nn.Module, ready: Prepared, plan: StepPlan, batches: Ite
     return times
 
 
-def _loading_seconds(batches: Iterator[Any], workers: int, device: torch.device) -> float:
+def _loading_seconds(batches: Iterator[Any], workers: int, device: torch.device, least: float) -> float:
     """Seconds of a batch when nothing else is done: over whole rounds of the loading processes, which finish together at first."""
     for _ in range(1 + 3 * workers):  # what they had ready
         next(batches)
@@ -242,7 +241,7 @@ def _loading_seconds(batches: Iterator[Any], workers: int, device: torch.device)
     while number < MOST:
         next(batches)
         number += 1
-        if number % max(1, workers) == 0 and time.perf_counter() - begun > SECONDS / 2:
+        if number % max(1, workers) == 0 and time.perf_counter() - begun > least:
             break
     synchronize(device)
     return (time.perf_counter() - begun) / number
