@@ -14,7 +14,6 @@ from config import ConfigError, get_config
 from utils import curve, fit, memory, plan
 from utils.batches import local_batch, recipe_batch
 
-
 QUICK = ["PLAN.SECONDS", 0.02]
 
 
