@@ -223,6 +223,13 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("EXPORT.OPSET", 18, _int, "ONNX operator set"),
     ("EXPORT.PREPROCESS", False, _bool, "ONNX and pt2: normalise inside the model, which then takes pixels of 0 to 255"),
 
+    ("PLAN.RUN", False, _bool, "dry run (--plan): a few steps, an evaluation batch, a save and a load; says what the run will take"),
+    ("PLAN.FIT", False, _bool, "train (or plan) with the largest micro-batch that memory holds, the global batch staying (--fit)"),
+    ("PLAN.MEMORY", 0, _bytes,
+     "memory that --plan and --fit may reckon with, e.g. 24GB, for each GPU, or on a CPU for all processes together; 0: all there is"),
+    ("PLAN.SECONDS", 4.0, _float, "about how long --plan measures each speed; longer is more exact"),
+    ("PLAN.SCRATCH", "", _str, "folder on whose disk --plan tries a save; empty is the system's folder for temporary files"),
+
     ("MODEL.TYPE", "crossformer", _str, "crossformer, swin, cvt, shunted, mpvit, pvt, pvt_v2, galerkin, or timm for any timm model"),
     ("MODEL.NAME", "crossformer_tiny", _str, "variant of the family, or a label when the family's node gives the numbers"),
     ("MODEL.NUM_CLASSES", 0, _int, "0 counts them in the data; another number must agree with the data"),
@@ -337,6 +344,8 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("TRAIN.LAYER_DECAY", 1.0, _float, "factor on the learning rate per layer below the head (1: none)"),
     ("TRAIN.CLIP_GRAD", 5.0, _float, "largest gradient norm; 0 does not clip"),
     ("TRAIN.ACCUMULATION_STEPS", 1, _int, "micro-batches per optimizer step"),
+    ("TRAIN.GLOBAL_BATCH", 0, _int, "images a step over all processes that the recipe was made for, which --fit keeps; 0: whatever the "
+     "batch size, the accumulation and the processes give"),
     ("TRAIN.USE_CHECKPOINT", False, _bool, "activation checkpointing: less memory, about a third more time"),
     ("TRAIN.AUTO_RESUME", True, _bool, "continue from the run folder's newest good checkpoint"),
     ("TRAIN.SAVE_EVERY_STEPS", 0, _int, "also save every so many steps (0: at epochs only)"),
@@ -702,7 +711,8 @@ def check(config: CfgNode) -> None:
         require(lookup(config, key) >= 1, key, "it must be at least 1")
     for key in ("MODEL.NUM_CLASSES", "TRAIN.WARMUP_EPOCHS", "TRAIN.WEIGHT_DECAY", "TRAIN.CLIP_GRAD", "TRAIN.SAVE_EVERY_STEPS",
                 "TRAIN.KEEP_CHECKPOINTS", "TRAIN.LR_BATCH", "TRAIN.SAVE_EVERY_MINUTES", "TRAIN.SKIP_BUDGET", "TRAIN.ROLLBACKS",
-                "TRAIN.TENSORBOARD_HISTOGRAMS", "TEST.BATCH_SIZE", "AUG.MIXUP", "AUG.CUTMIX", "AUG.COLOR_JITTER", "SEED"):
+                "TRAIN.TENSORBOARD_HISTOGRAMS", "TRAIN.GLOBAL_BATCH", "TEST.BATCH_SIZE", "AUG.MIXUP", "AUG.CUTMIX",
+                "AUG.COLOR_JITTER", "SEED"):
         require(lookup(config, key) >= 0, key, "it must not be negative")
     for key in ("DATA.CORRUPT_BUDGET", "DATA.READ_PATIENCE", "DATA.TIMEOUT"):
         require(lookup(config, key) >= 0, key, "it must not be negative")
@@ -713,6 +723,9 @@ def check(config: CfgNode) -> None:
     require(config.DATA.STREAM_IMAGES >= 0, "DATA.STREAM_IMAGES", "it is a number of images, or 0 to ask the stream")
     require(config.DATA.STREAM_BUFFER >= 1, "DATA.STREAM_BUFFER", "it must be positive")
     require(config.DATA.NUM_WORKERS >= -1, "DATA.NUM_WORKERS", "it is a number of processes, or -1 to choose it")
+    require(not (config.PLAN.FIT and (config.EVAL_MODE or config.THROUGHPUT_MODE)), "PLAN.FIT",
+            "--fit chooses the micro-batch of training; leave it out with --eval and --throughput")
+    require(config.PLAN.SECONDS >= 0, "PLAN.SECONDS", "it must not be negative")
     require(config.DIST_TIMEOUT > 0, "DIST_TIMEOUT", "it is a number of minutes above 0")
     require(train.BASE_LR > 0, "TRAIN.BASE_LR", "a learning rate must be above 0")
     require(train.BASE_LR <= 1000, "TRAIN.BASE_LR", "no training survives that learning rate")

@@ -58,6 +58,7 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("what to do", "--report", "REPORT.RUNS", MANY, "write a run folder's report.html; of several runs a comparison"),
     ("what to do", "--diff", "REPORT.DIFF", MANY, "show how two runs, checkpoints or YAML files differ"),
     ("what to do", "--print-config", "REPORT.CONFIG", "True", "print the config with the source of every value, and stop"),
+    ("what to do", "--plan", "PLAN.RUN", "True", "dry run: memory, speed, time and disk that the run will take; status 1: it does not fit"),
     ("data", "--data-path", "DATA.DATA_PATH", None, "folder with train/ and val/"),
     ("data", "--data-set", "DATA.DATASET", None, "imagenet, folder, lists, zip, tar, huggingface or digits"),
     ("data", "--batch-size", "DATA.BATCH_SIZE", None, "images per process and micro-batch"),
@@ -78,6 +79,8 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("training", "--weight-decay", "TRAIN.WEIGHT_DECAY", None, "weight decay"),
     ("training", "--optim", "TRAIN.OPTIMIZER.NAME", None, "adamw, sgd or any timm optimizer"),
     ("training", "--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", None, "micro-batches per optimizer step"),
+    ("training", "--fit", "PLAN.FIT", "True", "the largest micro-batch that fits into memory, accumulated to the recipe's global batch"),
+    ("training", "--global-batch", "TRAIN.GLOBAL_BATCH", None, "images a step over all processes, for --fit to keep"),
     ("training", "--use-checkpoint", "TRAIN.USE_CHECKPOINT", "True", "activation checkpointing, to save memory"),
     ("evaluation", "--labels", "TEST.LABELS", None, "ImageNet's variants: auto, imagenet, v2, a, r, sketch, real, or a file of classes"),
     ("evaluation", "--real-labels", "TEST.REAL_LABELS", None, "real.json, where another than timm's is to be used"),
@@ -98,6 +101,7 @@ MODES: list[tuple[str, str, str]] = [
     ("PREDICT.PATHS", "utils.predict", "predict_run"),
     ("EXPORT.FILE", "utils.export", "export_run"),
     ("EVAL_MODE", "utils.evaluation", "evaluate_run"),
+    ("PLAN.RUN", "utils.plan", "plan_run"),
 ]
 
 # Modes that need neither a model nor a device, nor torch where --resume names no checkpoint; they are looked at first.
@@ -237,7 +241,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows every line
     try:
-        return run(argv)
+        try:
+            return run(argv)
+        finally:
+            if progress := sys.modules.get("utils.progress"):
+                progress.end()  # what is said next begins on a clean line
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except ConfigError as error:
@@ -251,13 +259,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: Exception) -> int:
-    import torch
-
     from data import DataError
     from models.weights import CheckpointError
     from utils import distributed
     from utils.engine import NumericError
     from utils.export import ExportError
+    from utils.fit import Unfit
+    from utils.memory import is_out_of_memory
     from utils.session import SaveError
     from utils.signals import Stopped
 
@@ -269,7 +277,7 @@ def _explain(error: Exception) -> int:
         return _fail(text, EXIT_NUMBERS)
     if isinstance(error, Stopped):
         return _fail(text, EXIT_STOPPED)
-    if isinstance(error, (SaveError, ExportError)):
+    if isinstance(error, (SaveError, ExportError, Unfit)):
         return _fail(text, EXIT_FAILURE)
     if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(error, RuntimeError) and any(
             word in text for word in ("gloo", "NCCL", "Connection reset", "Connection closed", "DistBackendError", "Broken pipe")):
@@ -280,9 +288,9 @@ def _explain(error: Exception) -> int:
                                                         everywhere=True)
     if isinstance(error, ValueError) and "Expected more than 1 value per channel" in text:
         return _fail("batch norm needs more than one value a channel; raise --batch-size or --img-size", EXIT_USAGE)
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: not enough memory" in text:
-        return _fail("out of memory; halve --batch-size and double --accumulation-steps (the recipe stays the same), "
-                     "or add --use-checkpoint", EXIT_FAILURE, everywhere=True)
+    if is_out_of_memory(error):
+        return _fail("out of memory; add --fit, which takes a smaller micro-batch and keeps the recipe, or --use-checkpoint",
+                     EXIT_FAILURE, everywhere=True)
     if isinstance(error, OSError):
         return _fail(f"{error.filename or 'file system'}: {error.strerror or text}; what was saved before is intact",
                      EXIT_FAILURE, everywhere=True)

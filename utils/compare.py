@@ -19,6 +19,7 @@ from utils.device import Precision
 from utils.engine import evaluate
 from utils.evaluation import classes_of, judged_models, prepare
 from utils.labels import Labels
+from utils.progress import track
 from utils.reading import tell_uncounted, teller
 from utils.statistics import bootstrap_difference, bootstrap_interval, mcnemar
 
@@ -94,7 +95,8 @@ def _in_one_pass(pairs: Sequence[Pair], labels: Labels, device: torch.device, pr
         recorders[1](logits, targets)
 
     with contextlib.closing(loaders):
-        result = evaluate([first, second], loaders.val, device, precision, record=record)[-1]
+        images = track(loaders.val, len(loaders.val), "comparing", logger)
+        result = evaluate([first, second], images, device, precision, record=record)[-1]
         tell_uncounted(loaders.val, result, logger)
     return [recorder.answers(loaders.val) for recorder in recorders]
 
@@ -107,7 +109,8 @@ def _in_two_passes(pairs: Sequence[Pair], labels: Labels, device: torch.device, 
         loaders, allowed = _opened(pair, labels, device, logger, classes)
         recorder = Recorder(allowed)
         with contextlib.closing(loaders):
-            result = evaluate([_last_model(pair, loaders.classes, device)], loaders.val, device, precision, record=recorder)[-1]
+            images = track(loaders.val, len(loaders.val), "comparing", logger)
+            result = evaluate([_last_model(pair, loaders.classes, device)], images, device, precision, record=recorder)[-1]
             tell_uncounted(loaders.val, result, logger)
         classes = loaders.classes
         answers.append(recorder.answers(loaders.val))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import math
 import os
@@ -29,6 +30,7 @@ from utils.files import replace_file
 from utils.labels import Labels, LabelSet
 from utils.modes import weights_to_judge
 from utils.outcomes import MOST_IMAGES
+from utils.progress import listing, periodic, track
 from utils.reading import decoding, tell_uncounted, teller
 from utils.recorder import recorder
 from utils.seed import make_deterministic
@@ -109,8 +111,9 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
     _require_place(config, "TEST.PREDICTIONS")
     path, content = weights_to_judge(config, content, "--eval")
     precision, own = prepare(config, device, logger), checkpoint.is_own(content)
-    loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
-                            classes=classes_of(content, labels), device=device, published=not own)
+    with listing(functools.partial(periodic, logger)):
+        loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
+                                classes=classes_of(content, labels), device=device, published=not own)
     loaders.tell(teller(logger))
     label_set = labels.on(loaders.val.dataset.folder, loaders.classes)
     for line in (*loaders.notices, *label_set.notices):
@@ -135,7 +138,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
             chosen(logits, targets)
 
     with contextlib.closing(loaders):
-        *raw, result = evaluate(models, loaders.val, device, precision, record=record)
+        *raw, result = evaluate(models, track(loaders.val, len(loaders.val), "evaluating", logger), device, precision, record=record)
         if images is not None:
             images.write(os.path.expanduser(config.TEST.PREDICTIONS))
         tell_uncounted(loaders.val, result, logger)
