@@ -91,7 +91,7 @@ def sheet(tiles: Sequence[Image.Image], labels: Sequence[Sequence[tuple[int, flo
         page.paste(tile.resize((width, height), Image.Resampling.NEAREST), (left, top))
         draw.rectangle((left - 1, top - 1, left + width, top + height), outline=LINE)
         for line, (which, weight) in enumerate(label):
-            share = f"  {100 * weight:.0f} %" if len(label) > 1 else ""
+            share = f": {100 * weight:.0f} %" if len(label) > 1 else ""
             text = cut(classes[which], cell_width - _GAP - face.getlength(share), face) + share
             draw.text((left, top + height + 5 + line * _TITLE), text, INK if line == 0 else FAINT, face)
     return page
