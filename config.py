@@ -204,6 +204,25 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("DOCTOR.NEAR", 8, _int,
      "bits of 128 in which the fingerprints of a training and a validation image may differ to be compared closer (0 to 11; -1: none)"),
 
+    ("COMPARE.FILES", [], _strs, "two checkpoints to judge on the same images, with a paired test (--compare)"),
+
+    ("SHOW.BATCH", "", _str, "PNG file for the first training batch as the model sees it (--show-batch)"),
+    ("SHOW.ATTENTION", "", _str, "image on which a CrossFormer's attention is drawn (--show-attention)"),
+    ("SHOW.TOKEN", "", _str, "y,x in pixels of the model's input: the token whose attention is drawn; empty is the centre (--show-token)"),
+    ("SHOW.FILE", "attention.png", _str, "PNG file for the attention (--show-file)"),
+
+    ("PREDICT.PATHS", [], _strs,
+     "images to predict (--predict): files, folders, patterns, lists of them in .txt files; - is a list on standard input"),
+    ("PREDICT.TOPK", 5, _int, "classes told for an image, likeliest first"),
+    ("PREDICT.CSV", "", _str, "table of the predictions, a row an image; - is standard output"),
+    ("PREDICT.JSON", "", _str, "predictions as JSON, a line an image; - is standard output"),
+    ("PREDICT.FEATURES", "", _str, "pooled features before the classifier: FILE.npy or FILE.safetensors, with FILE.paths.json"),
+    ("PREDICT.SHEET", "", _str, "picture of the images with their classes, FILE.png; more pages are FILE-2.png and so on"),
+
+    ("EXPORT.FILE", "", _str, "what --export writes: FILE.onnx, FILE.pt2, or a folder (or FILE.safetensors) as timm and its hub have it"),
+    ("EXPORT.OPSET", 18, _int, "ONNX operator set"),
+    ("EXPORT.PREPROCESS", False, _bool, "ONNX and pt2: normalise inside the model, which then takes pixels of 0 to 255"),
+
     ("MODEL.TYPE", "crossformer", _str, "crossformer, swin, cvt, shunted, mpvit, pvt, pvt_v2, galerkin, or timm for any timm model"),
     ("MODEL.NAME", "crossformer_tiny", _str, "variant of the family, or a label when the family's node gives the numbers"),
     ("MODEL.NUM_CLASSES", 0, _int, "0 counts them in the data; another number must agree with the data"),
@@ -367,6 +386,11 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
 
     ("TEST.CROP", True, _bool, "resize to 256/224 of the size (or as the timm model was) and crop the centre; False squashes"),
     ("TEST.BATCH_SIZE", 0, _int, "images per process in evaluation; 0 is DATA.BATCH_SIZE"),
+    ("TEST.FLIP", "none", _str, "--eval: mean of an image and its mirror image: none, logits or probabilities, of which the mean is taken"),
+    ("TEST.LABELS", "auto", _str,
+     "--eval: label set: auto, imagenet, v2, a, r, sketch, real, or a text file of the classes that answers are chosen from, one a line"),
+    ("TEST.REAL_LABELS", "", _str, "--eval: real.json of the ReaL labels (a list of labels an image); empty is the one that timm carries"),
+    ("TEST.PER_CLASS", "", _str, "--eval: CSV file for each class's recall, precision, F1 and what it is mostly taken for"),
     ("TEST.PREDICTIONS", "", _str, "file (.npz) for the prediction of every image under --eval; empty writes none"),
     ("TEST.SEQUENTIAL", False, _bool, "accepted from old files; evaluation is always exact"),
     ("TEST.SHUFFLE", False, _bool, "accepted from old files; has no effect"),
@@ -436,7 +460,15 @@ def _nearest(word: str, names: Iterable[str]) -> str:
 
 def _unknown(key: str, where: str) -> ConfigError:
     near = _nearest(key, _KIND)
-    return ConfigError(f"{where}: unknown key {key}" + (f"; did you mean {near}?" if near else "; see --help for all keys"))
+    return ConfigError(f"{where}: unknown key {key}" + (f"; did you mean {near}?" if near else "; see --help-keys for all keys"))
+
+
+def converted(key: str, raw: Any, what: str) -> Any:
+    """The value of ``key`` that ``raw`` stands for; ``what`` names it in the ``ConfigError`` for another kind of value."""
+    try:
+        return _KIND[key](raw)
+    except ValueError as error:
+        raise ConfigError(f"{what} takes {error}, not {raw!r}") from None
 
 
 def _set(root: CfgNode, key: str, raw: Any, where: str, source: str = "") -> None:
@@ -447,10 +479,7 @@ def _set(root: CfgNode, key: str, raw: Any, where: str, source: str = "") -> Non
             raise ConfigError(f"{where}: {key} is a section; give one of its keys, such as "
                               f"{next(k for k in _KIND if k.startswith(key + '.'))}")
         raise _unknown(key, where)
-    try:
-        value = _KIND[key](raw)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {key} takes {error}, not {raw!r}") from None
+    value = converted(key, raw, f"{where}: {key}")
     if key == "MODEL.TYPE":
         value = _TYPE_ALIASES.get(value, value)
     *sections, leaf = key.split(".")
@@ -619,12 +648,17 @@ def lookup(config: CfgNode, key: str) -> Any:
 # What one command asks for; the config in a checkpoint that it left must not ask for it again, and no recipe depends on it.
 COMMAND_NODES = ("PREDICT", "EXPORT", "REPORT", "SHOW", "PLAN", "COMPARE", "DOCTOR")
 COMMAND_KEYS = ("TRAIN.AUTO_RESUME", "TRAIN.ACCEPT_CHANGES", "EVAL_MODE", "THROUGHPUT_MODE", "DOCTOR_MODE", "LOCAL_RANK",
-                "TEST.PREDICTIONS")
+                "TEST.FLIP", "TEST.LABELS", "TEST.REAL_LABELS", "TEST.PER_CLASS", "TEST.PREDICTIONS")
 
 
 def of_the_command(key: str) -> bool:
     """Whether ``key`` is a matter of one command alone, not of the run."""
     return key in COMMAND_KEYS or key.partition(".")[0] in COMMAND_NODES
+
+
+def takes_standard_output(config: CfgNode) -> bool:
+    """Whether standard output is a command's data; what the program says then goes to standard error."""
+    return "-" in (config.PREDICT.CSV, config.PREDICT.JSON) or (config.DOCTOR_MODE and config.DOCTOR.JSON == "-")
 
 
 def image_size(config: CfgNode) -> tuple[int, int]:
@@ -657,6 +691,8 @@ def check(config: CfgNode) -> None:
     require(config.AMP_OPT_LEVEL in ("", "O0", "O1", "O2"), "AMP_OPT_LEVEL", "it is O0, O1 or O2; PRECISION is the newer key")
     if config.DATA.INTERPOLATION is not None:
         one_of("DATA.INTERPOLATION", ("bicubic", "bilinear", "lanczos", "nearest", "random"))
+    one_of("TEST.FLIP", ("none", "logits", "probabilities"))
+    require(len(config.COMPARE.FILES) in (0, 2), "COMPARE.FILES", "two checkpoints are compared")
     one_of("DATA.DECODER", ("auto", "fast", "pillow"))
     one_of("DATA.AUGMENT_ON", ("auto", "worker", "device"))
     one_of("DATA.DATASET", ("imagenet", "imagenet22K", "folder", "lists", "zip", "tar", "huggingface", "digits"))
@@ -671,6 +707,7 @@ def check(config: CfgNode) -> None:
     for key in ("DATA.CORRUPT_BUDGET", "DATA.READ_PATIENCE", "DATA.TIMEOUT"):
         require(lookup(config, key) >= 0, key, "it must not be negative")
     require(-1 <= config.DOCTOR.NEAR <= 11, "DOCTOR.NEAR", "bits between 0 and 11, or -1 for none")
+    _check_commands(config, require)
     require(0 <= config.DATA.VAL_FRACTION < 1, "DATA.VAL_FRACTION", "a share lies in [0, 1)")
     require(0 < config.DATA.SUBSET <= 1, "DATA.SUBSET", "a share lies in (0, 1]")
     require(config.DATA.STREAM_IMAGES >= 0, "DATA.STREAM_IMAGES", "it is a number of images, or 0 to ask the stream")
@@ -714,3 +751,20 @@ def check(config: CfgNode) -> None:
     for key in ("DATA.MEAN", "DATA.STD"):
         value = lookup(config, key)
         require(value is None or (len(value) == 3 and (key == "DATA.MEAN" or min(value) > 0)), key, "three numbers, one a channel")
+
+
+def _check_commands(config: CfgNode, require: Callable[[bool, str, str], None]) -> None:
+    """The keys of single commands."""
+    predict, export = config.PREDICT, config.EXPORT
+    require(predict.TOPK >= 1, "PREDICT.TOPK", "it must be at least 1")
+    require(all(predict.PATHS), "PREDICT.PATHS", "a path must not be empty")
+    require(predict.FEATURES.endswith((".npy", ".safetensors")) or not predict.FEATURES, "PREDICT.FEATURES",
+            "it ends in .npy or .safetensors")
+    require(predict.SHEET.endswith(".png") or not predict.SHEET, "PREDICT.SHEET", "it ends in .png")
+    outputs = [key for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET") if lookup(config, key)]
+    for number, key in enumerate(outputs):
+        require(bool(predict.PATHS), key, "it goes with --predict, which says what images to predict")
+        require(lookup(config, key) not in [lookup(config, other) for other in outputs[:number]], key,
+                "another output goes there already")
+    require(export.OPSET >= 18, "EXPORT.OPSET", "the exporter writes operator sets from 18 on")
+    require(not (export.FILE and predict.PATHS), "EXPORT.FILE", "--export and --predict are commands of their own; give one of them")

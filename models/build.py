@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import logging
 import sys
 from collections.abc import Callable
@@ -17,7 +18,16 @@ from yacs.config import CfgNode
 
 from config import ConfigError, image_size
 from models import crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin
-from models.weights import CheckpointError, LoadReport, check_fits, fit_pretrained, load_pretrained_file, read_class_map, translate
+from models.weights import (
+    CheckpointError,
+    LoadReport,
+    check_fits,
+    classifier_prefixes,
+    fit_pretrained,
+    load_pretrained_file,
+    read_class_map,
+    translate,
+)
 
 # A family module gives VARIANTS (name -> kwargs), build(name, kwargs), NODE_KEYS (config key -> kwarg) and
 # checkpoint_filter_fn; REQUIRED are the numbers without which a label is not a model.
@@ -43,7 +53,7 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
     classes = num_classes if num_classes is not None else config.MODEL.NUM_CLASSES or 1000
     common = dict(num_classes=classes, drop_rate=config.MODEL.DROP_RATE, drop_path_rate=config.MODEL.DROP_PATH_RATE)
     if config.MODEL.TYPE == "timm":
-        model = _build_timm(config, common)
+        model, _ = _create_timm(config, common)
     else:
         model = _build_family(config, common)
     if config.TRAIN.USE_CHECKPOINT:
@@ -106,6 +116,45 @@ def load_state(model: nn.Module, state: dict[str, Tensor], config: CfgNode, path
     model.load_state_dict(state)
 
 
+def classifier_rows(model: nn.Module, state: dict[str, Tensor], config: CfgNode, path: str) -> int:
+    """Classes that published weights for ``model`` tell apart, whatever the model's own number; 0 where they hold no classifier."""
+    state = translate(state, model, path, _translation(model, config))
+    own, heads = model.state_dict(), tuple(head + "." for head in classifier_prefixes(model))
+    rows = [len(state[name]) for name in own if name.startswith(heads) and name in state and own[name].ndim]
+    return rows[-1] if rows else 0
+
+
+def architecture(config: CfgNode, num_classes: int) -> tuple[str, dict[str, Any]]:
+    """(name, arguments) of which ``timm.create_model`` makes ``build_model``'s model; rates of training are left out.
+
+    The name is always one that timm knows once this package was imported: a label of the config's own becomes a variant of
+    its family with every number given. The arguments are plain values.
+    """
+    name, kind = config.MODEL.NAME, config.MODEL.TYPE
+    if kind == "timm":
+        _, arguments = _create_timm(config, dict(num_classes=num_classes))
+        return name.partition(".")[0], _plain(arguments)
+    family, model = _FAMILIES[kind], build_model(config, num_classes)
+    parameters = inspect.signature(type(model).__init__).parameters
+    arguments = _given(family, config)
+    if name not in family.VARIANTS:
+        name = next(iter(family.VARIANTS))
+        arguments = {key: parameters[key].default for key in family.VARIANTS[name] if key in parameters} | arguments
+    elif not timm.is_model(name):  # timm's Swin bears other names
+        arguments = family.VARIANTS[name] | arguments
+    adjust = getattr(family, "arguments", None)
+    if adjust is not None:
+        arguments = adjust(arguments, image_size(config))
+    elif "img_size" in parameters:
+        arguments["img_size"] = image_size(config)
+    arguments = {key: value for key, value in arguments.items() if value is not None and key not in ("drop_rate", "drop_path_rate")}
+    return _HUB.get(name, name), _plain(dict(arguments, num_classes=num_classes))
+
+
+def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}
+
+
 def check_input_size(model: nn.Module, config: CfgNode) -> None:
     """Raise ``ConfigError`` unless the model takes images of ``DATA.IMG_SIZE``.
 
@@ -138,7 +187,7 @@ def _build_family(config: CfgNode, common: dict[str, Any]) -> nn.Module:
     for leaf, accepted in family.ONLY.items():
         if node[leaf] is not None and node[leaf] != accepted:
             raise ConfigError(f"{key}.{leaf} is {node[leaf]}; only {accepted} is supported here, no published model uses another")
-    given = {kwarg: node[leaf] for leaf, kwarg in family.NODE_KEYS.items() if node[leaf] is not None}
+    given = _given(family, config)
     if name not in family.VARIANTS:
         # A label, as in the repositories' files: the node's numbers make the model.
         missing = [f"{key}.{leaf}" for leaf in family.REQUIRED if node[leaf] is None]
@@ -153,7 +202,14 @@ def _build_family(config: CfgNode, common: dict[str, Any]) -> nn.Module:
         raise ConfigError(f"MODEL.NAME {name}: {error or 'these sizes make no model'}") from None
 
 
-def _build_timm(config: CfgNode, common: dict[str, Any]) -> nn.Module:
+def _given(family: ModuleType, config: CfgNode) -> dict[str, Any]:
+    """The model's arguments that the family's config node sets."""
+    node = config.MODEL[config.MODEL.TYPE.upper()]
+    return {kwarg: node[leaf] for leaf, kwarg in family.NODE_KEYS.items() if node[leaf] is not None}
+
+
+def _create_timm(config: CfgNode, common: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """A timm model, and those of the arguments that it takes."""
     name = config.MODEL.NAME
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
@@ -165,7 +221,7 @@ def _build_timm(config: CfgNode, common: dict[str, Any]) -> nn.Module:
     # Some models take no img_size (any size works), some no drop path; timm says so by TypeError only.
     for kwargs in attempts:
         try:
-            return timm.create_model(name, pretrained=False, **kwargs)
+            return timm.create_model(name, pretrained=False, **kwargs), kwargs
         except TypeError as error:
             if "unexpected keyword" not in str(error) and "got multiple values" not in str(error):
                 raise

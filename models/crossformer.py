@@ -445,13 +445,19 @@ ONLY = {"USE_CPE": False, "PAD_TYPE": 0, "ADAPT_INTER": False}
 REQUIRED = ("EMBED_DIM", "DEPTHS", "NUM_HEADS")
 
 
-def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> CrossFormer:
-    """The model of a variant's or a config node's numbers, laid out for images of ``img_size`` (height, width)."""
+def arguments(kwargs: dict[str, Any], img_size: tuple[int, int]) -> dict[str, Any]:
+    """The model's arguments for a config node's numbers."""
     kwargs = dict(kwargs, img_size=img_size)
     if isinstance(kwargs.get("patch_size"), int):
         kwargs["patch_size"] = (kwargs["patch_size"],)
     if "no_mask" in kwargs:
         kwargs["mask_padding"] = not kwargs.pop("no_mask")
+    return kwargs
+
+
+def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> CrossFormer:
+    """The model of a variant's or a config node's numbers, laid out for images of ``img_size`` (height, width)."""
+    kwargs = arguments(kwargs, img_size)
     if name in VARIANTS:
         return timm.create_model(name, **kwargs)
     return create(CrossFormer, name, False, kwargs, checkpoint_filter_fn, pretrained_cfg=default_cfg())

@@ -24,28 +24,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import models  # noqa: E402, F401  registers
-
-LIMIT = 1e-4  # largest difference over the largest output
+from config import ConfigError  # noqa: E402
+from utils.export import LIMIT, difference, require_packages, run_onnx, trace, trace_onnx  # noqa: E402
 
 
 def check_compile(model: nn.Module, x: Tensor, backend: str) -> Tensor:
     return torch.compile(model, fullgraph=True, backend=backend)(x)
 
 
-def check_export(model: nn.Module, x: Tensor) -> Tensor:
-    program = torch.export.export(model, (torch.cat([x, x]),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
-    return program.module()(x)
-
-
 def check_onnx(model: nn.Module, x: Tensor) -> Tensor:
-    import onnxruntime
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "model.onnx")
-        program = torch.onnx.export(model, (torch.cat([x, x]),), dynamo=True, input_names=["images"], output_names=["logits"],
-                                    dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},), verbose=False)
-        program.save(path)
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+        trace_onnx(model, torch.cat([x, x])).save(path)
+        return run_onnx(path, x)
 
 
 def main() -> int:
@@ -58,11 +49,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.onnx:
         try:
-            import onnx  # noqa: F401
-            import onnxruntime  # noqa: F401
-            import onnxscript  # noqa: F401
-        except ImportError as error:
-            print(f"error: --onnx needs {error.name}; pip install -r requirements-extras.txt", file=sys.stderr)
+            require_packages()
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
             return 2
     failed = 0
     for name in args.names:
@@ -74,19 +63,19 @@ def main() -> int:
             expected = model(x)
             checks: dict[str, Callable[[], Tensor]] = {
                 f"compile ({args.backend})": lambda m=model, x=x: check_compile(m, x, args.backend),
-                "export": lambda m=model, x=x: check_export(m, x)}
+                "export": lambda m=model, x=x: trace(m, torch.cat([x, x])).module()(x)}
             if args.onnx:
                 checks["onnx"] = lambda m=model, x=x: check_onnx(m, x)
             for what, check in checks.items():
                 torch.compiler.reset()
                 begun = time.perf_counter()
                 try:
-                    difference = float((check() - expected).abs().max() / expected.abs().max())
-                    verdict = "ok" if difference < LIMIT else "DIFFERS"
+                    off = difference(check(), expected)
+                    verdict = "ok" if off < LIMIT else "DIFFERS"
                 except Exception as error:  # any failure of the tools is this check's result
-                    difference, verdict = float("nan"), f"FAILED {type(error).__name__}: {str(error).splitlines()[0][:100]}"
+                    off, verdict = float("nan"), f"FAILED {type(error).__name__}: {str(error).splitlines()[0][:100]}"
                 failed += verdict != "ok"
-                print(f"{name} {what}: {verdict}, difference {difference:.1e}, {time.perf_counter() - begun:.0f} s", flush=True)
+                print(f"{name} {what}: {verdict}, difference {off:.1e}, {time.perf_counter() - begun:.0f} s", flush=True)
     print(f"{failed} failed")
     return 1 if failed else 0
 

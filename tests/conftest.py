@@ -53,6 +53,15 @@ def tiny_cfg(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_run(tiny_cfg: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The best checkpoint of two epochs of ``tiny_cfg``, with averaged weights beside the raw ones."""
+    import main
+    output = tmp_path_factory.mktemp("run")
+    assert main.main(["--cfg", str(tiny_cfg), "--output", str(output)]) == 0
+    return output / "tiny/default/best.pth"
+
+
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment without a launcher's variables, plus ``extra``."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 from timm.models._manipulate import group_with_matcher
 
-import models  # noqa: F401  registers
+import models
+from config import get_config
 
 WIDTHS = {
     "crossformer_tiny": [64, 128, 256, 512], "crossformer_small": [96, 192, 384, 768], "crossformer_base": [96, 192, 384, 768],
@@ -117,3 +120,16 @@ def test_layers_are_ordered_for_layer_decay(name: str) -> None:
     first = first if isinstance(first, str) else first[0]
     assert all(depth[n] == 0 for n in depth if n.startswith(first + "."))
     assert len(set(depth.values())) > len(model.feature_info)
+
+
+def test_the_page_on_adding_a_model_holds_a_whole_one(tmp_path, monkeypatch) -> None:
+    """The file on the page, found in a folder of the package, is a classifier of the config and a backbone."""
+    page = (Path(__file__).parent.parent / "docs" / "adding-a-model.md").read_text(encoding="utf-8")
+    (tmp_path / "plainnet.py").write_text(page.partition("```python\n")[2].partition("```")[0], encoding="utf-8")
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
+    models.import_all()
+    model = models.build_model(get_config(None, ["MODEL.TYPE", "timm", "MODEL.NAME", "plainnet", "DATA.IMG_SIZE", "64"]), 5)
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+    assert len(group_with_matcher(model.named_parameters(), model.group_matcher(), reverse=True)) == len(list(model.parameters()))
+    maps = timm.create_model("plainnet", features_only=True)(torch.zeros(1, 3, 64, 64))
+    assert [tuple(m.shape) for m in maps] == [(1, 32, 16, 16), (1, 64, 8, 8), (1, 128, 4, 4)]

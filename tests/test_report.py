@@ -96,7 +96,7 @@ def test_predictions_of_an_evaluation_are_those_of_the_run(finished: Path, progr
     assert ours.paths == theirs.paths and np.array_equal(ours.predicted, theirs.predicted)
     assert np.allclose(ours.correct_probability, theirs.correct_probability, atol=1e-5)
     lost = program("--eval", "--resume", finished / RUN / "last.pth", "--opts", "TEST.PREDICTIONS", "nowhere/own.npz")
-    assert lost.returncode == 2 and "nowhere/own.npz cannot be written" in lost.stderr
+    assert lost.returncode == 2 and "TEST.PREDICTIONS is nowhere/own.npz; no file can be written" in lost.stderr
 
 
 def test_images_of_all_ranks_keep_their_numbers(images: Path, tmp_path: Path, monkeypatch) -> None:

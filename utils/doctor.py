@@ -22,8 +22,9 @@ from data.finding import Finding, Move
 from data.folder import ImageFolder
 from data.index import Index
 from data.survey import Survey, base_of
-from utils.doctor_text import plain, render
+from utils.doctor_text import render
 from utils.files import replace_file, write_atomically
+from utils.logger import plain
 
 EXIT_GRAVE = 3
 _HEAD = """#!/bin/sh

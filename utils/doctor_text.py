@@ -11,15 +11,11 @@ import numpy as np
 from data.doctor import Diagnosis
 from data.finding import Finding
 from data.survey import Survey
+from utils.logger import plain
 
 _INDENT = " " * 9
 _SHOWN = 3  # items of a finding
 _ALL_CLASSES, _SOME_CLASSES, _BINS = 16, 4, 6
-
-
-def plain(text: object) -> str:
-    """``text`` on one line, with what is not printable written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def shortened(text: str, width: int, keep_end: bool = False) -> str:

@@ -25,15 +25,22 @@ def _temporary_beside(path: str) -> Iterator[str]:
             os.unlink(scratch)
 
 
-def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
-    """Let ``write`` fill a temporary file in the same folder, then give it its name; synced to the disk."""
+@contextlib.contextmanager
+def open_atomically(path: str) -> Iterator[BinaryIO]:
+    """A temporary file in the same folder; it gets its name, synced to the disk, once the block is done without an error."""
     with _temporary_beside(path) as scratch:
         with open(scratch, "wb") as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
     _sync_folder(os.path.dirname(os.path.abspath(path)))
+
+
+def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
+    """Let ``write`` fill a temporary file in the same folder, then give it its name; synced to the disk."""
+    with open_atomically(path) as file:
+        write(file)
 
 
 def replace_file(path: str, content: bytes) -> None:

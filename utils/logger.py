@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import TextIO
 
 from termcolor import colored
 
@@ -13,12 +14,16 @@ _COLOURS = (("error ", "red"), ("warning", "yellow"), ("notice", "cyan"), ("note
 
 
 class _Console(logging.Handler):
-    """Lines to standard output; a closed pipe silences it and nothing else."""
+    """Lines to standard output, or where that is a command's data to standard error; a closed pipe silences it and nothing else."""
 
-    def __init__(self) -> None:
+    def __init__(self, to_error: bool) -> None:
         super().__init__()
-        self.closed = False
-        self.colour = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self.closed, self.to_error = False, to_error
+        self.colour = self.stream is not None and self.stream.isatty() and "NO_COLOR" not in os.environ
+
+    @property
+    def stream(self) -> TextIO | None:
+        return sys.stderr if self.to_error else sys.stdout
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.closed:
@@ -28,13 +33,13 @@ class _Console(logging.Handler):
             tint = next((tint for word, tint in _COLOURS if line.startswith(word)), None)
             line = colored(line, tint) if tint else line
         try:
-            print(line, flush=True)
+            print(line, file=self.stream, flush=True)
         except UnicodeEncodeError:  # a terminal without UTF-8
-            print(line.encode("ascii", "backslashreplace").decode(), flush=True)
+            print(line.encode("ascii", "backslashreplace").decode(), file=self.stream, flush=True)
         except (OSError, ValueError, AttributeError):
             self.closed = True
-            # Python flushes standard output at exit and would complain.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            # Python flushes its streams at exit and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if self.to_error else 1)
 
 
 def printable(text: str) -> str:
@@ -42,13 +47,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
-def create_logger(speaks: bool) -> logging.Logger:
-    """The program's logger; silent unless ``speaks`` (rank 0)."""
+def plain(text: object) -> str:
+    """``text`` on one line, with what is not printable written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def create_logger(speaks: bool, to_error: bool = False) -> logging.Logger:
+    """The program's logger; silent unless ``speaks`` (rank 0), on standard error with ``to_error``."""
     logger = logging.getLogger("trainer")
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO)
-    logger.addHandler(_Console() if speaks else logging.NullHandler())
+    logger.addHandler(_Console(to_error) if speaks else logging.NullHandler())
     if speaks:
         logger.addHandler(_Kept())
     return logger

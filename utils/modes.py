@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import os
 import time
@@ -26,20 +25,18 @@ from config import (
     with_values,
 )
 from data import build_loaders
-from models import build_model, check_input_size, load_pretrained, load_state
-from models.weights import CheckpointError, check_finite, read_file, unwrap_state_dict
+from models import build_model, check_input_size, load_pretrained
+from models.weights import CheckpointError, read_file
 from utils import checkpoint, distributed, optim
 from utils.board import require_tracker
 from utils.checkpoint import CheckpointFolder, TrainState, program_digest
 from utils.device import Precision, choose_precision
 from utils.ema import WeightAverage
-from utils.engine import StepPlan, evaluate
+from utils.engine import StepPlan
 from utils.files import file_limit, free_bytes, lock_folder, remove_leftovers
 from utils.freeze import freeze
 from utils.logger import close_files, log_to_file
-from utils.outcomes import MOST_IMAGES
-from utils.reading import decoding, tell_uncounted, teller
-from utils.recorder import recorder
+from utils.reading import teller
 from utils.seed import make_deterministic, seed_initialisation
 from utils.session import Session, best_line
 from utils.signals import StopRequest
@@ -57,9 +54,15 @@ def resolve_config(cfg_file: str | None, opts: list[str]) -> tuple[CfgNode, Any]
 
     Without a YAML file the config is the checkpoint's own, its data path made absolute; ``opts`` win over both.
     """
+    if compared := _last_value(opts, "COMPARE.FILES"):
+        return _resolve_each(cfg_file, opts, compared)
     asked = get_config(cfg_file, opts) if cfg_file else None
     resume = os.path.expanduser(asked.MODEL.RESUME if asked is not None else _last_value(opts, "MODEL.RESUME"))
-    content = read_file(resume) if resume else None
+    return _resolve(cfg_file, opts, resume, read_file(resume) if resume else None)
+
+
+def _resolve(cfg_file: str | None, opts: list[str], resume: str, content: Any) -> tuple[CfgNode, Any]:
+    asked = get_config(cfg_file, opts) if cfg_file else None
     if asked is not None:
         if content is not None and checkpoint.is_own(content) and not asked.DATA.DATA_PATH:
             asked = with_values(asked, {"DATA.DATA_PATH": content["data_path"]}, f"checkpoint {resume}")
@@ -72,7 +75,16 @@ def resolve_config(cfg_file: str | None, opts: list[str]) -> tuple[CfgNode, Any]
     return config_for_another_command(content["config"], content["data_path"], opts, resume), content
 
 
-def _last_value(opts: list[str], key: str) -> str:
+def _resolve_each(cfg_file: str | None, opts: list[str], files: Any) -> tuple[CfgNode, list[tuple[CfgNode, Any]]]:
+    """(config of the first, [(config, content) of each]) of files to compare: each by its own config, bare weights by ``cfg_file``."""
+    found = []
+    for path in map(os.path.expanduser, lookup(get_config(None, ["COMPARE.FILES", files]), "COMPARE.FILES")):
+        content = read_file(path)
+        found.append(_resolve(None if checkpoint.is_own(content) else cfg_file, [*opts, "MODEL.RESUME", path], path, content))
+    return found[0][0], found
+
+
+def _last_value(opts: list[str], key: str) -> Any:
     values = [value for name, value in zip(opts[::2], opts[1::2], strict=False) if name == key]
     return values[-1] if values else ""
 
@@ -383,60 +395,17 @@ def _introduce(config: CfgNode, device: torch.device, precision: Precision, mode
 
 
 # --------------------------------------------------------------------------------------------------
-# Evaluation and throughput
+# Throughput, and what evaluation begins with
 # --------------------------------------------------------------------------------------------------
 
-def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Log) -> None:
-    """Judge a checkpoint, or published weights, on the validation folder; the training folder is not touched."""
-    path, content = _weights_to_judge(config, content)
-    precision = choose_precision(config, device)
-    if precision.notice:
-        logger.info(precision.notice)
-    make_deterministic(device)
-    own = checkpoint.is_own(content)
-    loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
-                            classes=content["classes"] if own else None, device=device, published=not own)
-    loaders.tell(teller(logger))
-    for line in loaders.notices:
-        logger.info(line)
-    model = build_model(config, len(loaders.classes))
-    check_input_size(model, config)
-    logger.info(f"evaluating {path}" + (f" (step {content['step']})" if own else "")
-                + f" on {config.DATA.VAL_PATH or config.DATA.DATA_PATH}, "
-                f"{len(loaders.val.dataset.folder) or 'an unknown number of'} images, {len(loaders.classes)} classes")
-    # Where a run kept an average, it is what counts; the raw weights are judged beside it.
-    states = [s for s in (content["model"], content["ema"]) if s] if own else [unwrap_state_dict(content, path)]
-    models = [model, *(copy.deepcopy(model) for _ in states[1:])]
-    for judged, state in zip(models, states, strict=True):
-        check_finite(state, path)
-        load_state(judged, state, config, path)
-        judged.to(device)
-    target = os.path.expanduser(config.TEST.PREDICTIONS)
-    record = recorder(loaders.val, loaders.classes) if target else None
-    if target and record is None:
-        raise ConfigError("TEST.PREDICTIONS: not for a stream, whose images have no numbers, nor beyond "
-                          f"{MOST_IMAGES:,} images; leave it empty")
-    if target and not os.access(os.path.dirname(os.path.abspath(target)), os.W_OK | os.X_OK):
-        raise ConfigError(f"TEST.PREDICTIONS: {target} cannot be written; name a file in a folder that is there")
-    with contextlib.closing(loaders):
-        *raw, result = evaluate(models, loaders.val, device, precision, record=record)
-        if record is not None:
-            record.write(target)
-        tell_uncounted(loaders.val, result, logger)
-    logger.info(f"images {decoding(loaders.val)}")
-    for other in raw:
-        logger.info(f"raw {other.line()}")
-    logger.info(result.line())
-
-
-def _weights_to_judge(config: CfgNode, content: Any) -> tuple[str, Any]:
-    """(path, content): --resume, else the run folder's best, else --pretrained."""
+def weights_to_judge(config: CfgNode, content: Any, command: str = "--eval") -> tuple[str, Any]:
+    """(path, content): --resume, else the run folder's best, else --pretrained; ``command`` is what needs them."""
     if content is not None:
         return config.MODEL.RESUME, content
     best = os.path.join(run_folder(config), "best.pth")
     path = best if os.path.exists(best) else config.MODEL.PRETRAINED
     if not path:
-        raise ConfigError(f"--eval needs weights: give --resume FILE (there is no {best})")
+        raise ConfigError(f"{command} needs weights: give --resume FILE (there is no {best})")
     return path, read_file(path)
 
 

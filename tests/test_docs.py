@@ -1,0 +1,58 @@
+"""What the pages tell people to type is understood, and what they point to is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from config import get_config
+from main import parse
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> list[str]:
+    """Commands of the indented lines and of the inline code of a page, continuation lines joined."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
+    found = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    found += re.findall(r"`([^`\n]*\n?[^`\n]*)`", text)
+    return [" ".join(command.split()) for command in found if re.search(r"\b(python|torchrun|bash|sbatch|srun)\s", command)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_understood(page: Path) -> None:
+    for command in commands(page):
+        words = shlex.split(command, comments=True)
+        for word in words:
+            if word.startswith(("scripts/", "configs/")):
+                assert (ROOT / word).is_file(), f"{page.name}: {command}: there is no {word}"
+        if "main.py" in words and not {"...", "--help"} & set(words):
+            cfg, opts, advice = parse(words[words.index("main.py") + 1:])
+            get_config(ROOT / cfg if cfg else None, opts)
+            assert not advice, f"{page.name}: {command}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_keys_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+    keys = get_config()
+    for key in re.findall(r"\b((?:TRAIN|DATA|AUG|TEST|MODEL|DOCTOR|PREDICT|EXPORT)(?:\.[A-Z_]+)+)", text):
+        node = keys
+        for part in key.split("."):
+            assert part in node, f"{page.name}: no key {key}"
+            node = node[part]
+    for flag in re.findall(r"`(--[a-z][a-z0-9_-]+)", text):
+        known = _flags() | {"--kills", "--shutdown-timeout", "--max-restarts", "--verify", "--nodes", "--onnx"}
+        assert flag in known, f"{page.name}: no flag {flag}"
+
+
+def _flags() -> set[str]:
+    from main import build_parser
+    return {option for action in build_parser()._actions for option in action.option_strings}
