@@ -81,7 +81,8 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         rank, world_size: this process's place among all.
         splits: of ``"train"`` and ``"val"``.
         classes: class names to match the folders against (those of a checkpoint), or what chooses them knowing the folders'
-            names (for evaluation alone); None takes the training folder's, or without training the evaluation folder's.
+            names (for evaluation alone; a stream has none to show); None takes the training folder's, or without training
+            the evaluation folder's.
         device: where batches arrive.
         published: whether weights of others are to be judged, on the pixels that their authors had.
 
@@ -102,7 +103,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     notices += lines + more
 
     if is_stream(root):
-        return _stream_loaders(config, rank, world_size, open_streams(config, splits, None if callable(classes) else classes),
+        return _stream_loaders(config, rank, world_size, open_streams(config, splits, classes(()) if callable(classes) else classes),
                                train_way, val_way, device, notices)
     if config.DATA.VAL_PATH:
         raise ConfigError(f"DATA.VAL_PATH is for streams alone, and {root} is none; leave it empty")

@@ -95,7 +95,8 @@ def scan_folder(root: str, classes: Sequence[str] | None = None, cache: str | No
     names, targets = list(names_of(index, "classes")), index["targets"]
     empty = [names[i] for i in np.flatnonzero(np.bincount(targets, minlength=len(names)) == 0)]
     notices = [f"warning: {root}: {len(empty)} empty class folders ({some(empty)})"] if empty else []
-    return join(ImageFolder(root, names, names_of(index, "names"), targets, notices), classes)
+    found = ImageFolder(root, names, names_of(index, "names"), targets, notices)
+    return found if classes is None else join(found, classes)
 
 
 def scan_flat(root: str) -> ImageFolder:

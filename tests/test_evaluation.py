@@ -148,6 +148,7 @@ def test_numbered_folders_are_positions_whatever_their_order_as_text(world: Path
         (program.folder / f"v2/{i}").mkdir(exist_ok=True)
     done = program("--eval", "--resume", world / "b.pth", "--data-path", "v2")
     assert last(done.stdout) == (36, 36), done.stdout
+    assert "has no val/" in done.stdout and "order of their letters" not in done.stdout
     absent = len(set(range(12)) - set(answers))
     if absent:
         refused = program("--eval", "--resume", world / "b.pth", "--data-path", "v2", "--labels", "v2")
@@ -167,6 +168,13 @@ def test_numbered_folders_are_positions_whatever_their_order_as_text(world: Path
     one = program("--eval", "--resume", world / "b.pth", "--data-path", "v2", "--labels", "v2")
     other = program("--eval", "--resume", "turned.pth", "--data-path", "v2", "--labels", "v2")
     assert last(one.stdout) == last(other.stdout) and last(one.stdout)[0] >= 36 and last(one.stdout)[1] == 48
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_is_not_taken_for_a_set_of_its_own(split: str, world: Path, program) -> None:
+    """Or the training images would be judged where the data's folder was meant."""
+    done = program("--eval", "--resume", world / "a.pth", "--data-path", world / "data" / split)
+    assert done.returncode == 3 and "looks like one split" in done.stderr
 
 
 def test_subsets_are_judged_among_their_classes_and_among_all(world: Path, program) -> None:
@@ -206,7 +214,7 @@ def test_real_labels_go_by_the_number_in_the_name(world: Path, program) -> None:
     (program.folder / "real.json").write_text(json.dumps(real))
     done = program("--eval", "--resume", world / "b.pth", "--data-path", "real", "--labels", "real", "--real-labels", "real.json")
     assert done.returncode == 0, done.stderr
-    assert last(done.stdout) == (32, 34) and "2 images without a label" in done.stdout
+    assert last(done.stdout) == (32, 34) and "images without a label, left out: 2" in done.stdout
     assert re.search(r"^by the original labels: top1 .*\(0 of 36\)", done.stdout, re.M)
     for name, words in (("[[1], 2]", "no list of lists"), ("[[1", "not valid JSON"), (json.dumps(real[:30]), "go by the images' names"),
                         (json.dumps([[12]] * 36), "class 12, the classifier has 12")):
@@ -216,13 +224,14 @@ def test_real_labels_go_by_the_number_in_the_name(world: Path, program) -> None:
     assert program("--eval", "--resume", world / "b.pth", "--real-labels", "real.json").returncode == 2
 
 
-def test_published_weights_know_the_thousand_classes(tmp_path: Path) -> None:
+def test_published_weights_know_the_thousand_classes() -> None:
     """Of weights without class names: folders named by number, by a subset of the WordNet ids, or otherwise."""
     from data.classes import imagenet_classes
     from utils.labels import Labels
     wnids = imagenet_classes()
     assert len(wnids) == 1000 and wnids == sorted(wnids) and wnids[0] == "n01440764"
     labels = Labels(config_from_text(""))
+    assert labels.naming(None, thousand=True)(()) is None and labels.naming(["b", "a"], thousand=False)(()) == ["b", "a"]  # streams
     assert labels.naming(None, thousand=True)([str(i) for i in range(1000)]) == wnids
     assert labels.naming(None, thousand=True)(wnids[5:9]) == wnids
     assert labels.naming(None, thousand=True)(["cat", "dog"]) is None and labels.naming(None, thousand=False)(wnids) is None

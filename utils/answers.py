@@ -150,8 +150,9 @@ class PerClass:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["class", "images", "correct", "recall", "precision", "f1", "answered", "mistaken_for", "times"])
+        figures = np.stack([self.recall, self.precision, self.f1], axis=1)
         for i in range(len(names)) if classes is None else classes.tolist():
-            shares = ["" if np.isnan(v) else f"{v:.6f}" for v in (self.recall[i], self.precision[i], self.f1[i])]
+            shares = ["" if np.isnan(value) else f"{value:.6f}" for value in figures[i]]
             taken = names[self.mistaken[i]] if self.mistaken[i] >= 0 else ""
             writer.writerow([names[i], self.images[i], self.correct[i], *shares, self.answered[i], taken, self.times[i]])
         return text.getvalue()

@@ -119,7 +119,7 @@ def show_attention(config: CfgNode, content: Any, device: torch.device, logger: 
     if not distributed.is_main():
         return
     picture = _read(os.path.expanduser(config.SHOW.ATTENTION), config)
-    weights, content = weights_to_judge(config, content)
+    weights, content = weights_to_judge(config, content, "--show-attention")
     model = _load(config, weights, content)
     prepare = preprocessing(config)
     image = build_eval_transform(prepare)(picture)[None]

@@ -107,7 +107,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
     labels = Labels(config)
     _require_place("TEST.PER_CLASS", config.TEST.PER_CLASS)
     _require_place("TEST.PREDICTIONS", config.TEST.PREDICTIONS)
-    path, content = weights_to_judge(config, content)
+    path, content = weights_to_judge(config, content, "--eval")
     precision, own = prepare(config, device, logger), checkpoint.is_own(content)
     loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
                             classes=classes_of(content, labels), device=device, published=not own)
@@ -180,7 +180,7 @@ def _real_line(real: Sequence[Sequence[int]], answers: Answers) -> str:
     counted = [(label_list, answer) for label_list, answer in judged if label_list]
     right = sum(answer in label_list for label_list, answer in counted)
     return (f"top1 {100 * right / max(1, len(counted)):.2f} by ReaL labels ({right} of {len(counted)}; "
-            f"{len(judged) - len(counted)} images without a label are left out)")
+            f"images without a label, left out: {len(judged) - len(counted)})")
 
 
 def prepare(config: CfgNode, device: torch.device, logger: logging.Logger) -> Precision:

@@ -67,7 +67,7 @@ class Labels:
         self.real = _read_real(config.TEST.REAL_LABELS) if self.name == "real" else None
 
     def naming(self, own: Sequence[str] | None, thousand: bool) -> Callable[[Sequence[str]], Sequence[str] | None]:
-        """What ``build_loaders`` takes for its classes.
+        """What ``build_loaders`` takes for its classes; called without folders' names for a stream.
 
         Args:
             own: the class names of a checkpoint; None for published weights, which do not name them.
@@ -77,7 +77,7 @@ class Labels:
             numbers = all(name.isascii() and name.isdecimal() for name in found)
             if self.name == "v2" and not numbers:
                 raise DataError(f"the class folders of ImageNet-V2 are numbers, these are not ({some(found, 3)}); leave --labels out")
-            names = own if own is not None else imagenet_classes() if thousand else None
+            names = own if own is not None else imagenet_classes() if thousand and found else None
             if own is None and names and not (numbers and len(found) <= len(names)) and not set(found) <= set(names):
                 names = None  # 1,000 classes of somebody else
             # Numbers of ImageNet-V2 and of ReaL count the sorted names, whatever order the classifier has.

@@ -398,8 +398,8 @@ def _introduce(config: CfgNode, device: torch.device, precision: Precision, mode
 # Throughput, and what evaluation begins with
 # --------------------------------------------------------------------------------------------------
 
-def weights_to_judge(config: CfgNode, content: Any, command: str = "--eval") -> tuple[str, Any]:
-    """(path, content): --resume, else the run folder's best, else --pretrained; ``command`` is what needs them."""
+def weights_to_judge(config: CfgNode, content: Any, command: str) -> tuple[str, Any]:
+    """(path, content) for ``command``: --resume, else the run folder's best, else --pretrained."""
     if content is not None:
         return config.MODEL.RESUME, content
     best = os.path.join(run_folder(config), "best.pth")

@@ -17,7 +17,8 @@ DRAWS = 10_000
 def bootstrap_interval(correct: int, total: int, level: float = LEVEL, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
     """The interval (low, high) of a share ``correct / total``, between 0 and 1, by the percentile bootstrap.
 
-    Drawing images with replacement makes the number of right ones binomial, so that the counts are all that is needed.
+    Drawing images with replacement makes the number of right ones binomial, so that the counts are all that is needed. Where
+    all are right, or none, every draw is the same and the interval has no width.
     """
     if total <= 0:
         return 0.0, 1.0
