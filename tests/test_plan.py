@@ -37,6 +37,10 @@ def test_a_plan_fits_and_leaves_nothing_behind(tiny_cfg: Path, program, monkeypa
     assert files_below(program.folder) == [scratch]
 
 
+def stamps(folder: Path) -> list[tuple[Path, int, int, int]]:
+    return [(path, found.st_ino, found.st_mtime_ns, found.st_size) for path in files_below(folder) for found in [path.lstat()]]
+
+
 @pytest.mark.parametrize(("opts", "why"), [
     (["PLAN.MEMORY", "20MiB"], r"memory: a micro-batch of 8 images takes \d+ MiB, more than 20 MiB; --fit finds"),
     (["TRAIN.CHECKPOINT_BUDGET", "1MB"], r"TRAIN\.CHECKPOINT_BUDGET is 0 MiB"),
@@ -89,6 +93,10 @@ def test_fit_keeps_the_global_batch_and_the_checkpoints_on_resume(tiny_cfg: Path
     assert again.returncode == 0, again
     assert "fit: 20 images x 1 accumulated x 1 processes = 20, the checkpoint's global batch" in again.stdout
     assert "would not fit" not in again.stdout and "epoch 3/3 step 2/2" in again.stdout
+    before = stamps(program.folder)
+    finished = program("--cfg", tiny_cfg, "--plan", "--fit", "--tag", "small", "--epochs", 3)
+    assert finished.returncode == 0 and "finished already" in finished.stdout and finished.stdout.endswith("\nfits: yes\n")
+    assert stamps(program.folder) == before  # not even a link is made anew
     path = program.folder / "output/tiny/small/ckpt_00000004.pth"
     planned = program("--plan", "--resume", path, "--restart", "--epochs", 5, "--opts", *QUICK)
     assert planned.returncode == 0 and f"\nsteps: continues {path} after step 4 of 10\n" in planned.stdout, planned
