@@ -13,7 +13,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -158,6 +158,8 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("DOCTOR_MODE", False, _bool, "read and judge the data only (--doctor)"),
     ("AMP_ENABLE", True, _bool, "allow mixed precision; False is PRECISION fp32"),
     ("AMP_OPT_LEVEL", "", _str, "apex's old spelling: O0 is fp32, O1 and O2 mixed precision"),
+    ("TRACKER", "none", _str, "none, trackio or wandb: where the curves of a run go besides its folder"),
+    ("TRACKER_PROJECT", "", _str, "project of the tracker; empty is the model's name"),
     ("DIST_TIMEOUT", 20.0, _float, "minutes without progress after which a job of several processes ends, naming the one it waits for"),
     ("LOCAL_RANK", 0, _int, "accepted from old files; the launcher's environment decides"),
     ("FUSED_WINDOW_PROCESS", False, _bool, "accepted from old files; has no effect"),
@@ -192,10 +194,22 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("DATA.ZIP_MODE", False, _bool, "read train.zip and val.zip with their map files (train_map.txt), as Swin has them"),
     ("DATA.CACHE_MODE", "part", _str, "accepted from old files; has no effect"),
 
+    ("REPORT.RUNS", [], _strs, "run folders to report on (--report); several are compared"),
+    ("REPORT.FILE", "", _str, "where that report goes; empty is report.html (of several runs comparison.html) in the first run's folder"),
+    ("REPORT.DIFF", [], _strs, "two runs, checkpoints or YAML files to show the differences of (--diff)"),
+    ("REPORT.CONFIG", False, _bool, "print the config with the source of every value (--print-config)"),
+
     ("DOCTOR.FOLDER", "", _str, "where the doctor writes its report, manifests and scripts; empty is OUTPUT/doctor/<name of the data>"),
     ("DOCTOR.JSON", "", _str, "file for the doctor's report as JSON; - is standard output; empty is report.json in its folder"),
     ("DOCTOR.NEAR", 8, _int,
      "bits of 128 in which the fingerprints of a training and a validation image may differ to be compared closer (0 to 11; -1: none)"),
+
+    ("COMPARE.FILES", [], _strs, "two checkpoints to judge on the same images, with a paired test (--compare)"),
+
+    ("SHOW.BATCH", "", _str, "PNG file for the first training batch as the model sees it (--show-batch)"),
+    ("SHOW.ATTENTION", "", _str, "image on which a CrossFormer's attention is drawn (--show-attention)"),
+    ("SHOW.TOKEN", "", _str, "y,x in pixels of the model's input: the token whose attention is drawn; empty is the centre (--show-token)"),
+    ("SHOW.FILE", "attention.png", _str, "PNG file for the attention (--show-file)"),
 
     ("PREDICT.PATHS", [], _strs,
      "images to predict (--predict): files, folders, patterns, lists of them in .txt files; - is a list on standard input"),
@@ -208,6 +222,13 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("EXPORT.FILE", "", _str, "what --export writes: FILE.onnx, FILE.pt2, or a folder (or FILE.safetensors) as timm and its hub have it"),
     ("EXPORT.OPSET", 18, _int, "ONNX operator set"),
     ("EXPORT.PREPROCESS", False, _bool, "ONNX and pt2: normalise inside the model, which then takes pixels of 0 to 255"),
+
+    ("PLAN.RUN", False, _bool, "dry run (--plan): a few steps, an evaluation batch, a save and a load; says what the run will take"),
+    ("PLAN.FIT", False, _bool, "train (or plan) with the largest micro-batch that memory holds, the global batch staying (--fit)"),
+    ("PLAN.MEMORY", 0, _bytes,
+     "memory that --plan and --fit may reckon with, e.g. 24GB, for each GPU, or on a CPU for all processes together; 0: all there is"),
+    ("PLAN.SECONDS", 4.0, _float, "about how long --plan measures each speed; longer is more exact"),
+    ("PLAN.SCRATCH", "", _str, "folder on whose disk --plan tries a save; empty is the system's folder for temporary files"),
 
     ("MODEL.TYPE", "crossformer", _str, "crossformer, swin, cvt, shunted, mpvit, pvt, pvt_v2, galerkin, or timm for any timm model"),
     ("MODEL.NAME", "crossformer_tiny", _str, "variant of the family, or a label when the family's node gives the numbers"),
@@ -323,6 +344,8 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("TRAIN.LAYER_DECAY", 1.0, _float, "factor on the learning rate per layer below the head (1: none)"),
     ("TRAIN.CLIP_GRAD", 5.0, _float, "largest gradient norm; 0 does not clip"),
     ("TRAIN.ACCUMULATION_STEPS", 1, _int, "micro-batches per optimizer step"),
+    ("TRAIN.GLOBAL_BATCH", 0, _int, "images a step over all processes that the recipe was made for, which --fit keeps; 0: whatever the "
+     "batch size, the accumulation and the processes give"),
     ("TRAIN.USE_CHECKPOINT", False, _bool, "activation checkpointing: less memory, about a third more time"),
     ("TRAIN.AUTO_RESUME", True, _bool, "continue from the run folder's newest good checkpoint"),
     ("TRAIN.SAVE_EVERY_STEPS", 0, _int, "also save every so many steps (0: at epochs only)"),
@@ -340,6 +363,8 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("TRAIN.FREEZE", [], _strs, "parameters left as they are: patterns of names, such as patch_embed.* layers.0.*"),
     ("TRAIN.LINEAR_PROBE", False, _bool, "train the classifier alone; all else is fixed and computes as in evaluation"),
     ("TRAIN.SYNC_BN", False, _bool, "batch norm over all GPUs instead of each one's own"),
+    ("TRAIN.REPORT", "png", _str, "what training writes of itself at its end: report.html (html), also plots/*.png (png), or none"),
+    ("TRAIN.TENSORBOARD_HISTOGRAMS", 0, _int, "epochs between histograms of the weights in TensorBoard (0: none)"),
     ("TRAIN.LR_SCHEDULER.NAME", "cosine", _str, "cosine, linear, step or multistep"),
     ("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", None, _optional(_bool),
      "start the decay after the warm-up; None is the family's recipe (CrossFormer False, others True)"),
@@ -370,6 +395,12 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
 
     ("TEST.CROP", True, _bool, "resize to 256/224 of the size (or as the timm model was) and crop the centre; False squashes"),
     ("TEST.BATCH_SIZE", 0, _int, "images per process in evaluation; 0 is DATA.BATCH_SIZE"),
+    ("TEST.FLIP", "none", _str, "--eval: mean of an image and its mirror image: none, logits or probabilities, of which the mean is taken"),
+    ("TEST.LABELS", "auto", _str,
+     "--eval: label set: auto, imagenet, v2, a, r, sketch, real, or a text file of the classes that answers are chosen from, one a line"),
+    ("TEST.REAL_LABELS", "", _str, "--eval: real.json of the ReaL labels (a list of labels an image); empty is the one that timm carries"),
+    ("TEST.PER_CLASS", "", _str, "--eval: CSV file for each class's recall, precision, F1 and what it is mostly taken for"),
+    ("TEST.PREDICTIONS", "", _str, "file (.npz) for the prediction of every image under --eval; empty writes none"),
     ("TEST.SEQUENTIAL", False, _bool, "accepted from old files; evaluation is always exact"),
     ("TEST.SHUFFLE", False, _bool, "accepted from old files; has no effect"),
 ]
@@ -438,20 +469,26 @@ def _nearest(word: str, names: Iterable[str]) -> str:
 
 def _unknown(key: str, where: str) -> ConfigError:
     near = _nearest(key, _KIND)
-    return ConfigError(f"{where}: unknown key {key}" + (f"; did you mean {near}?" if near else "; see --help for all keys"))
+    return ConfigError(f"{where}: unknown key {key}" + (f"; did you mean {near}?" if near else "; see --help-keys for all keys"))
 
 
-def _set(root: CfgNode, key: str, raw: Any, where: str) -> None:
+def converted(key: str, raw: Any, what: str) -> Any:
+    """The value of ``key`` that ``raw`` stands for; ``what`` names it in the ``ConfigError`` for another kind of value."""
+    try:
+        return _KIND[key](raw)
+    except ValueError as error:
+        raise ConfigError(f"{what} takes {error}, not {raw!r}") from None
+
+
+def _set(root: CfgNode, key: str, raw: Any, where: str, source: str = "") -> None:
+    """``where`` is said in messages; ``source``, or else ``where``, is remembered as the value's origin."""
     key = _canonical(key)
     if key not in _KIND:
         if key in _SECTIONS:
             raise ConfigError(f"{where}: {key} is a section; give one of its keys, such as "
                               f"{next(k for k in _KIND if k.startswith(key + '.'))}")
         raise _unknown(key, where)
-    try:
-        value = _KIND[key](raw)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {key} takes {error}, not {raw!r}") from None
+    value = converted(key, raw, f"{where}: {key}")
     if key == "MODEL.TYPE":
         value = _TYPE_ALIASES.get(value, value)
     *sections, leaf = key.split(".")
@@ -459,6 +496,20 @@ def _set(root: CfgNode, key: str, raw: Any, where: str) -> None:
     for section in sections:
         node = node[section]
     node[leaf] = value
+    root.__dict__.setdefault(_HISTORY, {}).setdefault(key, []).append((source or where, value))
+
+
+_HISTORY = "history"  # attribute of the root beside the tree: key -> [(source, value), ...]
+COMMAND_LINE = "command line"
+
+
+def history(config: CfgNode) -> dict[str, list[tuple[str, Any]]]:
+    """Where the values come from: key -> (source, value) of everyone who set it, the last of which counts.
+
+    A source is ``FILE:line``, ``base FILE:line``, ``command line``, ``checkpoint FILE`` or ``derived from KEY``. Keys that nobody set
+    have their default and are not listed.
+    """
+    return dict(config.__dict__.get(_HISTORY, {}))
 
 
 def _walk(node: yaml.MappingNode, prefix: str, name: str, loader: yaml.Loader) -> Iterable[tuple[str, Any, str]]:
@@ -529,7 +580,7 @@ def _merge_file(root: CfgNode, path: str, stack: tuple[str, ...] = ()) -> None:
                 _merge_file(root, os.path.join(os.path.dirname(path), base), (*stack, real))
     for key, value, where in entries:
         if key != "BASE":
-            _set(root, key, value, where)
+            _set(root, key, value, where, f"base {where}" if stack else where)
 
 
 def _finish(root: CfgNode, opts: Sequence[str] | None) -> CfgNode:
@@ -537,9 +588,9 @@ def _finish(root: CfgNode, opts: Sequence[str] | None) -> CfgNode:
     if len(opts) % 2:
         raise ConfigError(f"--opts takes pairs of KEY VALUE; {opts[-1]!r} has no partner")
     for key, raw in zip(opts[::2], opts[1::2], strict=True):
-        _set(root, key, raw, "--opts")
+        _set(root, key, raw, "--opts", COMMAND_LINE)
     if root.TRAIN.LR_SCHEDULER.WARMUP_PREFIX is None:
-        root.TRAIN.LR_SCHEDULER.WARMUP_PREFIX = root.MODEL.TYPE != "crossformer"
+        _set(root, "TRAIN.LR_SCHEDULER.WARMUP_PREFIX", root.MODEL.TYPE != "crossformer", "MODEL.TYPE", "derived from MODEL.TYPE")
     check(root)
     root.freeze()
     return root
@@ -562,8 +613,33 @@ def config_from_text(text: str, opts: Sequence[str] | None = None, name: str = "
     root = default_config()
     for key, value, where in _read_yaml(text, name):
         if key != "BASE":
-            _set(root, key, value, where)
+            _set(root, key, value, where, name if name == "checkpoint" else f"checkpoint {name}")
     return _finish(root, opts)
+
+
+def config_for_another_command(text: str, data_path: str, opts: Sequence[str], name: str) -> CfgNode:
+    """The config in the checkpoint ``name``, without what the command that wrote it asked for itself; its data lie at ``data_path``."""
+    root = default_config()
+    for key, value, where in _read_yaml(text, name):
+        if key != "BASE" and not of_the_command(key):
+            _set(root, key, value, where, f"checkpoint {name}")
+    _set(root, "DATA.DATA_PATH", data_path, name, f"checkpoint {name}")
+    return _finish(root, opts)
+
+
+def with_values(config: CfgNode, values: Mapping[str, Any], source: str) -> CfgNode:
+    """A frozen copy of ``config`` with other values, which come from ``source``.
+
+    Raises:
+        ConfigError: an impossible value.
+    """
+    root = config.clone()
+    root.defrost()
+    for key, value in values.items():
+        _set(root, key, value, source)
+    check(root)
+    root.freeze()
+    return root
 
 
 # --------------------------------------------------------------------------------------------------
@@ -580,7 +656,8 @@ def lookup(config: CfgNode, key: str) -> Any:
 
 # What one command asks for; the config in a checkpoint that it left must not ask for it again, and no recipe depends on it.
 COMMAND_NODES = ("PREDICT", "EXPORT", "REPORT", "SHOW", "PLAN", "COMPARE", "DOCTOR")
-COMMAND_KEYS = ("TRAIN.AUTO_RESUME", "TRAIN.ACCEPT_CHANGES", "EVAL_MODE", "THROUGHPUT_MODE", "DOCTOR_MODE", "LOCAL_RANK")
+COMMAND_KEYS = ("TRAIN.AUTO_RESUME", "TRAIN.ACCEPT_CHANGES", "EVAL_MODE", "THROUGHPUT_MODE", "DOCTOR_MODE", "LOCAL_RANK",
+                "TEST.FLIP", "TEST.LABELS", "TEST.REAL_LABELS", "TEST.PER_CLASS", "TEST.PREDICTIONS")
 
 
 def of_the_command(key: str) -> bool:
@@ -623,6 +700,8 @@ def check(config: CfgNode) -> None:
     require(config.AMP_OPT_LEVEL in ("", "O0", "O1", "O2"), "AMP_OPT_LEVEL", "it is O0, O1 or O2; PRECISION is the newer key")
     if config.DATA.INTERPOLATION is not None:
         one_of("DATA.INTERPOLATION", ("bicubic", "bilinear", "lanczos", "nearest", "random"))
+    one_of("TEST.FLIP", ("none", "logits", "probabilities"))
+    require(len(config.COMPARE.FILES) in (0, 2), "COMPARE.FILES", "two checkpoints are compared")
     one_of("DATA.DECODER", ("auto", "fast", "pillow"))
     one_of("DATA.AUGMENT_ON", ("auto", "worker", "device"))
     one_of("DATA.DATASET", ("imagenet", "imagenet22K", "folder", "lists", "zip", "tar", "huggingface", "digits"))
@@ -632,7 +711,8 @@ def check(config: CfgNode) -> None:
         require(lookup(config, key) >= 1, key, "it must be at least 1")
     for key in ("MODEL.NUM_CLASSES", "TRAIN.WARMUP_EPOCHS", "TRAIN.WEIGHT_DECAY", "TRAIN.CLIP_GRAD", "TRAIN.SAVE_EVERY_STEPS",
                 "TRAIN.KEEP_CHECKPOINTS", "TRAIN.LR_BATCH", "TRAIN.SAVE_EVERY_MINUTES", "TRAIN.SKIP_BUDGET", "TRAIN.ROLLBACKS",
-                "TEST.BATCH_SIZE", "AUG.MIXUP", "AUG.CUTMIX", "AUG.COLOR_JITTER", "SEED"):
+                "TRAIN.TENSORBOARD_HISTOGRAMS", "TRAIN.GLOBAL_BATCH", "TEST.BATCH_SIZE", "AUG.MIXUP", "AUG.CUTMIX",
+                "AUG.COLOR_JITTER", "SEED"):
         require(lookup(config, key) >= 0, key, "it must not be negative")
     for key in ("DATA.CORRUPT_BUDGET", "DATA.READ_PATIENCE", "DATA.TIMEOUT"):
         require(lookup(config, key) >= 0, key, "it must not be negative")
@@ -643,6 +723,9 @@ def check(config: CfgNode) -> None:
     require(config.DATA.STREAM_IMAGES >= 0, "DATA.STREAM_IMAGES", "it is a number of images, or 0 to ask the stream")
     require(config.DATA.STREAM_BUFFER >= 1, "DATA.STREAM_BUFFER", "it must be positive")
     require(config.DATA.NUM_WORKERS >= -1, "DATA.NUM_WORKERS", "it is a number of processes, or -1 to choose it")
+    require(not (config.PLAN.FIT and (config.EVAL_MODE or config.THROUGHPUT_MODE)), "PLAN.FIT",
+            "--fit chooses the micro-batch of training; leave it out with --eval and --throughput")
+    require(config.PLAN.SECONDS >= 0, "PLAN.SECONDS", "it must not be negative")
     require(config.DIST_TIMEOUT > 0, "DIST_TIMEOUT", "it is a number of minutes above 0")
     require(train.BASE_LR > 0, "TRAIN.BASE_LR", "a learning rate must be above 0")
     require(train.BASE_LR <= 1000, "TRAIN.BASE_LR", "no training survives that learning rate")
@@ -670,6 +753,9 @@ def check(config: CfgNode) -> None:
         require(0 <= lookup(config, key) <= 1, key, "a probability lies between 0 and 1")
     require(len(aug.SCALE) == 2 and 0 < aug.SCALE[0] <= aug.SCALE[1] <= 1, "AUG.SCALE", "two shares of the image, rising, in (0, 1]")
     require(len(aug.RATIO) == 2 and 0 < aug.RATIO[0] <= aug.RATIO[1], "AUG.RATIO", "two aspect ratios, rising")
+    one_of("TRAIN.REPORT", ("none", "html", "png"))
+    one_of("TRACKER", ("none", "trackio", "wandb"))
+    require(len(config.REPORT.DIFF) in (0, 2), "REPORT.DIFF", "two are compared: --diff A B")
     one_of("AUG.REMODE", ("const", "rand", "pixel"))
     one_of("AUG.MIXUP_MODE", ("batch", "pair", "elem"))
     if aug.CUTMIX_MINMAX is not None:

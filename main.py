@@ -1,8 +1,15 @@
 """Train, evaluate and time hierarchical vision transformers: one process or many, CPU or GPU.
 
     python main.py --cfg configs/quickstart.yaml
+        a small model on handwritten digits, two minutes on two CPU cores; the same command again continues a run that was stopped
     torchrun --nproc_per_node 8 main.py --cfg configs/crossformer_t.yaml --data-path imagenet
+        train on eight GPUs; any key of the recipe can be changed: --opts TRAIN.EPOCHS 100 AUG.MIXUP 0
+    python main.py --resume output/crossformer_tiny/default/last.pth --epochs 400
+        go on from a checkpoint, which holds its recipe
     python main.py --eval --resume output/crossformer_tiny/default/best.pth
+        judge a checkpoint; nothing else is needed
+    python main.py --show-batch batch.png --cfg configs/crossformer_t.yaml --data-path imagenet
+        look at what the model will be given, before it trains
     python main.py --predict cat.jpg photos/ --resume output/crossformer_tiny/default/best.pth
     python main.py --export model.onnx --resume output/crossformer_tiny/default/best.pth
 """
@@ -11,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import importlib
 import multiprocessing
 import os
@@ -19,9 +25,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from config import ConfigError, describe_keys, get_config, lookup, takes_standard_output
+from config import KEYS, ConfigError, converted, get_config, lookup, takes_standard_output
+from utils.command_line import Formatter, Parser, Tell, metavar, odd_opts, require_config_file, unknown
+from utils.completion import SHELLS
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_DATA, EXIT_NUMBERS, EXIT_STOPPED = 1, 2, 3, 4, 75
 
@@ -31,7 +39,12 @@ MANY = "*"  # the flag takes one argument or more, a list
 # underscore are understood. No flag has a default, so none beats the YAML unless it is given.
 FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("what to do", "--eval", "EVAL_MODE", "True", "evaluate and stop; with --resume of a checkpoint of ours nothing else is needed"),
+    ("what to do", "--compare", "COMPARE.FILES", MANY, "two checkpoints: judge both on the same images, with a paired test"),
     ("what to do", "--throughput", "THROUGHPUT_MODE", "True", "measure images per second of the forward pass and of training"),
+    ("what to do", "--show-batch", "SHOW.BATCH", None, "PNG file: draw the first training batch with its labels, as the model sees it"),
+    ("what to do", "--show-attention", "SHOW.ATTENTION", None, "image: draw which tokens of it a CrossFormer's token attends to"),
+    ("what to do", "--show-token", "SHOW.TOKEN", None, "y,x in pixels of the model's input: that token; else the one in the centre"),
+    ("what to do", "--show-file", "SHOW.FILE", None, "PNG file for the attention; else attention.png"),
     ("what to do", "--doctor", "DOCTOR_MODE", "True", "read all images, report what is wrong and what mends it; status 3 for errors"),
     ("what to do", "--doctor-json", "DOCTOR.JSON", None, "file for the doctor's report as JSON; - is standard output"),
     ("what to do", "--predict", "PREDICT.PATHS", MANY, "classes of images: files, folders, 'patterns/*.png', lists in .txt files (a path a "
@@ -42,6 +55,10 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("what to do", "--features", "PREDICT.FEATURES", None, "file.npy or file.safetensors for the features before the classifier"),
     ("what to do", "--sheet", "PREDICT.SHEET", None, "file.png for a picture of the images and their classes"),
     ("what to do", "--export", "EXPORT.FILE", None, "write the model as file.onnx, file.pt2, or a folder that timm opens; with --resume"),
+    ("what to do", "--report", "REPORT.RUNS", MANY, "write a run folder's report.html; of several runs a comparison"),
+    ("what to do", "--diff", "REPORT.DIFF", MANY, "show how two runs, checkpoints or YAML files differ"),
+    ("what to do", "--print-config", "REPORT.CONFIG", "True", "print the config with the source of every value, and stop"),
+    ("what to do", "--plan", "PLAN.RUN", "True", "dry run: memory, speed, time and disk that the run will take; status 1: it does not fit"),
     ("data", "--data-path", "DATA.DATA_PATH", None, "folder with train/ and val/"),
     ("data", "--data-set", "DATA.DATASET", None, "imagenet, folder, lists, zip, tar, huggingface or digits"),
     ("data", "--batch-size", "DATA.BATCH_SIZE", None, "images per process and micro-batch"),
@@ -62,7 +79,13 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("training", "--weight-decay", "TRAIN.WEIGHT_DECAY", None, "weight decay"),
     ("training", "--optim", "TRAIN.OPTIMIZER.NAME", None, "adamw, sgd or any timm optimizer"),
     ("training", "--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", None, "micro-batches per optimizer step"),
+    ("training", "--fit", "PLAN.FIT", "True", "the largest micro-batch that fits into memory, accumulated to the recipe's global batch"),
+    ("training", "--global-batch", "TRAIN.GLOBAL_BATCH", None, "images a step over all processes, for --fit to keep"),
     ("training", "--use-checkpoint", "TRAIN.USE_CHECKPOINT", "True", "activation checkpointing, to save memory"),
+    ("evaluation", "--labels", "TEST.LABELS", None, "ImageNet's variants: auto, imagenet, v2, a, r, sketch, real, or a file of classes"),
+    ("evaluation", "--real-labels", "TEST.REAL_LABELS", None, "real.json, where another than timm's is to be used"),
+    ("evaluation", "--per-class", "TEST.PER_CLASS", None, "CSV file for the figures of each class"),
+    ("evaluation", "--test-flip", "TEST.FLIP", "logits", "judge the mean logits of each image and its mirror image"),
     ("device", "--device", "DEVICE", None, "auto, cpu, cuda, cuda:N or mps"),
     ("device", "--precision", "PRECISION", None, "auto, fp32, bf16 or fp16"),
     ("device", "--disable-amp", "AMP_ENABLE", "False", "compute in fp32"),
@@ -72,9 +95,22 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
 # (config, content of --resume's file or None, device, logger) and returns an exit status, or nothing for 0.
 MODES: list[tuple[str, str, str]] = [
     ("THROUGHPUT_MODE", "utils.modes", "measure_throughput"),
+    ("SHOW.BATCH", "utils.show", "show_batch"),
+    ("SHOW.ATTENTION", "utils.attention", "show_attention"),
+    ("COMPARE.FILES", "utils.compare", "compare_run"),
     ("PREDICT.PATHS", "utils.predict", "predict_run"),
     ("EXPORT.FILE", "utils.export", "export_run"),
-    ("EVAL_MODE", "utils.modes", "evaluate_run"),
+    ("EVAL_MODE", "utils.evaluation", "evaluate_run"),
+    ("PLAN.RUN", "utils.plan", "plan_run"),
+]
+
+# Modes that need neither a model nor a device, nor torch where --resume names no checkpoint; they are looked at first.
+# (key, module, function); a function takes (config, logger) and returns an exit status.
+QUICK_MODES: list[tuple[str, str, str]] = [
+    ("REPORT.CONFIG", "utils.settings", "print_config"),
+    ("REPORT.DIFF", "utils.settings", "print_differences"),
+    ("REPORT.RUNS", "utils.report", "report_runs"),
+    ("DOCTOR_MODE", "utils.doctor", "examine_run"),
 ]
 
 # Flags of the Swin and CrossFormer trainers that mean something else here: the key they set, and one line of advice.
@@ -88,23 +124,29 @@ OLD_FLAGS: list[tuple[str, str, str | None, str]] = [
 ]
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are one sentence, with the nearest flags."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+# Flags that print something and stop, before torch is imported: (flag, how many values, module, function, metavar, help).
+ABOUT: list[tuple[str, int | str, str, str, str | None, str]] = [
+    ("--help-keys", "?", "utils.command_line", "keys_text", "WORD", "list the keys for --opts and YAML files, or those that hold WORD"),
+    ("--version", 0, "utils.about", "version_text", None, "print the versions of this program, Python, torch and timm"),
+    ("--env", 0, "utils.about", "environment_text", None, "print a description of this machine for a bug report, without names or paths"),
+    ("--completion", 1, "utils.completion", "completion_text", "SHELL", "print a completion script for bash, zsh or fish"),
+]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; every flag sets a key of the config."""
-    parser = _Parser(
-        prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        epilog="keys for --opts and YAML files, with their defaults:\n" + describe_keys() + "\n\nexit status: 0 done, 1 failure, "
-               "2 usage or configuration, 3 data or checkpoint unusable,\n4 loss, gradients or weights are no longer finite, "
-               "75 stopped by a signal with a checkpoint written\n(the same command continues); torchrun reports 1 for any of them")
+    """The command line; every flag sets a key of the config, or prints something and stops."""
+    parser = Parser(
+        prog="main.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        epilog=f"{len(KEYS)} keys for --opts and YAML files: --help-keys lists them, --help-keys MIXUP those with that word.\n"
+               "Flags may be written with underscores too.\n\n"
+               "exit status: 0 done, 1 failure, 2 usage or configuration, 3 data or checkpoint unusable,\n"
+               "4 loss, gradients or weights are no longer finite, 75 stopped by a signal with a checkpoint written\n"
+               "(the same command continues); torchrun reports 1 for any of them")
     parser.add_argument("--cfg", metavar="FILE", help="YAML file of the config tree; its BASE files are merged first")
-    parser.add_argument("--opts", metavar="KEY VALUE", nargs="*", action="extend", help="any keys of the tree, listed below")
+    parser.add_argument("--opts", metavar="KEY VALUE", nargs="*", action="extend", help="any keys of the tree (--help-keys)")
+    for flag, values, module, function, name, meaning in ABOUT:
+        parser.add_argument(flag, action=Tell, nargs=values if values != 1 else None, module=module, function=function, metavar=name,
+                            help=meaning, choices=SHELLS if flag == "--completion" else None)
     groups: dict[str, Any] = {}
     for title, flag, _, fixed, meaning in FLAGS:
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
@@ -122,7 +164,7 @@ def _add_flag(group: Any, flag: str, fixed: str | None, meaning: str) -> None:
     if fixed in (None, MANY):
         # "+": at least one; repeated flags add up
         several = dict(nargs="+", action="extend") if fixed == MANY else {}
-        group.add_argument(*spellings, dest=destination, metavar=destination.upper(), help=meaning, **several)
+        group.add_argument(*spellings, dest=destination, metavar=metavar(flag), help=meaning, **several)
     else:
         group.add_argument(*spellings, dest=destination, action="store_const", const=fixed, help=meaning)
 
@@ -134,17 +176,15 @@ def parse(argv: Sequence[str] | None = None) -> tuple[str | None, list[str], lis
         ConfigError: an unknown flag, with the nearest known ones.
     """
     parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        word = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-        what = "unknown flag" if word.startswith("-") else "unexpected argument"
-        raise ConfigError(f"{what} {word}" + (f"; did you mean {', '.join(near)}?" if near else "; see --help"))
+    args, left_over = parser.parse_known_args(argv)
+    if left_over:
+        raise unknown(left_over[0], parser)
     given = vars(args)
     opts, advice = list(given.get("opts", [])), []
+    odd_opts(opts)
     for _, flag, key, _, _ in FLAGS:
         if (value := given.get(flag[2:].replace("-", "_"))) is not None:
+            converted(key, value, flag)  # a mistake is told under the name that was typed
             opts += [key, value]
     for flag, key, _, line in OLD_FLAGS:
         if (value := given.get(flag[2:].replace("-", "_"))) is not None:
@@ -156,10 +196,12 @@ def parse(argv: Sequence[str] | None = None) -> tuple[str | None, list[str], lis
 def run(argv: Sequence[str] | None = None) -> int:
     """Read the command line and the config, choose the mode, do it."""
     cfg_file, opts, advice = parse(argv)
-    if "DOCTOR_MODE" in opts and "MODEL.RESUME" not in opts:
+    if cfg_file:
+        require_config_file(cfg_file)
+    if "MODEL.RESUME" not in opts and any(key in opts[::2] for key, *_ in QUICK_MODES):
         config = get_config(cfg_file, opts)
-        if config.DOCTOR_MODE:
-            return _doctor(config, advice)
+        if (mode := _asked_for(QUICK_MODES, config)) and not config.MODEL.RESUME:
+            return _quick(mode, config, advice)
     # torch and timm take seconds to import: not before the command line has been understood.
     from utils import distributed
     from utils.device import choose_device
@@ -167,29 +209,30 @@ def run(argv: Sequence[str] | None = None) -> int:
     from utils.modes import resolve_config
 
     config, content = resolve_config(cfg_file, opts)
-    if config.DOCTOR_MODE:
-        return _doctor(config, advice)
+    if mode := _asked_for(QUICK_MODES, config):
+        return _quick(mode, config, advice)
     device = choose_device(config.DEVICE, distributed.local_rank())
     distributed.init(device, config.DIST_TIMEOUT)
     logger = create_logger(distributed.is_main(), takes_standard_output(config))
     for line in advice:
         logger.info(line)
-    wanted = (mode for mode in MODES if lookup(config, mode[0]))
-    _, module, function = next(wanted, ("", "utils.modes", "train_run"))
+    _, module, function = _asked_for(MODES, config) or ("", "utils.modes", "train_run")
     status = getattr(importlib.import_module(module), function)(config, content, device, logger)
     distributed.shutdown()
     return status or 0
 
 
-def _doctor(config: Any, advice: Sequence[str]) -> int:
-    """The one mode that needs neither torch nor a model."""
-    from utils.doctor import examine_run
+def _asked_for(modes: Sequence[tuple[str, str, str]], config: Any) -> tuple[str, str, str] | None:
+    return next((mode for mode in modes if lookup(config, mode[0])), None)
+
+
+def _quick(mode: tuple[str, str, str], config: Any, advice: Sequence[str]) -> int:
     from utils.logger import create_logger
 
     logger = create_logger(True, takes_standard_output(config))
     for line in advice:
         logger.info(line)
-    return examine_run(config, logger)
+    return getattr(importlib.import_module(mode[1]), mode[2])(config, logger)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,7 +241,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows every line
     try:
-        return run(argv)
+        try:
+            return run(argv)
+        finally:
+            if progress := sys.modules.get("utils.progress"):
+                progress.end()  # what is said next begins on a clean line
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except ConfigError as error:
@@ -212,13 +259,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: Exception) -> int:
-    import torch
-
     from data import DataError
     from models.weights import CheckpointError
     from utils import distributed
     from utils.engine import NumericError
     from utils.export import ExportError
+    from utils.fit import Unfit
+    from utils.memory import is_out_of_memory
     from utils.session import SaveError
     from utils.signals import Stopped
 
@@ -230,7 +277,7 @@ def _explain(error: Exception) -> int:
         return _fail(text, EXIT_NUMBERS)
     if isinstance(error, Stopped):
         return _fail(text, EXIT_STOPPED)
-    if isinstance(error, (SaveError, ExportError)):
+    if isinstance(error, (SaveError, ExportError, Unfit)):
         return _fail(text, EXIT_FAILURE)
     if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(error, RuntimeError) and any(
             word in text for word in ("gloo", "NCCL", "Connection reset", "Connection closed", "DistBackendError", "Broken pipe")):
@@ -241,9 +288,9 @@ def _explain(error: Exception) -> int:
                                                         everywhere=True)
     if isinstance(error, ValueError) and "Expected more than 1 value per channel" in text:
         return _fail("batch norm needs more than one value a channel; raise --batch-size or --img-size", EXIT_USAGE)
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: not enough memory" in text:
-        return _fail("out of memory; halve --batch-size and double --accumulation-steps (the recipe stays the same), "
-                     "or add --use-checkpoint", EXIT_FAILURE, everywhere=True)
+    if is_out_of_memory(error):
+        return _fail("out of memory; add --fit, which takes a smaller micro-batch and keeps the recipe, or --use-checkpoint",
+                     EXIT_FAILURE, everywhere=True)
     if isinstance(error, OSError):
         return _fail(f"{error.filename or 'file system'}: {error.strerror or text}; what was saved before is intact",
                      EXIT_FAILURE, everywhere=True)

@@ -24,6 +24,7 @@ from data.errors import DataError, UnreadableImage
 from data.index import Index, cached, names_of, store_names
 from data.names import PackedNames, is_hidden, is_image
 from data.source import Source
+from data.watch import tick
 
 LARGEST_MEMBER = 256 << 20  # bytes; no encoded image is larger, and a bomb unpacks to no more
 _OPEN_FILES = 16  # archives that a process keeps open: shards come in thousands
@@ -145,7 +146,9 @@ def members(path: str, notices: list[str]) -> Iterator[Member]:
     passed: dict[str, list[str]] = {}
     try:
         listed = _zip_members(path, passed) if path.lower().endswith(".zip") else _tar_members(path, passed)
-        for member in listed:
+        for number, member in enumerate(listed):
+            if number % 256 == 0:
+                tick(path, number)
             parts = member.name.split("/")
             if member.name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
                 passed.setdefault("whose names lead outside", []).append(member.name)

@@ -32,6 +32,8 @@ from data.source import Source
 from data.stream_batches import StreamEvalImages, StreamSampler, StreamShard, StreamTrainImages
 from data.streams import Stream, is_stream, open_streams
 
+Naming = Callable[[Sequence[str]], Sequence[str] | None]  # from the names of class folders to those of the classifier
+
 
 @dataclass
 class Loaders:
@@ -72,14 +74,15 @@ class Loaders:
 
 
 def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: Sequence[str] = ("train", "val"),
-                  classes: Sequence[str] | None = None, device: torch.device | str = "cpu", published: bool = False) -> Loaders:
+                  classes: Sequence[str] | Naming | None = None, device: torch.device | str = "cpu", published: bool = False) -> Loaders:
     """Loaders of the splits asked for; a split that is not asked for is not touched.
 
     Args:
         rank, world_size: this process's place among all.
         splits: of ``"train"`` and ``"val"``.
-        classes: class names to match the folders against (those of a checkpoint); None takes the training folder's, or
-            without training the evaluation folder's.
+        classes: class names to match the folders against (those of a checkpoint), or what chooses them knowing the folders'
+            names (for evaluation alone; a stream has none to show); None takes the training folder's, or without training
+            the evaluation folder's.
         device: where batches arrive.
         published: whether weights of others are to be judged, on the pixels that their authors had.
 
@@ -100,7 +103,8 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     notices += lines + more
 
     if is_stream(root):
-        return _stream_loaders(config, rank, world_size, open_streams(config, splits, classes), train_way, val_way, device, notices)
+        return _stream_loaders(config, rank, world_size, open_streams(config, splits, classes(()) if callable(classes) else classes),
+                               train_way, val_way, device, notices)
     if config.DATA.VAL_PATH:
         raise ConfigError(f"DATA.VAL_PATH is for streams alone, and {root} is none; leave it empty")
 
@@ -108,19 +112,20 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     layout = recognise(root, Options.of(config), splits)
     listing = beside(config.DATA.CLASS_NAMES, root)
 
-    def read_split(split: str, classes: Sequence[str] | None) -> Source | None:
+    def read_split(split: str, classes: Sequence[str] | Naming | None) -> Source | None:
         if split not in layout.open:
             return None
         source = layout.open[split]()
-        return join(choose_classes(source, listing) if listing else source, classes)
+        source = choose_classes(source, listing) if listing else source
+        return join(source, classes(source.classes) if callable(classes) else classes)
 
     train_folder = read_split("train", classes)
     if train_folder is not None and config.DATA.SUBSET < 1:
         train_folder = subset(train_folder, config.DATA.SUBSET, config.SEED)
-    names = list(classes) if classes is not None else train_folder.classes if train_folder else None
+    names = train_folder.classes if classes is None and train_folder else classes
     val_folder = read_split("val", names)
     folders = [f for f in (train_folder, val_folder) if f is not None]
-    names = names if names is not None else folders[0].classes
+    names = folders[0].classes if names is None or callable(names) else names
     for folder in folders:
         notices += folder.notices
     if config.MODEL.NUM_CLASSES and len(names) != config.MODEL.NUM_CLASSES:

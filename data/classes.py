@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import resources
 
 import numpy as np
 
@@ -44,6 +45,20 @@ def join(source: Source, classes: Sequence[str] | None) -> Source:
         source.notices.append(f"warning: {source.root}: {len(absent)} classes without a folder ({some(absent)})")
     source.targets, source.classes = table[source.targets] if len(table) else source.targets, names
     return source
+
+
+def imagenet_classes() -> list[str]:
+    """The WordNet ids of ImageNet's 1,000 classes in the order of every published classifier, from timm's list."""
+    from timm.data import ImageNetInfo
+    return list(ImageNetInfo("imagenet-1k").label_names())
+
+
+def carried_by_timm(name: str) -> str | None:
+    """The text of one of the lists that timm brings along, such as ``imagenet_a_synsets.txt``; None where it does not."""
+    try:
+        return (resources.files("timm.data") / "_info" / name).read_text(encoding="utf-8")
+    except (OSError, ModuleNotFoundError):
+        return None
 
 
 def some(names: Sequence[str], count: int = 5) -> str:

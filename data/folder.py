@@ -14,6 +14,7 @@ from data.errors import DataError
 from data.index import Index, cached, names_of, store_names
 from data.names import IMAGE_EXTENSIONS, PackedNames, is_hidden, is_image
 from data.source import Source
+from data.watch import tick
 
 VAL_NAMES = ("val", "validation")
 _THREADS = 16
@@ -69,7 +70,10 @@ def _index_folder(root: str) -> tuple[Index, list[str]]:
                         + ("; sort them into a folder a class, or give the file of their labels with DATA.VAL_LABELS" if loose else ""))
     # Threads wait for the disk or the network together; the listing itself is quick.
     with ThreadPoolExecutor(min(_THREADS, len(classes))) as pool:
-        found = list(pool.map(_images_below, [os.path.join(root, name) for name in classes]))
+        found, images = [], 0
+        for below in pool.map(_images_below, [os.path.join(root, name) for name in classes]):
+            found.append(below)
+            tick(root, images := images + len(below[0]))
     skip = len(os.path.join(root, ""))
     counts = [len(images) for images, _ in found]
     if not sum(counts):
@@ -95,7 +99,8 @@ def scan_folder(root: str, classes: Sequence[str] | None = None, cache: str | No
     names, targets = list(names_of(index, "classes")), index["targets"]
     empty = [names[i] for i in np.flatnonzero(np.bincount(targets, minlength=len(names)) == 0)]
     notices = [f"warning: {root}: {len(empty)} empty class folders ({some(empty)})"] if empty else []
-    return join(ImageFolder(root, names, names_of(index, "names"), targets, notices), classes)
+    found = ImageFolder(root, names, names_of(index, "names"), targets, notices)
+    return found if classes is None else join(found, classes)
 
 
 def scan_flat(root: str) -> ImageFolder:

@@ -90,6 +90,8 @@ def recognise(root: str, options: Options, splits: Iterable[str] = ("train", "va
         raise DataError(f"{root}: no such data folder; give the folder that holds train/ and val/ with --data-path")
     find = _in_file if os.path.isfile(root) else _in_folder
     found = {split: find(root, split, options) for split in splits}
+    if list(found) == ["val"] and found["val"] is None:
+        found["val"] = _bare(root, options)
     for split, what in found.items():
         if what is None:
             raise _nothing(root, split, options)
@@ -243,6 +245,23 @@ def _without_split(root: str, split: str, options: Options) -> Found | None:
         return None
     name, opened = whole
     return f"{name} without a split", lambda: selection.split(opened(), options.val_fraction, split)
+
+
+def _bare(root: str, options: Options) -> Found | None:
+    """Class folders alone, as ImageNet-V2, -A, -R and -Sketch are handed out: all of them for evaluation."""
+    splits = {name for names in SPLIT_NAMES.values() for name in names}
+    if not os.path.isdir(root) or not options.allows("folder") or os.path.basename(os.path.abspath(root)) in splits:
+        return None
+    folders = [e for e in entries(root) if e.is_dir()]
+    if splits & {e.name for e in folders} or _root_below(root) or not any(_holds_images(e.path) for e in folders):
+        return None
+
+    def scan() -> Source:
+        source = scan_folder(root, cache=options.cache)
+        source.notices.insert(0, f"notice: {root}: has no val/; all of its class folders are evaluated")
+        return source
+
+    return "class folders", scan
 
 
 # --------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def tiny_cfg(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A YAML file that trains a 40,000-parameter CrossFormer with everything random switched on."""
     path = tmp_path_factory.mktemp("cfg") / "tiny.yaml"
     path.write_text(f"DATA: {{DATASET: folder, DATA_PATH: '{images}', IMG_SIZE: 32, BATCH_SIZE: 8, NUM_WORKERS: 0}}\n"
-                    + TINY_MODEL + "TRAIN: {EPOCHS: 2, WARMUP_EPOCHS: 0.5, BASE_LR: 0.05, EMA_DECAY: 0.9}\nPRINT_FREQ: 2\n")
+                    + TINY_MODEL + "TRAIN: {EPOCHS: 2, WARMUP_EPOCHS: 0.5, BASE_LR: 0.05, EMA_DECAY: 0.9, REPORT: html}\nPRINT_FREQ: 2\n")
     return path
 
 

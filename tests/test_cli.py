@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +15,78 @@ import main
 from config import ConfigError
 
 
-def test_help_lists_flags_in_groups_and_every_key() -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "main.py"), "--help"], env=environment(), capture_output=True, text=True,
-                          timeout=60, check=False)
-    assert done.returncode == 0
-    for word in ("weights and runs:", "understood from other trainers:", "--accumulation_steps", "TRAIN.LR_SCHEDULER.WARMUP_PREFIX",
-                 "exit status"):
+def test_help_begins_with_commands_and_lists_every_flag() -> None:
+    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "main.py"), "--help"], env=environment(), capture_output=True,
+                          text=True, timeout=60, check=False)
+    assert done.returncode == 0 and not re.search(r"\| +(torch|timm|numpy)$", done.stderr, re.M)
+    for word in ("weights and runs:", "understood from other trainers:", "exit status", "--help-keys"):
         assert word in done.stdout
+    commands = [line.split() for line in done.stdout.split("options:")[0].splitlines() if "main.py --" in line and "usage" not in line]
+    assert len(commands) >= 5
+    for command in commands:
+        main.parse(command[command.index("main.py") + 1:])
+    for _, flag, *_ in main.FLAGS:
+        assert re.search(rf"^  {flag}\b", done.stdout, re.M), flag
+
+
+def stopped(program, *arguments: str) -> str:
+    done = program(*arguments)
+    assert done.returncode == 0 and not done.stderr
+    return done.stdout
+
+
+def test_keys_are_listed_and_searched(program) -> None:
+    everything, few = stopped(program, "--help-keys"), stopped(program, "--help-keys", "mixup")
+    assert "TRAIN.LR_SCHEDULER.WARMUP_PREFIX" in everything
+    assert "AUG.MIXUP_PROB" in few and "WARMUP_PREFIX" not in few and all("mixup" in line.lower() for line in few.splitlines())
+
+
+def test_version_and_environment_name_no_person_and_no_place(program, monkeypatch: pytest.MonkeyPatch) -> None:
+    import platform
+    import socket
+
+    import timm
+    import torch
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("TORCH_HOME", "/home/somebody/cache")
+    versions, text = stopped(program, "--version"), stopped(program, "--env")
+    for output in (versions, text):
+        assert platform.python_version() in output
+        assert timm.__version__ in output and torch.__version__.partition("+")[0] in output and (torch.version.cuda or "") in output
+    assert "OMP_NUM_THREADS=3" in text and "somebody" not in text
+    assert str(ROOT) not in text and socket.gethostname() not in text.replace("localhost", "") and str(Path.home()) not in text
+
+
+def test_completion_in_bash(program) -> None:
+    """The script, run by bash: flags, words, YAML files alone after --cfg, keys and values in turn after --opts."""
+    (program.folder / "done.bash").write_text(stopped(program, "--completion", "bash"))
+    for name in ("a.yaml", "b.yml", "c.txt", "with blank.pth"):
+        (program.folder / name).write_text("")
+    script = """source done.bash
+        try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _trainer_main_py; printf '%s,' "${COMPREPLY[@]}"; echo; }
+        try python main.py --epo
+        try python main.py --eval --cfg ''
+        try ./main.py --precision b
+        try python main.py --opts TRAIN.EPO
+        try python main.py --opts TRAIN.EPOCHS TRAIN
+        try python main.py --opts TRAIN.EPOCHS 3 MODEL.TYPE swi
+        try python main.py --resume with
+        try python main.py --epochs ''
+        try python other.py --epo"""
+    done = subprocess.run(["bash", "-c", script], cwd=program.folder, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0 and not done.stderr, done
+    assert [set(line.strip(",").split(",")) for line in done.stdout.splitlines()] == [
+        {"--epochs"}, {"a.yaml", "b.yml"}, {"bf16"}, {"TRAIN.EPOCHS"}, {""}, {"swin"}, {"with blank.pth"}, {""}, {""}]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_scripts_of_other_shells_are_sound(shell: str, program) -> None:
+    text = stopped(program, "--completion", shell)
+    assert "precision" in text and "auto fp32 bf16 fp16" in text and "TRAIN.EPOCHS" in text
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    (program.folder / "done").write_text(text)
+    assert subprocess.run([shell, "-n", "done"], cwd=program.folder, capture_output=True, timeout=30, check=False).returncode == 0
 
 
 def test_no_flag_beats_the_yaml_unless_given() -> None:
@@ -52,15 +119,54 @@ def test_old_flags_are_accepted_with_one_line_of_advice(flags: str) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--epoch", "3"], ["unknown flag --epoch", "--epochs"]),
+    (["--epoch", "3"], ["unknown flag --epoch", "did you mean --epochs?"]),
     (["--batchsize=8"], ["unknown flag --batchsize", "--batch-size"]),
+    (["--batch-siz", "8"], ["did you mean --batch-size?"]),
     (["stray"], ["unexpected argument stray"]),
-    (["--epochs"], ["expected one argument"]),
+    (["--epochs"], ["--epochs needs a value"]),
+    (["--batch-size"], ["--batch-size needs a value"]),
+    (["--compare"], ["--compare needs at least one value"]),
+    (["--eval=yes"], ["--eval takes no value", "yes"]),
+    (["--epochs", "ten"], ["--epochs takes a whole number, not 'ten'"]),
+    (["--learning-rate", "0.1"], ["here it is --lr"]),
+    (["-j", "4"], ["here it is --num-workers"]),
+    (["--model", "swin"], ["--cfg configs/", "MODEL.TYPE timm"]),
+    (["--drop_path", "0.1"], ["--opts MODEL.DROP_PATH_RATE"]),
+    (["--TRAIN.CLIP_GRAD", "5"], ["it is a key: --opts TRAIN.CLIP_GRAD"]),
+    (["--Epochs", "3"], ["did you mean --epochs?"]),
+    (["TRAIN.LR", "0.1"], ["--opts TRAIN.LR"]),
+    (["--opts", "TRAIN.EPOCHS=3"], ["write key and value apart", "--opts TRAIN.EPOCHS 3"]),
+    (["configs/swin_t.yaml"], ["--cfg configs/swin_t.yaml"]),
+    (["best.pth"], ["--resume best.pth"]),
+    (["train"], ["training is what is done without"]),
+    (["test"], ["write --eval"]),
+    (["--completion", "tcsh"], ["choose from"]),
+    (["--help-keys", "nonsense"], ["no key"]),
 ])
-def test_unknown_flags_name_the_nearest(arguments: list[str], words: list[str]) -> None:
+def test_mistakes_name_what_was_meant(arguments: list[str], words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         main.parse(arguments)
-    assert all(word in str(caught.value) for word in words)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_advice_names_flags_and_keys_that_exist() -> None:
+    from config import KEYS
+    from utils.command_line import ELSEWHERE
+    flags = {flag for _, flag, *_ in main.FLAGS} | {"--cfg", "--opts"}
+    for words, advice in ELSEWHERE:
+        assert set(re.findall(r"--[a-z][a-z-]+(?![a-z_])", advice.replace("--nproc_per_node", ""))) <= flags, advice
+        assert set(re.findall(r"\b[A-Z]+[._][A-Z_.]*[A-Z]\b", advice)) <= {key for key, *_ in KEYS}, advice
+        assert not any(f"--{word}" in flags for word in words.split()), words
+
+
+def test_the_nearest_configuration_file_is_named(program) -> None:
+    (program.folder / "configs").mkdir()
+    (program.folder / "configs/mine.yaml").write_text("")
+    for asked in ("mine", "configs/mne.yaml", "mine.yml"):
+        done = program("--cfg", asked)
+        assert done.returncode == 2 and "did you mean configs/mine.yaml?" in done.stderr
+    done = program("--cfg", "elsewhere/other.yaml")
+    assert done.returncode == 2 and "no such configuration file" in done.stderr
 
 
 def test_mistakes_are_one_sentence_with_their_status(tiny_cfg: Path, images: Path, program) -> None:

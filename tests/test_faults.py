@@ -53,10 +53,10 @@ def same(a: Path, b: Path) -> list[str]:
 # Killed at the worst moment
 # --------------------------------------------------------------------------------------------------
 
-# Calls: .job and config.yaml sync twice and move once each; the checkpoint of step 3 syncs file and folder, then the link's folder, and
-# moves twice. So the first two wait inside the checkpoint of step 5 before the first evaluation; the last in the one after it, when
-# the line of metrics is written already.
-@pytest.mark.parametrize(("call", "after", "step"), [("fsync", 7, 3), ("replace", 4, 3), ("replace", 6, 5)])
+# Calls: .job, config.yaml and sources.json sync twice and move once each, history.jsonl syncs once; the checkpoint of step 3 syncs
+# file and folder, then the link's folder, and moves twice. So the first two wait inside the checkpoint of step 5 before the first
+# evaluation; the last in the one after it, when the line of metrics is written already, and its table has moved.
+@pytest.mark.parametrize(("call", "after", "step"), [("fsync", 10, 3), ("replace", 5, 3), ("replace", 8, 5)])
 def test_killed_inside_a_save(straight: Path, tiny_cfg: Path, tmp_path: Path, call: str, after: int, step: int) -> None:
     command, folder = ["--cfg", tiny_cfg, "--epochs", 3, *OFTEN], tmp_path / RUN
     process = start(*command, cwd=tmp_path, **fault(tmp_path, call, after=after, how="wait"))
@@ -91,7 +91,7 @@ def test_ended_during_an_evaluation(straight: Path, tiny_cfg: Path, tmp_path: Pa
 
 def test_a_signal_during_a_save_waits_for_it(tiny_cfg: Path, tmp_path: Path) -> None:
     """Never two saves at once; and killed a moment later, the last whole checkpoint is the one that counts."""
-    process = start("--cfg", tiny_cfg, *ENDLESS, *OFTEN, cwd=tmp_path, **fault(tmp_path, "fsync", after=7, how="slow"))
+    process = start("--cfg", tiny_cfg, *ENDLESS, *OFTEN, cwd=tmp_path, **fault(tmp_path, "fsync", after=10, how="slow"))
     wait_for(waiting(tmp_path))
     process.send_signal(signal.SIGTERM)
     status, _, err = ends([process])[0]
@@ -100,7 +100,7 @@ def test_a_signal_during_a_save_waits_for_it(tiny_cfg: Path, tmp_path: Path) -> 
     assert load(folder / "last.pth")["step"] == max(int(p.stem[5:]) for p in folder.glob("ckpt_*.pth")) >= 5
     assert not list(folder.glob(".tmp-*"))
     waiting(tmp_path).unlink()
-    process = start("--cfg", tiny_cfg, *ENDLESS, *OFTEN, cwd=tmp_path, **fault(tmp_path, "fsync", after=7, how="wait"))
+    process = start("--cfg", tiny_cfg, *ENDLESS, *OFTEN, cwd=tmp_path, **fault(tmp_path, "fsync", after=10, how="wait"))
     wait_for(waiting(tmp_path))
     good = load(folder / "last.pth")["step"]
     process.send_signal(signal.SIGTERM)  # the save hangs, as on a dead disk; the scheduler's patience ends
@@ -114,7 +114,7 @@ def test_a_signal_during_a_save_waits_for_it(tiny_cfg: Path, tmp_path: Path) -> 
 
 def test_a_second_interrupt_stops_at_once(tiny_cfg: Path, tmp_path: Path) -> None:
     process = start("--cfg", tiny_cfg, *ENDLESS, *OFTEN, "--num-workers", 1, cwd=tmp_path,
-                    **fault(tmp_path, "fsync", after=7, how="wait"))
+                    **fault(tmp_path, "fsync", after=10, how="wait"))
     wait_for(waiting(tmp_path))
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
@@ -136,7 +136,7 @@ def test_a_signal_before_the_first_step_ends_at_once(tiny_cfg: Path, tmp_path: P
 
 def test_an_error_lets_the_save_under_way_end(tiny_cfg: Path, tmp_path: Path) -> None:
     """The evaluation fails while the checkpoint before it is being written, slowly."""
-    slow = fault(tmp_path, "fsync", after=4, how="slow")
+    slow = fault(tmp_path, "fsync", after=7, how="slow")
     (Path(slow["PYTHONPATH"]) / "sitecustomize.py").open("a").write(
         "\nimport torch\ndef _fails(*a, **k):\n    raise ValueError('injected')\ntorch.Tensor.topk = _fails\n")
     status, _, err = ends([start("--cfg", tiny_cfg, "--epochs", 1, cwd=tmp_path, **slow)])[0]

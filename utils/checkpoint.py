@@ -32,6 +32,9 @@ from utils.files import file_limit, free_bytes, link_atomically, replace_file, w
 FORMAT = 1
 OVERHEAD = 1024  # bytes that a tensor takes in a file beside its numbers, at most
 _JOB = ".job"
+# What goes with checkpoints that are set aside: copied where the run goes on from an older one, moved where it begins anew.
+_COPIED = ("metrics.jsonl", "metrics.csv", "steps.jsonl", "config.yaml", "sources.json", "predictions.npz", "report.html")
+_MOVED = ("history.jsonl", "nonfinite.jsonl", "tensorboard", "tracker.json", "plots")
 _NAME = re.compile(r"ckpt_(\d{8,})\.pth")
 
 
@@ -283,11 +286,11 @@ class CheckpointFolder:
         os.makedirs(aside)
         for number in later:
             os.replace(self.path(number), os.path.join(aside, os.path.basename(self.path(number))))
-        for name in ("metrics.jsonl", "config.yaml", "nonfinite.jsonl", "tensorboard"):
+        for name in (*_COPIED, *_MOVED):
             path = os.path.join(self.folder, name)
             if step < 0 and os.path.exists(path):
                 os.replace(path, os.path.join(aside, name))
-            elif name in ("metrics.jsonl", "config.yaml") and os.path.exists(path):
+            elif name in _COPIED and os.path.exists(path):
                 shutil.copy(path, aside)
         for link in (os.path.join(self.folder, name) for name in ("best.pth", "last.pth")):
             if os.path.islink(link) and not os.path.exists(link):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,13 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "mps" and (mps is None or not mps.is_available()):
         raise ConfigError("DEVICE is mps, but torch finds no Apple GPU here; use DEVICE cpu (or auto)")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """What computes, as its maker calls it: ``NVIDIA H200``, or ``cpu (x86_64, 8 threads)``."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 @dataclass

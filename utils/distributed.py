@@ -223,7 +223,7 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
 
 def no_sync(model: nn.Module, skip: bool) -> contextlib.AbstractContextManager[Any]:
     """Leave gradients unreduced while ``skip``: for all but the last micro-batch of a step."""
-    return model.no_sync() if skip and _group.active else contextlib.nullcontext()
+    return model.no_sync() if skip and hasattr(model, "no_sync") else contextlib.nullcontext()
 
 
 def sync_batch_norm(model: nn.Module) -> nn.Module:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shlex
 import shutil
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
@@ -25,6 +25,7 @@ from data.survey import Survey, base_of
 from utils.doctor_text import render
 from utils.files import replace_file, write_atomically
 from utils.logger import plain
+from utils.progress import Shown, is_live, listing
 
 EXIT_GRAVE = 3
 _HEAD = """#!/bin/sh
@@ -60,7 +61,8 @@ def examine_run(config: CfgNode, logger: logging.Logger) -> int:
         progress.begin(survey.images)
 
     try:
-        diagnosis = diagnose(config, begun, progress, earlier)
+        with listing(progress.say):
+            diagnosis = diagnose(config, begun, progress, earlier)
     finally:
         progress.end()
     scripts = _write_scripts(diagnosis, folder)
@@ -201,33 +203,24 @@ def _to_standard_output(diagnosis: Diagnosis, scripts: dict[str, str]) -> None:
 # --------------------------------------------------------------------------------------------------
 
 class Progress:
-    """How far reading is: a line that changes on a terminal, else one now and then; on standard error."""
+    """How far reading is; plain lines go to standard error too, standard output may be the report."""
 
     def __init__(self) -> None:
-        self.live = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
-        self.pause, self.total, self.started, self.said = (0.2 if self.live else 10.0), 0, 0.0, 0.0
+        self.shown: Shown | None = None
 
     def begin(self, total: int) -> None:
-        self.total, self.started, self.said = total, time.monotonic(), time.monotonic()
+        self.shown = Shown(total, "reading", "images", self.say)
 
     def __call__(self, done: int) -> None:
-        now = time.monotonic()
-        if now - self.said < self.pause or not done:
-            return
-        self.said = now
-        self.pause = self.pause if self.live else 60.0
-        pace = done / (now - self.started)
-        left = (self.total - done) / pace
-        text = f"read {done:,} of {self.total:,} images, {pace:,.0f}/s, {f'{left / 60:.0f} min' if left > 120 else f'{left:.0f} s'} left"
-        self._say(f"\r{text[:shutil.get_terminal_size().columns - 1]}\x1b[K" if self.live else text + "\n")
+        if self.shown is not None:
+            self.shown.at(done)
 
     def end(self) -> None:
-        if self.live and self.total:
-            self._say("\r\x1b[K")
+        if self.shown is not None:
+            self.shown.close()
 
-    def _say(self, text: str) -> None:
-        try:
-            sys.stderr.write(text)
-            sys.stderr.flush()
-        except (OSError, ValueError, AttributeError):
-            self.live, self.pause = False, float("inf")
+    @staticmethod
+    def say(text: str) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed: nobody wants to know
+            if not is_live():
+                print(text, file=sys.stderr, flush=True)

@@ -227,12 +227,17 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(models: Sequence[nn.Module], loader: Collection[tuple[Tensor, Tensor]], device: torch.device,
-             precision: Precision, poll: Callable[[], None] | None = None) -> list[Evaluation]:
+             precision: Precision, poll: Callable[[], None] | None = None,
+             record: Callable[[Tensor, Tensor], None] | None = None) -> list[Evaluation]:
     """Judge each of ``models`` in one pass over the images (raw and averaged weights share the decoding).
 
     Counts integers over every image once, on any number of ranks; rows with target -1 fill a batch and do not count. With
-    fewer than five classes every image counts as right among the top five. ``poll`` is called after each batch, equally often
-    on every rank.
+    fewer than five classes every image counts as right among the top five.
+
+    Args:
+        poll: called after each batch, equally often on every rank.
+        record: called with each batch's ``(logits (B, C) float, targets (B,))`` of the last of ``models``, on the device, the rows
+            that do not count (target -1) included; it must not wait for the device.
     """
     counts = torch.zeros(len(models), 3, dtype=torch.int64, device=device)
     loss_sums = torch.zeros(len(models), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
@@ -251,6 +256,8 @@ def evaluate(models: Sequence[nn.Module], loader: Collection[tuple[Tensor, Tenso
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
             counts[which] += torch.stack([hits[:, 0].sum(), hits.sum(), (targets >= 0).sum()])
             loss_sums[which] += F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        if record is not None:
+            record(logits, targets)
         if poll is not None:
             poll()
     for _ in range(polls - len(loader)):

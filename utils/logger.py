@@ -9,6 +9,10 @@ from typing import TextIO
 
 from termcolor import colored
 
+from utils import progress
+
+QUICK = 1.0  # seconds between two lines of many alike, at least; log.txt has them all
+
 _COLOURS = (("error ", "red"), ("warning", "yellow"), ("notice", "cyan"), ("note ", "cyan"),
             ("resumed", "green"), ("top1", "green"), ("finished", "green"))
 
@@ -18,7 +22,7 @@ class _Console(logging.Handler):
 
     def __init__(self, to_error: bool) -> None:
         super().__init__()
-        self.closed, self.to_error = False, to_error
+        self.closed, self.said, self.to_error = False, 0.0, to_error
         self.colour = self.stream is not None and self.stream.isatty() and "NO_COLOR" not in os.environ
 
     @property
@@ -26,20 +30,34 @@ class _Console(logging.Handler):
         return sys.stderr if self.to_error else sys.stdout
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.closed:
+        if self.closed or self.needless(record):
             return
         line = printable(record.getMessage())
         if self.colour:
             tint = next((tint for word, tint in _COLOURS if line.startswith(word)), None)
             line = colored(line, tint) if tint else line
         try:
-            print(line, file=self.stream, flush=True)
-        except UnicodeEncodeError:  # a terminal without UTF-8
-            print(line.encode("ascii", "backslashreplace").decode(), file=self.stream, flush=True)
+            with progress.aside():
+                self.write(line)
         except (OSError, ValueError, AttributeError):
             self.closed = True
             # Python flushes its streams at exit and would complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if self.to_error else 1)
+
+    def needless(self, record: logging.LogRecord) -> bool:
+        """Whether the live line on this very terminal says the same, or a line of its kind was written a moment ago."""
+        if not getattr(record, "periodic", False):
+            return False
+        if record.created - self.said < QUICK or (progress.is_live() and self.stream is not None and self.stream.isatty()):
+            return True
+        self.said = record.created
+        return False
+
+    def write(self, line: str) -> None:
+        try:
+            print(line, file=self.stream, flush=True)
+        except UnicodeEncodeError:  # a terminal without UTF-8
+            print(line.encode("ascii", "backslashreplace").decode(), file=self.stream, flush=True)
 
 
 def printable(text: str) -> str:

@@ -1,7 +1,9 @@
-"""The run's figures: metrics.jsonl, a line an epoch, and TensorBoard's curves when it is installed."""
+"""The run's figures in its folder: lines of JSON an epoch, a log line and an event, and the epochs' as CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 from collections.abc import Callable
@@ -9,22 +11,30 @@ from typing import Any
 
 from utils.files import replace_file
 
+# What lies in a run's folder beside checkpoints and log.
+CONFIG, SOURCES = "config.yaml", "sources.json"
+EPOCHS, TABLE, STEPS, EVENTS, EVIDENCE = "metrics.jsonl", "metrics.csv", "steps.jsonl", "history.jsonl", "nonfinite.jsonl"
 
-class MetricsLog:
-    """Appends a JSON line an epoch; on resume, lines after the last epoch that the checkpoint ended are cut off.
+
+class JsonLines:
+    """Appends a line of JSON a row. On resume, lines beyond the step of the checkpoint are cut off, and half a line that a kill left.
 
     Lines that cannot be written now (disk full) are kept and written with the next.
+
+    Attributes:
+        last: the last row that the file held when it was opened, cut off or not.
     """
 
-    def __init__(self, folder: str, step: int, warn: Callable[[str], None] = print):
-        self.path, self.warn = os.path.join(folder, "metrics.jsonl"), warn
-        self._waiting = ""
-        if os.path.exists(self.path):
-            with open(self.path, encoding="utf-8", errors="replace") as file:
-                lines = file.read().splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
-            if kept != lines:
-                replace_file(self.path, "".join(line + "\n" for line in kept).encode())
+    def __init__(self, path: str, step: float, warn: Callable[[str], None] = print, sync: bool = True):
+        """``sync``: every line reaches the disk before ``write`` returns."""
+        self.path, self.warn, self.sync = path, warn, sync
+        self._waiting, self._failing = "", False
+        lines = _lines(path)
+        found = [(row, line) for row, line in zip(map(_row, lines), lines, strict=True) if row is not None]
+        kept = [line for row, line in found if row["step"] <= step]
+        self.last = found[-1][0] if found else None
+        if len(kept) < len(lines):
+            replace_file(path, "".join(line + "\n" for line in kept).encode())
 
     def write(self, row: dict[str, Any]) -> None:
         self._waiting += json.dumps(row, allow_nan=False) + "\n"
@@ -34,51 +44,64 @@ class MetricsLog:
                 try:
                     file.write(self._waiting)
                     file.flush()
-                    os.fsync(file.fileno())
+                    if self.sync:
+                        os.fsync(file.fileno())
                 except OSError:
                     os.truncate(self.path, size)  # no half line
                     raise
         except OSError as error:
-            self.warn(f"warning: {self.path}: cannot be written ({error.strerror}); its lines are kept for later")
+            if not self._failing:
+                self.warn(f"warning: {self.path}: cannot be written ({error.strerror}); its lines are kept for later")
+            self._failing = True
         else:
-            self._waiting = ""
+            self._waiting, self._failing = "", False
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut off by a kill
-
-
-class TensorBoard:
-    """Scalars for TensorBoard, or nothing at all where it is not installed or cannot write."""
+class MetricsLog:
+    """``metrics.jsonl``, a line an epoch, and the same rows in ``metrics.csv``, whose columns grow as needed."""
 
     def __init__(self, folder: str, step: int, warn: Callable[[str], None] = print):
-        self.writer, self.warn = None, warn
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=step + 1 if step else None)
-        except Exception as error:  # not installed, or its dependencies are broken: curves are a comfort, not a need
-            self.warn(f"notice: no TensorBoard curves ({type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''})")
+        self.lines = JsonLines(os.path.join(folder, EPOCHS), step, warn)
+        self.table, self.rows = os.path.join(folder, TABLE), read_rows(self.lines.path)
+        self._columns: list[str] = []  # of the file as it stands; none: it must be written anew
 
-    def scalars(self, step: int, **values: float | None) -> None:
-        """Add what is a number; a double underscore in a name stands for a slash."""
+    def write(self, row: dict[str, Any]) -> None:
+        self.lines.write(row)
+        self.rows.append(row)
         try:
-            for name, value in values.items():
-                if self.writer is not None and value is not None:
-                    self.writer.add_scalar(name.replace("__", "/"), value, step)
-        except Exception as error:  # its writing thread passes on whatever befell it
-            self._stop(error)
+            if self._columns and row.keys() <= set(self._columns):
+                with open(self.table, "a", encoding="utf-8", newline="") as file:
+                    file.write(_csv(self._columns, [row]))
+                return
+            columns = list(dict.fromkeys(key for row in self.rows for key in row))
+            replace_file(self.table, (_csv(columns, [dict(zip(columns, columns, strict=True))]) + _csv(columns, self.rows)).encode())
+            self._columns = columns
+        except OSError:  # metrics.jsonl has told it; the next row writes the table anew
+            self._columns = []
 
-    def close(self) -> None:
-        try:
-            if self.writer is not None:
-                self.writer.close()
-        except Exception as error:
-            self._stop(error)
 
-    def _stop(self, error: Exception) -> None:
-        self.writer = None
-        self.warn(f"warning: TensorBoard curves end here ({str(error).splitlines()[0][:100] if str(error) else type(error).__name__}); "
-                  "metrics.jsonl goes on")
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, each with a number ``step``; what is no such row is passed over."""
+    return [row for row in map(_row, _lines(path)) if row is not None]
+
+
+def _lines(path: str) -> list[str]:
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read().splitlines()
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # cut off by a kill
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), (int, float)) else None
+
+
+def _csv(columns: list[str], rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writerows({key: value for key, value in row.items() if value is not None} for row in rows)
+    return text.getvalue()

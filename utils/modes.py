@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 import logging
 import os
 import time
@@ -15,19 +15,32 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from config import KEYS, ConfigError, config_from_text, get_config, lookup, of_the_command
+from config import (
+    KEYS,
+    ConfigError,
+    config_for_another_command,
+    config_from_text,
+    get_config,
+    lookup,
+    of_the_command,
+    with_values,
+)
 from data import build_loaders
-from models import build_model, check_input_size, load_pretrained, load_state
-from models.weights import CheckpointError, check_finite, read_file, unwrap_state_dict
+from models import build_model, check_input_size, load_pretrained
+from models.weights import CheckpointError, read_file
 from utils import checkpoint, distributed, optim
+from utils.batches import divisors, local_batch, recipe_batch, split_batch
+from utils.board import require_tracker
 from utils.checkpoint import CheckpointFolder, TrainState, program_digest
 from utils.device import Precision, choose_precision
 from utils.ema import WeightAverage
-from utils.engine import StepPlan, evaluate
+from utils.engine import StepPlan
 from utils.files import file_limit, free_bytes, lock_folder, remove_leftovers
+from utils.fit import largest_micro_batch
 from utils.freeze import freeze
 from utils.logger import close_files, log_to_file
-from utils.reading import decoding, tell_uncounted, teller
+from utils.progress import listing, periodic
+from utils.reading import teller
 from utils.seed import make_deterministic, seed_initialisation
 from utils.session import Session, best_line
 from utils.signals import StopRequest
@@ -45,23 +58,37 @@ def resolve_config(cfg_file: str | None, opts: list[str]) -> tuple[CfgNode, Any]
 
     Without a YAML file the config is the checkpoint's own, its data path made absolute; ``opts`` win over both.
     """
+    if compared := _last_value(opts, "COMPARE.FILES"):
+        return _resolve_each(cfg_file, opts, compared)
     asked = get_config(cfg_file, opts) if cfg_file else None
     resume = os.path.expanduser(asked.MODEL.RESUME if asked is not None else _last_value(opts, "MODEL.RESUME"))
-    content = read_file(resume) if resume else None
+    return _resolve(cfg_file, opts, resume, read_file(resume) if resume else None)
+
+
+def _resolve(cfg_file: str | None, opts: list[str], resume: str, content: Any) -> tuple[CfgNode, Any]:
+    asked = get_config(cfg_file, opts) if cfg_file else None
     if asked is not None:
         if content is not None and checkpoint.is_own(content) and not asked.DATA.DATA_PATH:
-            asked = get_config(cfg_file, ["DATA.DATA_PATH", content["data_path"], *opts])
+            asked = with_values(asked, {"DATA.DATA_PATH": content["data_path"]}, f"checkpoint {resume}")
         return asked, content
     if content is None:
         return get_config(None, opts), None
     if not checkpoint.is_own(content):
         raise ConfigError(f"{resume} holds weights without a config; add --cfg with the YAML file of its model")
     checkpoint.require_own(content, resume)
-    own = [item for key, *_ in KEYS if of_the_command(key) for item in (key, lookup(get_config(None, []), key))]
-    return config_from_text(content["config"], [*own, "DATA.DATA_PATH", content["data_path"], *opts], resume), content
+    return config_for_another_command(content["config"], content["data_path"], opts, resume), content
 
 
-def _last_value(opts: list[str], key: str) -> str:
+def _resolve_each(cfg_file: str | None, opts: list[str], files: Any) -> tuple[CfgNode, list[tuple[CfgNode, Any]]]:
+    """(config of the first, [(config, content) of each]) of files to compare: each by its own config, bare weights by ``cfg_file``."""
+    found = []
+    for path in map(os.path.expanduser, lookup(get_config(None, ["COMPARE.FILES", files]), "COMPARE.FILES")):
+        content = read_file(path)
+        found.append(_resolve(None if checkpoint.is_own(content) else cfg_file, [*opts, "MODEL.RESUME", path], path, content))
+    return found[0][0], found
+
+
+def _last_value(opts: list[str], key: str) -> Any:
     values = [value for name, value in zip(opts[::2], opts[1::2], strict=False) if name == key]
     return values[-1] if values else ""
 
@@ -105,26 +132,70 @@ def choose_start(config: CfgNode, resume_content: Any, folder: str, logger: Log)
     return start
 
 
-def keep_global_batch(config: CfgNode, content: Any, world_size: int, logger: Log) -> CfgNode:
-    """The config with batch and accumulation that give the checkpoint's global batch on this many processes."""
-    wanted, micro = content["global_batch"], config.DATA.BATCH_SIZE
+def keep_global_batch(config: CfgNode, wanted: int, whose: str, world_size: int, logger: Log) -> CfgNode:
+    """The config with batch and accumulation that give a global batch of ``wanted`` images on this many processes.
+
+    Args:
+        whose: of whom it is: ``the checkpoint's`` or ``the recipe's``.
+    """
+    micro = config.DATA.BATCH_SIZE
     if micro * config.TRAIN.ACCUMULATION_STEPS * world_size == wanted:
         return config
-    if wanted % world_size:
-        fitting = [n for n in range(1, wanted + 1) if wanted % n == 0]
-        near = sorted(fitting, key=lambda n: abs(n - world_size))[:4]
-        raise ConfigError(f"the checkpoint's global batch of {wanted} cannot be shared by {world_size} processes; "
-                          f"start {', '.join(map(str, sorted(near)))} processes, or begin anew with --pretrained")
-    local = wanted // world_size
-    micro = max(n for n in range(1, min(micro, local) + 1) if local % n == 0)
-    logger.info(f"notice: the checkpoint's global batch of {wanted} is kept: {micro} images x {local // micro} accumulated x "
+    local = local_batch(wanted, whose, world_size)
+    micro = max(n for n in divisors(local) if n <= micro)
+    logger.info(f"notice: {whose} global batch of {wanted} is kept: {micro} images x {local // micro} accumulated x "
                 f"{world_size} processes")
-    return config_from_text(config.dump(), ["DATA.BATCH_SIZE", micro, "TRAIN.ACCUMULATION_STEPS", local // micro])
+    return split_batch(config, local, micro, whose)
+
+
+def fit_micro_batch(config: CfgNode, start: Start, device: torch.device, world_size: int, logger: Log) -> CfgNode:
+    """The config with the largest micro-batch that memory holds; the global batch is the checkpoint's, or the recipe's."""
+    whose = "the recipe's" if start.content is None else "the checkpoint's"
+    wanted = recipe_batch(config, world_size) if start.content is None else start.content["global_batch"]
+    local = local_batch(wanted, whose, world_size)
+    distributed.mark("looking for the largest micro-batch")
+    outputs = config.MODEL.NUM_CLASSES or len((start.content or {}).get("classes", ()))
+    if not outputs:
+        with listing(functools.partial(periodic, logger)):
+            outputs = len(build_loaders(config, distributed.rank(), world_size, splits=("train",), device=device).classes)
+    micro, line = largest_micro_batch(config, local, outputs, device)
+    logger.info(f"fit: {micro} images x {local // micro} accumulated x {world_size} processes = {wanted}, {whose} global batch, so that "
+                f"learning rate and steps stay; {line}")
+    return split_batch(config, local, micro, whose)
 
 
 # --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
+
+@dataclass
+class Prepared:
+    """A run before its first step; nothing has been written yet.
+
+    Attributes:
+        fixed: modules that stay in evaluation mode.
+    """
+
+    config: CfgNode
+    folder: str
+    start: Start
+    device: torch.device
+    precision: Precision
+    loaders: Any
+    global_batch: int
+    state: TrainState
+    fixed: list[nn.Module]
+
+    @property
+    def schedule(self) -> optim.Schedule:
+        return optim.build_schedule(self.config, self.loaders.train.batch_sampler.steps_per_epoch, self.global_batch)
+
+    def step_plan(self) -> StepPlan:
+        config = self.config
+        return StepPlan(self.schedule, optim.build_loss(config.MODEL.LABEL_SMOOTHING), self.loaders.mixup, self.precision, self.device,
+                        config.DATA.BATCH_SIZE, self.loaders.train.batch_sampler.images_per_step, config.TRAIN.CLIP_GRAD or float("inf"),
+                        config.SEED, distributed.rank(), distributed.world_size(), self.fixed)
+
 
 def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger: Log) -> None:
     """Train to the last epoch, from wherever the run stands. Nothing is written before everything has been checked."""
@@ -132,19 +203,29 @@ def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger
         _train(config, resume_content, device, stop, logger)
 
 
-def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: StopRequest, logger: Log) -> None:
+def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: Log, dry: bool = False) -> Prepared | None:
+    """Everything up to the first step, checked; None where the run is finished already.
+
+    Args:
+        dry: whether no run shall follow; the run's folder is then not even touched.
+    """
     rank, world_size, folder = distributed.rank(), distributed.world_size(), run_folder(config)
     optim.check_optimizer(config)
-    _require_writable(folder)
+    if distributed.is_main():
+        require_tracker(config.TRACKER)
+    _require_writable(folder, dry)
     distributed.mark("choosing where to start")
     start = choose_start(config, resume_content, folder, logger)
+    if config.PLAN.FIT:
+        config = fit_micro_batch(config, start, device, world_size, logger)
     if start.content is not None:
-        config = keep_global_batch(config, start.content, world_size, logger)
+        config = keep_global_batch(config, start.content["global_batch"], "the checkpoint's", world_size, logger)
     precision = choose_precision(config, device)
     make_deterministic(device)
 
     distributed.mark("indexing the images")
-    loaders = build_loaders(config, rank, world_size, device=device)
+    with listing(functools.partial(periodic, logger)):
+        loaders = build_loaders(config, rank, world_size, device=device)
     loaders.tell(teller(logger))
     sampler = loaders.train.batch_sampler
     global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world_size
@@ -155,14 +236,17 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
     require_agreement(config, loaders)
     if start.content is None:
         _require_steps(config, len(loaders.train.dataset.folder), world_size)
+        if global_batch != recipe_batch(config, world_size):
+            logger.info(f"notice: the recipe's global batch is {config.TRAIN.GLOBAL_BATCH}, this one {global_batch}; the learning rate "
+                        "follows it, results may not; --fit keeps the recipe's")
     else:
         _check_same_data(start, loaders.classes, steps_per_epoch)
         if start.content["step"] >= total_steps and start.content.get("evaluated", total_steps) >= total_steps:
-            if start.kind == "auto-resume" and distributed.is_main():
+            if start.kind == "auto-resume" and distributed.is_main() and not dry:
                 CheckpointFolder(folder).relink(start.content)
             logger.info(f"finished already: {start.path} is at step {start.content['step']} of {total_steps}"
                         f"{best_line(start.content['best'])}; raise --epochs to go on, or choose another --tag for a new run")
-            return
+            return None
 
     distributed.mark("building the model")
     seed_initialisation(config.SEED)
@@ -182,6 +266,14 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
     if start.content is not None:
         state.load_state_dict(start.content, start.path)
         accept_changes(start, config, logger)
+    return Prepared(config, folder, start, device, precision, loaders, global_batch, state, fixed)
+
+
+def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: StopRequest, logger: Log) -> None:
+    ready = prepare(config, resume_content, device, logger)
+    if ready is None:
+        return
+    config, folder, start, loaders, state = ready.config, ready.folder, ready.start, ready.loaders, ready.state
     require_room(config, folder, state.size(), logger)
     if start.content is not None:
         logger.info(f"resumed {start.path} at step {state.step}")
@@ -201,18 +293,16 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
                 state.best = {}  # its weights lie elsewhere, if anywhere: the best of this folder is still to come
         if start.content is not None:
             start.content.clear()  # a gigabyte that is no longer needed
-        schedule = optim.build_schedule(config, steps_per_epoch, global_batch)
-        _introduce(config, device, precision, model, loaders, steps_per_epoch, global_batch, schedule, logger)
-        plan = StepPlan(schedule, optim.build_loss(config.MODEL.LABEL_SMOOTHING), loaders.mixup, precision, device,
-                        config.DATA.BATCH_SIZE, sampler.images_per_step, config.TRAIN.CLIP_GRAD or float("inf"), config.SEED, rank,
-                        world_size, fixed)
-        session = Session(config, files, state, plan, loaders, global_batch, stop, logger, saved=here)
+        plan = ready.step_plan()
+        _introduce(config, device, ready.precision, state.model, loaders, loaders.train.batch_sampler.steps_per_epoch, ready.global_batch,
+                   plan.schedule, logger)
+        session = Session(config, files, state, plan, loaders, ready.global_batch, stop, logger, saved=here)
         with contextlib.closing(loaders):
-            session.train(distributed.wrap(model, device))
+            session.train(distributed.wrap(state.model, device))
 
 
-def _require_writable(folder: str) -> None:
-    """Raise ``ConfigError`` when the folder cannot be made or written, or another run is in it; makes nothing."""
+def _require_writable(folder: str, dry: bool) -> None:
+    """Raise ``ConfigError`` when the folder cannot be made or written, or, unless ``dry``, another run is in it; makes nothing."""
     there = os.path.abspath(folder)
     while not os.path.lexists(there):
         there = os.path.dirname(there)
@@ -220,7 +310,7 @@ def _require_writable(folder: str) -> None:
         raise ConfigError(f"{folder}: cannot be written ({there} is no folder); choose another --output or --tag")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder}: cannot be written (no permission in {there}); choose another --output")
-    if distributed.is_main() and os.path.exists(os.path.join(folder, ".lock")):
+    if distributed.is_main() and not dry and os.path.exists(os.path.join(folder, ".lock")):
         _lock(folder).close()
 
 
@@ -302,7 +392,8 @@ def _require_steps(config: CfgNode, images: int, world_size: int) -> None:
     micro_batches = -(-images // (micro * world_size))
     if accumulate > 1 and accumulate > micro_batches:
         raise ConfigError(f"TRAIN.ACCUMULATION_STEPS is {accumulate}, longer than an epoch: {images} images make {micro_batches} "
-                          f"micro-batches of {micro} x {world_size}; accumulate at most {micro_batches}")
+                          f"micro-batches of {micro} x {world_size}; accumulate at most {micro_batches}"
+                          + (f", which is --global-batch {micro * world_size * micro_batches}" if config.PLAN.FIT else ""))
 
 
 # Keys that say where, how fast, how loud and how safely, not what is learned.
@@ -312,7 +403,8 @@ _HARMLESS = ("BASE", "OUTPUT", "TAG", "DEVICE", "SAVE_FREQ", "PRINT_FREQ", "DIST
              "DATA.BATCH_SIZE", "MODEL.PRETRAINED", "MODEL.RESUME", "MODEL.NUM_CLASSES", "TRAIN.ACCUMULATION_STEPS",
              "TRAIN.USE_CHECKPOINT", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.SAVE_EVERY_MINUTES",
              "TRAIN.BACKGROUND_SAVE", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.CHECKPOINT_BUDGET", "TRAIN.SKIP_BUDGET",
-             "TRAIN.ROLLBACKS", "TRAIN.EVAL_FREQ", "TEST.BATCH_SIZE")
+             "TRAIN.ROLLBACKS", "TRAIN.EVAL_FREQ", "TRAIN.REPORT", "TRAIN.TENSORBOARD_HISTOGRAMS", "TRACKER", "TRACKER_PROJECT",
+             "TRAIN.GLOBAL_BATCH", "TEST.BATCH_SIZE")
 
 
 def accept_changes(start: Start, config: CfgNode, logger: Log) -> None:
@@ -368,45 +460,11 @@ def _introduce(config: CfgNode, device: torch.device, precision: Precision, mode
 
 
 # --------------------------------------------------------------------------------------------------
-# Evaluation and throughput
+# Throughput, and what evaluation begins with
 # --------------------------------------------------------------------------------------------------
 
-def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Log) -> None:
-    """Judge a checkpoint, or published weights, on the validation folder; the training folder is not touched."""
-    path, content = weights_to_judge(config, content)
-    precision = choose_precision(config, device)
-    if precision.notice:
-        logger.info(precision.notice)
-    make_deterministic(device)
-    own = checkpoint.is_own(content)
-    loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
-                            classes=content["classes"] if own else None, device=device, published=not own)
-    loaders.tell(teller(logger))
-    for line in loaders.notices:
-        logger.info(line)
-    model = build_model(config, len(loaders.classes))
-    check_input_size(model, config)
-    logger.info(f"evaluating {path}" + (f" (step {content['step']})" if own else "")
-                + f" on {config.DATA.VAL_PATH or config.DATA.DATA_PATH}, "
-                f"{len(loaders.val.dataset.folder) or 'an unknown number of'} images, {len(loaders.classes)} classes")
-    # Where a run kept an average, it is what counts; the raw weights are judged beside it.
-    states = [s for s in (content["model"], content["ema"]) if s] if own else [unwrap_state_dict(content, path)]
-    models = [model, *(copy.deepcopy(model) for _ in states[1:])]
-    for judged, state in zip(models, states, strict=True):
-        check_finite(state, path)
-        load_state(judged, state, config, path)
-        judged.to(device)
-    with contextlib.closing(loaders):
-        *raw, result = evaluate(models, loaders.val, device, precision)
-        tell_uncounted(loaders.val, result, logger)
-    logger.info(f"images {decoding(loaders.val)}")
-    for other in raw:
-        logger.info(f"raw {other.line()}")
-    logger.info(result.line())
-
-
-def weights_to_judge(config: CfgNode, content: Any, command: str = "--eval") -> tuple[str, Any]:
-    """(path, content): --resume, else the run folder's best, else --pretrained; ``command`` is what needs them."""
+def weights_to_judge(config: CfgNode, content: Any, command: str) -> tuple[str, Any]:
+    """(path, content) for ``command``: --resume, else the run folder's best, else --pretrained."""
     if content is not None:
         return config.MODEL.RESUME, content
     best = os.path.join(run_folder(config), "best.pth")

@@ -22,6 +22,7 @@ from utils.device import Precision, choose_precision
 from utils.inference import Trained, open_trained, require_place
 from utils.logger import plain
 from utils.predictions import Console, CsvTable, Features, JsonLines, Prediction, standard_output
+from utils.progress import aside, track
 from utils.seed import make_deterministic
 from utils.sheet import Sheet
 
@@ -77,11 +78,13 @@ def _predict(config: CfgNode, trained: Trained, given: GivenImages, loader: Imag
             outputs.append(stack.enter_context(Sheet(os.path.expanduser(wanted.SHEET), given, trained, logger)))
         features = stack.enter_context(Features(os.path.expanduser(wanted.FEATURES))) if wanted.FEATURES else None
         model = trained.model.to(device)
-        for predictions, vectors in predictions_of(model, loader, device, precision, wanted.TOPK, features is not None):
+        batches = predictions_of(model, loader, device, precision, wanted.TOPK, features is not None)
+        for predictions, vectors in track(batches, len(loader), "predicting", logger):
             for prediction in predictions:
                 if prediction.fault:
                     bad += 1
-                    print(f"warning: {plain(prediction.path)}: {plain(prediction.fault)}", file=sys.stderr, flush=True)
+                    with aside():
+                        print(f"warning: {plain(prediction.path)}: {plain(prediction.fault)}", file=sys.stderr, flush=True)
                 for output in outputs:
                     output.add(prediction)
             if features is not None:

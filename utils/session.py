@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -19,14 +20,16 @@ from data import preprocessing
 from models.weights import CheckpointError
 from utils import checkpoint, distributed
 from utils.checkpoint import CheckpointFolder, Saver, TrainState
-from utils.device import peak_memory_mib
+from utils.device import device_name, peak_memory_mib
 from utils.engine import Evaluation, NumericError, Progress, StepPlan, evaluate, train_one_epoch
-from utils.files import replace_file
-from utils.metrics import MetricsLog, TensorBoard
+from utils.metrics import EVIDENCE
+from utils.outcomes import FILE as PREDICTIONS
+from utils.progress import SLOW, Line, clock, periodic, track
 from utils.reading import decoding, tell_uncounted
+from utils.recorder import recorder
+from utils.records import Records
 from utils.signals import Stopped, StopRequest
 
-EVIDENCE = "nonfinite.jsonl"
 FORGIVEN_AFTER = 100  # steps after which one that was skipped no longer counts
 
 
@@ -48,13 +51,13 @@ class Session:
                                                global_batch, self.steps_per_epoch)
         self.saver = Saver(files, config.TRAIN.BACKGROUND_SAVE, state.best, logger.info)
         if self.main:
-            replace_file(os.path.join(self.folder, "config.yaml"), config.dump().encode())
-            self.metrics = MetricsLog(self.folder, state.evaluated, logger.info)
-            self.board = TensorBoard(self.folder, state.step, logger.info)
+            self.records = Records(config, self.folder, state.step, state.evaluated, self._facts(), logger.info)
         self.begun = self.saved_at = time.perf_counter()
         self.first_step, self.saved_step, self.sound_step = state.step, state.step if saved else -1, -1
+        self.loss = math.nan  # as in the last step line
         self.norm = math.nan  # of the gradients of the last step looked at
         self.window = (self.begun, state.step, 0.0, 0.0, 0)  # time, step, data seconds, loss sum and its steps at the last line
+        self.said_at = self.begun  # when the last step line was written
         self.loader_failed, self.asked = False, False  # asked: for a save, in the middle of an evaluation
 
     # ------------------------------------------------------------------------------------------
@@ -71,10 +74,16 @@ class Session:
         """
         try:
             self._train(model)
-        except Exception:
+        except Exception as error:
             with contextlib.suppress(Exception):
                 self.saver.wait()  # what is being written is good, whatever else is not
+            if self.main:
+                what = "stopped" if isinstance(error, Stopped) else "failed"
+                self.records.event(what, self.state.step, reason=str(error)[:300] or type(error).__name__)
             raise
+        finally:
+            if self.main:
+                self.records.close()
 
     def _train(self, model: nn.Module) -> None:
         state, self.stop.training = self.state, True
@@ -89,6 +98,8 @@ class Session:
             progress = Progress(self.plan.device, first_step=state.step)
         for epoch in range(epoch, self.config.TRAIN.EPOCHS):  # noqa: B020
             self.window = (time.perf_counter(), state.step, 0.0, progress.loss_sum.item(), progress.counted)
+            self.line = Line(self.steps_per_epoch, self._live_parts, state.step % self.steps_per_epoch)
+            self.said_at = time.perf_counter()
             try:
                 train_one_epoch(model, state, batches, (epoch + 1) * self.steps_per_epoch, self.plan, progress, self.after_step)
             except Exception:
@@ -98,9 +109,10 @@ class Session:
                     if not self.saver.failed:
                         self.logger.info(f"saved {self.files.path(state.step)}")
                 raise
+            self.line.close()
             self.end_epoch(epoch + 1, progress)
             if state.step < self.total_steps:
-                stop, save = self.stop.agreed()
+                stop, save, _ = self.stop.agreed()
                 if stop:
                     self.leave(progress)
                 if save and self.saved_step != state.step:
@@ -108,16 +120,30 @@ class Session:
             progress = Progress(self.plan.device, first_step=state.step)
         self.logger.info(f"training images {decoding(self.loaders.train)}")
         self.saver.wait()
-        if self.main:
-            self.board.close()
         if self.saver.failed:
             raise SaveError(f"training is done, but its last checkpoint was not saved: {self.saver.failed}; {self._newest()}")
         self.logger.info(f"finished {self.config.TRAIN.EPOCHS} epochs in {clock(time.perf_counter() - self.begun)}{best_line(state.best)}; "
                          f"checkpoints in {self.folder}")
+        if self.main:
+            self.records.finish(state.step, state.best)
+
+    def _facts(self) -> dict[str, Any]:
+        """Of this start, for the run's history; nothing that names the machine."""
+        sources = dict(train=self.loaders.train, val=self.loaders.val)
+        data = {name: dict(images=len(loader.dataset.folder), fingerprint=loader.dataset.folder.fingerprint()[:16])
+                for name, loader in sources.items()}
+        plan = self.plan
+        return dict(flags=sys.argv[1:], versions=self.description["versions"], git_commit=self.description["git_commit"],
+                    device=device_name(plan.device), precision=plan.precision.name, processes=plan.world_size,
+                    global_batch=self.description["global_batch"], steps_per_epoch=self.steps_per_epoch, data=data)
 
     def _watched(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """``batches``, noting when it is the loader that failed: the state is then that of the last whole step."""
         try:
+            if self.main and self.state.step == 0:
+                images, targets = next(batches)
+                self.records.first_batch(images, self.description["preprocessing"])
+                yield images, targets
             yield from batches
         except Exception:
             self.loader_failed = True
@@ -131,15 +157,21 @@ class Session:
             self.inspect(progress)
         if self.main:
             self.saver.poll()
+            self.line.at(within or self.steps_per_epoch)
             if line:
-                self._log_line(progress)
+                self._log_line(progress, last)
+            self.stop.look = time.perf_counter() - self.said_at > SLOW
             minutes = self.config.TRAIN.SAVE_EVERY_MINUTES
             if minutes and time.perf_counter() - self.saved_at > 60 * minutes:
                 self.stop.save = True
         if last:
             return  # the epoch's end saves, and then looks whether to stop
-        stop, save = self.stop.agreed()
+        stop, save, look = self.stop.agreed()
         every = self.config.TRAIN.SAVE_EVERY_STEPS
+        if look:
+            self.inspect(progress)
+            if self.main:
+                self._log_line(progress)
         if stop:
             self.leave(progress)
         if save or (every and state.step % every == 0):
@@ -162,15 +194,14 @@ class Session:
         if epoch % config.TRAIN.EVAL_FREQ == 0 or final:
             if due and self.saved_step != state.step:
                 self.save(progress, best=False)  # evaluation may take long, and what was trained stands
-            result = self.evaluate(row, progress)
+            result = self.evaluate(row, progress, final)
             state.best = distributed.gather_objects(self.saver.best_saved(state.best))[0]
             best = not state.best or result.top1 > state.best["top1"]
             if best:
                 state.best = dict(top1=result.top1, epoch=epoch, step=state.step)
         if self.main:
-            self.metrics.write(row)
-            self.board.scalars(state.step, train__loss=row["train_loss"], train__lr=row["lr"], train__images_per_s=row["images_per_s"],
-                               **{f"val__{k}": row[k] for k in ("top1", "top5", "val_loss")})
+            self.records.epoch(row)
+            self.records.weights(epoch, state.step, state.model)
         state.evaluated = state.step
         progress.loss_sum.zero_()
         progress.counted = 0
@@ -178,21 +209,31 @@ class Session:
             self.asked = False
             self.save(progress, best)
 
-    def evaluate(self, row: dict[str, Any], progress: Progress) -> Evaluation:
-        """Judge raw and averaged weights; what comes last counts. Looks between batches whether to stop."""
-        state, plan = self.state, self.plan
+    def evaluate(self, row: dict[str, Any], progress: Progress, final: bool) -> Evaluation:
+        """Judge raw and averaged weights; what comes last counts. Looks between batches whether to stop.
+
+        The ``final`` evaluation leaves what became of every image in the run's folder.
+        """
+        state, plan, val = self.state, self.plan, self.loaders.val
         models = [state.model] if state.ema is None else [state.model, state.ema.module]
         for model in models:
             distributed.broadcast_buffers(model)
 
         def poll() -> None:
-            stop, save = self.stop.agreed()
+            stop, save, _ = self.stop.agreed()
             self.asked |= save
             if stop:
                 self.leave(progress)
 
-        *raw, result = evaluate(models, self.loaders.val, plan.device, plan.precision, poll)
-        tell_uncounted(self.loaders.val, result, self.logger)
+        record = recorder(val, self.loaders.classes) if final else None
+        *raw, result = evaluate(models, track(val, len(val), "evaluating", self.logger), plan.device, plan.precision,
+                                poll, record)
+        if record is not None:
+            try:
+                record.write(os.path.join(self.folder, PREDICTIONS))
+            except OSError as error:
+                self.logger.info(f"warning: {self.folder}: {PREDICTIONS} cannot be written ({error.strerror})")
+        tell_uncounted(val, result, self.logger)
         for other in raw:
             self.logger.info(f"raw {other.line()}")
             row.update(raw_top1=other.top1, raw_top5=other.top5, raw_val_loss=_finite(other.loss))
@@ -336,12 +377,15 @@ class Session:
         self.window = (time.perf_counter(), state.step, progress.data_seconds, progress.loss_sum.item(), progress.counted)
         self.logger.info(f"warning: {error}: back to {path}, passing over the {back} steps since (rollback {state.rollbacks} of "
                          f"{self.config.TRAIN.ROLLBACKS})")
+        if self.main:
+            self.records.event("rollback", state.step, to=kept[0] - back)
 
     # ------------------------------------------------------------------------------------------
     # What is said
     # ------------------------------------------------------------------------------------------
 
-    def _log_line(self, progress: Progress) -> None:
+    def _log_line(self, progress: Progress, last: bool = False) -> None:
+        """``last``: of an epoch; this one the terminal keeps, too."""
         state, plan = self.state, self.plan
         then, step, data_seconds, loss_sum, counted = self.window
         now, total = time.perf_counter(), progress.loss_sum.item()
@@ -349,18 +393,32 @@ class Session:
         if not steps:
             return
         good = progress.counted - counted
-        loss = (total - loss_sum) / (good * self.sampler.local_images()) if good > 0 else math.nan
+        self.loss = loss = (total - loss_sum) / (good * self.sampler.local_images()) if good > 0 else math.nan
         within = (state.step - 1) % self.steps_per_epoch + 1
         pace = (now - self.begun) / (state.step - self.first_step)
         epoch = (state.step - 1) // self.steps_per_epoch + 1
         lr = plan.schedule.lr_at(state.step - 1)
-        self.logger.info(
+        line = (
             f"epoch {epoch}/{self.config.TRAIN.EPOCHS} step {within}/{self.steps_per_epoch} lr {lr:.3e} "
             f"loss {loss:.4f} grad {self.norm:.3f} {steps * plan.images / seconds:.0f} images/s "
             f"data {100 * (progress.data_seconds - data_seconds) / seconds:.0f}% mem {peak_memory_mib(plan.device)} MiB "
             f"eta {clock(pace * (self.steps_per_epoch - within))} epoch, {clock(pace * (self.total_steps - state.step))} run")
-        self.board.scalars(state.step, step__loss=_finite(loss), step__grad_norm=_finite(self.norm), step__lr=lr)
+        self.logger.info(line) if last else periodic(self.logger, line)
+        self.said_at = now
+        self.records.step(state.step, _finite(loss), _finite(self.norm), lr, steps * plan.images / seconds,
+                          (progress.data_seconds - data_seconds) / seconds)
         self.window = (now, state.step, progress.data_seconds, total, progress.counted)
+
+    def _live_parts(self, done: int, pace: float) -> tuple[str, list[str]]:
+        """The live line: ``done`` steps of the epoch, ``pace`` steps a second. The loss is that of the last step line."""
+        state, plan = self.state, self.plan
+        step = max(0, state.step - 1)
+        parts = [f"loss {self.loss:.4f}"] if math.isfinite(self.loss) else []
+        if pace:
+            parts += [f"{clock((self.total_steps - state.step) / pace)} left", f"{pace * plan.images:.0f} images/s",
+                      f"{clock((self.steps_per_epoch - done) / pace)} in this epoch"]
+        return (f"epoch {step // self.steps_per_epoch + 1}/{self.config.TRAIN.EPOCHS} step {done}/{self.steps_per_epoch}",
+                [*parts, f"lr {plan.schedule.lr_at(step):.2e}"])
 
 
 def _stacked(scalars: list[Tensor]) -> Tensor:
@@ -379,9 +437,3 @@ def _shown(value: float) -> float | str:
 def best_line(best: dict[str, float]) -> str:
     """``, best top1 81.50 at epoch 290``, or nothing before the first evaluation."""
     return f", best top1 {best['top1']:.2f} at epoch {best['epoch']}" if best else ""
-
-
-def clock(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
-    minutes, seconds = divmod(int(max(0, seconds)), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

@@ -20,14 +20,15 @@ class StopRequest:
     """Context in which SIGTERM, SIGINT and SIGHUP only set a flag, and SIGUSR1 asks for a checkpoint.
 
     A second SIGINT ends the program at once. The flags are agreed between ranks at every step, so that all of them
-    save after the same one; the exchange is of two numbers on the CPU and does not wait for a GPU.
+    save after the same one; the exchange is of three numbers on the CPU and does not wait for a GPU.
 
     Attributes:
+        look: whether this rank wants all of them to look at the last steps' losses.
         training: while False there is nothing to save yet, and a signal ends the program where it stands.
     """
 
     def __init__(self) -> None:
-        self.name, self.save, self.training = "", False, False
+        self.name, self.save, self.look, self.training = "", False, False, False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -55,10 +56,10 @@ class StopRequest:
         if not self.training:
             raise Stopped(f"stopped by {name} before the first step; the same command starts again from where the run stands")
 
-    def agreed(self) -> tuple[bool, bool]:
-        """(stop, save), the same on every rank; a request to save is thereby taken."""
-        flags = [bool(self.name), self.save]
-        self.save = False  # before the exchange: one that comes while it waits is for the next
+    def agreed(self) -> tuple[bool, bool, bool]:
+        """(stop, save, look), the same on every rank; requests to save and to look are thereby taken."""
+        flags = [bool(self.name), self.save, self.look]
+        self.save = self.look = False  # before the exchange: one that comes while it waits is for the next
         if distributed.world_size() > 1:
             flags = distributed.all_reduce_sum(torch.tensor(flags, dtype=torch.int64)).bool().tolist()
-        return flags[0], flags[1]
+        return flags[0], flags[1], flags[2]

@@ -1,0 +1,421 @@
+"""What a run records of itself, and what is made of it: reports, comparisons, settings with their sources, trackers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, environment
+
+from config import ConfigError, get_config, history
+from utils.outcomes import Outcomes, by_class, confused_pairs, confusion, reliability
+from utils.paired import compare
+from utils.runs import Run, read_run
+from utils.statistics import mcnemar
+
+RUN = "output/tiny/a"
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_cfg: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which two runs of two epochs have ended, tagged a and b; histograms and all."""
+    import main
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for tag, more in (("a", ["--opts", "TRAIN.TENSORBOARD_HISTOGRAMS", "1"]), ("b", ["--seed", "1", "--lr", "0.01"])):
+            assert main.main(["--cfg", str(tiny_cfg), "--tag", tag, *more]) == 0
+    return folder
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Page(HTMLParser):
+    """What a browser would find in a page: tags, attributes, and the text outside style and script."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.text = " ".join(self.words)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] not in ("style", "script"):
+            self.words.append(data.strip())
+
+    def harmless(self) -> bool:
+        """Nothing is loaded from anywhere, and there is no script but the page's own."""
+        links = [value for _, attrs in self.tags for name, value in attrs.items() if name in ("src", "href", "data", "action")]
+        handlers = [name for _, attrs in self.tags for name in attrs if name.startswith("on")]
+        scripts = [tag for tag, _ in self.tags if tag in ("script", "iframe", "object", "embed", "link")]
+        return all(link.startswith("data:image/jpeg;base64,") for link in links) and not handlers and scripts == ["script"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Records
+# --------------------------------------------------------------------------------------------------
+
+def test_a_run_records_its_steps_epochs_starts_and_images(finished: Path, images: Path) -> None:
+    run = finished / RUN
+    steps = lines(run / "steps.jsonl")
+    assert [row["step"] for row in steps] == [2, 4, 5, 7, 9, 10]
+    assert all(math.isfinite(row[key]) for row in steps for key in ("loss", "grad_norm", "lr", "images_per_s", "data_share"))
+    rows = lines(run / "metrics.jsonl")
+    with open(run / "metrics.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [{key: str(value) for key, value in row.items()} for row in rows] == table
+    assert [event["event"] for event in lines(run / "history.jsonl")] == ["start", "finished"]
+
+    made = Outcomes.read(str(run / "predictions.npz"))
+    assert sorted(made.paths) == sorted(str(path.relative_to(images / "val")) for path in (images / "val").rglob("*.*"))
+    assert [path.split("/")[0] for path in made.paths] == [made.classes[target] for target in made.target]
+    assert 100 * made.right.mean() == pytest.approx(rows[-1]["top1"])
+    assert np.array_equal(made.right, made.probability == made.correct_probability)
+    assert set(made.thumbnails) == set(made.worst(24)) and all(blob[:2] == b"\xff\xd8" for blob in made.thumbnails.values())
+
+
+def test_predictions_of_an_evaluation_are_those_of_the_run(finished: Path, program) -> None:
+    done = program("--eval", "--resume", finished / RUN / "last.pth", "--batch-size", 4, "--opts", "TEST.PREDICTIONS", "own.npz")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (Outcomes.read(str(path)) for path in (program.folder / "own.npz", finished / RUN / "predictions.npz"))
+    assert ours.paths == theirs.paths and np.array_equal(ours.predicted, theirs.predicted)
+    assert np.allclose(ours.correct_probability, theirs.correct_probability, atol=1e-5)
+    lost = program("--eval", "--resume", finished / RUN / "last.pth", "--opts", "TEST.PREDICTIONS", "nowhere/own.npz")
+    assert lost.returncode == 2 and "nowhere/own.npz cannot be written" in lost.stderr
+
+
+def test_images_of_all_ranks_keep_their_numbers(images: Path, tmp_path: Path, monkeypatch) -> None:
+    """Two ranks, batches that are filled up, an image that cannot be read."""
+    import torch
+
+    from data import build_loaders
+    from utils import distributed
+    from utils.recorder import recorder
+    root = tmp_path / "images"
+    shutil.copytree(images, root)
+    (root / "val/b/2.jpg").write_bytes(b"no image")
+    config = get_config(None, ["DATA.DATASET", "folder", "DATA.DATA_PATH", str(root), "DATA.NUM_WORKERS", "0", "DATA.BATCH_SIZE", "4",
+                               "DATA.IMG_SIZE", "16"])
+    parts = []
+    for rank in (0, 1):
+        val = build_loaders(config, rank, 2, splits=("val",)).val
+        record = recorder(val, val.dataset.folder.classes)
+        for _, targets in val:
+            logits = torch.nn.functional.one_hot((targets.clamp(min=0) + (targets == 3)) % 4, 4).float()  # d is taken for a
+            record(logits, targets)
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "gather_objects", lambda own, kept=parts: kept.append(own) or [])
+            record.write("")
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: parts)
+    record.write(str(tmp_path / "all.npz"))
+    made = Outcomes.read(str(tmp_path / "all.npz"))
+    assert made.index.tolist() == [i for i in range(19) if i != 7] and "b/2.jpg" not in made.paths
+    assert [path[0] for path in made.paths] == [made.classes[target] for target in made.target]
+    assert (~made.right == (made.target == 3)).all()
+
+
+def test_a_resumed_run_has_each_step_once_and_marks_where_it_began_again(finished: Path, tiny_cfg: Path, program) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run, straight = program.folder / RUN, finished / RUN
+    shutil.copytree(straight, run, symlinks=True)
+    (run / "ckpt_00000010.pth").unlink()  # as if killed before it was written
+    (run / "steps.jsonl").write_text((run / "steps.jsonl").read_text() + '{"step": 11, "lo')
+    done = program("--cfg", tiny_cfg, "--tag", "a", "--opts", "TRAIN.TENSORBOARD_HISTOGRAMS", 1)
+    assert done.returncode == 0 and "at step 5" in done.stdout, done.stderr
+    for name in ("steps.jsonl", "metrics.jsonl"):
+        ours, theirs = (lines(folder / name) for folder in (run, straight))
+        assert [(row["step"], row["lr"]) for row in ours] == [(row["step"], row["lr"]) for row in theirs]
+    assert (run / "metrics.csv").read_text().count("epoch,") == 1 and len((run / "metrics.csv").read_text().splitlines()) == 3
+    starts = [event for event in lines(run / "history.jsonl") if event["event"] == "start"]
+    assert [(event["step"], event["again"]) for event in starts] == [(0, 0), (5, 5)]
+    assert "restarted at step 5, 5 steps done again" in Page(run / "report.html").text
+
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("step/loss")] == [2, 4, 5, 7, 9, 10]
+    assert [event.step for event in board.Scalars("val/top1")] == [5, 10]
+    assert board.Tags()["images"] == ["train/first_batch"] and "weights/head.weight" in board.Tags()["histograms"]
+    assert board.Scalars("result/top1")
+
+
+def test_time_at_work_leaves_out_the_time_between_starts() -> None:
+    events = [dict(event="start", step=0, time=100.0), dict(event="rollback", step=3, time=120.0),
+              dict(event="start", step=4, time=1000.0, before=160.0), dict(event="stopped", step=6, time=1030.0),
+              dict(event="start", step=6, time=2000.0, before=1029.0)]
+    assert Run("x", "x", events=events, steps=[dict(step=8, time=2005.0)]).seconds == 60 + 30 + 5
+    assert Run("x", "x", rows=[dict(step=1, seconds=2.5), dict(step=2, seconds=3)]).seconds == 5.5
+
+
+def test_columns_of_the_table_grow(tmp_path: Path) -> None:
+    from utils.metrics import MetricsLog
+    log = MetricsLog(str(tmp_path), 0)
+    for row in (dict(step=1, a=1), dict(step=2, a=None, b="x,y"), dict(step=3, a=4)):
+        log.write(row)
+    assert (tmp_path / "metrics.csv").read_text() == 'step,a,b\n1,1,\n2,,"x,y"\n3,4,\n'
+    MetricsLog(str(tmp_path), 2).write(dict(step=9, c=0))
+    assert (tmp_path / "metrics.csv").read_text() == 'step,a,b,c\n1,1,,\n2,,"x,y",\n9,,,0\n'
+
+
+# --------------------------------------------------------------------------------------------------
+# Reports
+# --------------------------------------------------------------------------------------------------
+
+def test_report_of_a_run(finished: Path) -> None:
+    page = Page(finished / RUN / "report.html")
+    assert page.harmless()
+    for words in ("tiny/a", "Curves", "Loss", "averaged weights", "Gradient norm", "Throughput", "waiting for data", "Most confused pairs",
+                  "expected calibration error", "Most confident mistakes", "TRAIN.TENSORBOARD_HISTOGRAMS", "command line", "torch",
+                  "git commit", "skipped steps", "finished"):
+        assert words in page.text, words
+    assert [tag for tag, _ in page.tags].count("svg") == 8  # six charts, the matrix, the reliability
+
+
+def test_report_of_two_runs_tests_them_on_the_same_images(finished: Path, program) -> None:
+    a, b = finished / RUN, finished / "output/tiny/b"
+    done = program("--report", a, b, "--opts", "REPORT.FILE", "both.html")
+    assert done.returncode == 0, done.stderr
+    page = Page(program.folder / "both.html")
+    first, second = (read_run(str(folder)).predictions for folder in (a, b))
+    only = [int((x.right & ~y.right).sum()) for x, y in ((first, second), (second, first))]
+    assert page.harmless() and f"{only[0]}, {only[1]}" in page.text and f"p = {mcnemar(*only):.3g}" in page.text
+    assert "A and B on 19 images" in page.text and "0.05" in page.text and "TRAIN.BASE_LR" in page.text
+
+
+def predictions(right: list[bool], names: list[str] | None = None) -> Outcomes:
+    target = np.zeros(len(right), dtype=np.int32)
+    probability = np.linspace(0.5, 0.9, len(right), dtype=np.float32)
+    return Outcomes(np.arange(len(right)), target, (~np.array(right)).astype(np.int32), probability, probability,
+                       names or [f"{i}.png" for i in range(len(right))], ["x", "y"], {})
+
+
+def test_paired_test_by_hand() -> None:
+    # one image right in the first alone, five in the second alone: 2 (C(6,0) + C(6,1)) / 2^6
+    assert mcnemar(1, 5) == mcnemar(5, 1) == pytest.approx(14 / 64, abs=1e-12)
+    assert mcnemar(0, 0) == 1 and mcnemar(3, 3) == 1 and mcnemar(0, 10) == pytest.approx(2 / 1024)
+    first, second = [True, *[False] * 5, True, True], [False, *[True] * 5, True, True]
+    names = [f"{i}.png" for i in range(8)]
+    order = [3, 1, 0, 2, 7, 5, 6, 4]
+    shuffled = predictions([second[i] for i in order], [names[i] for i in order])
+    found = compare(predictions(first), shuffled)
+    assert (found.images, found.only_first, found.only_second, found.p) == (8, 1, 5, mcnemar(1, 5))
+    assert found.accuracies == (3 / 8, 7 / 8) and found.interval[0] < 0.5 < found.interval[1]
+    assert compare(predictions(first), predictions(second, [f"other{i}" for i in range(8)])) is None
+
+
+def test_figures_of_classes_and_confidence_by_hand() -> None:
+    target, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 1, 0])
+    probability = np.array([0.9, 0.9, 0.5, 0.5, 0.9, 0.9])
+    made = Outcomes(np.arange(6), target, predicted, probability, probability, list("abcdef"), ["u", "v", "w"], {})
+    counts = confusion(made)
+    assert counts.tolist() == [[0, 0, 1], [0, 1, 2], [1, 1, 2], [2, 0, 1]]
+    worst = by_class(made, counts)
+    assert [(row.name, row.images, row.mistaken_for, row.times) for row in worst] == [("w", 1, "u", 1), ("u", 3, "v", 2), ("v", 2, "", 0)]
+    assert [row.recall for row in worst] == [0, pytest.approx(1 / 3), 1] and [row.precision for row in worst] == [None, 0.5, 0.5]
+    assert confused_pairs(counts) == [(0, 1, 2), (2, 0, 1)]
+    bins, error = reliability(made, 2)
+    # of four sure ones (0.9) two are right, of two unsure ones (0.5, the lower bin's edge) one is
+    assert [images for images, *_ in bins] == [2, 4] and error == pytest.approx((2 * 0.0 + 4 * 0.4) / 6)
+    assert made.worst(2) == [1, 5]
+
+
+def test_hostile_names_do_no_harm(finished: Path, tmp_path: Path, capsys) -> None:
+    import main
+    run, evil = tmp_path / "run", '"><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m'
+    shutil.copytree(finished / RUN, run, symlinks=True)
+    made = Outcomes.read(str(run / "predictions.npz"))
+    made.classes = [f"{evil}{number}" for number in range(4)]
+    made.paths = [f"'{evil}\udcff/{number}.png" for number in range(len(made.paths))]
+    made.write(str(run / "predictions.npz"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["TAG"] = evil.replace("\x1b", "")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "sources.json").write_text(json.dumps({"TAG": [[evil, evil]], evil: [["command line", evil]]}))
+    with open(run / "history.jsonl", "a") as file:
+        file.write(json.dumps(dict(event=evil, step=3, reason=evil)) + "\n")
+        file.write(json.dumps(dict(event="start", step=4, flags=[evil], versions={evil: evil}, data={evil: evil})) + "\n")
+    for arguments in ([str(run)], [str(run), str(run)]):
+        assert main.main(["--report", *arguments, "--opts", "REPORT.FILE", str(tmp_path / "page.html")]) == 0
+        page = Page(tmp_path / "page.html")
+        assert page.harmless() and "<script>alert(1)" in page.text and "\x1b" not in (tmp_path / "page.html").read_text()
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kept", "words"), [
+    (["metrics.jsonl"], ["Accuracy", "steps.jsonl is missing"]),
+    (["config.yaml"], ["no figures yet", "predictions.npz is missing"]),
+    (["steps.jsonl", "history.jsonl"], ["Gradient norm"]),
+    (["config.yaml", "damaged"], ["predictions.npz: no file of predictions", "sources.json is damaged"]),
+])
+def test_report_without_some_of_the_files(finished: Path, tmp_path: Path, kept: list[str], words: list[str]) -> None:
+    from utils.report import write_report
+    for name in kept:
+        if name == "damaged":
+            (tmp_path / "predictions.npz").write_bytes((finished / RUN / "predictions.npz").read_bytes()[:900])
+            (tmp_path / "sources.json").write_text("[1")
+            (tmp_path / "steps.jsonl").write_text('7\n{"step": "x"}\n')
+        else:
+            shutil.copy(finished / RUN / name, tmp_path)
+    page = Page(Path(write_report([str(tmp_path)])))
+    assert page.harmless() and all(word in page.text for word in words), page.text
+    both = Page(Path(write_report([str(tmp_path), str(finished / RUN)])))
+    assert both.harmless() and "cannot be compared image by image" in both.text
+
+
+def test_report_asked_for_where_there_is_none(finished: Path, program) -> None:
+    (program.folder / "empty").mkdir()
+    for name, words in (("absent", "absent: no such run folder"), ("empty", "empty: holds no run")):
+        done = program("--report", name)
+        assert done.returncode == 2 and words in done.stderr
+    done = program("--report", finished / RUN, "--opts", "REPORT.FILE", "absent/page.html")
+    assert done.returncode == 2 and "the report cannot be written" in done.stderr
+
+
+def test_a_report_that_fails_does_not_fail_the_run(tiny_cfg: Path, program, monkeypatch) -> None:
+    import utils.report
+    monkeypatch.setattr(utils.report, "render", lambda runs: 1 / 0)
+    done = program("--cfg", tiny_cfg, "--epochs", 1)
+    assert done.returncode == 0 and done.stdout.count("warning: no report was written (ZeroDivisionError") == 1
+
+
+def test_plots_where_matplotlib_is(finished: Path, program, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for module in [name for name in sys.modules if name.startswith("matplotlib.") or name == "utils.plots"]:
+        monkeypatch.delitem(sys.modules, module)
+    done = program("--report", finished / RUN)
+    assert done.returncode == 0 and "no plots as PNG" in done.stdout and not (finished / RUN / "plots").exists()
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    from utils.report import write_plots
+    assert "loss.png" in write_plots([str(finished / RUN)], str(program.folder))
+    assert {path.name for path in (program.folder / "plots").iterdir()} >= {"loss.png", "accuracy.png", "confusion.png", "reliability.png"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings
+# --------------------------------------------------------------------------------------------------
+
+def test_every_value_has_its_source(tmp_path: Path, program) -> None:
+    (tmp_path / "base.yaml").write_text("TRAIN:\n  EPOCHS: 90\n  WARMUP_EPOCHS: 5\nTAG: base\n")
+    (tmp_path / "child.yaml").write_text("BASE: [base.yaml]\nTRAIN: {EPOCHS: 100}\nDATA: {IMG_SIZE: [192, 256]}\nAUG: {CUTMIX: 0}\n")
+    child = str(tmp_path / "child.yaml")
+    told = history(get_config(child, ["TRAIN.EPOCHS", "9", "AUG.SCALE", "[0.1, 1]"]))
+    base = str(tmp_path / "base.yaml")
+    assert told["TRAIN.EPOCHS"] == [(f"base {base}:2", 90), (f"{child}:2", 100), ("command line", 9)]
+    assert told["TAG"] == [(f"base {base}:4", "base")] and "SEED" not in told
+    assert told["TRAIN.LR_SCHEDULER.WARMUP_PREFIX"] == [("derived from MODEL.TYPE", False)]
+
+    done = program("--print-config", "--cfg", child, "--epochs", 7, "--opts", "AUG.SCALE", "[0.1, 1]")
+    assert done.returncode == 0, done.stderr
+    printed = dict(part.strip().split("  # ") for part in done.stdout.splitlines() if "#" in part)
+    printed = {key.strip(): source.strip() for key, source in printed.items()}
+    assert printed["EPOCHS: 7"] == f"command line, over 100 of {child}:2, over 90 of base {base}:2"
+    assert printed["IMG_SIZE: [192, 256]"] == f"{child}:3" and printed["SEED: 0"] == "default"
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    opts = ["TRAIN.EPOCHS", "7", "AUG.SCALE", "[0.1, 1]"]
+    assert get_config(str(tmp_path / "printed.yaml")).dump() == get_config(child, opts).dump()
+
+
+def test_config_of_a_checkpoint_says_so(finished: Path, program) -> None:
+    done = program("--print-config", "--resume", finished / RUN / "last.pth", "--tag", "z")
+    assert done.returncode == 0, done.stderr
+    sources = {line.partition(":")[0].strip(): line.partition("# ")[2] for line in done.stdout.splitlines()}
+    assert sources["TAG"] == f"command line, over a of checkpoint {finished / RUN / 'last.pth'}"
+    assert sources["EMA_DECAY"].startswith("checkpoint ") and sources["EVAL_MODE"] == "default"
+
+
+def test_difference_of_two_runs(finished: Path, tiny_cfg: Path, program) -> None:
+    a, b = finished / RUN, finished / "output/tiny/b"
+    done = program("--diff", a, b)
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
+    assert done.returncode == 0 and rows["TRAIN.BASE_LR"] == ["0.05", "0.01"] and rows["SEED"] == ["0", "1"]
+    assert "TRAIN.EPOCHS" not in rows and rows["best"] and rows["circumstances:"] == ["no", "difference"]
+    done = program("--diff", a / "last.pth", tiny_cfg)
+    assert done.returncode == 0 and "TAG" in done.stdout and "TRAIN.BASE_LR" not in done.stdout
+    assert program("--diff", a, "absent").returncode == 2
+    done = program("--diff", a)
+    assert done.returncode == 2 and "two are compared" in done.stderr
+    assert program("--diff", a / "log.txt", a).returncode == 3
+
+
+def test_settings_and_reports_need_no_torch(finished: Path, tmp_path: Path) -> None:
+    for name in ("torch", "timm", "torchvision"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not here')\n")
+    a, b = str(finished / RUN), str(finished / "output/tiny/b")
+    script = ("import sys, main\nfor line in (['--print-config'], ['--diff', *sys.argv[1:]], "
+              "['--report', *sys.argv[1:], '--opts', 'REPORT.FILE', 'page.html']):\n assert main.main(line) == 0, line")
+    done = subprocess.run([sys.executable, "-c", script, a, b], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+                          env=environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert done.returncode == 0, done.stderr
+    assert Page(tmp_path / "page.html").harmless()
+
+
+# --------------------------------------------------------------------------------------------------
+# Trackers
+# --------------------------------------------------------------------------------------------------
+
+_FAKE = """
+import json
+def log(values, step):
+    note("log", step=step, values=values)
+    if FAILS: raise ConnectionError("the server is gone\\nand more")
+def finish(): note("finish")
+def note(what, **more):
+    with open("tracked.jsonl", "a") as file: file.write(json.dumps(dict(what=what, **more)) + "\\n")
+def init(**options): note("init", **options)
+"""
+
+
+def tracked(folder: Path, what: str) -> list[dict]:
+    return [row for row in lines(folder / "tracked.jsonl") if row["what"] == what]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_tracker_goes_on_with_the_same_run(tiny_cfg: Path, program, monkeypatch, name: str) -> None:
+    (program.folder / f"{name}.py").write_text(f"FAILS = False{_FAKE}")
+    monkeypatch.syspath_prepend(str(program.folder))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    command = ("--cfg", tiny_cfg, "--opts", "TRACKER", name, "TRACKER_PROJECT", "mine")
+    for epochs in (1, 2):
+        done = program(*command, "--epochs", epochs)
+        assert done.returncode == 0, done.stderr
+    first, second = tracked(program.folder, "init")
+    assert first["project"] == second["project"] == "mine" and first["name"] == second["name"] and first.get("id") == second.get("id")
+    assert second["resume"] == "allow" and first["config"]["TRAIN.EPOCHS"] == 1
+    steps = [row["step"] for row in tracked(program.folder, "log")]
+    assert steps == [2, 4, 5, 5, 7, 9, 10, 10] and len(tracked(program.folder, "finish")) == 2
+    (program.folder / "output/tiny/default/ckpt_00000010.pth").unlink()  # as if killed before it was written: five steps again
+    assert program(*command, "--epochs", 2).returncode == 0
+    assert steps == [row["step"] for row in tracked(program.folder, "log")]
+    monkeypatch.delitem(sys.modules, name)
+
+
+def test_tracker_that_is_missing_or_fails(tiny_cfg: Path, program, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    done = program("--cfg", tiny_cfg, "--opts", "TRACKER", "wandb")
+    assert done.returncode == 2 and "pip install wandb" in done.stderr and not (program.folder / "output").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(program.folder)
+    (program.folder / "wandb.py").write_text(f"FAILS = True{_FAKE}")
+    monkeypatch.syspath_prepend(str(program.folder))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    done = program("--cfg", tiny_cfg, "--epochs", 1, "--opts", "TRACKER", "wandb")
+    assert done.returncode == 0 and done.stdout.count("wandb gets no more figures of this run (the server is gone)") == 1
+    assert len(tracked(program.folder, "log")) == 1
+    with pytest.raises(ConfigError, match="choose from none, trackio, wandb"):
+        get_config(None, ["TRACKER", "mlflow"])
+    monkeypatch.delitem(sys.modules, "wandb")

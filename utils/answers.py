@@ -1,0 +1,184 @@
+"""What a classifier answered on each image of a pass, and the figures that follow from it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils import distributed
+from utils.engine import Evaluation
+from utils.statistics import bootstrap_interval, expected_calibration_error
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The images of a pass in the order of the data, (N,) each; those that could not be read have target -1.
+
+    Attributes:
+        target: class of the image.
+        top1: class answered.
+        in5: the image's class is among the first five answers.
+        confidence: probability of the class answered.
+        loss: cross entropy.
+    """
+
+    target: np.ndarray
+    top1: np.ndarray
+    in5: np.ndarray
+    confidence: np.ndarray
+    loss: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        return (self.top1 == self.target) & (self.target >= 0)
+
+    def evaluation(self, counted: np.ndarray | None = None) -> Evaluation:
+        """The counts over the images that could be read, or over those of them that are ``counted`` (N,) bool."""
+        counted = (self.target >= 0) & (True if counted is None else counted)
+        return Evaluation(int(self.right[counted].sum()), int(self.in5[counted].sum()), int(counted.sum()),
+                          float(self.loss[counted].astype(np.float64).sum()))
+
+
+class Recorder:
+    """Keeps the answers of a pass on the device: what ``utils.engine.evaluate`` takes as ``record``.
+
+    Args:
+        allowed: classes that answers are chosen from, positions among the classes (K,); None: all of them.
+    """
+
+    def __init__(self, allowed: np.ndarray | None = None):
+        self.allowed, self._barred = allowed, None
+        self._rows: list[tuple[Tensor, ...]] = []
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> None:
+        if self.allowed is not None:
+            if self._barred is None:
+                self._barred = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+                self._barred[torch.from_numpy(self.allowed).to(logits.device)] = False
+            logits = logits.masked_fill(self._barred, float("-inf"))
+        best = logits.topk(min(5, logits.shape[1]), dim=1)
+        loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+        confidence = (best.values[:, 0] - logits.logsumexp(1)).exp()
+        self._rows.append((targets, best.indices[:, 0], (best.indices == targets[:, None]).any(1), confidence, loss))
+
+    def answers(self, loader: Any) -> Answers:
+        """The answers of all ranks together, in the order of ``loader``'s images; every rank must ask."""
+        columns = [torch.cat(column).cpu().numpy() for column in zip(*self._rows, strict=True)] if self._rows else _EMPTY
+        sampler = loader.batch_sampler
+        if hasattr(sampler, "high"):  # what fills the last batch up stands at the end
+            columns = [column[:sampler.high - sampler.low] for column in columns]
+        else:
+            columns = [column[columns[0] >= 0] for column in columns]
+        return Answers(*(np.concatenate(parts) for parts in zip(*distributed.gather_objects(columns), strict=True)))
+
+
+_EMPTY = [np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0, np.float32), np.zeros(0, np.float32)]
+
+
+# --------------------------------------------------------------------------------------------------
+# A class at a time
+# --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class PerClass:
+    """Figures of each class, (C,) each, from the images that count.
+
+    Attributes:
+        images: images of the class.
+        correct: those answered rightly.
+        answered: images, of whatever class, that were taken for it.
+        mistaken, times: the class it is most often mistaken for (-1: never), and how often.
+    """
+
+    images: np.ndarray
+    correct: np.ndarray
+    answered: np.ndarray
+    mistaken: np.ndarray
+    times: np.ndarray
+
+    @classmethod
+    def of(cls, answers: Answers, classes: int) -> PerClass:
+        counted = answers.target >= 0
+        target, top1 = answers.target[counted], answers.top1[counted]
+
+        def count(values: np.ndarray) -> np.ndarray:
+            return np.bincount(values, minlength=classes)
+
+        mistaken, times = np.full(classes, -1), np.zeros(classes, dtype=np.int64)
+        wrong = target != top1
+        pairs, often = np.unique(target[wrong] * classes + top1[wrong], return_counts=True)
+        for pair, number in zip(pairs[::-1].tolist(), often[::-1].tolist(), strict=True):  # of equals the first class
+            if number >= times[pair // classes]:
+                mistaken[pair // classes], times[pair // classes] = pair % classes, number
+        return cls(count(target), count(target[~wrong]), count(top1), mistaken, times)
+
+    @property
+    def recall(self) -> np.ndarray:
+        """Share of a class's images answered rightly, its accuracy; nan without images."""
+        return _share(self.correct, self.images, np.nan)
+
+    @property
+    def precision(self) -> np.ndarray:
+        """Share of the images taken for a class that are of it; 0 where none was."""
+        return _share(self.correct, self.answered, 0.0)
+
+    @property
+    def f1(self) -> np.ndarray:
+        """Harmonic mean of precision and recall; nan without images."""
+        return np.where(self.images > 0, _share(2 * self.correct, self.images + self.answered, 0.0), np.nan)
+
+    def worst(self, count: int = 5) -> list[int]:
+        """The classes with images of the lowest recall, lowest first."""
+        order = np.argsort(np.where(self.images > 0, self.recall, np.inf), kind="stable")
+        return [int(i) for i in order[:count] if self.images[i]]
+
+    def macro(self) -> tuple[float, float, float]:
+        """Means of recall, precision and F1 over the classes that have images."""
+        some = self.images > 0
+        return tuple(float(values[some].mean()) if some.any() else 0.0 for values in (self.recall, self.precision, self.f1))
+
+    def csv(self, names: Sequence[str], classes: np.ndarray | None = None) -> str:
+        """The table, a line a class, of all ``classes`` or those at the positions given."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["class", "images", "correct", "recall", "precision", "f1", "answered", "mistaken_for", "times"])
+        figures = np.stack([self.recall, self.precision, self.f1], axis=1)
+        for i in range(len(names)) if classes is None else classes.tolist():
+            shares = ["" if np.isnan(value) else f"{value:.6f}" for value in figures[i]]
+            taken = names[self.mistaken[i]] if self.mistaken[i] >= 0 else ""
+            writer.writerow([names[i], self.images[i], self.correct[i], *shares, self.answered[i], taken, self.times[i]])
+        return text.getvalue()
+
+
+def _share(part: np.ndarray, whole: np.ndarray, nothing: float) -> np.ndarray:
+    return np.divide(part, whole, out=np.full(len(whole), nothing), where=whole > 0)
+
+
+def describe(answers: Answers, table: PerClass, names: Sequence[str], result: Evaluation) -> list[str]:
+    """Lines on how sure, how calibrated and how even the figures are."""
+    low, high = bootstrap_interval(result.correct, result.total)
+    counted = answers.target >= 0
+    confidence, right = answers.confidence[counted], answers.right[counted]
+    recall, precision, f1 = table.macro()
+    lines = [f"interval of top1: {100 * low:.2f} to {100 * high:.2f} (95 %, bootstrap over the images)",
+             f"calibration: ECE {100 * expected_calibration_error(confidence, right):.2f} % (15 bins), mean confidence "
+             f"{100 * confidence.mean() if len(confidence) else 0:.2f} %",
+             f"mean over classes: recall {100 * recall:.2f} precision {100 * precision:.2f} F1 {100 * f1:.2f}"]
+    worst = [i for i in table.worst() if table.correct[i] < table.images[i]]
+    if worst:
+        lines.append("worst classes: " + "; ".join(
+            f"{_cut(names[i])}: {table.correct[i]} of {table.images[i]} right, mostly taken for {_cut(names[table.mistaken[i]])}"
+            for i in worst))
+    return lines
+
+
+def _cut(name: str, length: int = 30) -> str:
+    return name if len(name) <= length else name[:length - 3] + "..."

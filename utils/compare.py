@@ -1,0 +1,145 @@
+"""``--compare A B``: two checkpoints on the same images, and whether their difference is more than chance."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from config import KEYS, ConfigError, config_from_text, lookup
+from data import DataError, build_loaders, preprocessing
+from utils import checkpoint, distributed
+from utils.answers import Answers, Recorder
+from utils.device import Precision
+from utils.engine import evaluate
+from utils.evaluation import classes_of, judged_models, prepare
+from utils.labels import Labels
+from utils.progress import track
+from utils.reading import tell_uncounted, teller
+from utils.statistics import bootstrap_difference, bootstrap_interval, mcnemar
+
+Pair = tuple[CfgNode, Any]
+# What a file's own config says even here: its model, and how it wants its images. All else is the first file's, or the command's.
+_OF_THE_FILE = ("MODEL.", "TRAIN.", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "TEST.CROP", "FUSED_LAYERNORM")
+
+
+class _Overheard(nn.Module):
+    """A model that passes its logits on to ``record`` too, so that two of them answer in one pass over the images."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.logits = model, torch.empty(0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.logits = self.model(images)
+        return self.logits
+
+
+def compare_run(config: CfgNode, content: Sequence[Pair], device: torch.device, logger: logging.Logger) -> None:
+    """Judge both files on the first one's data, in one pass where they prepare images alike, and print the paired test.
+
+    Raises:
+        ConfigError: a label set that images do not allow for here, or other classes.
+    """
+    labels = Labels(config)
+    if labels.name == "real":
+        raise ConfigError("--compare counts one label an image; leave --labels real out")
+    pairs = [content[0], (_on_the_data_of(config, content[1][0]), content[1][1])]
+    precision = prepare(config, device, logger)
+    alike = preprocessing(pairs[0][0]) == preprocessing(pairs[1][0]) and len({checkpoint.is_own(c) for _, c in pairs}) == 1
+    answers = _in_one_pass(pairs, labels, device, precision, logger) if alike else _in_two_passes(pairs, labels, device, precision, logger)
+    for line in report(config.COMPARE.FILES, *answers):
+        logger.info(line)
+
+
+def _on_the_data_of(first: CfgNode, own: CfgNode) -> CfgNode:
+    """``own`` with everything that is not the file's own matter taken from ``first``."""
+    opts = [item for key, *_ in KEYS if key != "BASE" and not key.startswith(_OF_THE_FILE) for item in (key, lookup(first, key))]
+    return config_from_text(own.dump(), opts)
+
+
+def _opened(pair: Pair, labels: Labels, device: torch.device, logger: logging.Logger,
+            classes: Sequence[str] | None = None) -> tuple[Any, Any]:
+    """(loaders, classes that answers are chosen from or None) for a file; its targets count ``classes``, else the file's own."""
+    config, content = pair
+    loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
+                            classes=classes or classes_of(content, labels), device=device, published=not checkpoint.is_own(content))
+    loaders.tell(teller(logger))
+    label_set = labels.on(loaders.val.dataset.folder, loaders.classes)
+    for line in (*loaders.notices, *label_set.notices):
+        logger.info(line)
+    return loaders, label_set.allowed if label_set.headline else None
+
+
+def _last_model(pair: Pair, classes: Sequence[str], device: torch.device) -> nn.Module:
+    config, content = pair
+    if checkpoint.is_own(content) and set(content["classes"]) != set(classes):
+        raise ConfigError(f"{config.MODEL.RESUME}: has other classes ({len(content['classes'])}: {', '.join(content['classes'][:3])}, ...) "
+                          f"than the file it is compared with ({len(classes)}: {', '.join(classes[:3])}, ...)")
+    return judged_models(config, config.MODEL.RESUME, content, classes, device)[-1]
+
+
+def _in_one_pass(pairs: Sequence[Pair], labels: Labels, device: torch.device, precision: Precision,
+                 logger: logging.Logger) -> list[Answers]:
+    loaders, allowed = _opened(pairs[0], labels, device, logger)
+    first, second = _Overheard(_last_model(pairs[0], loaders.classes, device)), _last_model(pairs[1], loaders.classes, device)
+    recorders = Recorder(allowed), Recorder(allowed)
+
+    def record(logits: Tensor, targets: Tensor) -> None:
+        recorders[0](first.logits.float(), targets)
+        recorders[1](logits, targets)
+
+    with contextlib.closing(loaders):
+        images = track(loaders.val, len(loaders.val), "comparing", logger)
+        result = evaluate([first, second], images, device, precision, record=record)[-1]
+        tell_uncounted(loaders.val, result, logger)
+    return [recorder.answers(loaders.val) for recorder in recorders]
+
+
+def _in_two_passes(pairs: Sequence[Pair], labels: Labels, device: torch.device, precision: Precision,
+                   logger: logging.Logger) -> list[Answers]:
+    logger.info("notice: the two prepare their images differently; two passes over the data")
+    answers, classes = [], None
+    for pair in pairs:
+        loaders, allowed = _opened(pair, labels, device, logger, classes)
+        recorder = Recorder(allowed)
+        with contextlib.closing(loaders):
+            images = track(loaders.val, len(loaders.val), "comparing", logger)
+            result = evaluate([_last_model(pair, loaders.classes, device)], images, device, precision, record=recorder)[-1]
+            tell_uncounted(loaders.val, result, logger)
+        classes = loaders.classes
+        answers.append(recorder.answers(loaders.val))
+    if len(answers[0].target) != len(answers[1].target):
+        raise DataError("the data has changed between the two passes; run it again")
+    return answers
+
+
+def report(names: Sequence[str], a: Answers, b: Answers) -> list[str]:
+    """The lines of a comparison of the answers of A and B."""
+    counted = (a.target >= 0) & (b.target >= 0)
+    total, right_a, right_b = int(counted.sum()), a.right & counted, b.right & counted
+    lines = []
+    for letter, name, answers in zip("AB", names, (a, b), strict=True):
+        result = answers.evaluation(counted)
+        low, high = bootstrap_interval(result.correct, total)
+        lines.append(f"{letter} {name}: {result.line()}, 95 % interval {100 * low:.2f} to {100 * high:.2f}")
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    both = int((right_a & right_b).sum())
+    low, high = bootstrap_difference(only_a, only_b, total)
+    p = mcnemar(only_a, only_b)
+    lines.append(f"right: both {both}, A alone {only_a}, B alone {only_b}, neither {total - both - only_a - only_b}, of {total} images")
+    lines.append(f"difference A - B: {100 * (only_a - only_b) / max(1, total):+.2f} points, 95 % interval {100 * low:+.2f} to "
+                 f"{100 * high:+.2f} (bootstrap over the images, in pairs)")
+    lines.append(f"McNemar's exact test: p = {p:.3g}; " + _verdict(p, only_a, only_b))
+    return lines
+
+
+def _verdict(p: float, only_a: int, only_b: int) -> str:
+    if p >= 0.05:
+        return "the difference may be chance"
+    return f"{'A' if only_a > only_b else 'B'} is better on such images by more than chance (of runs with other seeds this says nothing)"

@@ -1,0 +1,350 @@
+"""``--plan``: a dry run of everything, and what the real one will take: memory, time and disk. Writes nothing into OUTPUT."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from yacs.config import CfgNode
+
+from config import ConfigError, image_size
+from data import preprocessing
+from models.weights import read_file
+from utils import checkpoint, curve, distributed, memory
+from utils.device import synchronize
+from utils.engine import Progress, StepPlan, evaluate, train_one_epoch
+from utils.files import free_bytes
+from utils.fit import Unfit, two_steps
+from utils.modes import Prepared, prepare, require_room
+from utils.progress import clock, track
+from utils.signals import StopRequest
+
+WARM_UP, FEWEST, MOST = 2, 2, 40  # steps not timed; timed steps, at least and at most
+CURVE = (60, 6)  # columns and lines
+
+Log = logging.Logger
+
+
+class Unsuited(Exception):
+    """The run does not fit; the message says why."""
+
+
+def plan_run(config: CfgNode, content: Any, device: torch.device, logger: Log) -> int:
+    """Say what the run would take; 0 if it fits, 1 if it does not."""
+    scratch = os.path.expanduser(config.PLAN.SCRATCH)
+    if scratch and not (os.path.isdir(scratch) and os.access(scratch, os.W_OK | os.X_OK)):
+        raise ConfigError(f"PLAN.SCRATCH is {scratch}; name a folder that is there and can be written")
+    try:
+        with StopRequest(), memory.allowed(device, config.PLAN.MEMORY):
+            ready = prepare(config, content, device, logger, dry=True)
+            if ready is not None:
+                with contextlib.closing(ready.loaders):
+                    _plan(ready, logger)
+    except (Unsuited, Unfit) as error:
+        logger.info(f"fits: no ({error})")
+        return 1
+    logger.info("fits: yes")
+    return 0
+
+
+def _plan(ready: Prepared, logger: Log) -> None:
+    """Print a line on each thing as it becomes known.
+
+    Raises:
+        Unsuited: memory or disk do not suffice.
+    """
+    config, start, state, plan = ready.config, ready.start, ready.state, ready.step_plan()
+    sampler, world = ready.loaders.train.batch_sampler, distributed.world_size()
+    per_epoch, total = sampler.steps_per_epoch, sampler.total_steps
+    logger.info(_model_line(ready))
+    logger.info(f"batch: {ready.global_batch} images = {config.DATA.BATCH_SIZE} x {config.TRAIN.ACCUMULATION_STEPS} accumulated x {world} "
+                f"processes, {per_epoch} steps an epoch")
+    logger.info(f"steps: continues {start.path} after step {state.step} of {total}" if start.content is not None else
+                f"steps: from the first of {total}" + (f", with the weights of {start.path}" if start.path else ""))
+    for line in _curve_lines(ready):
+        logger.info(line)
+    _require_disk(ready, logger)
+    _require_memory(ready, plan)
+    speed = _measure(ready, plan, logger)
+    _say_speed(ready, speed, logger)
+    save = _try_save(ready, per_epoch, logger)
+    _require_used_memory(ready, logger)
+    _say_time(ready, speed, save, logger)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is known without a step
+# --------------------------------------------------------------------------------------------------
+
+def _model_line(ready: Prepared) -> str:
+    model, (height, width) = ready.state.model, image_size(ready.config)
+    model.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, height, width, device=ready.device))
+    parameters = sum(p.numel() for p in model.parameters())
+    return (f"model: {ready.config.MODEL.NAME}, {parameters / 1e6:.2f} M parameters, {counter.get_total_flops() / 2e9:.3g} GMACs an image "
+            f"of {height} x {width}, on {ready.device} in {ready.precision.name}")
+
+
+def _curve_lines(ready: Prepared) -> list[str]:
+    schedule, columns = ready.schedule, CURVE[0]
+    total = max(1, schedule.total_steps)
+    # the last step in each column, so that the end is the end
+    values = [schedule.lr_at(min(total - 1, max(0, round((i + 1) * total / columns) - 1))) for i in range(columns)]
+    encoding = getattr(sys.stdout, "encoding", None) or ""
+    lines = curve.draw(values, CURVE[1], "step 0", str(total), "utf" in encoding.lower())
+    return [f"learning rate: {schedule.warmup:.2e} rising to {schedule.base:.2e} over {schedule.warmup_steps} steps, {schedule.name} to "
+            f"{schedule.lr_at(total - 1):.2e}", *(f"  {line}" for line in lines)]
+
+
+def _require_disk(ready: Prepared, logger: Log) -> None:
+    config, size = ready.config, ready.state.size()
+    number = config.TRAIN.KEEP_CHECKPOINTS + 2 if config.TRAIN.KEEP_CHECKPOINTS else 1 + -(-config.TRAIN.EPOCHS // config.SAVE_FREQ)
+    wanted = min(number * size, config.TRAIN.CHECKPOINT_BUDGET or number * size)
+    logger.info(f"disk: a checkpoint takes {memory.shown(size)}, the {number} that the run keeps at a time {memory.shown(wanted)}; "
+                f"{memory.shown(free_bytes(ready.folder))} are free")
+    try:
+        require_room(config, ready.folder, size, logger)
+    except ConfigError as error:
+        raise Unsuited(str(error)) from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
+# --------------------------------------------------------------------------------------------------
+
+def _require_memory(ready: Prepared, plan: StepPlan) -> None:
+    """Two steps of this process alone on made-up images: whoever lacks memory here would leave the others waiting in an exchange."""
+    config, sampler = ready.config, ready.loaders.train.batch_sampler
+    local, outputs = sampler.local_images(), len(ready.loaders.classes)
+    most = memory.limit(ready.device, config.PLAN.MEMORY)
+    sizes = [config.DATA.BATCH_SIZE]
+    if ready.device.type == "cpu":  # a process that takes too much is killed: small ones foretell what the whole takes
+        sizes = sorted({max(1, config.DATA.BATCH_SIZE // 8), max(1, config.DATA.BATCH_SIZE // 4), config.DATA.BATCH_SIZE})
+    peak: int | None = 0
+    measured: dict[int, int] = {}
+    for micro in sizes:
+        if len(measured) == 2 and (foretold := memory.expected(measured, micro)) > 1.1 * most:
+            peak = int(foretold)
+            break
+        peak = memory.taken(lambda micro=micro: two_steps(ready.state, plan, local, micro, (3, *image_size(config)), outputs,
+                                                          config.TRAIN.BACKGROUND_SAVE), ready.device)
+        if peak is None or peak > most:
+            break
+        measured[micro] = peak
+    memory.reset_peak(ready.device)
+    peaks = distributed.gather_objects((peak, most))
+    for rank, (taken, allowed) in enumerate(peaks):
+        if taken is None or taken > allowed:
+            where = f" on rank {rank}" if len(peaks) > 1 else ""
+            raise Unsuited(f"memory: a micro-batch of {config.DATA.BATCH_SIZE} images takes "
+                           f"{'' if taken is None else memory.shown(taken) + ', '}more than {memory.shown(allowed)}{where}; --fit "
+                           "finds one that fits and keeps the global batch")
+
+
+def _require_used_memory(ready: Prepared, logger: Log) -> None:
+    """What the real steps, the evaluation and the save took, loading processes included."""
+    own, workers = memory.peak(ready.device), memory.of_children() if ready.device.type == "cpu" else 0
+    most = memory.limit(ready.device, ready.config.PLAN.MEMORY)
+    every = distributed.gather_objects((own, workers, most))
+    own, workers, most = max(every, key=lambda used: (used[0] + used[1]) / used[2])
+    logger.info(f"memory: {memory.shown(own)} at the peak"
+                + (f" and {memory.shown(workers)} in {ready.loaders.train.num_workers} loading processes" if workers else "")
+                + f", of {memory.shown(most)}" + (" a process" if len(every) > 1 else ""))
+    if own + workers > most:
+        raise Unsuited(f"memory: {memory.shown(own + workers)} are more than {memory.shown(most)}; --fit finds a micro-batch that fits and "
+                       "keeps the global batch, fewer --num-workers take less")
+
+
+# --------------------------------------------------------------------------------------------------
+# Speed
+# --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds, the slowest process's: of a step on a batch that lies ready, of a batch from the loader alone, of a step with the
+    loader at work, and of an evaluation."""
+
+    step: float
+    batch: float
+    both: float
+    evaluation: float | None
+
+
+def _measure(ready: Prepared, plan: StepPlan, logger: Log) -> Speed:
+    state, loaders, seconds = ready.state, ready.loaders, ready.config.PLAN.SECONDS
+    model, first = distributed.wrap(state.model, ready.device), state.step
+    batches = _endless(loaders, first)
+    one = next(batches)
+    distributed.mark("planning: steps")
+    ready_batches = itertools.repeat(one)
+    trial = _timed_steps(model, ready, plan, ready_batches, WARM_UP)[-1]
+    step = statistics.median(_timed_steps(model, ready, plan, ready_batches, _agreed(seconds / trial)))
+    distributed.mark("planning: loading")
+    batch = _loading_seconds(batches, loaders.train.num_workers, ready.device, seconds / 2)
+    workers = loaders.train.num_workers
+    distributed.mark("planning: steps with loading")
+    number = max(_agreed(2 * seconds / max(step, batch)), _agreed(2 * workers))
+    both = statistics.mean(_timed_steps(model, ready, plan, batches, number))
+    distributed.mark("planning: evaluation")
+    evaluation = _evaluation_seconds(ready, plan, logger)
+    every = distributed.gather_objects((step, batch, both, evaluation or 0.0))
+    step, batch, both, longest = (max(column) for column in zip(*every, strict=True))
+    return Speed(step, batch, max(both, step, batch), longest or None)
+
+
+def _agreed(number: float) -> int:
+    """A number of steps that is the same on every rank, within bounds."""
+    return min(MOST, max(FEWEST, int(distributed.gather_objects(number)[0])))
+
+
+def _endless(loaders: Any, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield from loaders.batches(start)
+        start = 0
+
+
+def _timed_steps(model: nn.Module, ready: Prepared, plan: StepPlan, batches: Iterable[tuple[Tensor, Tensor]], number: int) -> list[float]:
+    """Seconds of each of ``number`` steps through the real loop; the run's step count stays."""
+    state, times, first = ready.state, [], ready.state.step
+    then = time.perf_counter()
+
+    def after_step(*_: Any) -> None:
+        nonlocal then
+        synchronize(ready.device)
+        now = time.perf_counter()
+        times.append(now - then)
+        then = now
+
+    train_one_epoch(model, state, iter(batches), first + number, plan, Progress(ready.device), after_step)
+    state.step = first
+    return times
+
+
+def _loading_seconds(batches: Iterator[Any], workers: int, device: torch.device, least: float) -> float:
+    """Seconds of a batch when nothing else is done: over whole rounds of the loading processes, which finish together at first."""
+    for _ in range(1 + 3 * workers):  # what they had ready
+        next(batches)
+    begun, number = time.perf_counter(), 0
+    while number < MOST:
+        next(batches)
+        number += 1
+        if number % max(1, workers) == 0 and time.perf_counter() - begun > least:
+            break
+    synchronize(device)
+    return (time.perf_counter() - begun) / number
+
+
+def _evaluation_seconds(ready: Prepared, plan: StepPlan, logger: Log) -> float | None:
+    """Seconds of a whole evaluation, from a few batches of it; None where their number is unknown."""
+    loader, state = ready.loaders.val, ready.state
+    models = [state.model] if state.ema is None else [state.model, state.ema.module]
+    taken = min(len(loader) or 1, 1 + max(1, ready.loaders.val.num_workers))
+    arrived: list[float] = []
+
+    def timed() -> Iterator[Any]:
+        for item in itertools.islice(loader, taken):
+            arrived.append(time.perf_counter())
+            yield item
+
+    begun = time.perf_counter()
+    evaluate(models, track(timed(), taken, "evaluating", logger), ready.device, plan.precision)
+    synchronize(ready.device)
+    ended = time.perf_counter()
+    # the first batch is computed before the second is asked for, so the stretch from its arrival holds as many passes as batches
+    each = (ended - arrived[0]) / len(arrived)
+    return (arrived[0] - begun) + each * len(loader) if len(loader) else None
+
+
+def _say_speed(ready: Prepared, speed: Speed, logger: Log) -> None:
+    images, workers = ready.loaders.train.batch_sampler.images_per_step, ready.loaders.train.num_workers
+    step, batch, both = (images / seconds for seconds in (speed.step, speed.batch, speed.both))
+    logger.info(f"speed: {step:.0f} images/s of the step alone ({1000 * speed.step:.0f} ms), {batch:.0f} images/s of the loader alone "
+                f"({workers} loading processes), {both:.0f} images/s of both together")
+    if speed.batch > speed.step:
+        logger.info(f"bound: by the data, {speed.batch / speed.step:.1f} times; more --num-workers or CPUs, smaller files "
+                    "(scripts/resize_dataset.py) or a faster disk help, a faster device does not")
+    else:
+        logger.info(f"bound: by the computation; the loader could feed {speed.step / speed.batch:.1f} times as much")
+
+
+# --------------------------------------------------------------------------------------------------
+# Saving, and the whole
+# --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Save:
+    """Seconds: of copying the state, of writing it, of reading and taking it over."""
+
+    copy: float
+    write: float
+    read: float
+
+
+def _try_save(ready: Prepared, per_epoch: int, logger: Log) -> Save:
+    """Write a checkpoint to a folder of its own, read it back, take it over, remove it: rank 0's business."""
+    distributed.mark("planning: saving")
+    save, line = Save(0.0, 0.0, 0.0), ""
+    if distributed.is_main():
+        try:
+            save, line = _save_and_load(ready, per_epoch)
+        except OSError as error:  # the disk of the run itself has been looked at
+            line = f"notice: no save was tried: {error.filename or 'the scratch folder'} cannot be written ({error.strerror or error}); " \
+                   "name another folder with --opts PLAN.SCRATCH"
+    logger.info(line)
+    return distributed.gather_objects(save)[0]
+
+
+def _save_and_load(ready: Prepared, per_epoch: int) -> tuple[Save, str]:
+    config, state = ready.config, ready.state
+    described = checkpoint.describe(config.dump(), ready.loaders.classes, preprocessing(config), config.DATA.DATA_PATH, ready.global_batch,
+                                    per_epoch)
+    with tempfile.TemporaryDirectory(prefix="plan-", dir=os.path.expanduser(config.PLAN.SCRATCH) or None) as scratch:
+        path, times = os.path.join(scratch, "ckpt_00000000.pth"), [time.perf_counter()]
+        content = {**described, **state.state_dict(copy=config.TRAIN.BACKGROUND_SAVE)}
+        times.append(time.perf_counter())
+        checkpoint.write_checkpoint(path, content)
+        del content
+        times.append(time.perf_counter())
+        state.load_state_dict(read_file(path), path)
+        times.append(time.perf_counter())
+        size = os.path.getsize(path)
+    copy, write, read = (later - before for before, later in itertools.pairwise(times))
+    beside = " beside the training" if config.TRAIN.BACKGROUND_SAVE else ""
+    return Save(copy, write, read), (f"checkpoint: {memory.shown(size)} copied in {copy:.1f} s, written in {write:.1f} s{beside}, read and "
+                                     f"taken over in {read:.1f} s")
+
+
+def _say_time(ready: Prepared, speed: Speed, save: Save, logger: Log) -> None:
+    config, sampler = ready.config, ready.loaders.train.batch_sampler
+    training, evaluation = sampler.steps_per_epoch * speed.both, speed.evaluation or 0.0
+    # An epoch that saves does so before its evaluation and after it; what is written beside the work delays only the next save.
+    saving = 2 * (save.copy + save.write)
+    if config.TRAIN.BACKGROUND_SAVE:
+        saving = 2 * save.copy + max(0.0, save.write - evaluation) + max(0.0, save.write - training)
+    saving /= config.SAVE_FREQ
+    if config.TRAIN.SAVE_EVERY_STEPS:
+        saving += sampler.steps_per_epoch / config.TRAIN.SAVE_EVERY_STEPS * (save.copy if config.TRAIN.BACKGROUND_SAVE else saving / 2)
+    epoch = training + evaluation / config.TRAIN.EVAL_FREQ + saving
+    epochs = (sampler.total_steps - ready.state.step) / sampler.steps_per_epoch
+    judging = f"{_seconds(evaluation / config.TRAIN.EVAL_FREQ)} evaluation" if speed.evaluation is not None else \
+        "an evaluation of unknown length"
+    logger.info(f"epoch: {clock(epoch)} = {_seconds(training)} training + {judging} + {_seconds(saving)} saving")
+    hours, unit = epoch * epochs * distributed.world_size() / 3600, "GPU" if ready.device.type == "cuda" else "process"
+    logger.info(f"run: {clock(epoch * epochs)} for {epochs:.4g} epochs, {hours:.3g} {unit} hours")
+
+
+def _seconds(seconds: float) -> str:
+    return clock(seconds) if seconds >= 60 else f"{seconds:.1f} s"
