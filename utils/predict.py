@@ -23,7 +23,6 @@ from utils.inference import Trained, open_trained, require_place
 from utils.logger import plain
 from utils.predictions import Console, CsvTable, Features, JsonLines, Prediction, standard_output
 from utils.progress import aside, track
-from utils.progress import track
 from utils.seed import make_deterministic
 from utils.sheet import Sheet
 
