@@ -24,7 +24,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError
+from config import ConfigError, config_from_text
 from data import preprocessing
 from models import architecture
 from utils.files import TEMPORARY, open_atomically, replace_file
@@ -63,6 +63,8 @@ def export_run(config: CfgNode, content: Any, device: torch.device, logger: logg
         ConfigError: another suffix, a missing package, no weights, or a place that cannot be written; before anything is built.
         ExportError: the exporter fails, or what it wrote computes something else.
     """
+    # Neither changes what is computed, and exporters know neither.
+    config = config_from_text(config.dump(), ["TRAIN.USE_CHECKPOINT", "False", "FUSED_LAYERNORM", "False"])
     path = os.path.expanduser(config.EXPORT.FILE)
     write = _FORM[form_of(path)]
     if write is _write_onnx:
@@ -73,8 +75,6 @@ def export_run(config: CfgNode, content: Any, device: torch.device, logger: logg
         require_place(path)
     trained = open_trained(config, content, "--export")
     model = trained.model.requires_grad_(False)
-    if config.TRAIN.USE_CHECKPOINT:
-        model.set_grad_checkpointing(False)
     if config.EXPORT.PREPROCESS:
         prepare = preprocessing(config)
         model = Normalised(model, prepare["mean"], prepare["std"]).eval()
