@@ -29,6 +29,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
+from models.ops import DepthwiseConv2d, conv_norm
 
 
 class ConvNorm(nn.Module):
@@ -41,7 +42,7 @@ class ConvNorm(nn.Module):
         self.act = nn.Hardswish() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
+        return self.act(conv_norm(self.conv, self.bn, x))
 
 
 class SeparableConvNorm(nn.Module):
@@ -49,13 +50,13 @@ class SeparableConvNorm(nn.Module):
 
     def __init__(self, dim: int, stride: int = 1):
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, 3, stride, 1, groups=dim, bias=False)
+        self.dwconv = DepthwiseConv2d(dim, 3, stride, bias=False)
         self.pwconv = nn.Conv2d(dim, dim, 1, bias=False)
         self.bn = nn.BatchNorm2d(dim)
         self.act = nn.Hardswish()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.pwconv(self.dwconv(x))))
+        return self.act(conv_norm(self.pwconv, self.bn, self.dwconv(x)))
 
 
 class PathEmbed(nn.Module):
@@ -92,7 +93,7 @@ class PositionEncoding(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.proj = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.proj = DepthwiseConv2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -105,7 +106,7 @@ class RelativePositionEncoding(nn.Module):
         super().__init__()
         self.widths = [heads * head_dim for _, heads in windows]
         self.conv_list = nn.ModuleList(
-            nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
+            DepthwiseConv2d(width, kernel)
             for (kernel, _), width in zip(windows, self.widths, strict=True))
 
     def forward(self, v: Tensor) -> Tensor:
@@ -192,13 +193,13 @@ class LocalBranch(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.conv1 = ConvNorm(dim, dim)
-        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.dwconv = DepthwiseConv2d(dim, bias=False)
         self.norm = nn.BatchNorm2d(dim)
         self.act = nn.Hardswish()
         self.conv2 = ConvNorm(dim, dim, act=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(self.act(self.norm(self.dwconv(self.conv1(x)))))
+        return x + self.conv2(self.act(conv_norm(self.dwconv, self.norm, self.conv1(x))))
 
 
 class Stage(nn.Module):

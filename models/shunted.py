@@ -28,6 +28,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
+from models.ops import DepthwiseConv2d, attend
 
 NORM_EPS = 1e-6  # of the blocks' and stages' norms; those of embeddings and merged maps have torch's 1e-5
 
@@ -82,8 +83,8 @@ class ShuntedAttention(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.kv1 = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv2 = nn.Linear(dim, dim, bias=qkv_bias)
-        self.local_conv1 = nn.Conv2d(dim // 2, dim // 2, 3, padding=1, groups=dim // 2)
-        self.local_conv2 = nn.Conv2d(dim // 2, dim // 2, 3, padding=1, groups=dim // 2)
+        self.local_conv1 = DepthwiseConv2d(dim // 2)
+        self.local_conv2 = DepthwiseConv2d(dim // 2)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -111,7 +112,7 @@ class PlainAttention(nn.Module):
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.local_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.local_conv = DepthwiseConv2d(dim)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -136,18 +137,12 @@ def over_map(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: nn.Dropout) -> Tensor:
-    """softmax(scale q k^T) v for (B, h, N, d)."""
-    # Without a bias the fused kernel is the faster one on a CPU too, and never holds the logits of all pairs.
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=drop.p if drop.training else 0.0, scale=scale)
-
-
 class DepthwiseConv(nn.Module):
     """A depthwise 3x3 convolution over a map, (B, H, W, C) -> the same; a module for the sake of its published name."""
 
     def __init__(self, dim: int):
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.dwconv = DepthwiseConv2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return over_map(self.dwconv, x)
