@@ -93,10 +93,10 @@ class PositionEncoding(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.proj = DepthwiseConv2d(dim)
+        self.proj = DepthwiseConv2d(dim, skip=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class RelativePositionEncoding(nn.Module):
@@ -127,22 +127,22 @@ class FactorizedAttention(nn.Module):
         self.crpe = crpe
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, dim = x.shape
-        qkv = self.qkv(x)
-        q, k, v = qkv.view(batch, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        x = attend(q, k, v, self.scale).transpose(1, 2).reshape(batch, height, width, dim)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        y = attend(q, k, v, self.num_heads, self.scale)
         # The relative term is not scaled.
-        x = x + qkv[..., :dim] * self.crpe(qkv[..., 2 * dim:])
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(torch.addcmul(y, q, self.crpe(v))))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """scale q (softmax(k)^T v) for (B, h, N, d), the softmax over the N tokens, the queries as they are.
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
+    """scale q (softmax(k)^T v) in each head for (B, H, W, C), the softmax over the tokens, the queries as they are.
 
     No N x N matrix arises, so there is no fused kernel to prefer on a GPU.
     """
-    context = k.softmax(dim=2).to(v.dtype).transpose(-2, -1) @ v
-    return (q * scale) @ context
+    shape = q.shape
+    # The softmax before the heads part: side by side in memory lie more numbers then.
+    weights = k.flatten(1, 2).softmax(dim=1).to(v.dtype)
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q.flatten(1, 2), weights, v.flatten(1, 2)))
+    return (q @ ((k.transpose(-2, -1) @ v) * scale)).transpose(1, 2).reshape(shape)
 
 
 class EncoderLayer(nn.Module):

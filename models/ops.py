@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _MANY_KEYS = 512  # from here on the fused attention is no slower in any form, and holds no N*M logits
-_LARGE_MAP = 4_000_000  # elements from which oneDNN's bfloat16 kernel for depthwise weights falls out of the cache
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: nn.Dropout) -> Tensor:
@@ -30,21 +29,27 @@ class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution of an odd square kernel, padded by half of it. (B, C, H, W) -> (B, C, H/stride, W/stride), rounded up.
 
     Channels-last inside. In bfloat16 on a CPU some of oneDNN's gradients are 10 to 60 times slower than others of the same
-    cost (3.13): those of a strided map, of kernels above 3x3 and of large maps; they are composed of the fast ones here.
+    cost (3.13): those of strided inputs and of kernels above 3x3; they are composed of the fast ones here.
+
+    ``skip`` adds the input to the output, at the price of one addition to the kernel.
     """
 
-    def __init__(self, dim: int, kernel: int = 3, stride: int = 1, bias: bool = True):
+    def __init__(self, dim: int, kernel: int = 3, stride: int = 1, bias: bool = True, skip: bool = False):
         super().__init__(dim, dim, kernel, stride=stride, padding=kernel // 2, groups=dim, bias=bias)
+        self.skip = skip
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.skip:
+            weight = weight + F.pad(weight.new_ones(1, 1, 1, 1), (self.kernel_size[0] // 2,) * 4)
         if x.device.type != "cpu" or not torch.is_grad_enabled():
-            return super().forward(x)
+            return self._conv_forward(x, weight, self.bias)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        slow = self.stride[0] > 1 or self.kernel_size[0] > 3 or x.numel() >= _LARGE_MAP
+        slow = self.stride[0] > 1 or self.kernel_size[0] > 3
         if dtype != torch.bfloat16 or not slow:
-            return super().forward(x)
+            return self._conv_forward(x, weight, self.bias)
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        return _Depthwise.apply(x, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.stride[0])
+        return _Depthwise.apply(x, weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.stride[0])
 
 
 class _Depthwise(torch.autograd.Function):
@@ -83,7 +88,7 @@ def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Ten
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Kernels above 3x3 in tiles of 3x3, large maps in groups of channels."""
+    """Kernels above 3x3 in tiles of 3x3."""
     kernel, padding = weight.shape[2], weight.shape[2] // 2
     if kernel > 3 and stride == 1:
         height, width = grad.shape[2:]
@@ -94,11 +99,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Te
                 seen = padded[:, :, i:i + height + tile.shape[2] - 1, j:j + width + tile.shape[3] - 1]
                 tile.copy_(_gradient(grad, seen.contiguous(memory_format=torch.channels_last), tile.contiguous(), 1, 0, of=1))
         return whole
-    if grad.numel() < _LARGE_MAP:
-        return _gradient(grad, x, weight, stride, padding, of=1)
-    parts = zip(*(t.split(64, dim) for t, dim in ((grad, 1), (x, 1), (weight, 0))), strict=True)
-    return torch.cat([_gradient(g.contiguous(memory_format=torch.channels_last), y.contiguous(memory_format=torch.channels_last),
-                                w, stride, padding, of=1) for g, y, w in parts])
+    return _gradient(grad, x, weight, stride, padding, of=1)
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:

@@ -83,8 +83,8 @@ class ShuntedAttention(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.kv1 = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv2 = nn.Linear(dim, dim, bias=qkv_bias)
-        self.local_conv1 = DepthwiseConv2d(dim // 2)
-        self.local_conv2 = DepthwiseConv2d(dim // 2)
+        self.local_conv1 = DepthwiseConv2d(dim // 2, skip=True)
+        self.local_conv2 = DepthwiseConv2d(dim // 2, skip=True)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -98,7 +98,7 @@ class ShuntedAttention(nn.Module):
         """Attention of half of the heads over one merged map. (B, h/2, H*W, d), (B, H, W, C) -> (B, h/2, H*W, d)."""
         merged = merge(pad_to(x.permute(0, 3, 1, 2), merge.stride[0])).permute(0, 2, 3, 1)
         k, v = kv(F.gelu(norm(merged))).chunk(2, dim=-1)
-        v = v + over_map(local, v)
+        v = over_map(local, v)  # its skip included
         return attend(q, split_heads(k, self.num_heads // 2), split_heads(v, self.num_heads // 2), self.scale, self.attn_drop)
 
 
@@ -138,11 +138,11 @@ def over_map(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class DepthwiseConv(nn.Module):
-    """A depthwise 3x3 convolution over a map, (B, H, W, C) -> the same; a module for the sake of its published name."""
+    """A map plus its depthwise 3x3 convolution, (B, H, W, C) -> the same; a module for the sake of its published name."""
 
     def __init__(self, dim: int):
         super().__init__()
-        self.dwconv = DepthwiseConv2d(dim)
+        self.dwconv = DepthwiseConv2d(dim, skip=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return over_map(self.dwconv, x)
@@ -160,7 +160,7 @@ class DetailMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        return self.drop(self.fc2(self.drop(F.gelu(x + self.dwconv(x)))))
+        return self.drop(self.fc2(self.drop(F.gelu(self.dwconv(x)))))
 
 
 class Block(nn.Module):
