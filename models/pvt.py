@@ -29,7 +29,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
-from models.ops import attend
+from models.ops import attend, merge_patches
 
 
 def pad_to_patch(x: Tensor, patch: int) -> Tensor:
@@ -73,8 +73,8 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         q = self.q(x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
         if self.sr_ratio > 1:
-            reduced = self.sr(pad_to_patch(x.unflatten(1, grid).permute(0, 3, 1, 2), self.sr_ratio))
-            x = self.norm(reduced.flatten(2).transpose(1, 2))
+            x = pad_to_patch(x.unflatten(1, grid).permute(0, 3, 1, 2), self.sr_ratio)
+            x = self.norm(merge_patches(self.sr, x.permute(0, 2, 3, 1)).flatten(1, 2))
         k, v = self.kv(x).view(batch, x.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         x = attend(q, k, v, self.scale, self.attn_drop)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, dim)))

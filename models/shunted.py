@@ -28,7 +28,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
-from models.ops import DepthwiseConv2d, attend
+from models.ops import DepthwiseConv2d, attend, merge_patches
 
 NORM_EPS = 1e-6  # of the blocks' and stages' norms; those of embeddings and merged maps have torch's 1e-5
 
@@ -96,7 +96,7 @@ class ShuntedAttention(nn.Module):
 
     def branch(self, q: Tensor, x: Tensor, merge: nn.Conv2d, norm: nn.Module, kv: nn.Linear, local: nn.Conv2d) -> Tensor:
         """Attention of half of the heads over one merged map. (B, h/2, H*W, d), (B, H, W, C) -> (B, h/2, H*W, d)."""
-        merged = merge(pad_to(x.permute(0, 3, 1, 2), merge.stride[0])).permute(0, 2, 3, 1)
+        merged = merge_patches(merge, pad_to(x.permute(0, 3, 1, 2), merge.stride[0]).permute(0, 2, 3, 1))
         k, v = kv(F.gelu(norm(merged))).chunk(2, dim=-1)
         v = over_map(local, v)  # its skip included
         return attend(q, split_heads(k, self.num_heads // 2), split_heads(v, self.num_heads // 2), self.scale, self.attn_drop)
