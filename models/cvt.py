@@ -22,12 +22,13 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, QuickGELU, calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
+from models.ops import DepthwiseConv2d, attend, conv_norm
 
 
 class ConvEmbedding(nn.Module):
@@ -72,10 +73,10 @@ class Attention(nn.Module):
         """``size``: height and width of the map."""
         batch, tokens, dim = x.shape
         token, x = (x[:, :1], x[:, 1:]) if self.class_token else (None, x)
-        x = x.transpose(1, 2).unflatten(2, size)
+        x = x.contiguous().transpose(1, 2).unflatten(2, size)
 
-        def heads(conv: nn.Module, linear: nn.Linear) -> Tensor:
-            y = conv(x).flatten(2).transpose(1, 2)
+        def heads(branch: nn.Sequential, linear: nn.Linear) -> Tensor:
+            y = conv_norm(branch.conv, branch.bn, x).flatten(2).transpose(1, 2)
             y = linear(y if token is None else torch.cat([token, y], dim=1))
             return y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
@@ -87,13 +88,24 @@ class Attention(nn.Module):
 def depthwise_bn(dim: int, kernel: int, stride: int) -> nn.Sequential:
     """A depthwise convolution without bias, then batch norm. (B, C, H, W) -> (B, C, H/stride, W/stride), rounded up."""
     return nn.Sequential(OrderedDict(
-        conv=nn.Conv2d(dim, dim, kernel, stride=stride, padding=kernel // 2, bias=False, groups=dim), bn=nn.BatchNorm2d(dim)))
+        conv=DepthwiseConv2d(dim, kernel, stride, bias=False), bn=nn.BatchNorm2d(dim)))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: nn.Dropout) -> Tensor:
-    """softmax(scale q k^T) v for (B, h, N, d)."""
-    # Without a bias the fused kernel is the faster one on a CPU too, and never holds the N*N logits: 4 GB at 800x1333.
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=drop.p if drop.training else 0.0, scale=scale)
+class QuickGeluMlp(nn.Module):
+    """Two linears with x * sigmoid(1.702 x) between them. (B, N, C) -> the same."""
+
+    slope = 1.702
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # It is silu(1.702 x) / 1.702; the factors go to the weights, and one operation on the tokens is left of three.
+        x = F.silu(F.linear(x, self.fc1.weight * self.slope, self.fc1.bias * self.slope))
+        return self.drop(F.linear(self.drop(x), self.fc2.weight * (1 / self.slope), self.fc2.bias))
 
 
 class Block(nn.Module):
@@ -106,7 +118,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, proj_drop=drop, **attention)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=QuickGELU, drop=drop)
+        self.mlp = QuickGeluMlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), size))
@@ -130,7 +142,7 @@ class Stage(nn.Module):
         size = (x.shape[1], x.shape[2])
         x = x.flatten(1, 2)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         x = self.pos_drop(x)
         for block in self.blocks:
             x = checkpoint(block, x, size) if checkpointing else block(x, size)

@@ -29,6 +29,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
+from models.ops import DepthwiseConv2d, conv_norm
 
 
 class ConvNorm(nn.Module):
@@ -41,7 +42,7 @@ class ConvNorm(nn.Module):
         self.act = nn.Hardswish() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
+        return self.act(conv_norm(self.conv, self.bn, x))
 
 
 class SeparableConvNorm(nn.Module):
@@ -49,13 +50,13 @@ class SeparableConvNorm(nn.Module):
 
     def __init__(self, dim: int, stride: int = 1):
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, 3, stride, 1, groups=dim, bias=False)
+        self.dwconv = DepthwiseConv2d(dim, 3, stride, bias=False)
         self.pwconv = nn.Conv2d(dim, dim, 1, bias=False)
         self.bn = nn.BatchNorm2d(dim)
         self.act = nn.Hardswish()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.pwconv(self.dwconv(x))))
+        return self.act(conv_norm(self.pwconv, self.bn, self.dwconv(x)))
 
 
 class PathEmbed(nn.Module):
@@ -92,10 +93,10 @@ class PositionEncoding(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.proj = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.proj = DepthwiseConv2d(dim, skip=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class RelativePositionEncoding(nn.Module):
@@ -105,7 +106,7 @@ class RelativePositionEncoding(nn.Module):
         super().__init__()
         self.widths = [heads * head_dim for _, heads in windows]
         self.conv_list = nn.ModuleList(
-            nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
+            DepthwiseConv2d(width, kernel)
             for (kernel, _), width in zip(windows, self.widths, strict=True))
 
     def forward(self, v: Tensor) -> Tensor:
@@ -126,22 +127,22 @@ class FactorizedAttention(nn.Module):
         self.crpe = crpe
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, dim = x.shape
-        qkv = self.qkv(x)
-        q, k, v = qkv.view(batch, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        x = attend(q, k, v, self.scale).transpose(1, 2).reshape(batch, height, width, dim)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        y = attend(q, k, v, self.num_heads, self.scale)
         # The relative term is not scaled.
-        x = x + qkv[..., :dim] * self.crpe(qkv[..., 2 * dim:])
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(torch.addcmul(y, q, self.crpe(v))))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """scale q (softmax(k)^T v) for (B, h, N, d), the softmax over the N tokens, the queries as they are.
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
+    """scale q (softmax(k)^T v) in each head for (B, H, W, C), the softmax over the tokens, the queries as they are.
 
     No N x N matrix arises, so there is no fused kernel to prefer on a GPU.
     """
-    context = k.softmax(dim=2).to(v.dtype).transpose(-2, -1) @ v
-    return (q * scale) @ context
+    shape = q.shape
+    # The softmax before the heads part: side by side in memory lie more numbers then.
+    weights = k.flatten(1, 2).softmax(dim=1).to(v.dtype)
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q.flatten(1, 2), weights, v.flatten(1, 2)))
+    return (q @ ((k.transpose(-2, -1) @ v) * scale)).transpose(1, 2).reshape(shape)
 
 
 class EncoderLayer(nn.Module):
@@ -192,13 +193,13 @@ class LocalBranch(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.conv1 = ConvNorm(dim, dim)
-        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.dwconv = DepthwiseConv2d(dim, bias=False)
         self.norm = nn.BatchNorm2d(dim)
         self.act = nn.Hardswish()
         self.conv2 = ConvNorm(dim, dim, act=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(self.act(self.norm(self.dwconv(self.conv1(x)))))
+        return x + self.conv2(self.act(conv_norm(self.dwconv, self.norm, self.conv1(x))))
 
 
 class Stage(nn.Module):

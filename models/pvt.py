@@ -29,6 +29,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
+from models.ops import attend, merge_patches
 
 
 def pad_to_patch(x: Tensor, patch: int) -> Tensor:
@@ -72,19 +73,11 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         q = self.q(x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
         if self.sr_ratio > 1:
-            reduced = self.sr(pad_to_patch(x.unflatten(1, grid).permute(0, 3, 1, 2), self.sr_ratio))
-            x = self.norm(reduced.flatten(2).transpose(1, 2))
+            x = pad_to_patch(x.unflatten(1, grid).permute(0, 3, 1, 2), self.sr_ratio)
+            x = self.norm(merge_patches(self.sr, x.permute(0, 2, 3, 1)).flatten(1, 2))
         k, v = self.kv(x).view(batch, x.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         x = attend(q, k, v, self.scale, self.attn_drop)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, dim)))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: nn.Dropout) -> Tensor:
-    """softmax(scale q k^T) v for queries (B, h, N, d) and keys, values (B, h, M, d)."""
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=drop.p if drop.training else 0.0, scale=scale)
-    logits = (q * scale) @ k.transpose(-2, -1)
-    return drop(logits.softmax(dim=-1).to(v.dtype)) @ v
 
 
 class Block(nn.Module):
@@ -224,7 +217,8 @@ class PyramidVisionTransformer(HierarchicalModel):
         prefix = self.num_prefix_tokens if s == len(self.feature_info) - 1 else 0
         if prefix:
             x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
-        x = self.pos_drop(x + resize_table(getattr(self, f"pos_embed{s + 1}"), self.grids[s], grid, prefix))
+        table = resize_table(getattr(self, f"pos_embed{s + 1}"), self.grids[s], grid, prefix)
+        x = self.pos_drop(x + table.to(x.dtype))
         for block in getattr(self, f"block{s + 1}"):
             if self.grad_checkpointing and not torch.jit.is_scripting() and self.training:
                 x = checkpoint(block, x, grid)

@@ -28,6 +28,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
+from models.ops import DepthwiseConv2d, attend, merge_patches
 
 NORM_EPS = 1e-6  # of the blocks' and stages' norms; those of embeddings and merged maps have torch's 1e-5
 
@@ -82,8 +83,8 @@ class ShuntedAttention(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.kv1 = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv2 = nn.Linear(dim, dim, bias=qkv_bias)
-        self.local_conv1 = nn.Conv2d(dim // 2, dim // 2, 3, padding=1, groups=dim // 2)
-        self.local_conv2 = nn.Conv2d(dim // 2, dim // 2, 3, padding=1, groups=dim // 2)
+        self.local_conv1 = DepthwiseConv2d(dim // 2, skip=True)
+        self.local_conv2 = DepthwiseConv2d(dim // 2, skip=True)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -95,9 +96,9 @@ class ShuntedAttention(nn.Module):
 
     def branch(self, q: Tensor, x: Tensor, merge: nn.Conv2d, norm: nn.Module, kv: nn.Linear, local: nn.Conv2d) -> Tensor:
         """Attention of half of the heads over one merged map. (B, h/2, H*W, d), (B, H, W, C) -> (B, h/2, H*W, d)."""
-        merged = merge(pad_to(x.permute(0, 3, 1, 2), merge.stride[0])).permute(0, 2, 3, 1)
+        merged = merge_patches(merge, pad_to(x.permute(0, 3, 1, 2), merge.stride[0]).permute(0, 2, 3, 1))
         k, v = kv(F.gelu(norm(merged))).chunk(2, dim=-1)
-        v = v + over_map(local, v)
+        v = over_map(local, v)  # its skip included
         return attend(q, split_heads(k, self.num_heads // 2), split_heads(v, self.num_heads // 2), self.scale, self.attn_drop)
 
 
@@ -111,7 +112,7 @@ class PlainAttention(nn.Module):
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.local_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.local_conv = DepthwiseConv2d(dim)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -136,18 +137,12 @@ def over_map(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: nn.Dropout) -> Tensor:
-    """softmax(scale q k^T) v for (B, h, N, d)."""
-    # Without a bias the fused kernel is the faster one on a CPU too, and never holds the logits of all pairs.
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=drop.p if drop.training else 0.0, scale=scale)
-
-
 class DepthwiseConv(nn.Module):
-    """A depthwise 3x3 convolution over a map, (B, H, W, C) -> the same; a module for the sake of its published name."""
+    """A map plus its depthwise 3x3 convolution, (B, H, W, C) -> the same; a module for the sake of its published name."""
 
     def __init__(self, dim: int):
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.dwconv = DepthwiseConv2d(dim, skip=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return over_map(self.dwconv, x)
@@ -165,7 +160,7 @@ class DetailMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        return self.drop(self.fc2(self.drop(F.gelu(x + self.dwconv(x)))))
+        return self.drop(self.fc2(self.drop(F.gelu(self.dwconv(x)))))
 
 
 class Block(nn.Module):

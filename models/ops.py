@@ -1,0 +1,127 @@
+"""Operations whose fastest form depends on the device and the precision, the result being the same.
+
+Shapes: B batch, H W map, C channels, h heads, d head width, N queries, M keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_MANY_KEYS = 512  # from here on the fused attention is no slower in any form, and holds no N*M logits
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: nn.Dropout) -> Tensor:
+    """softmax(scale q k^T) v for queries (B, h, N, d) and keys, values (B, h, M, d), by the fastest form; (B, h, N, d).
+
+    The fused form wins everywhere but in bfloat16 training on a CPU, where its backward takes 3 to 8 times as long as products.
+    """
+    if q.device.type != "cpu" or q.dtype == torch.float32 or k.shape[2] >= _MANY_KEYS or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=drop.p if drop.training else 0.0, scale=scale)
+    # The scale goes to the keys, which reduced maps make fewer than the queries.
+    return drop((q @ (k * scale).transpose(-2, -1)).softmax(dim=-1)) @ v
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution of an odd square kernel, padded by half of it. (B, C, H, W) -> (B, C, H/stride, W/stride), rounded up.
+
+    Channels-last inside. In bfloat16 on a CPU some of oneDNN's gradients are 10 to 60 times slower than others of the same
+    cost (3.13): those of strided inputs and of kernels above 3x3; they are composed of the fast ones here.
+
+    ``skip`` adds the input to the output, at the price of one addition to the kernel.
+    """
+
+    def __init__(self, dim: int, kernel: int = 3, stride: int = 1, bias: bool = True, skip: bool = False):
+        super().__init__(dim, dim, kernel, stride=stride, padding=kernel // 2, groups=dim, bias=bias)
+        self.skip = skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.skip:
+            weight = weight + F.pad(weight.new_ones(1, 1, 1, 1), (self.kernel_size[0] // 2,) * 4)
+        if x.device.type != "cpu" or not torch.is_grad_enabled():
+            return self._conv_forward(x, weight, self.bias)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        slow = self.stride[0] > 1 or self.kernel_size[0] > 3
+        if dtype != torch.bfloat16 or not slow:
+            return self._conv_forward(x, weight, self.bias)
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        return _Depthwise.apply(x, weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.stride[0])
+
+
+class _Depthwise(torch.autograd.Function):
+    """The convolution of ``DepthwiseConv2d``, with gradients of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.has_bias = stride, bias is not None
+        return F.conv2d(x, weight, bias, stride, weight.shape[2] // 2, groups=weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x = _input_gradient(grad, x, weight, ctx.stride) if ctx.needs_input_grad[0] else None
+        grad_weight = _weight_gradient(grad, x, weight, ctx.stride) if ctx.needs_input_grad[1] else None
+        grad_bias = grad.permute(0, 2, 3, 1).flatten(0, 2).sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, of: int) -> Tensor:
+    """torch's gradient of a depthwise convolution, of its input (``of`` 0) or its weight (1)."""
+    mask = [of == 0, of == 1, False]
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], weight.shape[0], mask)[of]
+
+
+def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """Of a strided convolution: that of the plain one, whose other outputs nobody used."""
+    if stride > 1:
+        spread = torch.zeros_like(x)
+        spread[:, :, ::stride, ::stride] = grad
+        grad = spread
+    return _gradient(grad, x, weight, 1, weight.shape[2] // 2, of=0)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """Kernels above 3x3 in tiles of 3x3."""
+    kernel, padding = weight.shape[2], weight.shape[2] // 2
+    if kernel > 3 and stride == 1:
+        height, width = grad.shape[2:]
+        padded, whole = F.pad(x, (padding,) * 4), torch.empty_like(weight)
+        for i in range(0, kernel, 3):
+            for j in range(0, kernel, 3):
+                tile = whole[:, :, i:i + 3, j:j + 3]
+                seen = padded[:, :, i:i + height + tile.shape[2] - 1, j:j + width + tile.shape[3] - 1]
+                tile.copy_(_gradient(grad, seen.contiguous(memory_format=torch.channels_last), tile.contiguous(), 1, 0, of=1))
+        return whole
+    return _gradient(grad, x, weight, stride, padding, of=1)
+
+
+def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """A convolution without bias, then batch norm; in evaluation one convolution. (B, C, H, W) -> (B, C', H', W').
+
+    The product with the norm is made anew each time, which costs next to nothing and can never be stale.
+    """
+    if norm.training:
+        return norm(conv(x))
+    assert norm.running_mean is not None and norm.running_var is not None
+    factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    bias = norm.bias - norm.running_mean * factor
+    return F.conv2d(x, conv.weight * factor.view(-1, 1, 1, 1), bias, conv.stride, conv.padding, groups=conv.groups)
+
+
+def merge_patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution whose stride is its kernel. (B, H, W, C) -> (B, H/kernel, W/kernel, C'), rounded down.
+
+    In training on a CPU it is a linear layer on whole patches: oneDNN's backward of the convolution takes up to twice as long.
+    """
+    (batch, height, width, dim), side = x.shape, conv.kernel_size[0]
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or height % side or width % side:
+        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    patches = x.reshape(batch, height // side, side, width // side, side, dim).transpose(2, 3).flatten(3)
+    return F.linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
