@@ -55,6 +55,7 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("training", "--use-checkpoint", "TRAIN.USE_CHECKPOINT", "True", "activation checkpointing, to save memory"),
     ("device", "--device", "DEVICE", None, "auto, cpu, cuda, cuda:N or mps"),
     ("device", "--precision", "PRECISION", None, "auto, fp32, bf16 or fp16"),
+    ("device", "--compile", "COMPILE", None, "off, blocks or model: torch.compile"),
     ("device", "--disable-amp", "AMP_ENABLE", "False", "compute in fp32"),
 ]
 

@@ -21,6 +21,7 @@ from models import build_model, check_input_size, load_pretrained, load_state
 from models.weights import CheckpointError, check_finite, read_file, unwrap_state_dict
 from utils import checkpoint, distributed, optim
 from utils.checkpoint import CheckpointFolder, TrainState, program_digest
+from utils.compile import compile_model, require_compiler
 from utils.device import Precision, choose_precision
 from utils.ema import WeightAverage
 from utils.engine import StepPlan, evaluate
@@ -142,6 +143,7 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
         config = keep_global_batch(config, start.content, world_size, logger)
     precision = choose_precision(config, device)
     make_deterministic(device)
+    require_compiler(device, config.COMPILE)
 
     distributed.mark("indexing the images")
     loaders = build_loaders(config, rank, world_size, device=device)
@@ -177,7 +179,9 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
             logger.info("notice: SyncBN needs GPUs; batch norm stays each process's own")
     fixed = freeze(model, config)
     model.to(device)
-    ema = WeightAverage(model, config.TRAIN.EMA_DECAY, config.TRAIN.EMA_WARMUP) if config.TRAIN.EMA_DECAY else None
+    ema = None
+    if config.TRAIN.EMA_DECAY:
+        ema = WeightAverage(model, config.TRAIN.EMA_DECAY, config.TRAIN.EMA_WARMUP, "cpu" if config.TRAIN.EMA_DEVICE == "cpu" else None)
     state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, ema)
     if start.content is not None:
         state.load_state_dict(start.content, start.path)
@@ -206,9 +210,12 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
         plan = StepPlan(schedule, optim.build_loss(config.MODEL.LABEL_SMOOTHING), loaders.mixup, precision, device,
                         config.DATA.BATCH_SIZE, sampler.images_per_step, config.TRAIN.CLIP_GRAD or float("inf"), config.SEED, rank,
                         world_size, fixed)
+        compile_model(model, config.COMPILE)
+        if ema is not None:
+            compile_model(ema.module, config.COMPILE, like=model)
         session = Session(config, files, state, plan, loaders, global_batch, stop, logger, saved=here)
         with contextlib.closing(loaders):
-            session.train(distributed.wrap(model, device))
+            session.train(distributed.wrap(model, device, config.TRAIN.ACCUMULATION_STEPS, config.TRAIN.GRAD_COMPRESSION))
 
 
 def _require_writable(folder: str) -> None:
@@ -310,7 +317,7 @@ _HARMLESS = ("BASE", "OUTPUT", "TAG", "DEVICE", "SAVE_FREQ", "PRINT_FREQ", "DIST
              "DATA.DATA_PATH", "DATA.DATASET", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "DATA.CACHE_MODE",
              "DATA.TIMEOUT", "DATA.READ_PATIENCE", "DATA.INDEX_CACHE", "DATA.CORRUPT_BUDGET",
              "DATA.BATCH_SIZE", "MODEL.PRETRAINED", "MODEL.RESUME", "MODEL.NUM_CLASSES", "TRAIN.ACCUMULATION_STEPS",
-             "TRAIN.USE_CHECKPOINT", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.SAVE_EVERY_MINUTES",
+             "TRAIN.USE_CHECKPOINT", "TRAIN.CHECKPOINT_UNIT", "TRAIN.EMA_DEVICE", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.SAVE_EVERY_MINUTES",
              "TRAIN.BACKGROUND_SAVE", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.CHECKPOINT_BUDGET", "TRAIN.SKIP_BUDGET",
              "TRAIN.ROLLBACKS", "TRAIN.EVAL_FREQ", "TEST.BATCH_SIZE")
 
@@ -378,6 +385,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
     if precision.notice:
         logger.info(precision.notice)
     make_deterministic(device)
+    require_compiler(device, config.COMPILE)
     own = checkpoint.is_own(content)
     loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
                             classes=content["classes"] if own else None, device=device, published=not own)
@@ -395,7 +403,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: Lo
     for judged, state in zip(models, states, strict=True):
         check_finite(state, path)
         load_state(judged, state, config, path)
-        judged.to(device)
+        compile_model(judged.to(device), config.COMPILE)
     with contextlib.closing(loaders):
         *raw, result = evaluate(models, loaders.val, device, precision)
         tell_uncounted(loaders.val, result, logger)
@@ -422,6 +430,7 @@ def measure_throughput(config: CfgNode, content: Any, device: torch.device, logg
     for line in (precision.notice, *optim.apex_notices(config)):
         if line:
             logger.info(line)
+    require_compiler(device, config.COMPILE)
     seed_initialisation(config.SEED)
     model = build_model(config)
     check_input_size(model, config)

@@ -19,6 +19,7 @@ from data import preprocessing
 from models.weights import CheckpointError
 from utils import checkpoint, distributed
 from utils.checkpoint import CheckpointFolder, Saver, TrainState
+from utils.compile import compiled_graphs
 from utils.device import peak_memory_mib
 from utils.engine import Evaluation, NumericError, Progress, StepPlan, evaluate, train_one_epoch
 from utils.files import replace_file
@@ -124,6 +125,9 @@ class Session:
             raise
 
     def after_step(self, state: TrainState, progress: Progress) -> None:
+        if state.step == self.first_step + 1 and self.config.COMPILE != "off":
+            self.logger.info(f"compiled {self.config.COMPILE}: {compiled_graphs()} graphs, the first step took "
+                             f"{time.perf_counter() - progress.start - progress.data_seconds:.1f} s")
         within = state.step % self.steps_per_epoch  # 0 after the last step of an epoch
         last = within == 0
         line = within % self.config.PRINT_FREQ == 0 or last
@@ -181,9 +185,6 @@ class Session:
     def evaluate(self, row: dict[str, Any], progress: Progress) -> Evaluation:
         """Judge raw and averaged weights; what comes last counts. Looks between batches whether to stop."""
         state, plan = self.state, self.plan
-        models = [state.model] if state.ema is None else [state.model, state.ema.module]
-        for model in models:
-            distributed.broadcast_buffers(model)
 
         def poll() -> None:
             stop, save = self.stop.agreed()
@@ -191,7 +192,11 @@ class Session:
             if stop:
                 self.leave(progress)
 
-        *raw, result = evaluate(models, self.loaders.val, plan.device, plan.precision, poll)
+        with contextlib.nullcontext() if state.ema is None else state.ema.on(plan.device) as average:
+            models = [state.model] if average is None else [state.model, average]
+            for model in models:
+                distributed.broadcast_buffers(model)
+            *raw, result = evaluate(models, self.loaders.val, plan.device, plan.precision, poll)
         tell_uncounted(self.loaders.val, result, self.logger)
         for other in raw:
             self.logger.info(f"raw {other.line()}")
