@@ -7,6 +7,7 @@ torch.distributed is imported when a group is really wanted, not before.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import signal
 import sys
@@ -226,8 +227,10 @@ def wrap(model: nn.Module, device: torch.device, accumulate: int = 1, compressio
     if not _group.active:
         return model
     from torch.nn.parallel import DistributedDataParallel
-    parallel = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
-                                       gradient_as_bucket_view=True, static_graph=accumulate == 1)
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the newer name and the older
+    parallel = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                       gradient_as_bucket_view=True, static_graph=accumulate == 1, **{buffers: False})
     if compression == "bf16":
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
         parallel.register_comm_hook(None, bf16_compress_hook)
