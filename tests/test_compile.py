@@ -93,8 +93,8 @@ def plain_names(cfg: Path) -> set[str]:
 
 def test_a_compiled_run_resumes_to_the_same_bits(tiny_cfg: Path, program, quick: None) -> None:
     """With accumulation, an average of weights and a last batch of evaluation that is not full; then judged, compiled."""
-    command = ("--cfg", tiny_cfg, "--compile", "blocks", "--batch-size", 4, "--accumulation-steps", 2, "--opts", "TRAIN.SAVE_EVERY_STEPS", 4,
-               "TRAIN.KEEP_CHECKPOINTS", 0)
+    command = ("--cfg", tiny_cfg, "--compile", "blocks", "--batch-size", 4, "--accumulation-steps", 2,
+               "--opts", "TRAIN.SAVE_EVERY_STEPS", 4, "TRAIN.KEEP_CHECKPOINTS", 0)
     whole = program(*command)
     assert whole.returncode == 0, whole.stderr
     graphs = re.search(r"^compiled blocks: (\d+) graphs, the first step took \d+\.\d s$", whole.stdout, re.M)

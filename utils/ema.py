@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 
 class WeightAverage:
@@ -53,6 +54,11 @@ class WeightAverage:
         finally:
             self.module.to(home)
             self._ours = _tensors(self.module)
+
+
+def average_device(config: CfgNode) -> str | None:
+    """What ``TRAIN.EMA_DEVICE`` says, for ``WeightAverage``."""
+    return "cpu" if config.TRAIN.EMA_DEVICE == "cpu" else None
 
 
 def _tensors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -156,6 +156,7 @@ def update(state: TrainState, parameters: Sequence[nn.Parameter], plan: StepPlan
     if skips_on_device(optimizer):
         optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
         optimizer.step()
+        optimizer.found_inf = None
     elif norm.isfinite():
         optimizer.step()
     return norm, False

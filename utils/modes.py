@@ -23,7 +23,7 @@ from utils import checkpoint, distributed, optim
 from utils.checkpoint import CheckpointFolder, TrainState, program_digest
 from utils.compile import compile_model, require_compiler
 from utils.device import Precision, choose_precision
-from utils.ema import WeightAverage
+from utils.ema import WeightAverage, average_device
 from utils.engine import StepPlan, evaluate
 from utils.files import file_limit, free_bytes, lock_folder, remove_leftovers
 from utils.freeze import freeze
@@ -181,7 +181,7 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
     model.to(device)
     ema = None
     if config.TRAIN.EMA_DECAY:
-        ema = WeightAverage(model, config.TRAIN.EMA_DECAY, config.TRAIN.EMA_WARMUP, "cpu" if config.TRAIN.EMA_DEVICE == "cpu" else None)
+        ema = WeightAverage(model, config.TRAIN.EMA_DECAY, config.TRAIN.EMA_WARMUP, average_device(config))
     state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, ema)
     if start.content is not None:
         state.load_state_dict(start.content, start.path)
