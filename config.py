@@ -318,7 +318,6 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("TRAIN.CLIP_GRAD", 5.0, _float, "largest gradient norm; 0 does not clip"),
     ("TRAIN.ACCUMULATION_STEPS", 1, _int, "micro-batches per optimizer step"),
     ("TRAIN.USE_CHECKPOINT", False, _bool, "activation checkpointing: less memory, about a third more time"),
-    ("TRAIN.CHECKPOINT_UNIT", "block", _str, "what activation checkpointing keeps the input of and computes again: block or stage"),
     ("TRAIN.GRAD_COMPRESSION", "off", _off_or, "of gradients between processes: off, or bf16 (half the traffic, another rounding)"),
     ("TRAIN.AUTO_RESUME", True, _bool, "continue from the run folder's newest good checkpoint"),
     ("TRAIN.SAVE_EVERY_STEPS", 0, _int, "also save every so many steps (0: at epochs only)"),
@@ -614,7 +613,6 @@ def check(config: CfgNode) -> None:
                               "or lead elsewhere")
     one_of("PRECISION", ("auto", "fp32", "bf16", "fp16"))
     one_of("COMPILE", ("off", "blocks", "model"))
-    one_of("TRAIN.CHECKPOINT_UNIT", ("block", "stage"))
     one_of("TRAIN.GRAD_COMPRESSION", ("off", "bf16"))
     one_of("TRAIN.EMA_DEVICE", ("auto", "model", "cpu"))
     require(config.AMP_OPT_LEVEL in ("", "O0", "O1", "O2"), "AMP_OPT_LEVEL", "it is O0, O1 or O2; PRECISION is the newer key")

@@ -206,6 +206,7 @@ def _explain(error: Exception) -> int:
     from data import DataError
     from models.weights import CheckpointError
     from utils import distributed
+    from utils.compile import compile_error
     from utils.engine import NumericError
     from utils.session import SaveError
     from utils.signals import Stopped
@@ -232,6 +233,8 @@ def _explain(error: Exception) -> int:
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: not enough memory" in text:
         return _fail("out of memory; halve --batch-size and double --accumulation-steps (the recipe stays the same), "
                      "or add --use-checkpoint", EXIT_FAILURE, everywhere=True)
+    if (reason := compile_error(error)) is not None:
+        return _fail(reason, EXIT_USAGE)
     if isinstance(error, OSError):
         return _fail(f"{error.filename or 'file system'}: {error.strerror or text}; what was saved before is intact",
                      EXIT_FAILURE, everywhere=True)

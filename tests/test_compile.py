@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import differences, load, run_main
+from conftest import differences, load
 from torch import nn
 
 from config import get_config
@@ -113,7 +113,16 @@ def test_a_compiled_run_resumes_to_the_same_bits(tiny_cfg: Path, program, quick:
     assert re.findall(r"^top1 .*", judged.stdout, re.M) == re.findall(r"^top1 .*", whole.stdout, re.M)[-1:]
 
 
-def test_without_a_compiler_there_is_one_sentence(tiny_cfg: Path, tmp_path: Path) -> None:
-    done = run_main("--cfg", tiny_cfg, "--compile", "model", cwd=tmp_path, CXX="/nowhere/g++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "c"))
+def test_a_model_that_breaks_the_graph_is_one_sentence(tiny_cfg: Path, program, quick: None, monkeypatch) -> None:
+    monkeypatch.setattr("models.crossformer.Block.forward", lambda self, x: x if x.mean() > 0 else -x)
+    done = program("--cfg", tiny_cfg, "--compile", "blocks")
+    assert done.returncode == 2 and "this model cannot be compiled" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_compiler_there_is_one_sentence(tiny_cfg: Path, tmp_path: Path, program, monkeypatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nowhere/g++"))
+    done = program("--cfg", tiny_cfg, "--device", "cpu", "--compile", "model")
     assert done.returncode == 2 and "COMPILE is model, but torch.compile does not work here" in done.stderr, done.stderr
     assert "--compile off" in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "output").exists()
