@@ -64,7 +64,7 @@ def test_one_graph_for_training_and_one_for_evaluation(family: str, how: str) ->
     model = tiny(family, "TRAIN.USE_CHECKPOINT", how == "model" and family == "pvt")
     names, average = list(model.state_dict()), WeightAverage(model, 0.9).module
     # What comes after a graph has been taken is tried where it takes less long.
-    backend = "aot_eager" if how == "blocks" else "eager"
+    backend = "aot_eager" if how == "blocks" and family in ("crossformer", "swin") else "eager"
     targets = compile.compile_model(model, how, backend)
     compile.compile_model(average, how, backend, like=model)
     assert list(model.state_dict()) == names and len(targets) == (1 if how == "model" else 8 if family == "mpvit" else 4)
