@@ -79,6 +79,11 @@ def _str(value: Any) -> str:
     return str(value)
 
 
+def _off_or(value: Any) -> str:
+    """A word such as off, which YAML 1.1 reads as False."""
+    return "off" if value is False else _str(value)
+
+
 def _literal(value: Any) -> Any:
     """Command-line text such as ``[2,2,6,2]`` as YAML would read it."""
     if not isinstance(value, str):
@@ -151,6 +156,7 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("SEED", 0, _int, "everything random derives from it: order, augmentation, mixup, dropout, initialisation"),
     ("DEVICE", "auto", _str, "auto, cpu, cuda, cuda:1, mps; auto takes CUDA, then MPS, then the CPU"),
     ("PRECISION", "auto", _str, "auto, fp32, bf16 or fp16; auto is bf16 on a GPU that has it (fp16 on older), else fp32"),
+    ("COMPILE", "off", _off_or, "torch.compile: off; blocks, each kind of block once; model, the whole (longest start, most speed)"),
     ("SAVE_FREQ", 1, _int, "save a checkpoint every so many epochs (the last epoch is always saved)"),
     ("PRINT_FREQ", 10, _int, "log a line every so many steps"),
     ("EVAL_MODE", False, _bool, "evaluate only (--eval)"),
@@ -347,6 +353,7 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("TRAIN.GLOBAL_BATCH", 0, _int, "images a step over all processes that the recipe was made for, which --fit keeps; 0: whatever the "
      "batch size, the accumulation and the processes give"),
     ("TRAIN.USE_CHECKPOINT", False, _bool, "activation checkpointing: less memory, about a third more time"),
+    ("TRAIN.GRAD_COMPRESSION", "off", _off_or, "of gradients between processes: off, or bf16 (half the traffic, another rounding)"),
     ("TRAIN.AUTO_RESUME", True, _bool, "continue from the run folder's newest good checkpoint"),
     ("TRAIN.SAVE_EVERY_STEPS", 0, _int, "also save every so many steps (0: at epochs only)"),
     ("TRAIN.SAVE_EVERY_MINUTES", 0.0, _float, "also save when so many minutes have passed since the last save (0: never)"),
@@ -360,6 +367,8 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("TRAIN.EVAL_FREQ", 1, _int, "evaluate every so many epochs (and after the last)"),
     ("TRAIN.EMA_DECAY", 0.0, _float, "decay of the averaged weights, e.g. 0.9999 (0: no average)"),
     ("TRAIN.EMA_WARMUP", False, _bool, "let that decay grow from 0 over the first steps"),
+    ("TRAIN.EMA_DEVICE", "auto", _str,
+     "where that average lies: auto and model are the model's device; cpu saves the GPU's memory and costs a copy of the weights a step"),
     ("TRAIN.FREEZE", [], _strs, "parameters left as they are: patterns of names, such as patch_embed.* layers.0.*"),
     ("TRAIN.LINEAR_PROBE", False, _bool, "train the classifier alone; all else is fixed and computes as in evaluation"),
     ("TRAIN.SYNC_BN", False, _bool, "batch norm over all GPUs instead of each one's own"),
@@ -697,6 +706,9 @@ def check(config: CfgNode) -> None:
             raise ConfigError(f"{key} is {lookup(config, key)!r}; it names the run's folder, so it must not be empty, absolute "
                               "or lead elsewhere")
     one_of("PRECISION", ("auto", "fp32", "bf16", "fp16"))
+    one_of("COMPILE", ("off", "blocks", "model"))
+    one_of("TRAIN.GRAD_COMPRESSION", ("off", "bf16"))
+    one_of("TRAIN.EMA_DEVICE", ("auto", "model", "cpu"))
     require(config.AMP_OPT_LEVEL in ("", "O0", "O1", "O2"), "AMP_OPT_LEVEL", "it is O0, O1 or O2; PRECISION is the newer key")
     if config.DATA.INTERPOLATION is not None:
         one_of("DATA.INTERPOLATION", ("bicubic", "bilinear", "lanczos", "nearest", "random"))

@@ -88,6 +88,7 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("evaluation", "--test-flip", "TEST.FLIP", "logits", "judge the mean logits of each image and its mirror image"),
     ("device", "--device", "DEVICE", None, "auto, cpu, cuda, cuda:N or mps"),
     ("device", "--precision", "PRECISION", None, "auto, fp32, bf16 or fp16"),
+    ("device", "--compile", "COMPILE", None, "off, blocks or model: torch.compile"),
     ("device", "--disable-amp", "AMP_ENABLE", "False", "compute in fp32"),
 ]
 
@@ -262,6 +263,7 @@ def _explain(error: Exception) -> int:
     from data import DataError
     from models.weights import CheckpointError
     from utils import distributed
+    from utils.compile import compile_error
     from utils.engine import NumericError
     from utils.export import ExportError
     from utils.fit import Unfit
@@ -291,6 +293,8 @@ def _explain(error: Exception) -> int:
     if is_out_of_memory(error):
         return _fail("out of memory; add --fit, which takes a smaller micro-batch and keeps the recipe, or --use-checkpoint",
                      EXIT_FAILURE, everywhere=True)
+    if (reason := compile_error(error)) is not None:
+        return _fail(reason, EXIT_USAGE)
     if isinstance(error, OSError):
         return _fail(f"{error.filename or 'file system'}: {error.strerror or text}; what was saved before is intact",
                      EXIT_FAILURE, everywhere=True)

@@ -56,11 +56,11 @@ def prepare(folder: Path) -> None:
     (folder / "killed.yaml").write_text(RECIPE)
 
 
-def command(epochs: int, workers: int, processes: int) -> list[str]:
+def command(epochs: int, workers: int, processes: int, compiled: str = "off") -> list[str]:
     """The one command that starts and continues the run."""
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [sys.executable, *launcher, str(ROOT / "main.py"), "--cfg", "killed.yaml", "--epochs", str(epochs), "--num-workers",
-            str(workers), "--batch-size", str(8 // processes)]
+            str(workers), "--batch-size", str(8 // processes), "--compile", compiled]
 
 
 def start(arguments: list[str], folder: Path, tag: str) -> subprocess.Popen[str]:
@@ -112,11 +112,11 @@ def outcome(folder: Path) -> tuple[dict, list[dict]]:
     return ({key: content[key] for key in STATE}, [{k: v for k, v in row.items() if k not in ("images_per_s", "seconds")} for row in rows])
 
 
-def prove(folder: Path, kills: int, workers: int, processes: int, seed: int, say: bool) -> None:
+def prove(folder: Path, kills: int, workers: int, processes: int, seed: int, say: bool, compiled: str = "off") -> None:
     """The whole proof; raises ``Failure`` with what is wrong."""
     generator = random.Random(seed)
     prepare(folder)
-    arguments = command(max(3, kills * STEPS_A_KILL // 5), workers, processes)
+    arguments = command(max(3, kills * STEPS_A_KILL // 5), workers, processes, compiled)
     *_, said = run_until(start(arguments, folder, "alone"), None, 0)
     if "finished" not in said:
         raise Failure(f"the undisturbed run did not end well:\n{said[-2000:]}")
@@ -153,13 +153,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--workers", type=int, default=0, help="loading processes")
     parser.add_argument("--processes", type=int, default=1, help="ranks, by torchrun")
+    parser.add_argument("--compile", default="off", choices=("off", "blocks", "model"), help="torch.compile")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 30), help="of the moments; drawn and printed")
     parser.add_argument("--quiet", action="store_true", help="the result alone")
     args = parser.parse_args(argv)
     print(f"seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            prove(Path(folder), args.kills, args.workers, args.processes, args.seed, not args.quiet)
+            prove(Path(folder), args.kills, args.workers, args.processes, args.seed, not args.quiet, args.compile)
         except Failure as failure:
             print(f"failed: {failure}")
             return 1

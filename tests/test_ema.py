@@ -35,6 +35,28 @@ def test_each_tensor_is_averaged_once() -> None:
     assert not any(p.requires_grad for p in average.module.parameters())
 
 
+def test_an_average_elsewhere_comes_to_be_judged_and_goes_back() -> None:
+    """As that of a model on a GPU, kept by the CPU; without a GPU both places are one."""
+    model = nn.Linear(2, 2)
+    average = WeightAverage(model, 0.5, device="cpu")
+    with average.on(torch.device("cpu")) as judged:
+        assert judged is average.module
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight += 1
+    average.update(1)
+    assert torch.allclose(average.module.weight, start + 0.5)
+    if torch.cuda.is_available():
+        far = WeightAverage(model.cuda(), 0.5, device="cpu")
+        with far.on(torch.device("cuda", 0)) as judged:
+            assert judged.weight.is_cuda
+        before = far.module.weight.clone()
+        with torch.no_grad():
+            model.weight += 1
+        far.update(1)
+        assert far.module.weight.device.type == "cpu" and torch.allclose(far.module.weight, before + 0.5)
+
+
 def test_warm_up_forgets_the_beginning() -> None:
     model = nn.Linear(1, 1)
     average = WeightAverage(model, 0.999, warmup=True)

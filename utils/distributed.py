@@ -7,6 +7,7 @@ torch.distributed is imported when a group is really wanted, not before.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import signal
 import sys
@@ -212,13 +213,28 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model`` under DDP, or itself when alone. Gradients are views of the communication buckets."""
+def wrap(model: nn.Module, device: torch.device, accumulate: int = 1, compression: str = "off") -> nn.Module:
+    """``model`` under DDP, or itself when alone. Gradients are views of the communication buckets.
+
+    Buffers are not exchanged in training: batch-norm statistics are taken from rank 0 where they matter, in evaluation and saving
+    (``broadcast_buffers``), all other buffers are constants.
+
+    Args:
+        accumulate: micro-batches a step; the graph is announced as static for one alone (torch's reducer breaks when the first
+            backward pass is one without an exchange).
+        compression: ``bf16`` sends gradients in half the bytes, ``off`` as they are.
+    """
     if not _group.active:
         return model
     from torch.nn.parallel import DistributedDataParallel
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True)
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the newer name and the older
+    parallel = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                       gradient_as_bucket_view=True, static_graph=accumulate == 1, **{buffers: False})
+    if compression == "bf16":
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+        parallel.register_comm_hook(None, bf16_compress_hook)
+    return parallel
 
 
 def no_sync(model: nn.Module, skip: bool) -> contextlib.AbstractContextManager[Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 
 class WeightAverage:
@@ -17,10 +20,13 @@ class WeightAverage:
     Args:
         decay: share of the old average that a step keeps.
         warmup: let the decay grow as (1 + step) / (10 + step), so that a short run forgets its beginning.
+        device: where the average lies; None is the model's.
     """
 
-    def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
+    def __init__(self, model: nn.Module, decay: float, warmup: bool = False, device: torch.device | str | None = None):
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        if device is not None:
+            self.module.to(device)
         self.decay, self.warmup = decay, warmup
         # Gathered once: walking the modules takes longer than averaging them. Tensors change in place only.
         self._ours, self._theirs = _tensors(self.module), _tensors(model)
@@ -30,9 +36,29 @@ class WeightAverage:
         """Take in the model's weights after update number ``step`` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         (ours, counts), (theirs, their_counts) = self._ours, self._theirs
+        if ours and ours[0].device != theirs[0].device:
+            theirs = [tensor.to(ours[0].device) for tensor in theirs]  # waits for the device
         torch._foreach_lerp_(ours, theirs, 1 - decay)
         if counts:
             torch._foreach_copy_(counts, their_counts)
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[nn.Module]:
+        """The average on ``device`` for a while, to be judged there."""
+        home = next(self.module.parameters()).device
+        if home == device:
+            yield self.module
+            return
+        try:
+            yield self.module.to(device)
+        finally:
+            self.module.to(home)
+            self._ours = _tensors(self.module)
+
+
+def average_device(config: CfgNode) -> str | None:
+    """What ``TRAIN.EMA_DEVICE`` says, for ``WeightAverage``."""
+    return "cpu" if config.TRAIN.EMA_DEVICE == "cpu" else None
 
 
 def _tensors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from utils import distributed
 from utils.checkpoint import TrainState
 from utils.device import Precision
-from utils.optim import Schedule, set_lr
+from utils.optim import Schedule, set_lr, skips_on_device
 from utils.seed import seed_micro_batch
 
 
@@ -144,6 +144,8 @@ def update(state: TrainState, parameters: Sequence[nn.Parameter], plan: StepPlan
     """Clip and apply the gradients if they are finite: (their norm before, whether fp16 overflowed and the step must be done again).
 
     A non-finite loss has made the gradients of every rank NaN (``backward``), so the norm, the same on all ranks, decides alone.
+    torch's fused optimizers (AdamW, Adam, SGD, Adagrad) are told so on the device. The others, and the scaling of fp16, decide on
+    the host, which waits for the device once a step: to undo their update there would take a copy of weights and optimizer.
     """
     scaler, optimizer = plan.precision.scaler, state.optimizer
     scaler.unscale_(optimizer)
@@ -151,13 +153,14 @@ def update(state: TrainState, parameters: Sequence[nn.Parameter], plan: StepPlan
     norm = nn.utils.clip_grad_norm_(parameters, plan.clip, foreach=foreach)
     if scaler.is_enabled():
         return norm, _update_scaled(scaler, optimizer, norm, loss)
-    if isinstance(optimizer, torch.optim.Adam) and optimizer.defaults.get("fused"):
-        # Decided on the device, nobody waits for it. (torch's fused SGD, skipped in its first step, starts from garbage.)
+    if skips_on_device(optimizer):
         optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
         optimizer.step()
+        optimizer.found_inf = None
     elif norm.isfinite():
         optimizer.step()
     return norm, False
+
 
 def _update_scaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, norm: Tensor, loss: Tensor) -> bool:
     """The update in fp16: True when the gradients overflowed, and the same step is to be done again at the lower scale now set.

@@ -24,6 +24,7 @@ from models import build_model, check_input_size, load_state
 from models.weights import check_finite, unwrap_state_dict
 from utils import checkpoint, distributed
 from utils.answers import Answers, PerClass, Recorder, describe
+from utils.compile import compile_model, require_compiler
 from utils.device import Precision, choose_precision
 from utils.engine import evaluate
 from utils.files import replace_file
@@ -95,7 +96,9 @@ def judged_models(config: CfgNode, path: str, content: Any, classes: Sequence[st
         models = [Reordered(judged, [number[name] for name in classes]) for judged in models]
     if config.TEST.FLIP != "none":
         models = [Flipped(judged, config.TEST.FLIP) for judged in models]
-    return [judged.to(device) for judged in models]
+    for judged in models:
+        compile_model(judged.to(device), config.COMPILE)
+    return models
 
 
 def _published_names(classes: Sequence[str]) -> list[str]:
@@ -193,6 +196,7 @@ def prepare(config: CfgNode, device: torch.device, logger: logging.Logger) -> Pr
     if precision.notice:
         logger.info(precision.notice)
     make_deterministic(device)
+    require_compiler(device, config.COMPILE)
     return precision
 
 

@@ -32,8 +32,9 @@ from utils import checkpoint, distributed, optim
 from utils.batches import divisors, local_batch, recipe_batch, split_batch
 from utils.board import require_tracker
 from utils.checkpoint import CheckpointFolder, TrainState, program_digest
+from utils.compile import compile_model, require_compiler
 from utils.device import Precision, choose_precision
-from utils.ema import WeightAverage
+from utils.ema import WeightAverage, average_device
 from utils.engine import StepPlan
 from utils.files import file_limit, free_bytes, lock_folder, remove_leftovers
 from utils.fit import largest_micro_batch
@@ -222,6 +223,7 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
         config = keep_global_batch(config, start.content["global_batch"], "the checkpoint's", world_size, logger)
     precision = choose_precision(config, device)
     make_deterministic(device)
+    require_compiler(device, config.COMPILE)
 
     distributed.mark("indexing the images")
     with listing(functools.partial(periodic, logger)):
@@ -261,11 +263,16 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
             logger.info("notice: SyncBN needs GPUs; batch norm stays each process's own")
     fixed = freeze(model, config)
     model.to(device)
-    ema = WeightAverage(model, config.TRAIN.EMA_DECAY, config.TRAIN.EMA_WARMUP) if config.TRAIN.EMA_DECAY else None
+    ema = None
+    if config.TRAIN.EMA_DECAY:
+        ema = WeightAverage(model, config.TRAIN.EMA_DECAY, config.TRAIN.EMA_WARMUP, average_device(config))
     state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, ema)
     if start.content is not None:
         state.load_state_dict(start.content, start.path)
         accept_changes(start, config, logger)
+    compile_model(model, config.COMPILE)
+    if ema is not None:
+        compile_model(ema.module, config.COMPILE, like=model)
     return Prepared(config, folder, start, device, precision, loaders, global_batch, state, fixed)
 
 
@@ -298,7 +305,7 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
                    plan.schedule, logger)
         session = Session(config, files, state, plan, loaders, ready.global_batch, stop, logger, saved=here)
         with contextlib.closing(loaders):
-            session.train(distributed.wrap(state.model, device))
+            session.train(distributed.wrap(state.model, device, config.TRAIN.ACCUMULATION_STEPS, config.TRAIN.GRAD_COMPRESSION))
 
 
 def _require_writable(folder: str, dry: bool) -> None:
@@ -401,7 +408,7 @@ _HARMLESS = ("BASE", "OUTPUT", "TAG", "DEVICE", "SAVE_FREQ", "PRINT_FREQ", "DIST
              "DATA.DATA_PATH", "DATA.DATASET", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "DATA.CACHE_MODE",
              "DATA.TIMEOUT", "DATA.READ_PATIENCE", "DATA.INDEX_CACHE", "DATA.CORRUPT_BUDGET",
              "DATA.BATCH_SIZE", "MODEL.PRETRAINED", "MODEL.RESUME", "MODEL.NUM_CLASSES", "TRAIN.ACCUMULATION_STEPS",
-             "TRAIN.USE_CHECKPOINT", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.SAVE_EVERY_MINUTES",
+             "TRAIN.USE_CHECKPOINT", "TRAIN.EMA_DEVICE", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.SAVE_EVERY_MINUTES",
              "TRAIN.BACKGROUND_SAVE", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.CHECKPOINT_BUDGET", "TRAIN.SKIP_BUDGET",
              "TRAIN.ROLLBACKS", "TRAIN.EVAL_FREQ", "TRAIN.REPORT", "TRAIN.TENSORBOARD_HISTOGRAMS", "TRACKER", "TRACKER_PROJECT",
              "TRAIN.GLOBAL_BATCH", "TEST.BATCH_SIZE")
@@ -480,6 +487,7 @@ def measure_throughput(config: CfgNode, content: Any, device: torch.device, logg
     for line in (precision.notice, *optim.apex_notices(config)):
         if line:
             logger.info(line)
+    require_compiler(device, config.COMPILE)
     seed_initialisation(config.SEED)
     model = build_model(config)
     check_input_size(model, config)

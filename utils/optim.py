@@ -95,11 +95,21 @@ def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if "fused" in accepted and next(model.parameters()).device.type in ("cpu", "cuda"):
         extra["fused"] = True
     try:
-        return timm.optim.create_optimizer_v2(groups, opt=name, lr=config.TRAIN.BASE_LR, weight_decay=config.TRAIN.WEIGHT_DECAY,
-                                              momentum=options.MOMENTUM, **extra)
+        optimizer = timm.optim.create_optimizer_v2(groups, opt=name, lr=config.TRAIN.BASE_LR, weight_decay=config.TRAIN.WEIGHT_DECAY,
+                                                   momentum=options.MOMENTUM, **extra)
     except (AssertionError, ImportError, IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise ConfigError(f"TRAIN.OPTIMIZER.NAME {name} cannot be made here ({reason}); adamw and sgd always can") from None
+    if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults.get("fused") and options.MOMENTUM:
+        # Left to itself torch allocates them in the first step, and leaves them as they are found where that step is skipped.
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``found_inf``, a flag on the device, has the optimizer leave a step out: torch's fused ones read it."""
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)) and bool(optimizer.defaults.get("fused"))
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def _plan(ready: Prepared, logger: Log) -> None:
 def _model_line(ready: Prepared) -> str:
     model, (height, width) = ready.state.model, image_size(ready.config)
     model.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, height, width, device=ready.device))
     parameters = sum(p.numel() for p in model.parameters())
     return (f"model: {ready.config.MODEL.NAME}, {parameters / 1e6:.2f} M parameters, {counter.get_total_flops() / 2e9:.3g} GMACs an image "
@@ -185,7 +185,8 @@ class Speed:
 
 def _measure(ready: Prepared, plan: StepPlan, logger: Log) -> Speed:
     state, loaders, seconds = ready.state, ready.loaders, ready.config.PLAN.SECONDS
-    model, first = distributed.wrap(state.model, ready.device), state.step
+    model, first = distributed.wrap(
+        state.model, ready.device, ready.config.TRAIN.ACCUMULATION_STEPS, ready.config.TRAIN.GRAD_COMPRESSION), state.step
     batches = _endless(loaders, first)
     one = next(batches)
     distributed.mark("planning: steps")
@@ -250,7 +251,6 @@ def _loading_seconds(batches: Iterator[Any], workers: int, device: torch.device,
 def _evaluation_seconds(ready: Prepared, plan: StepPlan, logger: Log) -> float | None:
     """Seconds of a whole evaluation, from a few batches of it; None where their number is unknown."""
     loader, state = ready.loaders.val, ready.state
-    models = [state.model] if state.ema is None else [state.model, state.ema.module]
     taken = min(len(loader) or 1, 1 + max(1, ready.loaders.val.num_workers))
     arrived: list[float] = []
 
@@ -260,8 +260,10 @@ def _evaluation_seconds(ready: Prepared, plan: StepPlan, logger: Log) -> float |
             yield item
 
     begun = time.perf_counter()
-    evaluate(models, track(timed(), taken, "evaluating", logger), ready.device, plan.precision)
-    synchronize(ready.device)
+    with contextlib.nullcontext() if state.ema is None else state.ema.on(ready.device) as average:
+        models = [state.model] if average is None else [state.model, average]
+        evaluate(models, track(timed(), taken, "evaluating", logger), ready.device, plan.precision)
+        synchronize(ready.device)
     ended = time.perf_counter()
     # the first batch is computed before the second is asked for, so the stretch from its arrival holds as many passes as batches
     each = (ended - arrived[0]) / len(arrived)

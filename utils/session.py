@@ -20,6 +20,7 @@ from data import preprocessing
 from models.weights import CheckpointError
 from utils import checkpoint, distributed
 from utils.checkpoint import CheckpointFolder, Saver, TrainState
+from utils.compile import compiled_graphs
 from utils.device import device_name, peak_memory_mib
 from utils.engine import Evaluation, NumericError, Progress, StepPlan, evaluate, train_one_epoch
 from utils.metrics import EVIDENCE
@@ -150,6 +151,9 @@ class Session:
             raise
 
     def after_step(self, state: TrainState, progress: Progress) -> None:
+        if state.step == self.first_step + 1 and self.config.COMPILE != "off":
+            self.logger.info(f"compiled {self.config.COMPILE}: {compiled_graphs()} graphs, the first step took "
+                             f"{time.perf_counter() - progress.start - progress.data_seconds:.1f} s")
         within = state.step % self.steps_per_epoch  # 0 after the last step of an epoch
         last = within == 0
         line = within % self.config.PRINT_FREQ == 0 or last
@@ -215,9 +219,6 @@ class Session:
         The ``final`` evaluation leaves what became of every image in the run's folder.
         """
         state, plan, val = self.state, self.plan, self.loaders.val
-        models = [state.model] if state.ema is None else [state.model, state.ema.module]
-        for model in models:
-            distributed.broadcast_buffers(model)
 
         def poll() -> None:
             stop, save, _ = self.stop.agreed()
@@ -226,8 +227,11 @@ class Session:
                 self.leave(progress)
 
         record = recorder(val, self.loaders.classes) if final else None
-        *raw, result = evaluate(models, track(val, len(val), "evaluating", self.logger), plan.device, plan.precision,
-                                poll, record)
+        with contextlib.nullcontext() if state.ema is None else state.ema.on(plan.device) as average:
+            models = [state.model] if average is None else [state.model, average]
+            for model in models:
+                distributed.broadcast_buffers(model)
+            *raw, result = evaluate(models, track(val, len(val), "evaluating", self.logger), plan.device, plan.precision, poll, record)
         if record is not None:
             try:
                 record.write(os.path.join(self.folder, PREDICTIONS))

@@ -1,30 +1,39 @@
-"""Speed of the model alone: forward pass and training step, without data loading."""
+"""Speed and memory of the model alone: forward pass and training step, without data loading."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import image_size
-from utils.device import Precision, peak_memory_mib, synchronize
-from utils.engine import StepPlan, backward
+from data.mixup import build_mixup
+from utils.checkpoint import TrainState
+from utils.compile import compile_model, compiled_graphs
+from utils.device import Precision, synchronize
+from utils.ema import WeightAverage, average_device
+from utils.engine import Progress, StepPlan, train_one_epoch
 from utils.optim import build_loss, build_optimizer, build_schedule
+from utils.step_memory import measure_step
 
 ROUNDS, WARM_UP, BUDGET = 30, 3, 20.0  # rounds at most, rounds not counted, seconds a measurement may take
 
 
 def measure(model: nn.Module, config: CfgNode, device: torch.device, precision: Precision) -> Iterator[str]:
-    """Yield a line on the forward pass, then one on the training step, medians over the rounds."""
-    batch, size = config.DATA.BATCH_SIZE, image_size(config)
-    generator = torch.Generator().manual_seed(config.SEED)
-    images = torch.randn(batch, 3, *size, generator=generator).to(device)
-    outputs = config.MODEL.NUM_CLASSES or 1000
-    targets = torch.randint(outputs, (batch,), generator=generator).to(device)
+    """Yield a line on the forward pass, one on the training step, medians over the rounds, and one on the step's memory.
+
+    The step is that of training (``engine.train_one_epoch``) with the recipe's mixup, optimizer and average of weights, on one
+    micro-batch of made-up images.
+    """
+    images, targets = made_up_batch(config, device)
+    batch = len(images)
+    state, plan = prepare_step(model, config, device, precision)
 
     @torch.inference_mode()
     def forward() -> None:
@@ -32,36 +41,84 @@ def measure(model: nn.Module, config: CfgNode, device: torch.device, precision: 
             model(images)
 
     model.eval()
-    yield _line("forward", forward, batch, device, precision)
-
-    optimizer = build_optimizer(config, model)
-    plan = StepPlan(build_schedule(config, 1, batch), build_loss(config.MODEL.LABEL_SMOOTHING), lambda x, y, step: (x, y), precision,
-                    device, batch, batch, config.TRAIN.CLIP_GRAD or float("inf"), config.SEED, 0, 1)
-
-    def step() -> None:
-        backward(model, images, targets, plan, 0)
-        precision.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-    model.train()
-    yield _line("training", step, batch, device, precision)
-
-
-def _line(what: str, work: Callable[[], None], batch: int, device: torch.device, precision: Precision) -> str:
-    times: list[float] = []
-    begun = time.perf_counter()
-    for number in range(WARM_UP + ROUNDS):
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        if number >= WARM_UP:
-            times.append(time.perf_counter() - start)
-        if len(times) >= 3 and time.perf_counter() - begun > BUDGET:
+    clock = _Clock(device)
+    for _ in range(ROUNDS + WARM_UP):
+        forward()
+        if clock.enough():
             break
-    median = statistics.median(times)
-    return (f"throughput {what}: {batch / median:.1f} images/s (batch {batch}, {1000 * median:.1f} ms, median of {len(times)}, "
-            f"{precision.name} on {device}), peak memory {peak_memory_mib(device)} MiB")
+    yield f"throughput forward: {clock.line(batch, precision)}"
+
+    batches = itertools.repeat((images, targets))
+
+    def train(plan: StepPlan, steps: int, after: Callable[[], None]) -> None:
+        train_one_epoch(model, state, batches, state.step + steps, plan, Progress(device), lambda state, progress: after())
+
+    clock = _Clock(device)
+    with contextlib.suppress(_Enough):
+        train(plan, ROUNDS + WARM_UP, clock.check)
+    yield f"throughput training: {clock.line(batch, precision)}"
+    if config.COMPILE != "off":
+        yield f"compiled {config.COMPILE}: {compiled_graphs()} graphs, the first training step took {clock.first:.1f} s"
+    memory = measure_step(state, plan, lambda watched: train(watched, 1, lambda: None), images.nbytes + targets.nbytes)
+    if memory is not None:
+        yield memory.line()
+
+
+def made_up_batch(config: CfgNode, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Noise (B, 3, H, W) and classes (B,) in the config's sizes, on ``device``."""
+    generator, batch = torch.Generator().manual_seed(config.SEED), config.DATA.BATCH_SIZE
+    images = torch.randn(batch, 3, *image_size(config), generator=generator)
+    targets = torch.randint(config.MODEL.NUM_CLASSES or 1000, (batch,), generator=generator)
+    return images.to(device), targets.to(device)
+
+
+def prepare_step(model: nn.Module, config: CfgNode, device: torch.device, precision: Precision,
+                 classes: int | None = None) -> tuple[TrainState, StepPlan]:
+    """What training by the config's recipe needs beside images, for ``model`` on ``device``, which is compiled if the config says so.
+
+    ``classes``: outputs of the model; None takes ``MODEL.NUM_CLASSES``, or 1000 where that is 0.
+    """
+    train, batch = config.TRAIN, config.DATA.BATCH_SIZE
+    ema = WeightAverage(model, train.EMA_DECAY, train.EMA_WARMUP, average_device(config)) if train.EMA_DECAY else None
+    compile_model(model, config.COMPILE)
+    state = TrainState(model, build_optimizer(config, model), precision.scaler, ema)
+    plan = StepPlan(build_schedule(config, 1, batch), build_loss(config.MODEL.LABEL_SMOOTHING),
+                    build_mixup(config, classes or config.MODEL.NUM_CLASSES or 1000, 0), precision, device, batch, batch,
+                    train.CLIP_GRAD or float("inf"), config.SEED, 0, 1)
+    return state, plan
+
+
+class _Enough(Exception):
+    """The time for a measurement is up."""
+
+
+class _Clock:
+    """Times of rounds, the first few left out."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.times, self.rounds, self.first = device, [], 0, 0.0
+        synchronize(device)
+        self.begun = self.last = time.perf_counter()
+
+    def enough(self) -> bool:
+        """Note the end of a round; whether there were enough of them for the time they take."""
+        synchronize(self.device)
+        now = time.perf_counter()
+        self.rounds += 1
+        if self.rounds == 1:
+            self.first = now - self.begun
+            self.begun = now  # compilation does not count
+        if self.rounds > WARM_UP:
+            self.times.append(now - self.last)
+        self.last = now
+        return len(self.times) >= 3 and now - self.begun > BUDGET
+
+    def check(self) -> None:
+        """As ``enough``, by an exception."""
+        if self.enough():
+            raise _Enough
+
+    def line(self, batch: int, precision: Precision) -> str:
+        median = statistics.median(self.times)
+        return (f"{batch / median:.1f} images/s (batch {batch}, {1000 * median:.1f} ms, median of {len(self.times)}, "
+                f"{precision.name} on {self.device})")

@@ -1,0 +1,147 @@
+"""Where the time of a training step goes: a table by kind of work, and a trace for chrome://tracing or ui.perfetto.dev.
+
+    python scripts/profile_step.py --cfg configs/crossformer_t.yaml --batch-size 16 --precision bf16
+    python scripts/profile_step.py --cfg configs/swin_t.yaml --device cuda --compile blocks --trace step.json
+
+The step is that of training (mixup, forward, loss, backward, clipping, optimizer, average of weights) on made-up images, or with
+--data on those of DATA.DATA_PATH, loaded as training loads them. Times are those of the operations themselves, on a GPU those of
+its kernels; what one operation spends in another counts for that other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from config import ConfigError, get_config
+from data import DataError, build_loaders
+from models import build_model
+from utils.compile import require_compiler
+from utils.device import choose_device, choose_precision, synchronize
+from utils.engine import Progress, train_one_epoch
+from utils.throughput import made_up_batch, prepare_step
+
+WARM_UP = 3
+_WAITING = "waiting for data"
+
+# The first that fits an operation's name is its group.
+GROUPS: list[tuple[str, str]] = [
+    ("data", _WAITING),
+    ("optimizer, clipping, average", r"_fused_|_foreach_|vector_norm|Optimizer|lerp"),
+    ("attention", r"bmm|softmax|scaled_dot_product|flash|efficient_attention|fmha"),
+    ("linears", r"addmm|::mm$|linear|gemm|matmul"),
+    ("convolutions", r"conv"),
+    ("norms", r"norm"),
+    ("compiled, fused", r"triton_|cpp_fused|Torch-Compiled|CompiledF|AOTDispatch"),
+    ("copies and reordering", r"copy|clone|cat$|contiguous|index|roll|pad|flip|gather|scatter|im2col|fill|zero|stack|split|select|slice"),
+    ("pointwise and sums", r"gelu|relu|silu|sigmoid|add|mul|div|sub|where|sum|mean|exp|log|sqrt|pow|max|min|clamp|rand|bernoulli|isfinite|"
+                           r"lt|gt|ge|le|eq|ne|neg|abs"),
+]
+
+
+def group_of(name: str) -> str:
+    """The kind of work that an operation's name tells."""
+    return next((group for group, pattern in GROUPS if re.search(pattern, name)), "other")
+
+
+def table(events: Any, device: torch.device, steps: int, top: int) -> Iterator[str]:
+    """Lines: each group's milliseconds a step and share, then the costliest operations."""
+    attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    # On a GPU the time of a kernel stands with the operation that started it, and once more with the kernel.
+    rows = [(event.key, getattr(event, attribute) / 1000 / steps, event.count / steps) for event in events
+            if event.device_type == torch.autograd.DeviceType.CPU]
+    total = sum(ms for _, ms, _ in rows) or 1.0
+    groups: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for name, ms, calls in rows:
+        groups[group_of(name)][0] += ms
+        groups[group_of(name)][1] += calls
+    yield f"{'kind of work':34}{'ms a step':>12}{'share':>9}{'calls a step':>14}"
+    for name, (ms, calls) in sorted(groups.items(), key=lambda item: -item[1][0]):
+        yield f"{name:34}{ms:12.2f}{100 * ms / total:8.1f}%{calls:14.0f}"
+    yield f"{'together':34}{total:12.2f}"
+    yield ""
+    yield f"{'operation':64}{'ms a step':>12}{'calls a step':>14}"
+    for name, ms, calls in sorted(rows, key=lambda row: -row[1])[:top]:
+        yield f"{name[:62]:64}{ms:12.2f}{calls:14.0f}"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Profile the steps, print the table, write the trace."""
+    flags = {"DEVICE": args.device, "PRECISION": args.precision, "COMPILE": args.compile, "DATA.BATCH_SIZE": args.batch_size}
+    config = get_config(args.cfg, [*args.opts, *(item for key, value in flags.items() if value is not None for item in (key, value))])
+    device = choose_device(config.DEVICE)
+    precision = choose_precision(config, device)
+    require_compiler(device, config.COMPILE)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    if config.COMPILE != "off" and device.type == "cpu":
+        import torch._inductor.config as inductor
+        inductor.cpp.enable_kernel_profile = True  # or its kernels have no names
+    with contextlib.ExitStack() as stack:
+        batches, classes = itertools.repeat(made_up_batch(config, device)), None
+        if args.data:
+            loaders = stack.enter_context(contextlib.closing(build_loaders(config, splits=("train",), device=device)))
+            batches, classes = loaders.batches(0), len(loaders.classes)
+        model = build_model(config, classes).to(device)
+        state, plan = prepare_step(model, config, device, precision, classes)
+
+        def watched() -> Iterator[Any]:
+            while True:
+                with record_function(_WAITING):
+                    batch = next(batches)
+                yield batch
+
+        def steps(number: int) -> float:
+            begun = time.perf_counter()
+            train_one_epoch(model, state, watched(), state.step + number, plan, Progress(device), lambda state, progress: None)
+            synchronize(device)
+            return 1000 * (time.perf_counter() - begun) / number
+
+        steps(WARM_UP)
+        plain = steps(args.steps)
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+        with profile(activities=activities, acc_events=True) as profiler:
+            slowed = steps(args.steps)
+    print(f"{config.MODEL.NAME}, batch {config.DATA.BATCH_SIZE}, {precision.name} on {device}, compile {config.COMPILE}: {plain:.1f} ms a "
+          f"step ({slowed:.1f} ms under the profiler), mean of {args.steps}\n")
+    for line in table(profiler.key_averages(), device, args.steps, args.top):
+        print(line)
+    profiler.export_chrome_trace(args.trace)
+    print(f"\ntrace: {args.trace} (open it in ui.perfetto.dev)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", help="YAML file of the model and recipe")
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="keys of the config, as in main.py")
+    parser.add_argument("--device", help="auto, cpu or cuda")
+    parser.add_argument("--precision", help="auto, fp32, bf16 or fp16")
+    parser.add_argument("--compile", help="off, blocks or model")
+    parser.add_argument("--batch-size", help="images of a step")
+    parser.add_argument("--data", action="store_true", help="load the images of DATA.DATA_PATH instead of making some up")
+    parser.add_argument("--steps", type=int, default=3, help="steps to profile")
+    parser.add_argument("--top", type=int, default=12, help="operations to list")
+    parser.add_argument("--trace", default="step_trace.json", help="file for the trace (.json or .json.gz)")
+    try:
+        run(parser.parse_args(argv))
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""torch.compile: one graph for training, one for evaluation, none more; the same names, the same run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import differences, load
+from torch import nn
+
+from config import get_config
+from models import build_model
+from utils import compile
+from utils.ema import WeightAverage
+
+# The smallest that has all parts: two stages of two blocks.
+FAMILIES = {
+    "crossformer": "EMBED_DIM 16 DEPTHS [2,2] NUM_HEADS [1,2] GROUP_SIZE [4,4] INTERVAL [2,1] MERGE_SIZE [[2,4]]",
+    "swin": "EMBED_DIM 16 DEPTHS [2,2] NUM_HEADS [1,2] WINDOW_SIZE 4",
+    "cvt": "EMBED_DIMS [16,32] DEPTHS [2,2] NUM_HEADS [1,2] PATCH_SIZES [7,3] PATCH_STRIDES [4,2] PATCH_PADDINGS [2,1] "
+           "MLP_RATIOS [2,2] KV_STRIDES [2,2]",
+    "shunted": "EMBED_DIMS [16,32] DEPTHS [2,2] NUM_HEADS [2,2] MLP_RATIOS [2,2] SR_RATIOS [4,2] NUM_CONV 0",
+    "mpvit": "EMBED_DIMS [16,32] DEPTHS [2,2] NUM_PATHS [2,2] NUM_HEADS [8,8] MLP_RATIOS [2,2]",
+    "pvt": "EMBED_DIMS [16,32] DEPTHS [2,2] NUM_HEADS [1,2] MLP_RATIOS [2,2] SR_RATIOS [2,1]",
+    "pvt_v2": "EMBED_DIMS [16,32] DEPTHS [2,2] NUM_HEADS [1,2] MLP_RATIOS [2,2] SR_RATIOS [2,1]",
+    "galerkin": "EMBED_DIM 16 DEPTHS [2,2] NUM_HEADS [1,2]",
+}
+
+
+def tiny(family: str, *opts: object) -> nn.Module:
+    words = FAMILIES[family].split()
+    node = [x for key, value in zip(words[::2], words[1::2], strict=True) for x in (f"MODEL.{family.upper()}.{key}", value)]
+    torch.manual_seed(0)
+    return build_model(get_config(None, ["MODEL.TYPE", family, "MODEL.NAME", "tiny", "DATA.IMG_SIZE", "32", "MODEL.DROP_PATH_RATE", "0.2",
+                                         *node, *map(str, opts)]), 5)
+
+
+def epochs(model: nn.Module, average: nn.Module) -> list[int]:
+    """Graphs made so far, after each part of two epochs: training, evaluation, evaluation of the average."""
+    images, made = torch.randn(2, 3, 32, 32), []
+    for _ in range(2):
+        model.train()
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(images)
+            logits.float().sum().backward()
+        made.append(compile.compiled_graphs())
+        for judged in (model.eval(), average.eval()):
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                judged(images)
+            made.append(compile.compiled_graphs())
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", ["model", "blocks"])
+def test_one_graph_for_training_and_one_for_evaluation(family: str, how: str) -> None:
+    """Any break of a graph is an error (fullgraph). Blocks: one a kind and stage, the first of all having no drop path."""
+    torch._dynamo.utils.counters.clear()
+    model = tiny(family, "TRAIN.USE_CHECKPOINT", how == "model" and family == "pvt")
+    names, average = list(model.state_dict()), WeightAverage(model, 0.9).module
+    # What comes after a graph has been taken is tried where it takes less long.
+    backend = "aot_eager" if how == "blocks" and family in ("crossformer", "swin") else "eager"
+    targets = compile.compile_model(model, how, backend)
+    compile.compile_model(average, how, backend, like=model)
+    assert list(model.state_dict()) == names and len(targets) == (1 if how == "model" else 8 if family == "mpvit" else 4)
+    kinds = 1 if how == "model" else 3
+    assert epochs(model, average) == [kinds, *[2 * kinds] * 5]
+
+
+def test_blocks_of_timm_models() -> None:
+    for name, kind, number in (("vit_tiny_patch16_224", "Block", 12), ("convnext_atto", "ConvNeXtBlock", 12), ("resnet26", "Bottleneck", 8),
+                               ("swin_tiny_patch4_window7_224", "SwinTransformerBlock", 12)):
+        blocks = compile.repeated_blocks(timm.create_model(name))
+        assert {type(block).__name__ for block in blocks} == {kind} and len(blocks) == number, name
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The compiler without the generation of code, which takes a minute."""
+    monkeypatch.setattr(compile.compile_model, "__defaults__", ("aot_eager", None))
+    monkeypatch.setattr("utils.modes.require_compiler", lambda device, how: None)
+    torch._dynamo.utils.counters.clear()
+
+
+def plain_names(cfg: Path) -> set[str]:
+    return build_model(get_config(str(cfg), []), 4).state_dict().keys()
+
+
+def test_a_compiled_run_resumes_to_the_same_bits(tiny_cfg: Path, program, quick: None) -> None:
+    """With accumulation, an average of weights and a last batch of evaluation that is not full; then judged, compiled."""
+    command = ("--cfg", tiny_cfg, "--compile", "blocks", "--batch-size", 4, "--accumulation-steps", 2,
+               "--opts", "TRAIN.SAVE_EVERY_STEPS", 4, "TRAIN.KEEP_CHECKPOINTS", 0)
+    whole = program(*command)
+    assert whole.returncode == 0, whole.stderr
+    graphs = re.search(r"^compiled blocks: (\d+) graphs, the first step took \d+\.\d s$", whole.stdout, re.M)
+    assert graphs and compile.compiled_graphs() == 2 * int(graphs[1])  # as many for evaluation, none more
+    folder = program.folder / "output/tiny/default"
+    straight = load(folder / "last.pth")
+    assert straight["model"].keys() == plain_names(tiny_cfg)
+    for path in folder.glob("*.pth"):
+        if path.name != "ckpt_00000004.pth":
+            path.unlink()  # as a kill in the first epoch leaves it
+    torch.compiler.reset()
+    resumed = program(*command)
+    assert resumed.returncode == 0 and "at step 4\n" in resumed.stdout, resumed.stderr
+    assert differences(*[{k: s[k] for k in ("model", "ema", "optimizer")} for s in (straight, load(folder / "last.pth"))]) == []
+    judged = program("--eval", "--resume", folder / "last.pth")
+    assert re.findall(r"^top1 .*", judged.stdout, re.M) == re.findall(r"^top1 .*", whole.stdout, re.M)[-1:]
+
+
+def test_a_model_that_breaks_the_graph_is_one_sentence(tiny_cfg: Path, program, quick: None, monkeypatch) -> None:
+    monkeypatch.setattr("models.crossformer.Block.forward", lambda self, x: x if x.mean() > 0 else -x)
+    done = program("--cfg", tiny_cfg, "--compile", "blocks")
+    assert done.returncode == 2 and "this model cannot be compiled" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_compiler_there_is_one_sentence(tiny_cfg: Path, tmp_path: Path, program, monkeypatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nowhere/g++"))
+    done = program("--cfg", tiny_cfg, "--device", "cpu", "--compile", "model")
+    assert done.returncode == 2 and "COMPILE is model, but torch.compile does not work here" in done.stderr, done.stderr
+    assert "--compile off" in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "output").exists()

@@ -1,0 +1,126 @@
+"""torch.compile, of the whole model or block by block (``COMPILE``).
+
+Modules are compiled in place: names, state dict, hooks and copies of a model stay those of the plain one. Every shape is static,
+and a graph break is an error, so a family trains in one graph (or one a kind of block) and is judged in another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from timm.layers import DropPath as TimmDropPath
+from torch import nn
+
+from config import ConfigError
+from models.base import DropPath
+
+SMALLEST_SHARE = 0.1  # of the parameters, for a class of blocks to be worth a graph
+
+
+def compile_model(model: nn.Module, how: str, backend: str = "inductor", like: nn.Module | None = None) -> list[nn.Module]:
+    """Have ``model`` compiled at its first call; what is compiled is returned.
+
+    Args:
+        how: ``off`` leaves it as it is; ``model`` compiles the whole; ``blocks`` each repeated block, whose equals share a graph:
+            a fraction of the time before the first step. A model without repeated blocks is compiled whole.
+        backend: of torch.compile.
+        like: the model that this one is an average of: its graphs serve for both.
+    """
+    if how == "off":
+        return []
+    if like is not None:
+        for parameter, other in zip(model.parameters(), like.parameters(), strict=True):
+            parameter.requires_grad_(other.requires_grad)  # a graph is of one kind, also where nothing asks for gradients
+    targets = [model]
+    if how == "blocks":
+        _share_drop_path(model)
+        targets = repeated_blocks(model) or targets
+    # All modules are compiled through the same function of torch, so its limit holds for their graphs together: training,
+    # evaluation, and the sizes of a short batch's micro-batches.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 8 * len(targets))
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * limits.recompile_limit)
+    # DDP's gradients of a whole graph would all come at its end: torch splits it at the buckets. Blocks are small enough.
+    limits.optimize_ddp = how == "model"
+    for module in targets:
+        module.compile(fullgraph=True, dynamic=False, backend=backend)
+    return targets
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that ``model`` is made of: the deepest modules in sequences whose class stands there at least twice.
+
+    Deepest means that stages give way to their blocks, and blocks do not to the small parts in sequences of their own.
+    """
+    total, found = _size(model), list(_sequence_members(model))
+    classes: dict[type, list[nn.Module]] = {}
+    for module in found:
+        classes.setdefault(type(module), []).append(module)
+    repeated = {kind for kind, members in classes.items() if len(members) > 1 and sum(map(_size, members)) >= SMALLEST_SHARE * total}
+    return [module for module in found if type(module) in repeated]
+
+
+def _sequence_members(root: nn.Module) -> Iterator[nn.Module]:
+    for child in root.children():
+        # torch's own layers are no blocks
+        if not isinstance(root, (nn.Sequential, nn.ModuleList)) or type(child).__module__.startswith("torch.nn"):
+            yield from _sequence_members(child)
+            continue
+        inner = list(_sequence_members(child))
+        if inner and 2 * sum(map(_size, inner)) >= _size(child):
+            yield from inner
+        else:
+            yield child
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _share_drop_path(model: nn.Module) -> None:
+    """Swap timm's drop paths for ours, whose rate is a tensor: blocks that differ in it alone then share a graph."""
+    device = next(model.parameters()).device
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is TimmDropPath and child.scale_by_keep:
+                setattr(module, name, DropPath(child.drop_prob).train(child.training).to(device))
+
+
+def require_compiler(device: torch.device, how: str) -> None:
+    """Make sure, before long work, that torch.compile works on ``device``.
+
+    Raises:
+        ConfigError: its compiler is missing or fails.
+    """
+    if how == "off":
+        return
+    try:
+        torch.compile(_probe, fullgraph=True, dynamic=False)(torch.ones(64, device=device))
+    except Exception as error:  # InvalidCxxCompiler, CppCompileError, TritonMissing, OSError, ...: torch raises a kind of its own for each
+        tool = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler"
+        raise ConfigError(f"COMPILE is {how}, but torch.compile does not work here ({_reason(error)}); it needs {tool} "
+                          "(on Debian: apt-get install g++), or use --compile off") from None
+
+
+def compile_error(error: Exception) -> str | None:
+    """The sentence on an error that torch.compile raised when it met the model; None for any other error."""
+    module = type(error).__module__
+    if not module.startswith(("torch._dynamo.", "torch._inductor.")):
+        return None
+    return f"this model cannot be compiled ({_reason(error)}); use --compile off"
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return torch.exp(x) * 2 + 1
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:160]
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process so far."""
+    from torch._dynamo.utils import counters
+    return counters["stats"]["unique_graphs"]
