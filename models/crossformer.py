@@ -24,11 +24,11 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
+from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head
 
 PADDED_KEY = -1e6  # added to the logits of padded keys
 
@@ -51,7 +51,43 @@ class CrossScaleEmbedding(nn.Module):
         pad_h, pad_w = ((self.stride - side % self.stride) % self.stride for side in x.shape[2:])
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h))
-        return self.norm(torch.cat([proj(x) for proj in self.projs], dim=1).permute(0, 2, 3, 1))
+        # The gradient of a large kernel over three channels is slow; the forward pass alone gains nothing.
+        sample = self.sample_blocks if self.training and self.stride % 2 == 0 else self.sample
+        return self.norm(torch.cat(sample(x), dim=-1))
+
+    def sample(self, x: Tensor) -> list[Tensor]:
+        """Each kernel's tokens, (B, H/4, W/4, width)."""
+        return [proj(x).permute(0, 2, 3, 1) for proj in self.projs]
+
+    def sample_blocks(self, x: Tensor) -> list[Tensor]:
+        """The same with the pixels of a 4x4 block as channels: a kernel of 4m pixels is one of m blocks at stride 1.
+
+        A token's kernel begins half a block before one of the image's blocks if m is even.
+        """
+        if torch.is_autocast_enabled(x.device.type):  # once, not in every convolution
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        half, tokens, blocks = self.stride // 2, [], {}
+        for proj in self.projs:
+            across, rest = divmod(proj.kernel_size[0], self.stride)
+            if rest:
+                tokens.append(proj(x).permute(0, 2, 3, 1))
+                continue
+            shift = half * (1 - across % 2)
+            if shift not in blocks:
+                blocks[shift] = to_blocks(F.pad(x, (shift,) * 4) if shift else x, self.stride)
+            weight = proj.weight.unflatten(3, (across, -1)).unflatten(2, (across, -1)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+            if across == 1:
+                tokens.append(F.linear(blocks[shift], weight.flatten(1), proj.bias))
+            else:
+                y = F.conv2d(blocks[shift].permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), proj.bias, padding=(across - 1) // 2)
+                tokens.append(y.permute(0, 2, 3, 1))
+        return tokens
+
+
+def to_blocks(x: Tensor, side: int) -> Tensor:
+    """Space to depth: (B, C, H, W) -> (B, H/side, W/side, C*side*side), the pixels of a block in the order of a kernel's weights."""
+    x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side))
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
 def split_channels(dim: int, parts: int) -> list[int]:
@@ -144,9 +180,9 @@ class Attention(nn.Module):
             self.pos = PositionTable(group_size, num_heads)
         elif position != "none":
             self.pos = DynamicPositionBias(dim // 16, num_heads, residual=position == "dpb_residual")
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def position_bias(self, group: int, device: torch.device) -> Tensor | None:
@@ -162,7 +198,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, group: int, mask: Tensor | None = None) -> Tensor:
         """``mask``: (groups, 1, 1, N), added to the logits of the keys."""
         batch, tokens, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        # Taken apart along its own axis, the gradient is put together in one copy.
+        q, k, v = (part.transpose(1, 2) for part in self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).unbind(2))
         bias = self.position_bias(group, x.device)
         if mask is not None:
             bias = mask.expand(-1, self.num_heads, tokens, -1) if bias is None else bias + mask
@@ -184,9 +221,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, d
             bias = bias[None] if bias.ndim == 3 else bias
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=rate, scale=scale)
     # On a CPU the fused kernel is slower than this once the bias needs a gradient.
-    logits = (q * scale) @ k.transpose(-2, -1)
-    if bias is not None:
-        logits = logits + bias
+    logits = q @ k.transpose(-2, -1)
+    logits = logits * scale if bias is None else torch.add(bias, logits, alpha=scale)
     return drop(logits.softmax(dim=-1).to(v.dtype)) @ v
 
 
@@ -206,14 +242,14 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop, position, group_size)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         # Amplitude cooling (CrossFormer++, section 3.4): it replaces the residual stream, there is no skip around it.
         self.ex_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if acl else None
         self.ex_ln = nn.LayerNorm(dim) if acl else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attend_groups(self.norm1(x)))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        x = add_branch(x, self.attend_groups(self.norm1(x)), self.drop_path)
+        x = add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
         if self.ex_conv is not None:
             x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return x
