@@ -73,6 +73,14 @@ class Precision:
         return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
 
 
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 itself (AVX512-BF16 or AMX), oneDNN being there to ask it; emulated, it is slower than fp32."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def choose_precision(config: CfgNode, device: torch.device) -> Precision:
     """The precision that the config asks for, or fp32 with a notice where the device lacks it."""
     wanted = config.PRECISION
@@ -82,6 +90,8 @@ def choose_precision(config: CfgNode, device: torch.device) -> Precision:
         wanted = "fp32"
         if device.type == "cuda":
             wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        elif device.type == "cpu" and cpu_has_bf16():
+            wanted = "bf16"
     lacking = (wanted == "fp16" and device.type != "cuda") or (wanted == "bf16" and device.type == "mps") \
         or (wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported())
     if lacking:
