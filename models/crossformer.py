@@ -200,7 +200,7 @@ class Attention(nn.Module):
         Weights are compared by identity and version, and on a CPU by value: what is written to ``.data`` leaves no trace in the
         version. (On a GPU that would be a synchronisation; there ``train()`` or ``eval()`` must come between.)
         """
-        if self.pos is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.pos is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.position_bias(group, device)
         weights = list(self.pos.parameters())
         if any(type(w.data) is not Tensor or w.is_inference() or w.is_meta for w in weights):  # traced, or without versions
