@@ -9,7 +9,8 @@ are stepped as utils/engine.py does it. ``textbook`` is CrossFormer written down
 logits of both are compared first), with the step that goes with such code: AdamW tensor by tensor, a number read from the device
 for each. Both sides take turns, round by round, in one process; times are medians over the rounds.
 
-The last lines are ``ratio R``, the other side's time over ours, the median of the rounds' ratios, and against timm ``work R``, images/s times GMACs over timm's.
+The last lines are ``ratio R``, the other side's time over ours, the median of the rounds' ratios, and against timm ``work R``,
+images/s times GMACs over timm's.
 """
 
 from __future__ import annotations
@@ -419,7 +420,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--inference", action="store_true", help="forward passes alone, no gradients")
     parser.add_argument("--part", choices=("step", "embedding", "update"), default="step")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of this process, steadier on a shared machine")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: this process's seconds, steadier on a shared machine")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
