@@ -420,7 +420,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--inference", action="store_true", help="forward passes alone, no gradients")
     parser.add_argument("--part", choices=("step", "embedding", "update"), default="step")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: this process's seconds, steadier on a shared machine")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of this process, steadier when shared")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
