@@ -155,7 +155,7 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("TAG", "default", _str, "name of the run"),
     ("SEED", 0, _int, "everything random derives from it: order, augmentation, mixup, dropout, initialisation"),
     ("DEVICE", "auto", _str, "auto, cpu, cuda, cuda:1, mps; auto takes CUDA, then MPS, then the CPU"),
-    ("PRECISION", "auto", _str, "auto, fp32, bf16 or fp16; auto is bf16 on a GPU that has it (fp16 on older), else fp32"),
+    ("PRECISION", "auto", _str, "auto, fp32, bf16 or fp16; auto is bf16 where GPU or CPU compute it (fp16 on older GPUs), else fp32"),
     ("COMPILE", "off", _off_or, "torch.compile: off; blocks, each kind of block once; model, the whole (longest start, most speed)"),
     ("SAVE_FREQ", 1, _int, "save a checkpoint every so many epochs (the last epoch is always saved)"),
     ("PRINT_FREQ", 10, _int, "log a line every so many steps"),

@@ -205,13 +205,14 @@ def run(argv: Sequence[str] | None = None) -> int:
             return _quick(mode, config, advice)
     # torch and timm take seconds to import: not before the command line has been understood.
     from utils import distributed
-    from utils.device import choose_device
+    from utils.device import choose_device, keep_freed_memory
     from utils.logger import create_logger
     from utils.modes import resolve_config
 
     config, content = resolve_config(cfg_file, opts)
     if mode := _asked_for(QUICK_MODES, config):
         return _quick(mode, config, advice)
+    keep_freed_memory()
     device = choose_device(config.DEVICE, distributed.local_rank())
     distributed.init(device, config.DIST_TIMEOUT)
     logger = create_logger(distributed.is_main(), takes_standard_output(config))

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
@@ -37,8 +38,76 @@ class DropPath(nn.Module):
         """(B, ...) -> the same."""
         if not self.training:
             return x
+        return x * self.factor(x)
+
+    def factor(self, x: Tensor) -> Tensor:
+        """What each sample of ``x`` (B, ...) is multiplied by: 0 or 1/(1 - rate), (B, 1, ...)."""
         kept = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) < self.keep
-        return x * (kept / self.keep).to(x.dtype)
+        return (kept / self.keep).to(x.dtype)
+
+
+def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
+    """``x + drop_path(branch)``, in one pass over the maps where there is something to drop."""
+    if isinstance(drop_path, DropPath) and drop_path.training:
+        return torch.addcmul(x, branch, drop_path.factor(branch))
+    return x + drop_path(branch)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` whose backward pass on a CPU in bf16 is laid out as oneDNN is fastest (``_LinearInBf16``)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling() \
+                and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
+            with torch.autocast("cpu", enabled=False):
+                bias = None if self.bias is None else self.bias.bfloat16()
+                return _LinearInBf16.apply(x.bfloat16(), self.weight.bfloat16(), bias)
+        return super().forward(x)
+
+
+class _LinearInBf16(torch.autograd.Function):
+    """x W^T + b with torch's own forward pass. Backward, the weights' gradient G^T X is a product of two transposed matrices,
+    for which oneDNN reorders both; with few rows it pays to lay out the narrower one first (1.2 to 1.9 times as fast). The
+    bias's gradient is a product with ones, which is faster than a sum over rows (1.5 to 2 times)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
+        to_x = grad @ weight if ctx.needs_input_grad[0] else None
+        to_weight = _transposed_product(grads, rows) if ctx.needs_input_grad[1] else None
+        to_bias = (grads.new_ones(1, len(grads)) @ grads)[0] if ctx.needs_input_grad[2] else None
+        return to_x, to_weight, to_bias
+
+
+FEW_ROWS = 4096
+
+
+def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b of (n, p) and (n, q)."""
+    if len(a) > FEW_ROWS or a.shape[1] == b.shape[1]:
+        return a.t() @ b
+    if a.shape[1] < b.shape[1]:
+        return a.t().contiguous() @ b
+    return (b.t().contiguous() @ a).t()
+
+
+class Mlp(nn.Module):
+    """Two linears with a GELU between. (.., C) -> the same."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0):
+        super().__init__()
+        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
+        self.act, self.drop = nn.GELU(), nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
 class HierarchicalModel(nn.Module):

@@ -24,11 +24,11 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
+from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head
 
 PADDED_KEY = -1e6  # added to the logits of padded keys
 
@@ -51,7 +51,44 @@ class CrossScaleEmbedding(nn.Module):
         pad_h, pad_w = ((self.stride - side % self.stride) % self.stride for side in x.shape[2:])
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h))
-        return self.norm(torch.cat([proj(x) for proj in self.projs], dim=1).permute(0, 2, 3, 1))
+        # The gradient of a large kernel over three channels is slow; the forward pass alone gains nothing.
+        sample = self.sample_blocks if self.training and self.stride % 2 == 0 else self.sample
+        return self.norm(torch.cat(sample(x), dim=-1))
+
+    def sample(self, x: Tensor) -> list[Tensor]:
+        """Each kernel's tokens, (B, H/4, W/4, width)."""
+        return [proj(x).permute(0, 2, 3, 1) for proj in self.projs]
+
+    def sample_blocks(self, x: Tensor) -> list[Tensor]:
+        """The same with the pixels of a 4x4 block as channels: a kernel of 4m pixels is one of m blocks at stride 1.
+
+        A token's kernel begins half a block off the image's blocks if m is even, so the blocks do; for an odd m (the smallest
+        kernel, one block) the kernel gets half a block of zeros around it.
+        """
+        if torch.is_autocast_enabled(x.device.type):  # once, not in every convolution
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        half = self.stride // 2
+        blocks = to_blocks(F.pad(x, (half,) * 4), self.stride).permute(0, 3, 1, 2)
+        tokens = []
+        for proj in self.projs:
+            across, rest = divmod(proj.kernel_size[0], self.stride)
+            if rest:
+                tokens.append(proj(x))
+                continue
+            kernel = proj.weight if across % 2 == 0 else F.pad(proj.weight, (half,) * 4)
+            weight = to_blocks(kernel, self.stride).permute(0, 3, 1, 2)
+            tokens.append(F.conv2d(blocks, weight, proj.bias, padding=weight.shape[2] // 2 - 1))
+        return [token.permute(0, 2, 3, 1) for token in tokens]
+
+
+def to_blocks(x: Tensor, side: int) -> Tensor:
+    """Space to depth: (B, C, H, W) -> (B, H/side, W/side, C*side*side), a block's pixels in the order channel, row, column."""
+    wide = {8: torch.int64, 16: torch.complex128}.get(side * x.element_size())
+    if wide is None or x.requires_grad or x.device.type == "mps" or torch.compiler.is_compiling():
+        return x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    # A block's row moved as one number: four times as fast.
+    x, dtype = x.contiguous(), x.dtype
+    return x.view(wide).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3).contiguous().view(dtype).flatten(3)
 
 
 def split_channels(dim: int, parts: int) -> list[int]:
@@ -139,15 +176,41 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self._kept: tuple[Any, Tensor, Tensor] | None = None  # see kept_bias
         self.pos: nn.Module | None = None
         if position == "table":
             self.pos = PositionTable(group_size, num_heads)
         elif position != "none":
             self.pos = DynamicPositionBias(dim // 16, num_heads, residual=position == "dpb_residual")
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    def train(self, mode: bool = True) -> Attention:
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__, _kept=None)  # neither copied nor pickled
+
+    def kept_bias(self, group: int, device: torch.device) -> Tensor | None:
+        """``position_bias``, computed once for as long as evaluation goes on, the weights stay and the group is the same.
+
+        Weights are compared by identity and version, and on a CPU by value: what is written to ``.data`` leaves no trace in the
+        version. (On a GPU that would be a synchronisation; there ``train()`` or ``eval()`` must come between.)
+        """
+        if self.pos is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.position_bias(group, device)
+        weights = list(self.pos.parameters())
+        if any(type(w.data) is not Tensor or w.is_inference() or w.is_meta for w in weights):  # traced, or without versions
+            return self.position_bias(group, device)
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        key = (group, device, autocast, [(w.data_ptr(), w.dtype, w._version) for w in weights])
+        values = torch.cat([w.flatten() for w in weights]) if device.type == "cpu" else torch.empty(0)  # two empty ones are equal
+        if self._kept is None or self._kept[0] != key or not torch.equal(self._kept[1], values):
+            self._kept = (key, values, self.position_bias(group, device))
+        return self._kept[2]
 
     def position_bias(self, group: int, device: torch.device) -> Tensor | None:
         """(h, N, N), or nothing without a position bias"""
@@ -162,8 +225,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, group: int, mask: Tensor | None = None) -> Tensor:
         """``mask``: (groups, 1, 1, N), added to the logits of the keys."""
         batch, tokens, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = self.position_bias(group, x.device)
+        # Taken apart along its own axis, the gradient is put together in one copy.
+        q, k, v = (part.transpose(1, 2) for part in self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).unbind(2))
+        bias = self.kept_bias(group, x.device)
         if mask is not None:
             bias = mask.expand(-1, self.num_heads, tokens, -1) if bias is None else bias + mask
             bias = bias.repeat(batch // mask.shape[0], 1, 1, 1)
@@ -184,9 +248,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, d
             bias = bias[None] if bias.ndim == 3 else bias
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=rate, scale=scale)
     # On a CPU the fused kernel is slower than this once the bias needs a gradient.
-    logits = (q * scale) @ k.transpose(-2, -1)
-    if bias is not None:
-        logits = logits + bias
+    logits = q @ k.transpose(-2, -1)
+    logits = logits * scale if bias is None else torch.add(bias, logits, alpha=scale)
     return drop(logits.softmax(dim=-1).to(v.dtype)) @ v
 
 
@@ -206,14 +269,14 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop, position, group_size)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         # Amplitude cooling (CrossFormer++, section 3.4): it replaces the residual stream, there is no skip around it.
         self.ex_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if acl else None
         self.ex_ln = nn.LayerNorm(dim) if acl else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attend_groups(self.norm1(x)))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        x = add_branch(x, self.attend_groups(self.norm1(x)), self.drop_path)
+        x = add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
         if self.ex_conv is not None:
             x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return x

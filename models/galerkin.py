@@ -27,11 +27,11 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
+from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head
 
 
 def galerkin_attention(q: Tensor, k: Tensor, v: Tensor, k_weight: Tensor | None = None, k_bias: Tensor | None = None,
@@ -98,16 +98,16 @@ class GalerkinAttention(nn.Module):
         if position_dim and not out_proj:
             raise ValueError("positions widen the heads; set out_proj to True")
         self.num_heads, self.eps, self.attn_drop = num_heads, eps, attn_drop
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.norm_k = HeadNorm(dim)
         self.norm_v = HeadNorm(dim)
-        self.proj = nn.Linear(dim + num_heads * position_dim, dim) if out_proj else nn.Identity()
+        self.proj = Linear(dim + num_heads * position_dim, dim) if out_proj else nn.Identity()
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """``positions``: (B, n, position_dim)."""
         batch, tokens, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (part.transpose(1, 2) for part in self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).unbind(2))
         x = galerkin_attention(q, k, v, self.norm_k.weight, self.norm_k.bias, self.norm_v.weight, self.norm_v.bias, self.eps,
                                positions, self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
@@ -126,14 +126,14 @@ class Block(nn.Module):
             dim, num_heads, qkv_bias, eps, out_proj or positions, 2 if positions else 0, attn_drop, drop)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
         positions = unit_grid(height, width, x.device).expand(batch, -1, -1) if self.positions else None
         y = self.attn(self.norm1(x).flatten(1, 2), positions).unflatten(1, (height, width))
-        x = x + self.drop_path(y)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = add_branch(x, y, self.drop_path)
+        return add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
 
 
 def unit_grid(height: int, width: int, device: torch.device) -> Tensor:

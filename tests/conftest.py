@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
+# fp32: the tests compare bits across settings; auto is bf16 where the CPU computes it.
 TINY_MODEL = """
+PRECISION: fp32
 MODEL:
   NAME: tiny
   DROP_PATH_RATE: 0.2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from models import crossformer
+from models import base, crossformer
 from models.crossformer import (
     Attention,
     Block,
@@ -324,3 +325,114 @@ def test_ablations_are_what_they_say() -> None:
     for name, value in (("position", "rope"), ("attention", "all"), ("group_type", "grow")):
         with pytest.raises(ValueError, match=f"{name} is '{value}'; choose from"):
             tiny(**{name: value})
+
+
+@pytest.mark.parametrize("kernels", [(4, 8, 16, 32), (4,), (4, 12, 16), (4, 8, 10), (2, 4)])
+@pytest.mark.parametrize("image_needs_gradient", [False, True])
+def test_embedding_in_blocks_is_the_convolutions(kernels: tuple[int, ...], image_needs_gradient: bool) -> None:
+    torch.manual_seed(0)
+    embedding = CrossScaleEmbedding(32, kernels, norm=False).double()
+    x = torch.randn(2, 3, 45, 38, dtype=torch.float64, requires_grad=image_needs_gradient)
+    found = []
+    for training in (True, False):
+        embedding.train(training)
+        y = embedding(x)
+        inputs = [*embedding.parameters(), *([x] if image_needs_gradient else [])]
+        found.append([y, *torch.autograd.grad((y * torch.arange(y.numel()).view_as(y).cos()).sum(), inputs)])
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_by_rows_are_the_blocks(dtype: torch.dtype) -> None:
+    x = torch.arange(2 * 3 * 8 * 12).view(2, 3, 8, 12).to(dtype)
+    expected = crossformer.to_blocks(x.clone().requires_grad_(), 4)
+    assert torch.equal(crossformer.to_blocks(x, 4), expected)
+    assert torch.equal(crossformer.to_blocks(x.to(memory_format=torch.channels_last), 4), expected)
+    assert torch.equal(expected[1, 1, 2], x[1, :, 4:8, 8:12].flatten())
+
+
+@pytest.mark.parametrize(("rows", "shape"), [(6, (32, 16)), (6, (16, 32)), (6, (16, 16)), (base.FEW_ROWS + 1, (16, 32))])
+def test_linear_in_bf16_has_torchs_gradients(rows: int, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    ours, torchs = base.Linear(*shape), nn.Linear(*shape)
+    torchs.load_state_dict(ours.state_dict())
+    x, gradient = torch.randn(1, rows, shape[0]), torch.randn(1, rows, shape[1])
+    found = []
+    for linear in (ours, torchs):
+        x.requires_grad_().grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = linear(x)
+        assert y.dtype == torch.bfloat16
+        y.backward(gradient.bfloat16())
+        found.append([y.detach().float(), x.grad, linear.weight.grad, linear.bias.grad])
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype == torch.float32 and (a - b).abs().max() < 0.01 * b.abs().max()
+    assert torch.equal(found[0][0], found[1][0])
+
+
+@torch.no_grad()
+def test_drop_path_in_one_pass() -> None:
+    x, branch, path = torch.randn(8, 2, 2, 4), torch.randn(8, 2, 2, 4), base.DropPath(0.5)
+    torch.manual_seed(5)
+    expected = x + path(branch)
+    torch.manual_seed(5)
+    assert torch.allclose(base.add_branch(x, branch, path), expected)
+    assert torch.equal(base.add_branch(x, branch, path.eval()), x + branch)
+    assert torch.equal(base.add_branch(x, branch, nn.Identity()), x + branch)
+
+
+def test_kept_position_bias_is_never_stale() -> None:
+    """Whatever happens to the weights, evaluation gives what a model without the memory of a bias gives."""
+    def changed(p: nn.Parameter) -> None:
+        p.data.mul_(1.5)
+
+    def stepped(model: nn.Module) -> None:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
+
+    def averaged(model: nn.Module) -> None:
+        ours = [p.data for p in model.parameters()]
+        torch._foreach_lerp_(ours, [torch.ones_like(p) for p in ours], 0.5)
+
+    model = tiny(embed_dim=32).eval()
+    other = {name: 0.9 * x for name, x in model.state_dict().items()}
+    events = [lambda m: m.load_state_dict(other), lambda m: [changed(p) for p in m.parameters()], stepped, averaged,
+              lambda m: m.train(), lambda m: m.eval(), lambda m: m.load_state_dict({k: x + 0.1 for k, x in other.items()}, assign=True)]
+    names, x = list(model.state_dict()), torch.randn(2, 3, 40, 40)
+    before = None
+    for event in events:
+        event(model)
+        for side in (slice(None), slice(0, 16), slice(None)):  # another size has other groups
+            image = x[..., side]
+            with torch.inference_mode():
+                ours = model(image)
+            with torch.no_grad():
+                again = model(image)
+            fresh = tiny(embed_dim=32).train(model.training)
+            fresh.load_state_dict(model.state_dict())
+            assert torch.equal(ours, again) and torch.allclose(ours, fresh(image), atol=1e-6)
+        assert before is None or event in events[4:6] or not torch.allclose(before, ours)
+        before = ours
+    model.eval()
+    with torch.no_grad():
+        model(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = model(x)
+        assert list(model.state_dict()) == names
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(x), model(x)) and all(m._kept is None for m in copy.deepcopy(model).modules() if isinstance(m, Attention))
+        assert torch.allclose(model.double()(x.double()).float(), twin(x), atol=1e-5)
+    assert low.isfinite().all()
+    model.float()(x).sum().backward()  # and back in training, everything has a gradient
+    assert all(p.grad is not None for p in model.layers[0].blocks[0].attn.pos.parameters())
+
+
+def test_position_bias_is_computed_once_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = tiny().eval(), []
+    inner = Attention.position_bias
+    monkeypatch.setattr(Attention, "position_bias", lambda self, *args: calls.append(1) or inner(self, *args))
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(1, 3, 32, 32))
+    assert len(calls) == 3  # one a block

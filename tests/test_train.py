@@ -15,6 +15,9 @@ import torch
 import yaml
 from conftest import ROOT, differences, environment, load, write_images
 
+from config import get_config
+from utils.device import choose_precision
+
 TOP1 = re.compile(r"^top1 (\d+\.\d\d) top5 (\d+\.\d\d) loss (\d+\.\d{4}) \((\d+) of (\d+)\)$", re.M)
 
 
@@ -157,6 +160,14 @@ def test_any_timm_model_trains(images: Path, program, name: str) -> None:
     assert program("--eval", "--resume", f"output/{name}/default/last.pth").returncode == 0
 
 
+@pytest.mark.parametrize(("able", "name"), [
+    ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512_f": True}, "fp32"), ({}, "fp32")])
+def test_auto_is_bf16_only_where_the_cpu_computes_it(able: dict[str, bool], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert choose_precision(get_config(str(ROOT / "configs/quickstart.yaml")), torch.device("cpu")).name == name
+
+
 def test_precisions_on_a_cpu(tiny_cfg: Path, program) -> None:
     plain = program("--cfg", tiny_cfg, "--tag", "fp32", "--device", "cpu")
     disabled = program("--cfg", tiny_cfg, "--tag", "off", "--precision", "bf16", "--disable_amp", "--device", "cpu")
@@ -198,7 +209,7 @@ def test_a_hopeless_learning_rate_stops_with_a_verdict(tiny_cfg: Path, program) 
 
 
 def test_throughput_needs_no_data(program) -> None:
-    done = program("--throughput", "--batch-size", 2, "--img-size", 64, "--device", "cpu")
+    done = program("--throughput", "--batch-size", 2, "--img-size", 64, "--device", "cpu", "--precision", "fp32")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
     assert len(lines) == 3
