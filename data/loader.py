@@ -128,6 +128,8 @@ class ImageLoader:
                 return
             except DataError:
                 raise
+            except (ConnectionError, EOFError):  # killed while it handed a batch over
+                raise RuntimeError("DataLoader worker exited unexpectedly") from None
             except RuntimeError as error:
                 if "timed out after" not in str(error):
                     raise

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -70,28 +71,43 @@ def start(arguments: list[str], folder: Path, tag: str) -> subprocess.Popen[str]
                             stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
-def run_until(process: subprocess.Popen[str], steps: int | None, delay: float) -> tuple[int, list[int], str]:
-    """Read what a run says, and kill it ``delay`` seconds after it has done ``steps`` steps (None: let it end).
+def run_until(process: subprocess.Popen[str], log: Path, steps: int | None, delay: float) -> tuple[int, list[int], str]:
+    """Follow a run, and kill it ``delay`` seconds after it has done ``steps`` steps (None: let it end).
+
+    Args:
+        log: the run's log.txt, which has a line for every step.
 
     Returns:
         The step it resumed at (-1: it did not), the steps it did, and its output.
     """
-    resumed, done, said, per_epoch = -1, [], "", 0
-    for line in process.stdout:
-        said += line
-        if found := re.match(r"resumed \S+ at step (\d+)$", line):
-            resumed = int(found[1])
-        if found := re.match(r"epoch (\d+)/\d+ step (\d+)/(\d+) ", line):
-            per_epoch = int(found[3])
-            done.append((int(found[1]) - 1) * per_epoch + int(found[2]))
-        begun = resumed >= 0 or bool(done)
-        if steps is not None and begun and len(done) >= steps:
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.extend(process.stdout))
+    reader.start()
+    before = log.stat().st_size if log.exists() else 0
+    while process.poll() is None:
+        resumed, done = _resumed(said), _steps(log, before)
+        if steps is not None and (resumed >= 0 or done) and len(done) >= steps:
             time.sleep(delay)
             os.killpg(process.pid, signal.SIGKILL)
             break
-    said += process.stdout.read()
+        time.sleep(0.005)
     process.wait()
-    return resumed, done, said
+    reader.join()
+    return _resumed(said), _steps(log, before), "".join(said)
+
+
+def _resumed(said: list[str]) -> int:
+    return next((int(found[1]) for line in list(said) if (found := re.match(r"resumed \S+ at step (\d+)$", line))), -1)
+
+
+def _steps(log: Path, before: int) -> list[int]:
+    """Numbers of the steps that were written after the first ``before`` bytes."""
+    if not log.exists():
+        return []
+    with log.open(encoding="utf-8") as file:
+        file.seek(before)
+        found = re.findall(r"^epoch (\d+)/\d+ step (\d+)/(\d+) .*\n", file.read(), re.M)
+    return [(int(epoch) - 1) * int(per_epoch) + int(step) for epoch, step, per_epoch in found]
 
 
 def differences(a: object, b: object, where: str = "") -> list[str]:
@@ -118,7 +134,7 @@ def prove(folder: Path, kills: int, workers: int, processes: int, seed: int, say
     generator = random.Random(seed)
     prepare(folder)
     arguments = command(max(3, kills * STEPS_A_KILL // 5), workers, processes, compiled)
-    *_, said = run_until(start(arguments, folder, "alone"), None, 0)
+    *_, said = run_until(start(arguments, folder, "alone"), folder / "output/killed/alone/log.txt", None, 0)
     if "finished" not in said:
         raise Failure(f"the undisturbed run did not end well:\n{said[-2000:]}")
     reached = 0
@@ -126,7 +142,7 @@ def prove(folder: Path, kills: int, workers: int, processes: int, seed: int, say
         last = number == kills
         steps = None if last else generator.randint(0 if number else 7, STEPS_A_KILL)
         delay = generator.uniform(0, 0.06)
-        resumed, done, said = run_until(start(arguments, folder, "killed"), steps, delay)
+        resumed, done, said = run_until(start(arguments, folder, "killed"), folder / "output/killed/killed/log.txt", steps, delay)
         if say:
             print(f"start {number + 1}: " + (f"resumed at step {resumed}, " if resumed >= 0 else "from scratch, ")
                   + (f"did {len(done)} steps to the end" if last else f"killed {1000 * delay:.0f} ms after {len(done)} steps"), flush=True)

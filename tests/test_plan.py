@@ -135,7 +135,7 @@ def test_measured_memory_is_that_of_the_work() -> None:
         torch.ones(mib << 18)
 
     small, large = (memory.taken(lambda mib=mib: work(mib), torch.device("cpu")) for mib in (64, 256))
-    assert 150 << 20 < large - small < 250 << 20
+    assert 150 << 20 < large - small < 280 << 20  # 192, or 256 where the allocator had kept room for the small one
     assert memory.limit(torch.device("cpu"), 123) == 123 and memory.limit(torch.device("cpu"), 0) > 100 << 20
 
 

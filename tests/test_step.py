@@ -106,7 +106,7 @@ def test_the_session_looks_at_a_gpu_when_it_logs_alone(device: str, looks: int) 
     looked = []
     session = SimpleNamespace(
         config=get_config(None, ["PRINT_FREQ", "2"]), plan=SimpleNamespace(device=torch.device(device)), steps_per_epoch=6, main=False,
-        first_step=0, stop=SimpleNamespace(agreed=lambda: (False, False)), inspect=lambda progress: looked.append(1))
+        first_step=0, stop=SimpleNamespace(agreed=lambda: (False, False, False)), inspect=lambda progress: looked.append(1))
     for step in range(1, 7):
         Session.after_step(session, SimpleNamespace(step=step), None)
     assert len(looked) == looks

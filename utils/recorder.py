@@ -48,7 +48,8 @@ class Recorder:
             OSError: it cannot be written.
         """
         kinds = (np.int64, np.int32, np.int32, np.float32, np.float32)
-        own = [torch.cat(part).cpu().numpy().astype(kind) for part, kind in zip(zip(*self.parts, strict=True), kinds, strict=True)]
+        columns = zip(*self.parts, strict=True)  # none on a rank without an image
+        own = [torch.cat(part).cpu().numpy().astype(kind) for part, kind in zip(columns, kinds, strict=bool(self.parts))]
         gathered = [part for part in distributed.gather_objects(own) if part]
         if not distributed.is_main() or not gathered:
             return
