@@ -1,17 +1,15 @@
-"""Train, evaluate and time hierarchical vision transformers: one process or many, CPU or GPU.
+"""Train, evaluate and ship hierarchical vision transformers: one process or many, CPU or GPU.
 
     python main.py --cfg configs/quickstart.yaml
         a small model on handwritten digits, two minutes on two CPU cores; the same command again continues a run that was stopped
     torchrun --nproc_per_node 8 main.py --cfg configs/crossformer_t.yaml --data-path imagenet
-        train on eight GPUs; any key of the recipe can be changed: --opts TRAIN.EPOCHS 100 AUG.MIXUP 0
+        train on eight GPUs; on one GPU or a CPU: python main.py ... --fit; what it will take: --plan
     python main.py --resume output/crossformer_tiny/default/last.pth --epochs 400
-        go on from a checkpoint, which holds its recipe
+        go on from a checkpoint, which holds its recipe; any key can be changed: --opts TRAIN.BASE_LR 1e-4 AUG.MIXUP 0
     python main.py --eval --resume output/crossformer_tiny/default/best.pth
         judge a checkpoint; nothing else is needed
-    python main.py --show-batch batch.png --cfg configs/crossformer_t.yaml --data-path imagenet
-        look at what the model will be given, before it trains
     python main.py --predict cat.jpg photos/ --resume output/crossformer_tiny/default/best.pth
-    python main.py --export model.onnx --resume output/crossformer_tiny/default/best.pth
+        name what is in images; --export model.onnx ships the model
 """
 
 from __future__ import annotations
@@ -38,27 +36,34 @@ MANY = "*"  # the flag takes one argument or more, a list
 # One table from flags to keys: (group, flags, key, fixed value or None for an argument or MANY, help). Both spellings with dash and
 # underscore are understood. No flag has a default, so none beats the YAML unless it is given.
 FLAGS: list[tuple[str, str, str, str | None, str]] = [
-    ("what to do", "--eval", "EVAL_MODE", "True", "evaluate and stop; with --resume of a checkpoint of ours nothing else is needed"),
-    ("what to do", "--compare", "COMPARE.FILES", MANY, "two checkpoints: judge both on the same images, with a paired test"),
-    ("what to do", "--throughput", "THROUGHPUT_MODE", "True", "measure images per second of the forward pass and of training"),
-    ("what to do", "--show-batch", "SHOW.BATCH", None, "PNG file: draw the first training batch with its labels, as the model sees it"),
-    ("what to do", "--show-attention", "SHOW.ATTENTION", None, "image: draw which tokens of it a CrossFormer's token attends to"),
-    ("what to do", "--show-token", "SHOW.TOKEN", None, "y,x in pixels of the model's input: that token; else the one in the centre"),
-    ("what to do", "--show-file", "SHOW.FILE", None, "PNG file for the attention; else attention.png"),
-    ("what to do", "--doctor", "DOCTOR_MODE", "True", "read all images, report what is wrong and what mends it; status 3 for errors"),
-    ("what to do", "--doctor-json", "DOCTOR.JSON", None, "file for the doctor's report as JSON; - is standard output"),
-    ("what to do", "--predict", "PREDICT.PATHS", MANY, "classes of images: files, folders, 'patterns/*.png', lists in .txt files (a path a "
-     "line, relative to the list), - for a list on standard input; with --resume; status 3 if any cannot be read, after the others"),
-    ("what to do", "--topk", "PREDICT.TOPK", None, "classes told for an image (5)"),
-    ("what to do", "--csv", "PREDICT.CSV", None, "file for the predictions as a table; - is standard output"),
-    ("what to do", "--json", "PREDICT.JSON", None, "file for the predictions, a line of JSON an image; - is standard output"),
-    ("what to do", "--features", "PREDICT.FEATURES", None, "file.npy or file.safetensors for the features before the classifier"),
-    ("what to do", "--sheet", "PREDICT.SHEET", None, "file.png for a picture of the images and their classes"),
-    ("what to do", "--export", "EXPORT.FILE", None, "write the model as file.onnx, file.pt2, or a folder that timm opens; with --resume"),
-    ("what to do", "--report", "REPORT.RUNS", MANY, "write a run folder's report.html; of several runs a comparison"),
-    ("what to do", "--diff", "REPORT.DIFF", MANY, "show how two runs, checkpoints or YAML files differ"),
-    ("what to do", "--print-config", "REPORT.CONFIG", "True", "print the config with the source of every value, and stop"),
-    ("what to do", "--plan", "PLAN.RUN", "True", "dry run: memory, speed, time and disk that the run will take; status 1: it does not fit"),
+    ("instead of training", "--eval", "EVAL_MODE", "True", "judge a checkpoint; with --resume nothing else is needed"),
+    ("instead of training", "--compare", "COMPARE.FILES", MANY, "judge two checkpoints on the same images, with a paired test"),
+    ("instead of training", "--predict", "PREDICT.PATHS", MANY,
+     "classes of images: files, folders, 'patterns/*.png', lists in .txt files (a path a line, relative to the list), - for a list on "
+     "standard input; with --resume; status 3 if any cannot be read, after the others"),
+    ("instead of training", "--export", "EXPORT.FILE", None,
+     "write the model as file.onnx, file.pt2, or a folder that timm opens; with --resume"),
+    ("instead of training", "--plan", "PLAN.RUN", "True",
+     "dry run: memory, speed, time and disk that the run will take; status 1: it does not fit"),
+    ("instead of training", "--doctor", "DOCTOR_MODE", "True", "read all images, say what is wrong and what mends it; status 3: errors"),
+    ("instead of training", "--throughput", "THROUGHPUT_MODE", "True", "measure speed and memory of the model, on made-up images"),
+    ("instead of training", "--report", "REPORT.RUNS", MANY, "write a run folder's report.html; of several runs a comparison"),
+    ("instead of training", "--diff", "REPORT.DIFF", MANY, "show how two runs, checkpoints or YAML files differ"),
+    ("instead of training", "--print-config", "REPORT.CONFIG", "True", "print the config with the source of every value"),
+    ("instead of training", "--show-batch", "SHOW.BATCH", None, "PNG file: the first training batch with its labels, as the model sees it"),
+    ("instead of training", "--show-attention", "SHOW.ATTENTION", None, "image: draw which tokens of it a CrossFormer's token attends to"),
+    ("of --predict", "--topk", "PREDICT.TOPK", None, "classes told for an image (5)"),
+    ("of --predict", "--csv", "PREDICT.CSV", None, "file for the predictions as a table; - is standard output"),
+    ("of --predict", "--json", "PREDICT.JSON", None, "file for the predictions, a line of JSON an image; - is standard output"),
+    ("of --predict", "--features", "PREDICT.FEATURES", None, "file.npy or file.safetensors for the features before the classifier"),
+    ("of --predict", "--sheet", "PREDICT.SHEET", None, "file.png for a picture of the images and their classes"),
+    ("of --eval", "--labels", "TEST.LABELS", None, "ImageNet's variants: auto, imagenet, v2, a, r, sketch, real, or a file of classes"),
+    ("of --eval", "--real-labels", "TEST.REAL_LABELS", None, "real.json, where another than timm's is to be used"),
+    ("of --eval", "--per-class", "TEST.PER_CLASS", None, "CSV file for the figures of each class"),
+    ("of --eval", "--test-flip", "TEST.FLIP", "logits", "judge the mean logits of each image and its mirror image"),
+    ("of --doctor, --show-attention", "--doctor-json", "DOCTOR.JSON", None, "file for the doctor's report as JSON; - is standard output"),
+    ("of --doctor, --show-attention", "--show-token", "SHOW.TOKEN", None, "y,x in pixels of the input: that token, not the central one"),
+    ("of --doctor, --show-attention", "--show-file", "SHOW.FILE", None, "PNG file for the attention; else attention.png"),
     ("data", "--data-path", "DATA.DATA_PATH", None, "folder with train/ and val/"),
     ("data", "--data-set", "DATA.DATASET", None, "imagenet, folder, lists, zip, tar, huggingface or digits"),
     ("data", "--batch-size", "DATA.BATCH_SIZE", None, "images per process and micro-batch"),
@@ -82,10 +87,6 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
     ("training", "--fit", "PLAN.FIT", "True", "the largest micro-batch that fits into memory, accumulated to the recipe's global batch"),
     ("training", "--global-batch", "TRAIN.GLOBAL_BATCH", None, "images a step over all processes, for --fit to keep"),
     ("training", "--use-checkpoint", "TRAIN.USE_CHECKPOINT", "True", "activation checkpointing, to save memory"),
-    ("evaluation", "--labels", "TEST.LABELS", None, "ImageNet's variants: auto, imagenet, v2, a, r, sketch, real, or a file of classes"),
-    ("evaluation", "--real-labels", "TEST.REAL_LABELS", None, "real.json, where another than timm's is to be used"),
-    ("evaluation", "--per-class", "TEST.PER_CLASS", None, "CSV file for the figures of each class"),
-    ("evaluation", "--test-flip", "TEST.FLIP", "logits", "judge the mean logits of each image and its mirror image"),
     ("device", "--device", "DEVICE", None, "auto, cpu, cuda, cuda:N or mps"),
     ("device", "--precision", "PRECISION", None, "auto, fp32, bf16 or fp16"),
     ("device", "--compile", "COMPILE", None, "off, blocks or model: torch.compile"),

@@ -83,6 +83,8 @@ def primary(action: argparse.Action) -> str:
 
 _VALUES = {"--resume": "FILE", "--pretrained": "FILE", "--compare": "FILE", "--per-class": "FILE", "--real-labels": "FILE",
            "--show-batch": "FILE", "--show-attention": "IMAGE", "--show-token": "Y,X", "--doctor-json": "FILE", "--labels": "SET",
+           "--predict": "PATH", "--topk": "NUMBER", "--csv": "FILE", "--json": "FILE", "--features": "FILE", "--sheet": "FILE",
+           "--export": "FILE", "--report": "RUN", "--diff": "RUN", "--compile": "HOW",
            "--output": "FOLDER", "--data-path": "PATH", "--optim": "NAME", "--amp-opt-level": "LEVEL"}
 
 

@@ -12,10 +12,10 @@ SHELLS = ("bash", "zsh", "fish")
 
 # Words that a flag takes; all other flags with a value take files.
 WORDS: dict[str, tuple[str, ...]] = {
-    "--precision": ("auto", "fp32", "bf16", "fp16"), "--device": ("auto", "cpu", "cuda", "mps"),
+    "--precision": ("auto", "fp32", "bf16", "fp16"), "--compile": ("off", "blocks", "model"), "--device": ("auto", "cpu", "cuda", "mps"),
     "--data-set": ("imagenet", "folder", "lists", "zip", "tar", "huggingface", "digits"),
     "--labels": ("auto", "imagenet", "v2", "a", "r", "sketch", "real"), "--completion": SHELLS, "--optim": ("adamw", "sgd")}
-_NO_FILES = ("EPOCHS", "LR", "DECAY", "STEPS", "SIZE", "WORKERS", "SEED", "TAG", "WORD", "Y,X", "LEVEL", "RANK", "MODE")
+_NO_FILES = ("EPOCHS", "LR", "DECAY", "STEPS", "SIZE", "WORKERS", "SEED", "TAG", "WORD", "Y,X", "LEVEL", "RANK", "MODE", "NUMBER", "BATCH")
 
 
 def completion_text(parser: argparse.ArgumentParser, shell: str) -> str:
