@@ -36,7 +36,7 @@ svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
 .tall .scroll{overflow-x:visible}.tall thead th{position:sticky;top:0;background:var(--panel)}
 table{border-collapse:collapse;font-size:.9rem;min-width:min(100%,320px)}.tall table{width:100%}
 th,td{padding:4px 12px 4px 8px;text-align:left;vertical-align:top;border-bottom:1px solid var(--line);overflow-wrap:anywhere}
-th{font-weight:600;color:var(--soft);white-space:nowrap}td:first-child{min-width:110px}td:nth-child(2):not(:last-child){min-width:76px}
+th{font-weight:600;color:var(--soft);white-space:nowrap}td:first-child{min-width:110px}td:nth-child(2):not(:last-child){min-width:96px}
 .num{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .sortable th{cursor:pointer}.sortable th:hover{color:var(--fg)}
 details{margin:12px 0}summary{cursor:pointer;font-weight:600}
