@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head
+from models.ops import merge_patches
 
 PADDED_KEY = -1e6  # added to the logits of padded keys
 
@@ -109,11 +110,17 @@ class PatchMerging(nn.Module):
             for kernel, width in zip(kernels, split_channels(2 * dim, len(kernels)), strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x).permute(0, 3, 1, 2)
-        pad_h, pad_w = x.shape[2] % 2, x.shape[3] % 2
+        x = self.norm(x)
+        pad_h, pad_w = x.shape[1] % 2, x.shape[2] % 2
         if pad_h or pad_w:
-            x = F.pad(x, (0, pad_w, 0, pad_h))
-        return torch.cat([reduction(x) for reduction in self.reductions], dim=1).permute(0, 2, 3, 1)
+            x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+        return torch.cat([self.merge(reduction, x) for reduction in self.reductions], dim=-1)
+
+    @staticmethod
+    def merge(conv: nn.Conv2d, x: Tensor) -> Tensor:
+        if conv.kernel_size[0] == 2:
+            return merge_patches(conv, x)
+        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class DynamicPositionBias(nn.Module):
@@ -218,10 +225,13 @@ class Attention(nn.Module):
         if self.pos is None:
             return None
         table = self.pos(relative_offsets(group, device).to(next(self.pos.parameters()).dtype))
+        tokens, index = group * group, relative_index(group, device).view(group * group, -1)
+        if device.type == "cuda":  # its fused kernel copies a bias whose rows do not begin at multiples of 8
+            index = F.pad(index, (0, (8 - tokens % 8) % 8))
         # index_select: the backward of table[index] is not repeatable on two threads.
-        bias = table.index_select(0, relative_index(group, device))
+        bias = table.index_select(0, index.flatten()).unflatten(0, index.shape)
         # Contiguous: CUDA's fused kernels take no bias whose keys do not lie side by side.
-        return bias.view(group * group, group * group, self.num_heads).permute(2, 0, 1).contiguous()
+        return bias.permute(2, 0, 1).contiguous()[..., :tokens]
 
     def forward(self, x: Tensor, group: int, mask: Tensor | None = None) -> Tensor:
         """``mask``: (groups, 1, 1, N), added to the logits of the keys."""
