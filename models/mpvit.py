@@ -29,7 +29,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head
-from models.ops import DepthwiseConv2d, conv_norm
+from models.ops import DepthwiseConv2d, channels_last, conv_norm
 
 
 class ConvNorm(nn.Module):
@@ -304,7 +304,7 @@ class MPViT(HierarchicalModel):
 
     def forward_stages(self, x: Tensor, last: int) -> list[Tensor]:
         """(B, 3, H, W) -> outputs of stages 0..last, (B, H/4, W/4, C) first, aggregated to the next stage's width."""
-        x = self.stem(x)
+        x = self.stem(channels_last(x))
         outputs: list[Tensor] = []
         for embed, stage in zip(self.patch_embed_stages[:last + 1], self.mhca_stages[:last + 1], strict=True):
             x = stage(embed(x))

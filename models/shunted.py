@@ -28,7 +28,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from models.base import DropPath, HierarchicalModel, Linear, add_branch, create, default_cfg, make_head
-from models.ops import DepthwiseConv2d, attend, merge_patches
+from models.ops import DepthwiseConv2d, attend, channels_last, merge_patches
 
 NORM_EPS = 1e-6  # of the blocks' and stages' norms; those of embeddings and merged maps have torch's 1e-5
 
@@ -52,7 +52,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Of three pixels a side the strided convolution makes two, the least that the patch convolution takes.
-        return self.norm(self.conv(pad_to(x, 3)).permute(0, 2, 3, 1))
+        return self.norm(self.conv(channels_last(pad_to(x, 3))).permute(0, 2, 3, 1))
 
 
 class ConvEmbedding(nn.Module):
