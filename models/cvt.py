@@ -28,7 +28,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from models.base import DropPath, HierarchicalModel, Linear, add_branch, create, default_cfg, linear, make_head
-from models.ops import DepthwiseConv2d, attend, conv_norm
+from models.ops import DepthwiseConv2d, attend, channels_last, conv_norm
 
 
 class ConvEmbedding(nn.Module):
@@ -44,7 +44,7 @@ class ConvEmbedding(nn.Module):
         pad_h, pad_w = max(0, self.least - x.shape[2]), max(0, self.least - x.shape[3])
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(channels_last(x)).permute(0, 2, 3, 1))
 
 
 class Attention(nn.Module):
