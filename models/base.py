@@ -57,12 +57,16 @@ class Linear(nn.Linear):
     """``nn.Linear`` whose backward pass on a CPU in bf16 is laid out as oneDNN is fastest (``_LinearInBf16``)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling() \
-                and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
-            with torch.autocast("cpu", enabled=False):
-                bias = None if self.bias is None else self.bias.bfloat16()
-                return _LinearInBf16.apply(x.bfloat16(), self.weight.bfloat16(), bias)
-        return super().forward(x)
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b as ``Linear`` computes it. (.., C), (C', C), (C') -> (.., C')."""
+    if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling() \
+            and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
+        with torch.autocast("cpu", enabled=False):
+            return _LinearInBf16.apply(x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16())
+    return F.linear(x, weight, bias)
 
 
 class _LinearInBf16(torch.autograd.Function):

@@ -27,8 +27,10 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head
+from models.ops import merge_patches
 
 PADDED_KEY = -1e6  # added to the logits of padded keys
 
@@ -108,11 +110,17 @@ class PatchMerging(nn.Module):
             for kernel, width in zip(kernels, split_channels(2 * dim, len(kernels)), strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x).permute(0, 3, 1, 2)
-        pad_h, pad_w = x.shape[2] % 2, x.shape[3] % 2
+        x = self.norm(x)
+        pad_h, pad_w = x.shape[1] % 2, x.shape[2] % 2
         if pad_h or pad_w:
-            x = F.pad(x, (0, pad_w, 0, pad_h))
-        return torch.cat([reduction(x) for reduction in self.reductions], dim=1).permute(0, 2, 3, 1)
+            x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+        return torch.cat([self.merge(reduction, x) for reduction in self.reductions], dim=-1)
+
+    @staticmethod
+    def merge(conv: nn.Conv2d, x: Tensor) -> Tensor:
+        if conv.kernel_size[0] == 2:
+            return merge_patches(conv, x)
+        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class DynamicPositionBias(nn.Module):
@@ -217,40 +225,114 @@ class Attention(nn.Module):
         if self.pos is None:
             return None
         table = self.pos(relative_offsets(group, device).to(next(self.pos.parameters()).dtype))
+        tokens, index = group * group, relative_index(group, device).view(group * group, -1)
+        if device.type == "cuda":  # its fused kernel copies a bias whose rows do not begin at multiples of 8
+            index = F.pad(index, (0, (8 - tokens % 8) % 8))
         # index_select: the backward of table[index] is not repeatable on two threads.
-        bias = table.index_select(0, relative_index(group, device))
+        bias = table.index_select(0, index.flatten()).unflatten(0, index.shape)
         # Contiguous: CUDA's fused kernels take no bias whose keys do not lie side by side.
-        return bias.view(group * group, group * group, self.num_heads).permute(2, 0, 1).contiguous()
+        return bias.permute(2, 0, 1).contiguous()[..., :tokens]
 
     def forward(self, x: Tensor, group: int, mask: Tensor | None = None) -> Tensor:
         """``mask``: (groups, 1, 1, N), added to the logits of the keys."""
-        batch, tokens, dim = x.shape
-        # Taken apart along its own axis, the gradient is put together in one copy.
-        q, k, v = (part.transpose(1, 2) for part in self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).unbind(2))
+        batch, tokens, _ = x.shape
         bias = self.kept_bias(group, x.device)
         if mask is not None:
             bias = mask.expand(-1, self.num_heads, tokens, -1) if bias is None else bias + mask
             bias = bias.repeat(batch // mask.shape[0], 1, 1, 1)
-        x = attend(q, k, v, bias, self.scale, self.attn_drop)
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, dim)))
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1)
+        return self.proj_drop(self.proj(attend(qkv, bias, self.scale, self.attn_drop)))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, drop: nn.Dropout) -> Tensor:
-    """softmax(scale q k^T + bias) v for (B, h, N, d), by the form that is fastest where the tensors are.
+def attend(qkv: Tensor, bias: Tensor | None, scale: float, drop: nn.Dropout) -> Tensor:
+    """softmax(scale q k^T + bias) v for (B, N, 3, h, d), by the form that is fastest where the tensors are; (B, N, h*d).
 
     ``bias``: (h, N, N), (B, h, N, N) or none.
     """
-    if q.is_cuda:
-        rate = drop.p if drop.training else 0.0
+    if bias is not None:
+        # In fp16 the padding's -1e6 would be -inf, and a group of nothing but padding NaN.
+        bias = (bias.clamp(min=-3e4) if qkv.dtype == torch.float16 else bias).to(qkv.dtype)
+    rate = drop.p if drop.training else 0.0
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    few = qkv.shape[1] < FEW_TOKENS and qkv.dtype == torch.bfloat16
+    if qkv.device.type == "cpu" and torch.is_grad_enabled() and qkv.dtype == torch.bfloat16 and not (traced or rate):
+        return _AttentionInBf16.apply(qkv, bias, scale)
+    # Taken apart along its own axis, the gradient is put together in one copy.
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    if qkv.is_cuda:
+        y = fused(q, k, v, bias, scale, rate)
+    elif torch.is_grad_enabled() or traced or few:
+        # On a CPU the fused kernel is slower than this once the bias needs a gradient.
+        logits = q @ k.transpose(-2, -1)
+        logits = logits * scale if bias is None else torch.add(bias, logits, alpha=scale)
+        y = drop(softmax(logits)) @ v
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias if bias is None or bias.ndim == 4 else bias[None], scale=scale)
+    return y.transpose(1, 2).flatten(2)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, rate: float) -> Tensor:
+    """CUDA's kernels. Of those that take a bias, cuDNN's has given wrong results and is left out (pytorch issues 191612, 196678)."""
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=rate, scale=scale)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias if bias.ndim == 4 else bias[None], dropout_p=rate, scale=scale)
+
+
+FEW_TOKENS = 32  # below, torch's bf16 softmax and its gradient on a CPU go number by number
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Over the last axis, in fp32 where torch's bf16 form is slower (1.2 to 2.3 times up to 49 tokens, 0.6 times at 196)."""
+    if logits.dtype == torch.bfloat16 and logits.shape[-1] < 4 * FEW_TOKENS and not torch.compiler.is_compiling():
+        return logits.float().softmax(dim=-1).to(logits.dtype)
+    return logits.softmax(dim=-1)
+
+
+class _AttentionInBf16(torch.autograd.Function):
+    """``attend`` on a CPU, in training. Its own gradient saves a pass over the logits for the scale, which goes into the products,
+    three copies of q, k and v, and the softmax's gradient in bf16, which for few tokens takes 6 times as long as in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        batch, tokens, _, heads, dim = qkv.shape
+        qkv = qkv.permute(2, 0, 3, 1, 4).contiguous()
+        q, k, v = qkv.flatten(1, 2)
+        logits = qkv.new_empty(batch, heads, tokens, tokens)
         if bias is not None:
-            # In fp16 the padding's -1e6 would be -inf, and a group of nothing but padding NaN.
-            bias = (bias.clamp(min=-3e4) if q.dtype == torch.float16 else bias).to(q.dtype)
-            bias = bias[None] if bias.ndim == 3 else bias
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=rate, scale=scale)
-    # On a CPU the fused kernel is slower than this once the bias needs a gradient.
-    logits = q @ k.transpose(-2, -1)
-    logits = logits * scale if bias is None else torch.add(bias, logits, alpha=scale)
-    return drop(logits.softmax(dim=-1).to(v.dtype)) @ v
+            logits.copy_(bias)
+        logits.view(-1, tokens, tokens).baddbmm_(q, k.transpose(1, 2), beta=float(bias is not None), alpha=scale)
+        weights = softmax(logits)
+        ctx.save_for_backward(qkv, weights)
+        ctx.scale, ctx.bias_ndim = scale, 0 if bias is None else bias.ndim
+        y = weights.flatten(0, 1) @ v
+        return y.view(batch, heads, tokens, dim).transpose(1, 2).flatten(2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        qkv, weights = ctx.saved_tensors
+        _, batch, heads, tokens, _ = qkv.shape
+        grad = grad.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
+        (q, k, v), flat = qkv.flatten(1, 2), weights.flatten(0, 1)
+        to_qkv = torch.empty_like(qkv)
+        to_q, to_k, to_v = to_qkv.flatten(1, 2)
+        torch.bmm(flat.transpose(1, 2), grad, out=to_v)
+        to_logits = _softmax_gradient(grad @ v.transpose(1, 2), flat)
+        nothing = grad.new_zeros(1, 1, 1)
+        torch.baddbmm(nothing, to_logits, k, beta=0, alpha=ctx.scale, out=to_q)
+        torch.baddbmm(nothing, to_logits.transpose(1, 2), q, beta=0, alpha=ctx.scale, out=to_k)
+        to_bias = to_logits.view_as(weights) if ctx.bias_ndim and ctx.needs_input_grad[1] else None
+        if to_bias is not None and ctx.bias_ndim == 3:  # a product with ones is a faster sum
+            to_bias = (grad.new_ones(1, batch) @ to_bias.flatten(1)).view(heads, tokens, tokens)
+        return to_qkv.permute(1, 3, 0, 2, 4).contiguous(), to_bias, None
+
+
+def _softmax_gradient(grad: Tensor, weights: Tensor) -> Tensor:
+    """Of the logits, given that of the weights."""
+    if weights.shape[-1] >= FEW_TOKENS:
+        return torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
+    return torch.ops.aten._softmax_backward_data(grad.float(), weights.float(), -1, torch.float32).to(weights.dtype)
 
 
 class Block(nn.Module):

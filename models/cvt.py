@@ -27,8 +27,8 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
-from models.ops import DepthwiseConv2d, attend, conv_norm
+from models.base import DropPath, HierarchicalModel, Linear, add_branch, create, default_cfg, linear, make_head
+from models.ops import DepthwiseConv2d, attend, channels_last, conv_norm
 
 
 class ConvEmbedding(nn.Module):
@@ -44,7 +44,7 @@ class ConvEmbedding(nn.Module):
         pad_h, pad_w = max(0, self.least - x.shape[2]), max(0, self.least - x.shape[3])
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(channels_last(x)).permute(0, 2, 3, 1))
 
 
 class Attention(nn.Module):
@@ -62,11 +62,11 @@ class Attention(nn.Module):
         self.conv_proj_q = depthwise_bn(dim, kernel, 1)
         self.conv_proj_k = depthwise_bn(dim, kernel, kv_stride)
         self.conv_proj_v = depthwise_bn(dim, kernel, kv_stride)
-        self.proj_q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.proj_k = nn.Linear(dim, dim, bias=qkv_bias)
-        self.proj_v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj_q = Linear(dim, dim, bias=qkv_bias)
+        self.proj_k = Linear(dim, dim, bias=qkv_bias)
+        self.proj_v = Linear(dim, dim, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -98,14 +98,14 @@ class QuickGeluMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         # It is silu(1.702 x) / 1.702; the factors go to the weights, and one operation on the tokens is left of three.
-        x = F.silu(F.linear(x, self.fc1.weight * self.slope, self.fc1.bias * self.slope))
-        return self.drop(F.linear(self.drop(x), self.fc2.weight * (1 / self.slope), self.fc2.bias))
+        x = F.silu(linear(x, self.fc1.weight * self.slope, self.fc1.bias * self.slope))
+        return self.drop(linear(self.drop(x), self.fc2.weight * (1 / self.slope), self.fc2.bias))
 
 
 class Block(nn.Module):
@@ -121,8 +121,8 @@ class Block(nn.Module):
         self.mlp = QuickGeluMlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), size))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = add_branch(x, self.attn(self.norm1(x), size), self.drop_path)
+        return add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
 
 
 class Stage(nn.Module):

@@ -70,8 +70,9 @@ def norm_heads(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     if weight is None:
         return x
     heads, _, dim = x.shape[1:]
-    x = F.layer_norm(x, (dim,), eps=eps) * weight.view(heads, 1, dim)
-    return x if bias is None else x + bias.view(heads, 1, dim)
+    x = F.layer_norm(x, (dim,), eps=eps)
+    weight = weight.view(heads, 1, dim).to(x.dtype)  # the product that follows would round to it all the same
+    return x * weight if bias is None else torch.addcmul(bias.view(heads, 1, dim).to(x.dtype), x, weight)
 
 
 class HeadNorm(nn.Module):

@@ -24,12 +24,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
-from models.ops import DepthwiseConv2d, conv_norm
+from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head
+from models.ops import DepthwiseConv2d, channels_last, conv_norm
 
 
 class ConvNorm(nn.Module):
@@ -121,8 +121,8 @@ class FactorizedAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.crpe = crpe
 
@@ -154,15 +154,15 @@ class EncoderLayer(nn.Module):
         self.cpe = cpe
         self.crpe = crpe  # used through the attention; the published names have it here too
         self.factoratt_crpe = FactorizedAttention(dim, num_heads, crpe, qkv_bias, drop)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cpe(x)
-        x = x + self.drop_path(self.factoratt_crpe(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = add_branch(x, self.factoratt_crpe(self.norm1(x)), self.drop_path)
+        return add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
 
 
 class Encoder(nn.Module):
@@ -304,7 +304,7 @@ class MPViT(HierarchicalModel):
 
     def forward_stages(self, x: Tensor, last: int) -> list[Tensor]:
         """(B, 3, H, W) -> outputs of stages 0..last, (B, H/4, W/4, C) first, aggregated to the next stage's width."""
-        x = self.stem(x)
+        x = self.stem(channels_last(x))
         outputs: list[Tensor] = []
         for embed, stage in zip(self.patch_embed_stages[:last + 1], self.mhca_stages[:last + 1], strict=True):
             x = stage(embed(x))

@@ -27,8 +27,8 @@ from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, create, default_cfg, make_head
-from models.ops import DepthwiseConv2d, attend, merge_patches
+from models.base import DropPath, HierarchicalModel, Linear, add_branch, create, default_cfg, make_head
+from models.ops import DepthwiseConv2d, attend, channels_last, merge_patches
 
 NORM_EPS = 1e-6  # of the blocks' and stages' norms; those of embeddings and merged maps have torch's 1e-5
 
@@ -52,7 +52,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Of three pixels a side the strided convolution makes two, the least that the patch convolution takes.
-        return self.norm(self.conv(pad_to(x, 3)).permute(0, 2, 3, 1))
+        return self.norm(self.conv(channels_last(pad_to(x, 3))).permute(0, 2, 3, 1))
 
 
 class ConvEmbedding(nn.Module):
@@ -75,14 +75,14 @@ class ShuntedAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.sr1 = nn.Conv2d(dim, dim, rate, stride=rate)
         self.norm1 = nn.LayerNorm(dim)
         self.sr2 = nn.Conv2d(dim, dim, rate // 2, stride=rate // 2)
         self.norm2 = nn.LayerNorm(dim)
-        self.kv1 = nn.Linear(dim, dim, bias=qkv_bias)
-        self.kv2 = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv1 = Linear(dim, dim, bias=qkv_bias)
+        self.kv2 = Linear(dim, dim, bias=qkv_bias)
         self.local_conv1 = DepthwiseConv2d(dim // 2, skip=True)
         self.local_conv2 = DepthwiseConv2d(dim // 2, skip=True)
         self.attn_drop = nn.Dropout(attn_drop)
@@ -109,9 +109,9 @@ class PlainAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.q = Linear(dim, dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim, bias=qkv_bias)
         self.local_conv = DepthwiseConv2d(dim)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -153,9 +153,9 @@ class DetailMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.dwconv = DepthwiseConv(hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,8 +177,8 @@ class Block(nn.Module):
         self.mlp = DetailMlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = add_branch(x, self.attn(self.norm1(x)), self.drop_path)
+        return add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
 
 
 class ShuntedTransformer(HierarchicalModel):

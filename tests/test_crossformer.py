@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
-from torch import nn
+from torch import Tensor, nn
 
 from models import base, crossformer
 from models.crossformer import (
@@ -436,3 +437,53 @@ def test_position_bias_is_computed_once_in_evaluation(monkeypatch: pytest.Monkey
         for _ in range(3):
             model(torch.randn(1, 3, 32, 32))
     assert len(calls) == 3  # one a block
+
+
+@pytest.mark.parametrize("kind", ["none", "shared", "each"])
+@pytest.mark.parametrize(("side", "dtype"), [(4, torch.bfloat16), (7, torch.bfloat16), (12, torch.bfloat16), (7, torch.float32)])
+def test_attention_in_every_form(side, dtype, kind):
+    """Training, evaluation and dropout against the formula in fp32: the output, the gradients of q, k, v and of the bias."""
+    torch.manual_seed(0)
+    batch, heads, width, scale, tokens = 3, 2, 8, 0.3, side * side
+    qkv = torch.randn(batch, tokens, 3, heads, width).to(dtype).requires_grad_()
+    shape = dict(none=None, shared=(heads, tokens, tokens), each=(batch, heads, tokens, tokens))[kind]
+    bias = None if shape is None else torch.randn(shape).to(dtype).requires_grad_()
+    inputs = [qkv] if bias is None else [qkv, bias]
+
+    def formula(qkv: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+        q, k, v = qkv.float().permute(2, 0, 3, 1, 4)
+        return ((scale * q @ k.transpose(-2, -1) + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    def apart(a: Tensor, b: Tensor) -> float:
+        return float((a.detach().float() - b.detach().float()).norm() / b.detach().float().norm())
+
+    drop, limit = nn.Dropout(0.5), 1e-5 if dtype == torch.float32 else 0.01
+    ours, plain = crossformer.attend(qkv, bias, scale, drop.eval()), formula(*inputs)
+    pull = torch.randn(plain.shape).to(dtype)
+    assert ours.dtype == dtype and apart(ours, plain) < limit
+    for a, b in zip(torch.autograd.grad(ours, inputs, pull), torch.autograd.grad(plain, inputs, pull.float()), strict=True):
+        assert a.shape == b.shape and apart(a, b) < limit
+    with torch.no_grad():
+        assert apart(crossformer.attend(qkv, bias, scale, drop), plain) < limit
+    assert apart(crossformer.attend(qkv, bias, scale, drop.train()), plain) > 0.1
+
+
+def test_cuda_kernels_of_a_biased_attention(monkeypatch):
+    """cuDNN's kernel and flash attention are left out, in one compiled graph too; the bias's rows begin at multiples of 8."""
+    q, bias = torch.randn(2, 2, 49, 8, requires_grad=True), torch.randn(2, 49, 49)
+    allowed = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *_, **__: allowed.append(
+        (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled())) or q)
+    crossformer.fused(q, q, q, bias, 0.3, 0.0)
+    assert allowed == [(False, True)]
+    monkeypatch.undo()
+    compiled = torch.compile(lambda q: crossformer.fused(q, q, q, bias, 0.3, 0.0), fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(q), crossformer.fused(q, q, q, bias, 0.3, 0.0))
+
+    attention = crossformer.Attention(32, 2)
+    plain = attention.position_bias(7, torch.device("cpu"))
+    for name in ("relative_offsets", "relative_index"):
+        real = getattr(crossformer, name)
+        monkeypatch.setattr(crossformer, name, lambda group, _, real=real: real(group, torch.device("cpu")))
+    aligned = attention.position_bias(7, torch.device("cuda"))
+    assert torch.equal(aligned, plain) and aligned.stride() == (49 * 56, 56, 1)
