@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from config import get_config
-from main import parse
+from main import build_parser, parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,6 +32,9 @@ def test_commands_are_understood(page: Path) -> None:
         for word in words:
             if word.startswith(("scripts/", "configs/")):
                 assert (ROOT / word).is_file(), f"{page.name}: {command}: there is no {word}"
+            if word.startswith("scripts/") and word.endswith(".py"):
+                flags = {w.partition("=")[0] for w in words[words.index(word):] if w.startswith("--")}
+                assert flags <= _flags(word.removeprefix("scripts/")), f"{page.name}: {command}"
         if "main.py" in words and not {"...", "--help"} & set(words):
             cfg, opts, advice = parse(words[words.index("main.py") + 1:])
             get_config(ROOT / cfg if cfg else None, opts)
@@ -49,10 +53,12 @@ def test_links_and_keys_exist(page: Path) -> None:
             assert part in node, f"{page.name}: no key {key}"
             node = node[part]
     for flag in re.findall(r"`(--[a-z][a-z0-9_-]+)", text):
-        known = _flags() | {"--kills", "--shutdown-timeout", "--max-restarts", "--verify", "--nodes", "--onnx"}
-        assert flag in known, f"{page.name}: no flag {flag}"
+        assert flag in _flags() | {"--shutdown-timeout", "--max-restarts", "--nodes"}, f"{page.name}: no flag {flag}"
 
 
-def _flags() -> set[str]:
-    from main import build_parser
-    return {option for action in build_parser()._actions for option in action.option_strings}
+@functools.cache
+def _flags(script: str = "") -> set[str]:
+    """Flags of main.py, and of the scripts, or of one of these alone."""
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "scripts").glob(script or "*.py")]
+    own = {flag for text in texts for flag in re.findall(r"\"(--[a-z-]+)\"", text)}
+    return own if script else own | {option for action in build_parser()._actions for option in action.option_strings}
