@@ -49,6 +49,13 @@ def test_depthwise_convolution(kernel, stride, size, dtype, skip):
         assert torch.allclose(conv(x), plain(*given).float(), atol=1e-6 if dtype == torch.float32 else 0.03)
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1)])
+def test_large_depthwise_maps_in_slices_of_channels(monkeypatch, kernel, stride):
+    monkeypatch.setattr(ops, "LARGE_MAP", 100)
+    monkeypatch.setattr(ops, "_FEW_CHANNELS", 4)
+    test_depthwise_convolution(kernel, stride, (6, 9), torch.bfloat16, stride == 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention(dtype):
     torch.manual_seed(0)
