@@ -353,6 +353,8 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("TRAIN.GLOBAL_BATCH", 0, _int, "images a step over all processes that the recipe was made for, which --fit keeps; 0: whatever the "
      "batch size, the accumulation and the processes give"),
     ("TRAIN.USE_CHECKPOINT", False, _bool, "activation checkpointing: less memory, about a third more time"),
+    ("TRAIN.CHECKPOINT_UNIT", "block", _str, "what TRAIN.USE_CHECKPOINT keeps of the forward pass: block, the input of each block (least "
+     "memory); stage, that of each stage, all of whose activations are then there at once when it is computed again"),
     ("TRAIN.GRAD_COMPRESSION", "off", _off_or, "of gradients between processes: off, or bf16 (half the traffic, another rounding)"),
     ("TRAIN.AUTO_RESUME", True, _bool, "continue from the run folder's newest good checkpoint"),
     ("TRAIN.SAVE_EVERY_STEPS", 0, _int, "also save every so many steps (0: at epochs only)"),
@@ -707,6 +709,7 @@ def check(config: CfgNode) -> None:
                               "or lead elsewhere")
     one_of("PRECISION", ("auto", "fp32", "bf16", "fp16"))
     one_of("COMPILE", ("off", "blocks", "model"))
+    one_of("TRAIN.CHECKPOINT_UNIT", ("block", "stage"))
     one_of("TRAIN.GRAD_COMPRESSION", ("off", "bf16"))
     one_of("TRAIN.EMA_DEVICE", ("auto", "model", "cpu"))
     require(config.AMP_OPT_LEVEL in ("", "O0", "O1", "O2"), "AMP_OPT_LEVEL", "it is O0, O1 or O2; PRECISION is the newer key")

@@ -6,7 +6,8 @@ Shapes: B batch, H W map, C channels. A stage output is a map, channels last (B,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from models.weights import load_pretrained_file
 
@@ -114,6 +117,42 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
+def checkpoint_blocks(blocks: Iterable[nn.Module], x: Tensor, *context: Any, unit: str) -> Tensor:
+    """``x`` through the blocks of a stage, each called with ``context`` too, and computed again in the backward pass.
+
+    Args:
+        unit: block keeps the input of each block until then, stage that of the first alone.
+    """
+    members = list(blocks)
+    for part in [members] if unit == "stage" else [[block] for block in members]:
+        # A graph of the whole model notes the statistics in its forward pass alone, and takes no such context.
+        once = {} if torch.compiler.is_compiling() else dict(context_fn=partial(_recomputation, part))
+        x = checkpoint(partial(_in_turn, part), x, *context, use_reentrant=False, **once)
+    return x
+
+
+def _recomputation(blocks: Sequence[nn.Module]) -> tuple[Any, Any]:
+    return contextlib.nullcontext(), _statistics_kept(blocks)
+
+
+@contextlib.contextmanager
+def _statistics_kept(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Batch norms of ``blocks`` come out with the running statistics they had: they have counted the batch already."""
+    norms = [module for block in blocks for module in block.modules() if isinstance(module, _BatchNorm)]
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, values in before:
+            buffer.data.copy_(values)  # .data: autograd would take it for a change of what it has saved
+
+
+def _in_turn(blocks: Sequence[nn.Module], x: Tensor, *context: Any) -> Tensor:
+    for block in blocks:
+        x = block(x, *context)
+    return x
+
+
 class HierarchicalModel(nn.Module):
     """Base of the hierarchical models: stages of blocks, a final norm, pooling and a linear classifier.
 
@@ -136,7 +175,7 @@ class HierarchicalModel(nn.Module):
         self.in_chans = in_chans
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = widths[-1]
-        self.grad_checkpointing = False
+        self.grad_checkpointing, self.checkpoint_unit = False, "block"
         self.output_fmt = "NHWC"
         self.head_drop = nn.Dropout(drop_rate)
         self.feature_info = [dict(num_chs=width, reduction=reduction, module=name)
@@ -163,8 +202,9 @@ class HierarchicalModel(nn.Module):
         raise NotImplementedError
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool = True, unit: str = "block") -> None:
+        """Compute activations again in the backward pass instead of keeping them; ``unit``: see ``checkpoint_blocks``."""
+        self.grad_checkpointing, self.checkpoint_unit = enable, unit
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 
 from config import ConfigError, image_size
 from models import crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin
+from models.base import HierarchicalModel
 from models.weights import (
     CheckpointError,
     LoadReport,
@@ -57,14 +58,25 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
     else:
         model = _build_family(config, common)
     if config.TRAIN.USE_CHECKPOINT:
-        try:
-            model.set_grad_checkpointing(True)
-        except (AttributeError, AssertionError):
-            raise ConfigError(f"TRAIN.USE_CHECKPOINT is True, but {config.MODEL.NAME} cannot checkpoint activations; "
-                              "set it to False") from None
+        _checkpoint_activations(model, config)
     if config.FUSED_LAYERNORM:
         _fuse_layer_norms(model)
     return model
+
+
+def _checkpoint_activations(model: nn.Module, config: CfgNode) -> None:
+    unit = config.TRAIN.CHECKPOINT_UNIT
+    if isinstance(model, HierarchicalModel):
+        model.set_grad_checkpointing(True, unit)
+        return
+    if unit != "block":
+        raise ConfigError(f"TRAIN.CHECKPOINT_UNIT is {unit}, but {config.MODEL.NAME} is timm's own model and only knows its blocks; "
+                          "set it to block")
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise ConfigError(f"TRAIN.USE_CHECKPOINT is True, but {config.MODEL.NAME} cannot checkpoint activations; "
+                          "set it to False") from None
 
 
 def _translation(model: nn.Module, config: CfgNode) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:

@@ -28,10 +28,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, trunc_normal_
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head
+from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, checkpoint_blocks, create, default_cfg, make_head
 
 
 def galerkin_attention(q: Tensor, k: Tensor, v: Tensor, k_weight: Tensor | None = None, k_bias: Tensor | None = None,
@@ -254,7 +254,7 @@ class GalerkinTransformer(HierarchicalModel):
             if index:
                 x = self.layers[index - 1].downsample(x)
             if self.grad_checkpointing and not torch.jit.is_scripting() and self.training:
-                x = checkpoint_seq(stage.blocks, x)
+                x = checkpoint_blocks(stage.blocks, x, unit=self.checkpoint_unit)
             else:
                 x = stage.blocks(x)
             outputs.append(x)

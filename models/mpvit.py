@@ -25,10 +25,10 @@ from typing import Any
 import timm
 import torch
 from timm.layers import calculate_drop_path_rates, trunc_normal_
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head
+from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, checkpoint_blocks, create, default_cfg, make_head
 from models.ops import DepthwiseConv2d, channels_last, conv_norm
 
 
@@ -171,7 +171,7 @@ class Encoder(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, windows: Sequence[Sequence[int]], qkv_bias: bool,
                  drop: float, drop_path: Sequence[float]):
         super().__init__()
-        self.grad_checkpointing = False
+        self.grad_checkpointing, self.checkpoint_unit = False, "block"
         self.cpe = PositionEncoding(dim)
         self.crpe = RelativePositionEncoding(dim // num_heads, windows)
         self.MHCA_layers = nn.ModuleList(
@@ -180,7 +180,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
         if self.grad_checkpointing and not torch.jit.is_scripting() and self.training:
-            x = checkpoint_seq(self.MHCA_layers, x)
+            x = checkpoint_blocks(self.MHCA_layers, x, unit=self.checkpoint_unit)
         else:
             for layer in self.MHCA_layers:
                 x = layer(x)
@@ -286,12 +286,12 @@ class MPViT(HierarchicalModel):
         self.num_features = self.head_hidden_size = self.feature_info[index]["num_chs"]
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Only the encoders recompute: batch norm outside them would count a batch twice."""
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool = True, unit: str = "block") -> None:
+        """Only the encoders recompute, layer by layer or a path's together: batch norm outside them would count a batch twice."""
+        super().set_grad_checkpointing(enable, unit)
         for module in self.modules():
             if isinstance(module, Encoder):
-                module.grad_checkpointing = enable
+                module.grad_checkpointing, module.checkpoint_unit = enable, unit
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

@@ -24,11 +24,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, trunc_normal_
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head
+from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, checkpoint_blocks, create, default_cfg, make_head
 from models.ops import attend, merge_patches
 
 
@@ -219,10 +219,11 @@ class PyramidVisionTransformer(HierarchicalModel):
             x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         table = resize_table(getattr(self, f"pos_embed{s + 1}"), self.grids[s], grid, prefix)
         x = self.pos_drop(x + table.to(x.dtype))
-        for block in getattr(self, f"block{s + 1}"):
-            if self.grad_checkpointing and not torch.jit.is_scripting() and self.training:
-                x = checkpoint(block, x, grid)
-            else:
+        blocks = getattr(self, f"block{s + 1}")
+        if self.grad_checkpointing and self.training:
+            x = checkpoint_blocks(blocks, x, grid, unit=self.checkpoint_unit)
+        else:
+            for block in blocks:
                 x = block(x, grid)
         return x, x[:, prefix:].unflatten(1, grid)
 

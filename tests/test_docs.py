@@ -58,7 +58,7 @@ def test_links_and_keys_exist(page: Path) -> None:
 
 @functools.cache
 def _flags(script: str = "") -> set[str]:
-    """Flags of main.py, and of the scripts, or of one of these alone."""
+    """Flags of main.py, and of the scripts, or of one of these alone (what looks like one in it)."""
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "scripts").glob(script or "*.py")]
-    own = {flag for text in texts for flag in re.findall(r"\"(--[a-z-]+)\"", text)}
+    own = {flag for text in texts for flag in re.findall(r"--[a-z]+(?:-[a-z]+)*", text)}
     return own if script else own | {option for action in build_parser()._actions for option in action.option_strings}
