@@ -15,6 +15,7 @@ from torch import Tensor
 
 from utils import distributed
 from utils.engine import Evaluation
+from utils.logger import plain
 from utils.statistics import bootstrap_interval, expected_calibration_error
 
 
@@ -45,6 +46,10 @@ class Answers:
         counted = (self.target >= 0) & (True if counted is None else counted)
         return Evaluation(int(self.right[counted].sum()), int(self.in5[counted].sum()), int(counted.sum()),
                           float(self.loss[counted].astype(np.float64).sum()))
+
+    def on(self, classes: np.ndarray) -> Answers:
+        """The same, with images of other ``classes`` (K,) marked as such that do not count."""
+        return Answers(np.where(np.isin(self.target, classes), self.target, -1), self.top1, self.in5, self.confidence, self.loss)
 
 
 class Recorder:
@@ -181,4 +186,5 @@ def describe(answers: Answers, table: PerClass, names: Sequence[str], result: Ev
 
 
 def _cut(name: str, length: int = 30) -> str:
+    name = plain(name)  # a line break in it would make a line of its own
     return name if len(name) <= length else name[:length - 3] + "..."
