@@ -238,7 +238,7 @@ def test_hostile_names_do_no_harm(finished: Path, tmp_path: Path, capsys) -> Non
     run, evil = tmp_path / "run", '"><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m'
     shutil.copytree(finished / RUN, run, symlinks=True)
     made = Outcomes.read(str(run / "predictions.npz"))
-    made.classes = [f"{evil}{number}" for number in range(4)]
+    made.classes = [f"{evil}\udcff{number}" for number in range(4)]
     made.paths = [f"'{evil}\udcff/{number}.png" for number in range(len(made.paths))]
     made.write(str(run / "predictions.npz"))
     config = yaml.safe_load((run / "config.yaml").read_text())

@@ -31,15 +31,15 @@ def _temporary_beside(path: str) -> Iterator[str]:
 def open_atomically(path: str) -> Iterator[BinaryIO]:
     """A temporary file in the same folder; it gets its name, synced to the disk, once the block is done without an error."""
     with _temporary_beside(path) as scratch:
-        with open(scratch, "wb") as file:
-            try:
+        try:
+            with open(scratch, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            except OSError as error:
-                if error.filename is None:  # a full disk does not say which file it was
-                    error.filename = path
-                raise
+        except OSError as error:
+            if error.filename is None:  # a full disk does not say which file it was
+                error.filename = path
+            raise
         os.replace(scratch, path)
     _sync_folder(os.path.dirname(os.path.abspath(path)))
 
