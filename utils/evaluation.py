@@ -32,7 +32,7 @@ from utils.modes import weights_to_judge
 from utils.outcomes import MOST_IMAGES
 from utils.progress import listing, periodic, track
 from utils.reading import decoding, tell_uncounted, teller
-from utils.recorder import recorder
+from utils.recorder import recordable, write_outcomes
 from utils.seed import make_deterministic
 
 
@@ -118,6 +118,9 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
         loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
                                 classes=classes_of(content, labels), device=device, published=not own)
     loaders.tell(teller(logger))
+    if config.TEST.PREDICTIONS and not recordable(loaders.val):
+        raise ConfigError("TEST.PREDICTIONS: not for a stream, whose images have no numbers, nor beyond "
+                          f"{MOST_IMAGES:,} images; leave it empty")
     label_set = labels.on(loaders.val.dataset.folder, loaders.classes)
     for line in (*loaders.notices, *label_set.notices):
         logger.info(line)
@@ -128,15 +131,8 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
                 + (f", mean of {config.TEST.FLIP} with the mirror image" if config.TEST.FLIP != "none" else ""))
     everything, chosen = Recorder(), Recorder(label_set.allowed)
 
-    images = recorder(loaders.val, loaders.classes) if config.TEST.PREDICTIONS else None
-    if config.TEST.PREDICTIONS and images is None:
-        raise ConfigError("TEST.PREDICTIONS: not for a stream, whose images have no numbers, nor beyond "
-                          f"{MOST_IMAGES:,} images; leave it empty")
-
     def record(logits: Tensor, targets: Tensor) -> None:
         everything(logits, targets)
-        if images is not None:
-            images(logits, targets)
         if label_set.allowed is not None:
             chosen(logits, targets)
 
@@ -149,7 +145,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
     *lines, last = _figures(label_set, answers, among, result, loaders.classes)
     written, failure = [], None
     try:
-        written = _write_files(config, label_set, answers, among, images, loaders.classes)
+        written = _write_files(config, label_set, answers, among, loaders)
     except OSError as error:  # the figures are told all the same
         failure = error
     whose = "raw, all images and classes:" if label_set.headline else "raw"
@@ -175,18 +171,19 @@ def _figures(label_set: LabelSet, answers: Answers, among: Answers | None, resul
     return [*lines, result.line()]
 
 
-def _write_files(config: CfgNode, label_set: LabelSet, answers: Answers, among: Answers | None, images: Any,
-                 classes: Sequence[str]) -> list[str]:
-    """Write TEST.PREDICTIONS and TEST.PER_CLASS, where they are asked for; lines that say so. Every rank must call it.
+def _write_files(config: CfgNode, label_set: LabelSet, answers: Answers, among: Answers | None, loaders: Any) -> list[str]:
+    """Write TEST.PREDICTIONS and TEST.PER_CLASS, where they are asked for; lines that say so. Rank 0's business.
 
     Raises:
         OSError: one cannot be written.
     """
-    lines = []
-    if images is not None:
-        images.write(os.path.expanduser(config.TEST.PREDICTIONS))
+    lines, classes = [], loaders.classes
+    if not distributed.is_main():
+        return lines
+    if config.TEST.PREDICTIONS:
+        write_outcomes(answers, loaders.val, classes, os.path.expanduser(config.TEST.PREDICTIONS))
         lines.append(f"prediction of each image: {config.TEST.PREDICTIONS}")
-    if config.TEST.PER_CLASS and distributed.is_main():
+    if config.TEST.PER_CLASS:
         counted = among.on(label_set.allowed) if among is not None and label_set.headline else answers
         table = PerClass.of(counted, len(classes)).csv(classes, label_set.allowed)
         replace_file(os.path.expanduser(config.TEST.PER_CLASS), table.encode("utf-8", "backslashreplace"))
