@@ -671,9 +671,20 @@ COMMAND_KEYS = ("TRAIN.AUTO_RESUME", "TRAIN.ACCEPT_CHANGES", "EVAL_MODE", "THROU
                 "TEST.FLIP", "TEST.LABELS", "TEST.REAL_LABELS", "TEST.PER_CLASS", "TEST.PREDICTIONS")
 
 
+# Of these a command line asks for one. (key, flag)
+COMMANDS = (("EVAL_MODE", "--eval"), ("COMPARE.FILES", "--compare"), ("THROUGHPUT_MODE", "--throughput"), ("SHOW.BATCH", "--show-batch"),
+            ("SHOW.ATTENTION", "--show-attention"), ("DOCTOR_MODE", "--doctor"), ("PREDICT.PATHS", "--predict"),
+            ("EXPORT.FILE", "--export"), ("REPORT.RUNS", "--report"), ("REPORT.DIFF", "--diff"), ("PLAN.RUN", "--plan"))
+
+
 def of_the_command(key: str) -> bool:
     """Whether ``key`` is a matter of one command alone, not of the run."""
     return key in COMMAND_KEYS or key.partition(".")[0] in COMMAND_NODES
+
+
+def of_the_run(config: CfgNode) -> CfgNode:
+    """``config`` without what one command alone asked for: as a file for ``--cfg`` it must not ask for that again."""
+    return with_values(config, {key: default for key, default, *_ in KEYS if of_the_command(key)}, "default")
 
 
 def takes_standard_output(config: CfgNode) -> bool:
@@ -795,4 +806,6 @@ def _check_commands(config: CfgNode, require: Callable[[bool, str, str], None]) 
         require(lookup(config, key) not in [lookup(config, other) for other in outputs[:number]], key,
                 "another output goes there already")
     require(export.OPSET >= 18, "EXPORT.OPSET", "the exporter writes operator sets from 18 on")
-    require(not (export.FILE and predict.PATHS), "EXPORT.FILE", "--export and --predict are commands of their own; give one of them")
+    asked = [flag for key, flag in COMMANDS if lookup(config, key)]
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)} are commands of their own; give one of them")

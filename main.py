@@ -211,6 +211,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         from utils.device import choose_device, keep_freed_memory
         from utils.logger import create_logger
         from utils.modes import resolve_config
+        from utils.signals import tidy_end
 
     config, content = resolve_config(cfg_file, opts)
     if mode := _asked_for(QUICK_MODES, config):
@@ -222,7 +223,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     for line in advice:
         logger.info(line)
     _, module, function = _asked_for(MODES, config) or ("", "utils.modes", "train_run")
-    status = getattr(importlib.import_module(module), function)(config, content, device, logger)
+    with tidy_end():
+        status = getattr(importlib.import_module(module), function)(config, content, device, logger)
     distributed.shutdown()
     return status or 0
 

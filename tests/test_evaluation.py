@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from PIL import Image
 from config import config_from_text
 from data import build_loaders
 from models import build_model
-from utils.answers import Answers, PerClass, Recorder
+from utils.answers import Answers, PerClass, Recorder, describe
 from utils.checkpoint import write_checkpoint
 from utils.compare import report
 from utils.device import Precision
@@ -197,6 +198,10 @@ def test_subsets_are_judged_among_their_classes_and_among_all(world: Path, progr
     (program.folder / "names.txt").write_text("".join(NAMES[i] + "\n" for i in chosen))
     listed = program("--eval", "--resume", world / "a.pth", "--labels", "names.txt")  # on all images: the others do not count
     assert last(listed.stdout) == (masked, 9)
+    compared = program("--compare", world / "a.pth", world / "a.pth", "--labels", "names.txt").stdout
+    assert f"A {world / 'a.pth'}: {listed.stdout.strip().splitlines()[-1]}, 95 % interval" in compared
+    assert f"both {masked}, A alone 0, B alone 0, neither {9 - masked}, of 9 images" in compared
+    assert re.search(r"^raw, all images and classes: top1 .* of 36\)$", listed.stdout, re.M)
     for label, words in (("imagenet", "lacks 9 of the classifier's 12"), ("sketch", "lacks 9")):
         refused = program(*command, "--labels", label)
         assert refused.returncode == 3 and words in refused.stderr
@@ -319,3 +324,21 @@ def test_the_answers_of_two_ranks_are_those_of_one(world: Path, monkeypatch: pyt
     assert [len(columns[0]) for columns in parts] == [18, 18]
     assert np.array_equal(alone.target, together.target) and np.array_equal(alone.top1, together.top1)
     assert alone.target.tolist() == [i for i in range(12) for _ in range(3)]
+
+
+def test_a_full_disk_costs_the_file_not_the_figures(world: Path, program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", full)
+    for key in ("TEST.PER_CLASS", "TEST.PREDICTIONS"):
+        lost = program("--eval", "--resume", world / "a.pth", "--opts", key, "figures")
+        assert lost.returncode == 1 and "figures: No space left" in lost.stderr and last(lost.stdout)[1] == 36, lost
+        assert not any(program.folder.iterdir())
+
+
+def test_names_of_classes_stay_on_their_line() -> None:
+    answers = Answers(np.array([0, 1]), np.array([1, 1]), np.ones(2, bool), np.ones(2), np.ones(2))
+    table = PerClass.of(answers, 2)
+    names = ["a\ntop1 99.99", "b\udcff"]
+    told = describe(answers, table, names, answers.evaluation())
+    assert all("\n" not in line for line in told) and r"a\ntop1 99.99: 0 of 1 right, mostly taken for b\udcff" in told[-1]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import load, torchrun
 
 from config import ConfigError, get_config
@@ -92,6 +93,9 @@ def test_fit_keeps_the_global_batch_and_the_checkpoints_on_resume(tiny_cfg: Path
     again = program("--cfg", tiny_cfg, "--fit", "--global-batch", 8, "--tag", "small", "--epochs", 3)
     assert again.returncode == 0, again
     assert "fit: 20 images x 1 accumulated x 1 processes = 20, the checkpoint's global batch" in again.stdout
+    assert "TRAIN.GLOBAL_BATCH is 8, but" in again.stdout and "has a global batch of 20, which is kept" in again.stdout
+    recorded = yaml.safe_load((program.folder / "output/tiny/small/config.yaml").read_text())
+    assert not recorded["PLAN"]["FIT"] and recorded["DATA"]["BATCH_SIZE"] == 20  # as --cfg it asks for no fitting anew
     assert "would not fit" not in again.stdout and "epoch 3/3 step 2/2" in again.stdout
     before = stamps(program.folder)
     finished = program("--cfg", tiny_cfg, "--plan", "--fit", "--tag", "small", "--epochs", 3)

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from config import ConfigError, get_config
 from data.given import find_given
 from models.crossformer import CrossFormer
-from utils import distributed
+from utils import distributed, predict
 from utils.inference import describe_classes, open_trained
 from utils.sheet import drawable, fitted, length
 
@@ -183,6 +184,15 @@ def test_published_weights_with_their_config(program, tiny_cfg: Path, tiny_run: 
     assert describe_classes(["n01440764", "mine", "n99999999"]) == ["tench, Tinca tinca", "", ""]
 
 
+def test_a_signal_to_end_leaves_no_half_file(program, tiny_run: Path, images: Path, monkeypatch) -> None:
+    def ended(*_: object) -> None:
+        signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
+    monkeypatch.setattr(predict, "predictions_of", ended)
+    done = program("--predict", images / "val/a", "--resume", tiny_run, "--csv", "p.csv", "--features", "f.npy")
+    assert done.returncode == 128 + signal.SIGTERM and not any(program.folder.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_mistakes_are_told_before_anything_is_done(program, tiny_cfg: Path, tiny_run: Path, images: Path, monkeypatch) -> None:
     image = images / "val/a/0.jpg"
     (program.folder / "nothing").mkdir()
@@ -193,6 +203,7 @@ def test_mistakes_are_told_before_anything_is_done(program, tiny_cfg: Path, tiny
         (["--predict", image, "--resume", tiny_run, "--csv", "-", "--json", "-"], 2, ["PREDICT.JSON", "another output"]),
         (["--predict", image, "--resume", tiny_run, "--features", "f.txt"], 2, ["PREDICT.FEATURES", ".npy or .safetensors"]),
         (["--predict", image, "--resume", tiny_run, "--sheet", "s.jpg"], 2, ["PREDICT.SHEET", ".png"]),
+        (["--predict", image, "--resume", tiny_run, "--eval"], 2, ["--eval and --predict are commands of their own"]),
         (["--predict", image, "--resume", tiny_run, "--topk", 0], 2, ["PREDICT.TOPK"]),
         (["--predict", image, "--resume", tiny_run, "--csv", "absent/x.csv"], 2, ["absent/x.csv", "there is no folder"]),
         (["--predict", image, "--resume", tiny_run, "--json", "nothing"], 2, ["is a folder"]),

@@ -105,7 +105,8 @@ def test_images_of_all_ranks_keep_their_numbers(images: Path, tmp_path: Path, mo
 
     from data import build_loaders
     from utils import distributed
-    from utils.recorder import recorder
+    from utils.answers import Recorder
+    from utils.recorder import recordable, write_outcomes
     root = tmp_path / "images"
     shutil.copytree(images, root)
     (root / "val/b/2.jpg").write_bytes(b"no image")
@@ -114,15 +115,15 @@ def test_images_of_all_ranks_keep_their_numbers(images: Path, tmp_path: Path, mo
     parts = []
     for rank in (0, 1):
         val = build_loaders(config, rank, 2, splits=("val",)).val
-        record = recorder(val, val.dataset.folder.classes)
+        record = Recorder()
+        assert recordable(val)
         for _, targets in val:
             logits = torch.nn.functional.one_hot((targets.clamp(min=0) + (targets == 3)) % 4, 4).float()  # d is taken for a
             record(logits, targets)
         with monkeypatch.context() as patch:
-            patch.setattr(distributed, "gather_objects", lambda own, kept=parts: kept.append(own) or [])
-            record.write("")
-    monkeypatch.setattr(distributed, "gather_objects", lambda own: parts)
-    record.write(str(tmp_path / "all.npz"))
+            patch.setattr(distributed, "gather_objects", lambda own, kept=parts: kept.append(own) or kept)
+            answers = record.answers(val)
+    write_outcomes(answers, val, val.dataset.folder.classes, str(tmp_path / "all.npz"))
     made = Outcomes.read(str(tmp_path / "all.npz"))
     assert made.index.tolist() == [i for i in range(19) if i != 7] and "b/2.jpg" not in made.paths
     assert [path[0] for path in made.paths] == [made.classes[target] for target in made.target]
@@ -238,7 +239,7 @@ def test_hostile_names_do_no_harm(finished: Path, tmp_path: Path, capsys) -> Non
     run, evil = tmp_path / "run", '"><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m'
     shutil.copytree(finished / RUN, run, symlinks=True)
     made = Outcomes.read(str(run / "predictions.npz"))
-    made.classes = [f"{evil}{number}" for number in range(4)]
+    made.classes = [f"{evil}\udcff{number}" for number in range(4)]
     made.paths = [f"'{evil}\udcff/{number}.png" for number in range(len(made.paths))]
     made.write(str(run / "predictions.npz"))
     config = yaml.safe_load((run / "config.yaml").read_text())

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from utils import distributed
 from utils.engine import Evaluation
+from utils.logger import plain
 from utils.statistics import bootstrap_interval, expected_calibration_error
 
 
@@ -27,7 +27,7 @@ class Answers:
         top1: class answered.
         in5: the image's class is among the first five answers.
         confidence: probability of the class answered.
-        loss: cross entropy.
+        loss: cross entropy, float32; its negative exponential is the probability of the image's class.
     """
 
     target: np.ndarray
@@ -45,6 +45,10 @@ class Answers:
         counted = (self.target >= 0) & (True if counted is None else counted)
         return Evaluation(int(self.right[counted].sum()), int(self.in5[counted].sum()), int(counted.sum()),
                           float(self.loss[counted].astype(np.float64).sum()))
+
+    def on(self, classes: np.ndarray) -> Answers:
+        """The same, with images of other ``classes`` (K,) marked as such that do not count."""
+        return Answers(np.where(np.isin(self.target, classes), self.target, -1), self.top1, self.in5, self.confidence, self.loss)
 
 
 class Recorder:
@@ -64,10 +68,10 @@ class Recorder:
                 self._barred = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
                 self._barred[torch.from_numpy(self.allowed).to(logits.device)] = False
             logits = logits.masked_fill(self._barred, float("-inf"))
-        best = logits.topk(min(5, logits.shape[1]), dim=1)
-        loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
-        confidence = (best.values[:, 0] - logits.logsumexp(1)).exp()
-        self._rows.append((targets, best.indices[:, 0], (best.indices == targets[:, None]).any(1), confidence, loss))
+        logs = logits.log_softmax(1)
+        best = logs.topk(min(5, logs.shape[1]), dim=1)
+        of_target = logs.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+        self._rows.append((targets, best.indices[:, 0], (best.indices == targets[:, None]).any(1), best.values[:, 0], -of_target))
 
     def answers(self, loader: Any) -> Answers:
         """The answers of all ranks together, in the order of ``loader``'s images; every rank must ask."""
@@ -77,7 +81,8 @@ class Recorder:
             columns = [column[:sampler.high - sampler.low] for column in columns]
         else:
             columns = [column[columns[0] >= 0] for column in columns]
-        return Answers(*(np.concatenate(parts) for parts in zip(*distributed.gather_objects(columns), strict=True)))
+        target, top1, in5, log, loss = (np.concatenate(parts) for parts in zip(*distributed.gather_objects(columns), strict=True))
+        return Answers(target, top1, in5, np.exp(log), loss)
 
 
 _EMPTY = [np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0, np.float32), np.zeros(0, np.float32)]
@@ -181,4 +186,5 @@ def describe(answers: Answers, table: PerClass, names: Sequence[str], result: Ev
 
 
 def _cut(name: str, length: int = 30) -> str:
+    name = plain(name)  # a line break in it would make a line of its own
     return name if len(name) <= length else name[:length - 3] + "..."

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
@@ -98,7 +99,7 @@ def _in_one_pass(pairs: Sequence[Pair], labels: Labels, device: torch.device, pr
         images = track(loaders.val, len(loaders.val), "comparing", logger)
         result = evaluate([first, second], images, device, precision, record=record)[-1]
         tell_uncounted(loaders.val, result, logger)
-    return [recorder.answers(loaders.val) for recorder in recorders]
+    return [_of(recorder, loaders.val, allowed) for recorder in recorders]
 
 
 def _in_two_passes(pairs: Sequence[Pair], labels: Labels, device: torch.device, precision: Precision,
@@ -113,10 +114,17 @@ def _in_two_passes(pairs: Sequence[Pair], labels: Labels, device: torch.device, 
             result = evaluate([_last_model(pair, loaders.classes, device)], images, device, precision, record=recorder)[-1]
             tell_uncounted(loaders.val, result, logger)
         classes = loaders.classes
-        answers.append(recorder.answers(loaders.val))
-    if len(answers[0].target) != len(answers[1].target):
+        answers.append(_of(recorder, loaders.val, allowed))
+    a, b = (found.target for found in answers)
+    if len(a) != len(b) or ((a != b) & (a >= 0) & (b >= 0)).any():
         raise DataError("the data has changed between the two passes; run it again")
     return answers
+
+
+def _of(recorder: Recorder, loader: Any, allowed: np.ndarray | None) -> Answers:
+    """What was recorded; where answers are chosen from ``allowed``, images of other classes do not count."""
+    answers = recorder.answers(loader)
+    return answers if allowed is None else answers.on(allowed)
 
 
 def report(names: Sequence[str], a: Answers, b: Answers) -> list[str]:

@@ -11,13 +11,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError, lookup
+from config import ConfigError
 from data import build_loaders
 from data.classes import imagenet_classes
 from models import build_model, check_input_size, load_state
@@ -27,13 +26,13 @@ from utils.answers import Answers, PerClass, Recorder, describe
 from utils.compile import compile_model, require_compiler
 from utils.device import Precision, choose_precision
 from utils.engine import evaluate
-from utils.files import replace_file
+from utils.files import replace_file, require_place
 from utils.labels import Labels, LabelSet
 from utils.modes import weights_to_judge
 from utils.outcomes import MOST_IMAGES
 from utils.progress import listing, periodic, track
 from utils.reading import decoding, tell_uncounted, teller
-from utils.recorder import recorder
+from utils.recorder import recordable, write_outcomes
 from utils.seed import make_deterministic
 
 
@@ -110,14 +109,18 @@ def _published_names(classes: Sequence[str]) -> list[str]:
 def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: logging.Logger) -> None:
     """Judge a checkpoint, or published weights, on the validation images; the training images are not touched."""
     labels = Labels(config)
-    _require_place(config, "TEST.PER_CLASS")
-    _require_place(config, "TEST.PREDICTIONS")
+    for key, path in (("TEST.PER_CLASS", config.TEST.PER_CLASS), ("TEST.PREDICTIONS", config.TEST.PREDICTIONS)):
+        if path:
+            require_place(os.path.expanduser(path), f"{key} is ")
     path, content = weights_to_judge(config, content, "--eval")
     precision, own = prepare(config, device, logger), checkpoint.is_own(content)
     with listing(functools.partial(periodic, logger)):
         loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
                                 classes=classes_of(content, labels), device=device, published=not own)
     loaders.tell(teller(logger))
+    if config.TEST.PREDICTIONS and not recordable(loaders.val):
+        raise ConfigError("TEST.PREDICTIONS: not for a stream, whose images have no numbers, nor beyond "
+                          f"{MOST_IMAGES:,} images; leave it empty")
     label_set = labels.on(loaders.val.dataset.folder, loaders.classes)
     for line in (*loaders.notices, *label_set.notices):
         logger.info(line)
@@ -128,57 +131,64 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
                 + (f", mean of {config.TEST.FLIP} with the mirror image" if config.TEST.FLIP != "none" else ""))
     everything, chosen = Recorder(), Recorder(label_set.allowed)
 
-    images = recorder(loaders.val, loaders.classes) if config.TEST.PREDICTIONS else None
-    if config.TEST.PREDICTIONS and images is None:
-        raise ConfigError("TEST.PREDICTIONS: not for a stream, whose images have no numbers, nor beyond "
-                          f"{MOST_IMAGES:,} images; leave it empty")
-
     def record(logits: Tensor, targets: Tensor) -> None:
         everything(logits, targets)
-        if images is not None:
-            images(logits, targets)
         if label_set.allowed is not None:
             chosen(logits, targets)
 
     with contextlib.closing(loaders):
         *raw, result = evaluate(models, track(loaders.val, len(loaders.val), "evaluating", logger), device, precision, record=record)
-        if images is not None:
-            images.write(os.path.expanduser(config.TEST.PREDICTIONS))
         tell_uncounted(loaders.val, result, logger)
     logger.info(f"images {decoding(loaders.val)}")
     answers = everything.answers(loaders.val)
     among = chosen.answers(loaders.val) if label_set.allowed is not None else None
-    *lines, last = _figures(config, label_set, answers, among, result, loaders.classes)
-    for line in (*lines, *(f"raw {other.line()}" for other in raw), last):
+    *lines, last = _figures(label_set, answers, among, result, loaders.classes)
+    written, failure = [], None
+    try:
+        written = _write_files(config, label_set, answers, among, loaders)
+    except OSError as error:  # the figures are told all the same
+        failure = error
+    whose = "raw, all images and classes:" if label_set.headline else "raw"
+    for line in (*lines, *written, *(f"{whose} {other.line()}" for other in raw), last):
         logger.info(line)
+    if failure is not None:
+        raise failure
 
 
-def _figures(config: CfgNode, label_set: LabelSet, answers: Answers, among: Answers | None, result: Any,
-             classes: Sequence[str]) -> list[str]:
-    """The lines of a report, the figure that counts last; writes TEST.PER_CLASS."""
+def _figures(label_set: LabelSet, answers: Answers, among: Answers | None, result: Any, classes: Sequence[str]) -> list[str]:
+    """The lines of a report, the figure that counts last."""
     lines, allowed = [], label_set.allowed
-    if among is not None:
-        inside = np.isin(among.target, allowed)
-        chosen = among.evaluation(inside)
-        if label_set.headline:
-            lines.append(f"answers from all {len(classes)} classes: {answers.evaluation(inside).line()}")
-            answers, result = _only(among, inside), chosen
-        else:
-            lines.append(f"answers from the {len(allowed)} classes with images alone: {chosen.line()}")
-    table = PerClass.of(answers, len(classes))
-    lines += describe(answers, table, classes, result)
-    if config.TEST.PER_CLASS and distributed.is_main():
-        replace_file(os.path.expanduser(config.TEST.PER_CLASS), table.csv(classes, allowed).encode())
-        lines.append(f"figures of each class: {config.TEST.PER_CLASS}")
+    if among is not None and label_set.headline:
+        lines.append(f"answers from all {len(classes)} classes: {answers.on(allowed).evaluation().line()}")
+        answers = among.on(allowed)
+        result = answers.evaluation()
+    elif among is not None:
+        lines.append(f"answers from the {len(allowed)} classes with images alone: {among.evaluation().line()}")
+    lines += describe(answers, PerClass.of(answers, len(classes)), classes, result)
     if label_set.real is not None:
         lines.append(f"by the original labels: {result.line()}")
         return [*lines, _real_line(label_set.real, answers)]
     return [*lines, result.line()]
 
 
-def _only(answers: Answers, counted: np.ndarray) -> Answers:
-    """The answers with all images but the ``counted`` ones marked as such that do not count."""
-    return Answers(np.where(counted, answers.target, -1), answers.top1, answers.in5, answers.confidence, answers.loss)
+def _write_files(config: CfgNode, label_set: LabelSet, answers: Answers, among: Answers | None, loaders: Any) -> list[str]:
+    """Write TEST.PREDICTIONS and TEST.PER_CLASS, where they are asked for; lines that say so. Rank 0's business.
+
+    Raises:
+        OSError: one cannot be written.
+    """
+    lines, classes = [], loaders.classes
+    if not distributed.is_main():
+        return lines
+    if config.TEST.PREDICTIONS:
+        write_outcomes(answers, loaders.val, classes, os.path.expanduser(config.TEST.PREDICTIONS))
+        lines.append(f"prediction of each image: {config.TEST.PREDICTIONS}")
+    if config.TEST.PER_CLASS:
+        counted = among.on(label_set.allowed) if among is not None and label_set.headline else answers
+        table = PerClass.of(counted, len(classes)).csv(classes, label_set.allowed)
+        replace_file(os.path.expanduser(config.TEST.PER_CLASS), table.encode("utf-8", "backslashreplace"))
+        lines.append(f"figures of each class: {config.TEST.PER_CLASS}")
+    return lines
 
 
 def _real_line(real: Sequence[Sequence[int]], answers: Answers) -> str:
@@ -198,11 +208,3 @@ def prepare(config: CfgNode, device: torch.device, logger: logging.Logger) -> Pr
     make_deterministic(device)
     require_compiler(device, config.COMPILE)
     return precision
-
-
-def _require_place(config: CfgNode, key: str) -> None:
-    """Raise ``ConfigError`` unless the file that ``key`` names, if any, can be written."""
-    path = lookup(config, key)
-    folder = os.path.dirname(os.path.abspath(os.path.expanduser(path)))
-    if path and (os.path.isdir(os.path.expanduser(path)) or not os.access(folder, os.W_OK)):
-        raise ConfigError(f"{key} is {path}; no file can be written there (a folder, or {folder} is not there or not writable)")

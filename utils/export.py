@@ -27,8 +27,8 @@ from yacs.config import CfgNode
 from config import ConfigError, config_from_text
 from data import preprocessing
 from models import architecture
-from utils.files import TEMPORARY, open_atomically, replace_file
-from utils.inference import Trained, open_trained, require_place
+from utils.files import TEMPORARY, open_atomically, replace_file, require_place
+from utils.inference import Trained, open_trained
 
 LIMIT = 1e-4  # largest difference over the largest logit
 _CHECKED = (1, 2, 5)  # batch sizes

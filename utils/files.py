@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, TextIO
 
+from config import ConfigError
+
 TEMPORARY = ".tmp-"
 
 
@@ -29,10 +31,15 @@ def _temporary_beside(path: str) -> Iterator[str]:
 def open_atomically(path: str) -> Iterator[BinaryIO]:
     """A temporary file in the same folder; it gets its name, synced to the disk, once the block is done without an error."""
     with _temporary_beside(path) as scratch:
-        with open(scratch, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(scratch, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if error.filename is None:  # a full disk does not say which file it was
+                error.filename = path
+            raise
         os.replace(scratch, path)
     _sync_folder(os.path.dirname(os.path.abspath(path)))
 
@@ -46,6 +53,29 @@ def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
 def replace_file(path: str, content: bytes) -> None:
     """``write_atomically`` of a few bytes."""
     write_atomically(path, lambda file: file.write(content))
+
+
+def require_place(path: str, lead: str = "") -> None:
+    """Make sure, before long work, that a file can be written at ``path``.
+
+    Args:
+        lead: what the message begins with, such as the key's name.
+
+    Raises:
+        ConfigError: there is no such folder, no permission, or a folder of that name.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise ConfigError(f"{lead}{path}; no file can be written there: it is a folder; give the name of a file")
+    if not os.path.isdir(folder):
+        raise ConfigError(f"{lead}{path}; no file can be written there: there is no folder {folder}; make it first")
+    probe = os.path.join(folder, f"{TEMPORARY}probe-{os.getpid()}")
+    try:
+        with open(probe, "wb"):
+            pass
+        os.unlink(probe)
+    except OSError as error:
+        raise ConfigError(f"{lead}{path}; no file can be written there ({error.strerror}); choose another place") from None
 
 
 def link_atomically(target: str, link: str) -> None:

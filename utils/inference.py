@@ -15,7 +15,6 @@ from data.selection import read_class_names
 from models import build_model, check_input_size, classifier_rows, load_pretrained, load_state
 from models.weights import check_finite, unwrap_state_dict
 from utils import checkpoint, distributed
-from utils.files import TEMPORARY
 from utils.modes import weights_to_judge
 
 _WORDNET = re.compile(r"n\d{8}")
@@ -118,23 +117,3 @@ def describe_classes(classes: list[str]) -> list[str]:
             return ""
 
     return [describe(name) for name in classes]
-
-
-def require_place(path: str) -> None:
-    """Make sure, before long work, that a file can be written at ``path``.
-
-    Raises:
-        ConfigError: there is no such folder, no permission, or a folder of that name.
-    """
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path):
-        raise ConfigError(f"{path}: is a folder; give the name of a file")
-    if not os.path.isdir(folder):
-        raise ConfigError(f"{path}: cannot be written, there is no folder {folder}; make it first")
-    probe = os.path.join(folder, f"{TEMPORARY}probe-{os.getpid()}")
-    try:
-        with open(probe, "wb"):
-            pass
-        os.unlink(probe)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another place") from None

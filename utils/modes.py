@@ -220,6 +220,9 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
     if config.PLAN.FIT:
         config = fit_micro_batch(config, start, device, world_size, logger)
     if start.content is not None:
+        if config.TRAIN.GLOBAL_BATCH not in (0, start.content["global_batch"]):
+            logger.info(f"notice: TRAIN.GLOBAL_BATCH is {config.TRAIN.GLOBAL_BATCH}, but {start.path} has a global batch of "
+                        f"{start.content['global_batch']}, which is kept; another one needs a run of its own (--pretrained)")
         config = keep_global_batch(config, start.content["global_batch"], "the checkpoint's", world_size, logger)
     precision = choose_precision(config, device)
     make_deterministic(device)

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from config import ConfigError
-from utils.files import write_atomically
+from utils.files import require_place, write_atomically
 
 PAPER, INK, FAINT, LINE = (250, 250, 248), (28, 30, 33), (110, 114, 120), (205, 207, 210)
 
@@ -59,11 +59,9 @@ def require_png(path: str, key: str) -> str:
         ConfigError: it is no .png, or lies in no folder that can be written.
     """
     path = os.path.expanduser(path)
-    folder = os.path.dirname(os.path.abspath(path))
     if not path.lower().endswith(".png"):
         raise ConfigError(f"{key} is {path}; pictures are PNG, give a file that ends in .png")
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ConfigError(f"{key} is {path}; no file can be written there (look at the folder {folder})")
+    require_place(path, f"{key} is ")
     return path
 
 

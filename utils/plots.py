@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from utils.curves import charts
+from utils.logger import plain
 from utils.outcomes import confusion, reliability
 from utils.runs import Run
 
@@ -50,8 +51,8 @@ def _plot(runs: Sequence[Run], folder: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Without what matplotlib would take for formulas."""
-    return text.replace("$", r"\$")
+    """On one line, without what matplotlib would take for formulas or cannot draw (bytes of names that are no UTF-8)."""
+    return plain(text).replace("$", r"\$")
 
 
 def _save(figure: Figure, folder: str, name: str) -> str:

@@ -19,7 +19,8 @@ from data.build import build_given
 from data.given import GivenImages, find_given
 from data.loader import ImageLoader
 from utils.device import Precision, choose_precision
-from utils.inference import Trained, open_trained, require_place
+from utils.files import require_place
+from utils.inference import Trained, open_trained
 from utils.logger import plain
 from utils.predictions import Console, CsvTable, Features, JsonLines, Prediction, standard_output
 from utils.progress import aside, track

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import history
+from config import history, of_the_run
 from utils import report
 from utils.board import TensorBoard, Tracker
 from utils.files import replace_file
@@ -33,7 +33,7 @@ class Records:
             facts: of this start, as plain data: versions, device, data.
         """
         self.config, self.folder, self.say = config, folder, say
-        replace_file(os.path.join(folder, CONFIG), config.dump().encode())
+        replace_file(os.path.join(folder, CONFIG), of_the_run(config).dump().encode())
         self._guarded(lambda: replace_file(os.path.join(folder, SOURCES), (json.dumps(history(config)) + "\n").encode()))
         self.metrics = MetricsLog(folder, evaluated, say)
         self.steps = JsonLines(os.path.join(folder, STEPS), step, say, sync=False)

@@ -19,6 +19,7 @@ from yacs.config import CfgNode
 from data import preprocessing
 from models.weights import CheckpointError
 from utils import checkpoint, distributed
+from utils.answers import Recorder
 from utils.checkpoint import CheckpointFolder, Saver, TrainState
 from utils.compile import compiled_graphs
 from utils.device import device_name, peak_memory_mib
@@ -27,7 +28,7 @@ from utils.metrics import EVIDENCE
 from utils.outcomes import FILE as PREDICTIONS
 from utils.progress import SLOW, Line, clock, periodic, track
 from utils.reading import decoding, tell_uncounted
-from utils.recorder import recorder
+from utils.recorder import recordable, write_outcomes
 from utils.records import Records
 from utils.signals import Stopped, StopRequest
 
@@ -226,15 +227,16 @@ class Session:
             if stop:
                 self.leave(progress)
 
-        record = recorder(val, self.loaders.classes) if final else None
+        record = Recorder() if final and recordable(val) else None
         with contextlib.nullcontext() if state.ema is None else state.ema.on(plan.device) as average:
             models = [state.model] if average is None else [state.model, average]
             for model in models:
                 distributed.broadcast_buffers(model)
             *raw, result = evaluate(models, track(val, len(val), "evaluating", self.logger), plan.device, plan.precision, poll, record)
         if record is not None:
+            answers = record.answers(val)
             try:
-                record.write(os.path.join(self.folder, PREDICTIONS))
+                write_outcomes(answers, val, self.loaders.classes, os.path.join(self.folder, PREDICTIONS))
             except OSError as error:
                 self.logger.info(f"warning: {self.folder}: {PREDICTIONS} cannot be written ({error.strerror})")
         tell_uncounted(val, result, self.logger)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -14,6 +17,27 @@ from utils import distributed
 
 class Stopped(Exception):
     """Training ended because a signal asked for it, with nothing lost (exit status 75)."""
+
+
+@contextlib.contextmanager
+def tidy_end() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP end the program from within, with the shell's status for them, so that half a file is removed.
+
+    Not in a job of several processes, where one may be waiting for the others, nor for signals that are ignored (nohup).
+    """
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    alone = distributed.world_size() == 1 and threading.current_thread() is threading.main_thread()
+    taken = [number for number in numbers if alone and signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class StopRequest:
