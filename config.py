@@ -671,8 +671,8 @@ COMMAND_KEYS = ("TRAIN.AUTO_RESUME", "TRAIN.ACCEPT_CHANGES", "EVAL_MODE", "THROU
                 "TEST.FLIP", "TEST.LABELS", "TEST.REAL_LABELS", "TEST.PER_CLASS", "TEST.PREDICTIONS")
 
 
-# Of these a command line asks for one. (key, flag)
-COMMANDS = (("EVAL_MODE", "--eval"), ("COMPARE.FILES", "--compare"), ("THROUGHPUT_MODE", "--throughput"), ("SHOW.BATCH", "--show-batch"),
+# Of these a command line asks for one; --throughput may stand beside --eval, as other trainers have it. (key, flag)
+COMMANDS = (("EVAL_MODE", "--eval"), ("COMPARE.FILES", "--compare"), ("SHOW.BATCH", "--show-batch"),
             ("SHOW.ATTENTION", "--show-attention"), ("DOCTOR_MODE", "--doctor"), ("PREDICT.PATHS", "--predict"),
             ("EXPORT.FILE", "--export"), ("REPORT.RUNS", "--report"), ("REPORT.DIFF", "--diff"), ("PLAN.RUN", "--plan"))
 

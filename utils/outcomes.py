@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from utils.files import write_atomically
-from utils.statistics import expected_calibration_error
+from utils.statistics import bins_of, expected_calibration_error
 
 FILE = "predictions.npz"
 MOST_IMAGES = 200_000
@@ -175,7 +175,7 @@ def confused_pairs(cells: np.ndarray, most: int = 20) -> list[tuple[int, int, in
 
 def reliability(predictions: Outcomes, bins: int = BINS) -> tuple[list[tuple[int, float, float]], float]:
     """([(images, mean confidence, share right) of each bin of confidence], expected calibration error in [0, 1])."""
-    place = np.clip(np.ceil(predictions.probability * bins).astype(int) - 1, 0, bins - 1)  # a bin holds its upper edge
+    place = bins_of(predictions.probability, bins)
     images = np.bincount(place, minlength=bins)
     divisor = np.maximum(images, 1)
     confidence = np.bincount(place, predictions.probability, bins) / divisor

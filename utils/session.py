@@ -127,6 +127,7 @@ class Session:
         self.logger.info(f"finished {self.config.TRAIN.EPOCHS} epochs in {clock(time.perf_counter() - self.begun)}{best_line(state.best)}; "
                          f"checkpoints in {self.folder}")
         if self.main:
+            distributed.unwatched()  # the report may take long
             self.records.finish(state.step, state.best)
 
     def _facts(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from config import ConfigError
 from data import build_loaders, preprocessing
 from utils import checkpoint, distributed
 from utils.picture import FAINT, INK, LINE, canvas, cut, font, magnification, require_png, save, to_image
+from utils.progress import listing, periodic
 from utils.reading import teller
 
 MOST = 36  # images of a picture
@@ -33,7 +35,8 @@ def show_batch(config: CfgNode, content: Any, device: torch.device, logger: logg
     if not distributed.is_main():
         return
     classes = content["classes"] if checkpoint.is_own(content) else None
-    loaders = build_loaders(config, splits=("train",), classes=classes, device=device)
+    with listing(functools.partial(periodic, logger)):
+        loaders = build_loaders(config, splits=("train",), classes=classes, device=device)
     loaders.tell(teller(logger))
     for line in loaders.notices:
         logger.info(line)

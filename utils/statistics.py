@@ -71,7 +71,11 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins
     confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if not len(confidence):
         return 0.0
-    # A bin holds its upper edge: (0, 1/15], (1/15, 2/15], ...
-    which = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    which = bins_of(confidence, bins)
     gaps = np.bincount(which, correct - confidence, minlength=bins)
     return float(np.abs(gaps).sum() / len(confidence))
+
+
+def bins_of(confidence: np.ndarray, bins: int) -> np.ndarray:
+    """The bin of each confidence (N,), from 0: a bin holds its upper edge, (0, 1/bins], (1/bins, 2/bins], ...; NaN is in the first."""
+    return np.clip(np.ceil(np.nan_to_num(confidence) * bins).astype(np.int64) - 1, 0, bins - 1)
