@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import gc
 import importlib
@@ -229,7 +230,8 @@ def run(argv: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
     """Imports without the garbage collector, which would look at the modules' objects, a million of them and none garbage, again
-    and again: a fifth of the time. It leaves them alone afterwards, too."""
+    and again: a fifth of the time. It leaves them alone afterwards, too, until the program ends: bindings complain of objects
+    that are still there then."""
     if "torch" in sys.modules:
         yield
         return
@@ -238,6 +240,7 @@ def _uncollected() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        atexit.register(gc.unfreeze)
         gc.enable()
 
 
