@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import gc
 import importlib
@@ -232,7 +233,8 @@ def run(argv: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
     """Imports without the garbage collector, which would look at the modules' objects, a million of them and none garbage, again
-    and again: a fifth of the time. It leaves them alone afterwards, too."""
+    and again: a fifth of the time. It leaves them alone afterwards, too, until the program ends: bindings complain of objects
+    that are still there then."""
     if "torch" in sys.modules:
         yield
         return
@@ -241,6 +243,7 @@ def _uncollected() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        atexit.register(gc.unfreeze)
         gc.enable()
 
 

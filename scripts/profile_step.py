@@ -43,13 +43,15 @@ GROUPS: list[tuple[str, str]] = [
     ("data", _WAITING),
     ("optimizer, clipping, average", r"_fused_|_foreach_|vector_norm|Optimizer|lerp"),
     ("attention", r"bmm|softmax|scaled_dot_product|flash|efficient_attention|fmha"),
-    ("linears", r"addmm|::mm$|linear|gemm|matmul"),
+    ("linears", r"[Aa]ddmm|::mm$|[Ll]inear|gemm|matmul"),
     ("convolutions", r"conv"),
     ("norms", r"norm"),
     ("compiled, fused", r"triton_|cpp_fused|Torch-Compiled|CompiledF|AOTDispatch"),
+    ("autograd's own work", r"autograd::|Backward\d*$"),
     ("copies and reordering", r"copy|clone|cat$|contiguous|index|roll|pad|flip|gather|scatter|im2col|fill|zero|stack|split|select|slice"),
+    ("allocations and views", r"empty|resize|new_|view|as_strided|transpose|::t$|::to$|permute|reshape|unbind|expand|squeeze|detach"),
     ("pointwise and sums", r"gelu|relu|silu|sigmoid|add|mul|div|sub|where|sum|mean|exp|log|sqrt|pow|max|min|clamp|rand|bernoulli|isfinite|"
-                           r"lt|gt|ge|le|eq|ne|neg|abs"),
+                           r"neg|abs|::([lg][te]|eq|ne)_?$"),
 ]
 
 
@@ -58,13 +60,14 @@ def group_of(name: str) -> str:
     return next((group for group, pattern in GROUPS if re.search(pattern, name)), "other")
 
 
-def table(events: Any, device: torch.device, steps: int, top: int) -> Iterator[str]:
-    """Lines: each group's milliseconds a step and share, then the costliest operations."""
+def table(events: Any, device: torch.device, steps: int, top: int, step: float) -> Iterator[str]:
+    """Lines: each group's milliseconds a step and share of the ``step`` milliseconds, then the costliest operations."""
     attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     # On a GPU the time of a kernel stands with the operation that started it, and once more with the kernel.
     rows = [(event.key, getattr(event, attribute) / 1000 / steps, event.count / steps) for event in events
             if event.device_type == torch.autograd.DeviceType.CPU]
-    total = sum(ms for _, ms, _ in rows) or 1.0
+    rest = max(0.0, step - sum(ms for _, ms, _ in rows))
+    total = step if rest else sum(ms for _, ms, _ in rows)
     groups: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for name, ms, calls in rows:
         groups[group_of(name)][0] += ms
@@ -72,6 +75,7 @@ def table(events: Any, device: torch.device, steps: int, top: int) -> Iterator[s
     yield f"{'kind of work':34}{'ms a step':>12}{'share':>9}{'calls a step':>14}"
     for name, (ms, calls) in sorted(groups.items(), key=lambda item: -item[1][0]):
         yield f"{name:34}{ms:12.2f}{100 * ms / total:8.1f}%{calls:14.0f}"
+    yield f"{'device idle' if device.type == 'cuda' else 'between operations (Python)':34}{rest:12.2f}{100 * rest / total:8.1f}%"
     yield f"{'together':34}{total:12.2f}"
     yield ""
     yield f"{'operation':64}{'ms a step':>12}{'calls a step':>14}"
@@ -117,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
             slowed = steps(args.steps)
     print(f"{config.MODEL.NAME}, batch {config.DATA.BATCH_SIZE}, {precision.name} on {device}, compile {config.COMPILE}: {plain:.1f} ms a "
           f"step ({slowed:.1f} ms under the profiler), mean of {args.steps}\n")
-    for line in table(profiler.key_averages(), device, args.steps, args.top):
+    for line in table(profiler.key_averages(), device, args.steps, args.top, slowed):
         print(line)
     profiler.export_chrome_trace(args.trace)
     print(f"\ntrace: {args.trace} (open it in ui.perfetto.dev)")

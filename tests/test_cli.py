@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import subprocess
@@ -232,3 +233,14 @@ def test_missing_gpu_and_sizes_a_model_cannot_take(tiny_cfg: Path, program) -> N
 def _cuda() -> bool:
     import torch
     return torch.cuda.is_available()
+
+
+def test_imports_go_by_without_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    try:
+        with pytest.raises(ImportError), main._uncollected():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() and gc.get_freeze_count()
+    finally:
+        gc.unfreeze()

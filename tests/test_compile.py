@@ -61,7 +61,8 @@ def epochs(model: nn.Module, average: nn.Module) -> list[int]:
 def test_one_graph_for_training_and_one_for_evaluation(family: str, how: str) -> None:
     """Any break of a graph is an error (fullgraph). Blocks: one a kind and stage, the first of all having no drop path."""
     torch._dynamo.utils.counters.clear()
-    model = tiny(family, "TRAIN.USE_CHECKPOINT", how == "model" and family == "pvt")
+    unit = {"pvt": "block", "cvt": "stage"}.get(family) if how == "model" else None
+    model = tiny(family, "TRAIN.USE_CHECKPOINT", unit is not None, "TRAIN.CHECKPOINT_UNIT", unit or "block")
     names, average = list(model.state_dict()), WeightAverage(model, 0.9).module
     # What comes after a graph has been taken is tried where it takes less long.
     backend = "aot_eager" if how == "blocks" and family in ("crossformer", "swin") else "eager"

@@ -36,20 +36,20 @@ def gradients(model, x, y, world_size, micro):
     return torch.cat([p.grad.flatten() for p in model.parameters()]), loss
 
 
-def tiny(checkpointing=False):
+def tiny(unit=""):
     torch.manual_seed(0)
     model = CrossFormer(embed_dim=16, depths=(1, 2), num_heads=(1, 2), group_size=(4, 4), interval=(2, 1), merge_size=((2, 4),),
                         num_classes=3, drop_path_rate=0.0)
-    model.set_grad_checkpointing(checkpointing)
+    model.set_grad_checkpointing(bool(unit), unit)
     return model
 
 
 expected, _ = gradients(tiny(), images, targets, 1, 8)
 mine = slice(4 * rank, 4 * rank + 4)
-for micro, compression, how, checkpointing in ((4, "off", "off", True), (2, "off", "off", False), (4, "bf16", "off", False),
-                                               (2, "off", "blocks", True), (4, "off", "model", False)):
-    case = (micro, compression, how, checkpointing)
-    model = tiny(checkpointing)
+for micro, compression, how, unit in ((4, "off", "off", "stage"), (2, "off", "off", ""), (4, "bf16", "off", ""),
+                                      (2, "off", "blocks", "block"), (4, "off", "model", "")):
+    case = (micro, compression, how, unit)
+    model = tiny(unit)
     compile.compile_model(model, how, "eager")
     parallel = distributed.wrap(model, CPU, 4 // micro, compression)
     assert parallel.gradient_as_bucket_view and not parallel.find_unused_parameters and not parallel.will_sync_module_buffers()

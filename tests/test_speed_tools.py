@@ -60,6 +60,8 @@ def test_the_peak_of_a_step_is_what_autograd_needs() -> None:
     assert memory.peak < 1.1 * (memory.weights + memory.optimizer + memory.gradients + needed)
     less, *_ = step_memory("TRAIN.EMA_DECAY", 0.9, "TRAIN.USE_CHECKPOINT", True)
     assert less.activations < memory.activations / 3 and less.peak < 0.8 * memory.peak
+    stage, *_ = step_memory("TRAIN.EMA_DECAY", 0.9, "TRAIN.USE_CHECKPOINT", True, "TRAIN.CHECKPOINT_UNIT", "stage")
+    assert stage.activations < less.activations and less.peak < stage.peak < memory.peak
 
 
 def profile_step():
@@ -74,9 +76,9 @@ def test_the_profile_names_the_work_and_leaves_a_trace(tiny_cfg: Path, tmp_path:
     script = profile_step()
     assert script.main(["--cfg", str(tiny_cfg), "--device", "cpu", "--steps", "1", "--data", "--trace", str(trace)]) == 0
     out = capsys.readouterr().out
-    shares = {name.strip(): float(share) for name, share in re.findall(r"^([^\d\n]+?) +[\d.]+ +([\d.]+)% +\d+$", out, re.M)}
+    shares = {name.strip(): float(share) for name, share in re.findall(r"^([^\d\n]+?) +[\d.]+ +([\d.]+)%(?: +\d+)?$", out, re.M)}
     assert {"linears", "attention", "norms", "convolutions", "data", "optimizer, clipping, average", "pointwise and sums",
-            "copies and reordering"} <= shares.keys()
-    assert abs(sum(shares.values()) - 100) < 1 and shares.get("other", 0) < 30
+            "copies and reordering", "autograd's own work", "allocations and views", "between operations (Python)"} <= shares.keys()
+    assert abs(sum(shares.values()) - 100) < 1 and shares.get("other", 0) < 10
     assert any(event.get("name") == "aten::addmm" for event in json.loads(trace.read_text())["traceEvents"])
     assert script.main(["--opts", "MODEL.TYPE", "nonsense"]) == 2
