@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
 import gc
 import importlib
@@ -233,8 +232,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
     """Imports without the garbage collector, which would look at the modules' objects, a million of them and none garbage, again
-    and again: a fifth of the time. It leaves them alone afterwards, too, until the program ends: bindings complain of objects
-    that are still there then."""
+    and again: a fifth of the time."""
     if "torch" in sys.modules:
         yield
         return
@@ -242,8 +240,6 @@ def _uncollected() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
-        atexit.register(gc.unfreeze)
         gc.enable()
 
 

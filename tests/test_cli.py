@@ -99,7 +99,7 @@ def test_no_flag_beats_the_yaml_unless_given() -> None:
 
 @pytest.mark.parametrize("flags", [
     "--batch-size 8 --data-path x --resume r --pretrained p --accumulation-steps 2 --use-checkpoint --disable_amp --output o --tag t "
-    "--eval --throughput --optim sgd",
+    "--throughput --optim sgd",
     "--img_size 96 --num_workers 1 --epochs 30 --lr 1e-3 --min_lr 1e-6 --warmup_lr 1e-7 --warmup_epochs 2 --weight_decay 0.1 "
     "--data-set imagenet",
 ])
@@ -237,10 +237,7 @@ def _cuda() -> bool:
 
 def test_imports_go_by_without_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch")
-    try:
-        with pytest.raises(ImportError), main._uncollected():
-            assert not gc.isenabled()
-            raise ImportError
-        assert gc.isenabled() and gc.get_freeze_count()
-    finally:
-        gc.unfreeze()
+    with pytest.raises(ImportError), main._uncollected():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
