@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from models import bf16
 from models.weights import load_pretrained_file
 
 
@@ -318,7 +319,7 @@ def create(model_cls: type[nn.Module], variant: str, pretrained: bool, variant_k
 
 def _with_loader(model_cls: type[nn.Module], filter_fn: Any) -> Any:
     def build(**kwargs: Any) -> nn.Module:
-        model = model_cls(**kwargs)
+        model = bf16.mended(model_cls(**kwargs))
         # timm calls this for a named file (custom_load).
         model.load_pretrained = partial(load_pretrained_file, model, filter_fn=filter_fn)
         return model

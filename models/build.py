@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import ConfigError, image_size
-from models import crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin
+from models import bf16, crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin
 from models.base import HierarchicalModel
 from models.weights import (
     CheckpointError,
@@ -61,7 +61,7 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
         _checkpoint_activations(model, config)
     if config.FUSED_LAYERNORM:
         _fuse_layer_norms(model)
-    return model
+    return bf16.mended(model)
 
 
 def _checkpoint_activations(model: nn.Module, config: CfgNode) -> None:
@@ -250,7 +250,7 @@ def _fuse_layer_norms(model: nn.Module) -> None:
         return  # main.py has told the user (utils.optim.apex_notice)
     for module in list(model.modules()):
         for child_name, child in list(module.named_children()):
-            if type(child) is nn.LayerNorm:
+            if type(child) in (nn.LayerNorm, bf16.LayerNorm):
                 fused = FusedLayerNorm(child.normalized_shape, eps=child.eps, elementwise_affine=child.elementwise_affine)
                 fused.load_state_dict(child.state_dict())
                 setattr(module, child_name, fused)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, checkpoint_blocks, create, default_cfg, make_head
+from models.bf16 import convolve
 from models.ops import merge_patches
 
 PADDED_KEY = -1e6  # added to the logits of padded keys
@@ -79,7 +80,7 @@ class CrossScaleEmbedding(nn.Module):
                 continue
             kernel = proj.weight if across % 2 == 0 else F.pad(proj.weight, (half,) * 4)
             weight = to_blocks(kernel, self.stride).permute(0, 3, 1, 2)
-            tokens.append(F.conv2d(blocks, weight, proj.bias, padding=weight.shape[2] // 2 - 1))
+            tokens.append(convolve(blocks, weight, proj.bias, padding=weight.shape[2] // 2 - 1))
         return [token.permute(0, 2, 3, 1) for token in tokens]
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from test_compile import FAMILIES, tiny
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-from models import ops
+from config import get_config
+from models import bf16, build_model, ops
+from models.crossformer import CrossScaleEmbedding
 
 
 def gradients(f: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
@@ -22,6 +29,109 @@ def gradients(f: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
 def close(ours: list[Tensor], plain: list[Tensor], limit: float) -> bool:
     return all(a.shape == b.shape and float((a.float() - b.float()).abs().max() / b.float().abs().max()) < limit
                for a, b in zip(ours, plain, strict=True))
+
+
+def in_bf16(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return f(*inputs)
+    return run
+
+
+@pytest.mark.parametrize(("channels", "kernel"), [(12, 8), (4, 16), (8, 8), (3, 32), (16, 4), (24, 8), (48, 4)])
+def test_convolutions_are_right_in_bf16(channels: int, kernel: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((2, channels, 40, 40), (8, channels, kernel, kernel), (8,)))
+
+    for padding in (0, 1):
+        def conv(*inputs: Tensor, padding: int = padding) -> Tensor:
+            return bf16.convolve(*inputs, stride=4, padding=padding)
+
+        assert in_bf16(conv)(x, weight, bias).dtype == torch.bfloat16
+        assert close(gradients(in_bf16(conv), x, weight, bias), gradients(conv, x, weight, bias), 0.02), padding
+
+
+@pytest.mark.parametrize("kernels", [(2, 4, 8, 16), (4, 8, 16, 32)])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_the_embedding_is_right_in_bf16(kernels: tuple[int, ...], channels: int) -> None:
+    torch.manual_seed(0)
+    embed, x = bf16.mended(CrossScaleEmbedding(32, kernels, channels)), torch.randn(2, channels, 32, 32)
+    weights = tuple(embed.parameters())
+    for mode in (True, False):
+        embed.train(mode)
+        plain, ours = (gradients(lambda *_, f=f: f(x), *weights) for f in (embed, in_bf16(embed)))
+        assert close(ours, plain, 0.05), mode
+
+
+class DriftOfSums(TorchDispatchMode):
+    """Every operation with bf16 inputs again in fp64: those whose results are not what rounding explains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrong: dict[str, float] = {}
+        self.seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result, kwargs = func(*args, **(kwargs or {})), kwargs or {}
+        parts = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        name = func.overloadpacket.__name__
+        if not any(t.dtype == torch.bfloat16 for t in parts) or not name.startswith(
+                ("convolution", "mm", "bmm", "addmm", "_softmax", "native_layer_norm", "native_batch_norm", "sum", "mean", "index_")):
+            return result
+        self.seen += 1
+        again = func(*tree_map(self.exact, args), **tree_map(self.exact, kwargs))
+        for of, (rounded, right) in enumerate(zip(tree_leaves(result), tree_leaves(again), strict=True)):
+            # Rounding errors of a sum that comes to nothing are not errors: they are set against the terms.
+            if isinstance(right, Tensor) and right.is_floating_point() and right.numel():
+                terms = 1e-3 * max(float(t.double().norm()) for t in parts)
+                error = (rounded.double() - right).norm() / right.norm().clamp(min=terms + 1e-20)
+                if not error < 0.03:
+                    self.wrong[f"{name}, output {of}, of {[tuple(t.shape) for t in parts]}"] = float(error)
+        return result
+
+    @staticmethod
+    def exact(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.double()
+        return torch.float64 if value in (torch.bfloat16, torch.float32) and isinstance(value, torch.dtype) else value
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_computes_and_learns_right_in_bf16(family: str) -> None:
+    """At 128 pixels, where sums go over thousands of rows: torch's own layer norm fails this."""
+    model, images, drift = tiny(family, "DATA.IMG_SIZE", 128), torch.randn(4, 3, 128, 128), DriftOfSums()
+    with drift:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model.train()(images)
+        logits.float().square().sum().backward()
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            model.eval()(images)
+    assert drift.seen > 30 and drift.wrong == {}
+
+
+@pytest.mark.parametrize(("weight", "bias"), [(True, True), (False, True), (True, False)])
+def test_layer_norm_sums_its_gradients_in_fp32(weight: bool, bias: bool, monkeypatch) -> None:
+    monkeypatch.setattr(bf16, "LAYER_NORM_NUMBERS", 3000)  # several parts, the last one short
+    torch.manual_seed(0)
+    norm, x = bf16.LayerNorm(24), torch.randn(5, 41, 43, 24).bfloat16()
+    torch.nn.init.normal_(norm.weight)
+    norm.weight.requires_grad_(weight), norm.bias.requires_grad_(bias)
+    given = [p for p in norm.parameters() if p.requires_grad]
+    ours = gradients(lambda y, *_: norm(y), x.requires_grad_(), *given)
+    plain = gradients(lambda y, *_: F.layer_norm(y.float(), (24,), norm.weight, norm.bias).bfloat16(), x, *given)
+    assert close(ours, plain, 0.01) and [g.dtype for g in ours[2:]] == [torch.float32] * len(given)
+
+
+def test_layer_norms_of_timm_are_ours() -> None:
+    for name, kind, number in (("vit_tiny_patch16_224", bf16.LayerNorm, 25), ("convnext_atto", bf16.LayerNorm2d, 17)):
+        model = build_model(get_config(None, ["MODEL.TYPE", "timm", "MODEL.NAME", name]), 5)
+        assert sum(type(module) is kind for module in model.modules()) == number
+        assert not any(type(module) in (nn.LayerNorm, timm.layers.LayerNorm, timm.layers.LayerNorm2d) for module in model.modules())
+        torch.manual_seed(0)
+        theirs = timm.create_model(name, num_classes=5)
+        theirs.load_state_dict(model.state_dict())
+        x = torch.randn(1, 3, 224, 224)
+        assert torch.equal(model.eval()(x), theirs.eval()(x))
 
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -124,6 +124,12 @@ def keep_freed_memory() -> bool:
     return bool(kept and mallopt(_M_TRIM_THRESHOLD, 2 ** 31 - 1))
 
 
+def give_back_freed_memory() -> None:
+    """Hand back what ``keep_freed_memory`` let the allocator keep; does nothing without glibc."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak_memory_mib(device: torch.device) -> int:
     """Peak memory so far in MiB: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":

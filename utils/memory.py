@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from utils import distributed
-from utils.device import peak_memory_mib, synchronize
+from utils.device import give_back_freed_memory, peak_memory_mib, synchronize
 
 HEADROOM = 0.95  # share of the memory that a choice may fill: allocators lose some between blocks, and runs last longer than trials
 
@@ -66,6 +66,7 @@ def peak(device: torch.device) -> int:
 def reset_peak(device: torch.device) -> None:
     """Let ``peak`` begin anew, where the system can."""
     gc.collect()
+    give_back_freed_memory()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
