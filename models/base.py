@@ -94,11 +94,13 @@ class _LinearInBf16(torch.autograd.Function):
         return to_x, to_weight, to_bias
 
 
-FEW_ROWS = 4096
+FEW_ROWS, VERY_FEW_ROWS = 4096, 1024
 
 
 def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
     """a^T b of (n, p) and (n, q)."""
+    if len(a) <= VERY_FEW_ROWS:  # what comes out is as large: better not transposed itself
+        return a.t().contiguous() @ b
     if len(a) > FEW_ROWS or a.shape[1] == b.shape[1]:
         return a.t() @ b
     if a.shape[1] < b.shape[1]:

@@ -352,7 +352,8 @@ def test_blocks_by_rows_are_the_blocks(dtype: torch.dtype) -> None:
     assert torch.equal(expected[1, 1, 2], x[1, :, 4:8, 8:12].flatten())
 
 
-@pytest.mark.parametrize(("rows", "shape"), [(6, (32, 16)), (6, (16, 32)), (6, (16, 16)), (base.FEW_ROWS + 1, (16, 32))])
+@pytest.mark.parametrize(("rows", "shape"), [
+    (6, (32, 16)), (6, (16, 16)), *((base.VERY_FEW_ROWS + 1, shape) for shape in ((32, 16), (16, 32), (16, 16))), (base.FEW_ROWS + 1, (16, 32))])
 def test_linear_in_bf16_has_torchs_gradients(rows: int, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     ours, torchs = base.Linear(*shape), nn.Linear(*shape)
