@@ -75,8 +75,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 class _LinearInBf16(torch.autograd.Function):
     """x W^T + b with torch's own forward pass. Backward, the weights' gradient G^T X is a product of two transposed matrices,
-    for which oneDNN reorders both; with few rows it pays to lay out the narrower one first (1.2 to 1.9 times as fast). The
-    bias's gradient is a product with ones, which is faster than a sum over rows (1.5 to 2 times)."""
+    for which oneDNN reorders both; with few rows it pays to lay out the narrower one first (1.2 to 1.9 times as fast)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -90,8 +89,13 @@ class _LinearInBf16(torch.autograd.Function):
         rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
         to_x = grad @ weight if ctx.needs_input_grad[0] else None
         to_weight = _transposed_product(grads, rows) if ctx.needs_input_grad[1] else None
-        to_bias = (grads.new_ones(1, len(grads)) @ grads)[0] if ctx.needs_input_grad[2] else None
+        to_bias = sum_of_rows(grads) if ctx.needs_input_grad[2] else None
         return to_x, to_weight, to_bias
+
+
+def sum_of_rows(x: Tensor) -> Tensor:
+    """(n, p) -> (p,), as a product with ones, which in bf16 on a CPU is faster than a sum (1.5 to 2 times)."""
+    return (x.new_ones(1, len(x)) @ x)[0]
 
 
 FEW_ROWS, VERY_FEW_ROWS = 4096, 1024

@@ -29,7 +29,18 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, checkpoint_blocks, create, default_cfg, make_head
+from models.base import (
+    DropPath,
+    HierarchicalModel,
+    Linear,
+    Mlp,
+    add_branch,
+    checkpoint_blocks,
+    create,
+    default_cfg,
+    make_head,
+    sum_of_rows,
+)
 from models.bf16 import convolve
 from models.ops import merge_patches
 
@@ -324,8 +335,8 @@ class _AttentionInBf16(torch.autograd.Function):
         torch.baddbmm(nothing, to_logits, k, beta=0, alpha=ctx.scale, out=to_q)
         torch.baddbmm(nothing, to_logits.transpose(1, 2), q, beta=0, alpha=ctx.scale, out=to_k)
         to_bias = to_logits.view_as(weights) if ctx.bias_ndim and ctx.needs_input_grad[1] else None
-        if to_bias is not None and ctx.bias_ndim == 3:  # a product with ones is a faster sum
-            to_bias = (grad.new_ones(1, batch) @ to_bias.flatten(1)).view(heads, tokens, tokens)
+        if to_bias is not None and ctx.bias_ndim == 3:
+            to_bias = sum_of_rows(to_bias.flatten(1)).view(heads, tokens, tokens)
         return to_qkv.permute(1, 3, 0, 2, 4).contiguous(), to_bias, None
 
 

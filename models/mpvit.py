@@ -29,7 +29,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, checkpoint_blocks, create, default_cfg, make_head
-from models.ops import DepthwiseConv2d, channels_last, conv_norm
+from models.ops import DepthwiseConv2d, channels_last, concatenate, conv_norm
 
 
 class ConvNorm(nn.Module):
@@ -130,7 +130,7 @@ class FactorizedAttention(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         y = attend(q, k, v, self.num_heads, self.scale)
         # The relative term is not scaled.
-        return self.proj_drop(self.proj(torch.addcmul(y, q, self.crpe(v))))
+        return self.proj_drop(self.proj(y + q * self.crpe(v)))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
@@ -214,7 +214,7 @@ class Stage(nn.Module):
     def forward(self, paths: list[Tensor]) -> Tensor:
         outputs = [self.InvRes(paths[0])]
         outputs += [encoder(path) for encoder, path in zip(self.mhca_blks, paths, strict=True)]
-        return self.aggregate(torch.cat(outputs, dim=1))
+        return self.aggregate(concatenate(outputs))
 
 
 class MPViT(HierarchicalModel):

@@ -353,7 +353,8 @@ def test_blocks_by_rows_are_the_blocks(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("rows", "shape"), [
-    (6, (32, 16)), (6, (16, 16)), *((base.VERY_FEW_ROWS + 1, shape) for shape in ((32, 16), (16, 32), (16, 16))), (base.FEW_ROWS + 1, (16, 32))])
+    (6, (32, 16)), (6, (16, 16)),
+    *((base.VERY_FEW_ROWS + 1, shape) for shape in ((32, 16), (16, 32), (16, 16))), (base.FEW_ROWS + 1, (16, 32))])
 def test_linear_in_bf16_has_torchs_gradients(rows: int, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     ours, torchs = base.Linear(*shape), nn.Linear(*shape)
