@@ -9,6 +9,9 @@ are stepped as utils/engine.py does it. ``textbook`` is CrossFormer written down
 logits of both are compared first), with the step that goes with such code: AdamW tensor by tensor, a number read from the device
 for each. Both sides take turns, round by round, in one process; times are medians over the rounds.
 
+``--apart`` runs the other side in a process of its own with the system's allocator as it comes, as a script without main.py would;
+otherwise both have main.py's.
+
 The last lines are ``ratio R``, the other side's time over ours, the median of the rounds' ratios, and against timm ``work R``,
 images/s times GMACs over timm's.
 """
@@ -17,13 +20,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import math
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import timm
@@ -36,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models  # noqa: F401  registers the families with timm
 from models import crossformer
-from utils.device import choose_device, keep_freed_memory, synchronize
+from utils.device import choose_device, give_back_freed_memory, keep_freed_memory, synchronize
 
 CLIP, LR, DECAY = 5.0, 1e-4, 0.05
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -221,13 +225,14 @@ class Side:
     Attributes:
         gmacs: multiply-adds of one image's forward pass, in 1e9.
         memory: MiB that one round of the work takes at its peak beside what stays.
+        timed: one round of the work, its seconds.
         seconds: of each round.
     """
 
     name: str
-    work: Callable[[], None]
-    gmacs: float = float("nan")
-    memory: float = float("nan")
+    gmacs: float
+    memory: float
+    timed: Callable[[], float]
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -313,7 +318,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def build_side(args: argparse.Namespace, name: str, model: nn.Module, precision: str, compiled: str, device: torch.device) -> Side:
-    """The side's model on the device, its step as a function."""
+    """The side's model on the device, compiled and warm, with its step as a function."""
     gmacs = count(model, args.img_size)
     model.to(device)
     generator = torch.Generator().manual_seed(0)
@@ -329,7 +334,49 @@ def build_side(args: argparse.Namespace, name: str, model: nn.Module, precision:
         compile_model(model, compiled)
         work = inference(model, images, precision) if args.inference else training_step(model, update, images, targets, precision)
     said = f"{name} {precision}" + (f" compile {compiled}" if compiled != "off" else "")
-    return Side(said, work, gmacs)
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
+
+    def timed() -> float:
+        synchronize(device)
+        begun = clock()
+        work()
+        synchronize(device)
+        return clock() - begun
+
+    work()  # compiles
+    memory = peak_of(work, device)
+    return Side(said, gmacs, memory, timed)
+
+
+def other_side(args: argparse.Namespace, device: torch.device) -> Side:
+    """The model to compare with, built from the same seed in every process."""
+    torch.manual_seed(0)
+    if args.against == "textbook":
+        model: nn.Module = Textbook(timm.create_model(args.model))
+    else:
+        model = timm.create_model(args.model if args.against == "self" else args.against.removeprefix("timm:"))
+    return build_side(args, args.against, model, args.against_precision or args.precision, args.against_compile, device)
+
+
+def apart(args: argparse.Namespace) -> Side:
+    """The other side in a process of its own, which works when asked."""
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    multiprocessing.get_context("spawn").Process(target=_work_apart, args=(there, args), daemon=True).start()
+    name, gmacs, memory = here.recv()
+
+    def timed() -> float:
+        here.send(True)
+        return here.recv()
+    return Side(name, gmacs, memory, timed)
+
+
+def _work_apart(connection: Connection, args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    side = other_side(args, choose_device(args.device))
+    connection.send((f"{side.name}, apart", side.gmacs, side.memory))
+    with contextlib.suppress(EOFError):  # the program has ended
+        while connection.recv():
+            connection.send(side.timed())
 
 
 def compile_model(model: nn.Module, how: str) -> None:
@@ -364,15 +411,11 @@ def compare(ours: nn.Module, theirs: nn.Module, size: int) -> str:
             + ("" if off < 1e-4 else "  NOT EQUAL"))
 
 
-def measure(sides: list[Side], rounds: int, clock: Callable[[], float], device: torch.device) -> None:
+def measure(sides: list[Side], rounds: int) -> None:
     """Both sides in turn, the first of a round changing."""
     for number in range(rounds):
         for side in sides if number % 2 == 0 else sides[::-1]:
-            synchronize(device)
-            begun = clock()
-            side.work()
-            synchronize(device)
-            side.seconds.append(clock() - begun)
+            side.seconds.append(side.timed())
 
 
 def peak_of(work: Callable[[], None], device: torch.device) -> float:
@@ -383,12 +426,12 @@ def peak_of(work: Callable[[], None], device: torch.device) -> float:
         work()
         return (torch.cuda.max_memory_allocated(device) - before) / 2 ** 20
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        give_back_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak back to what is resident
         before = resident("VmRSS")
         work()
         return (resident("VmHWM") - before) / 1024
-    except (AttributeError, OSError, TypeError):
+    except OSError:
         work()
         return float("nan")
 
@@ -422,6 +465,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of this process, steadier when shared")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--apart", action="store_true", help="the other side in a process of its own, without main.py's allocator settings")
     return parser.parse_args()
 
 
@@ -429,24 +473,18 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    keep_freed_memory()  # as main.py, for both sides
+    keep_freed_memory()  # as main.py
     device = choose_device(args.device)
     ours = timm.create_model(args.model)
     if args.against == "textbook":
         if not isinstance(ours, crossformer.CrossFormer):
             raise SystemExit(f"error: the textbook form is CrossFormer's alone; for {args.model} use --against timm:NAME or self")
-        theirs = Textbook(ours)
-        print(compare(ours, theirs, args.img_size))
-    else:
-        theirs = timm.create_model(args.model if args.against == "self" else args.against.removeprefix("timm:"))
+        print(compare(ours, Textbook(ours), args.img_size))
     sides = [build_side(args, args.model, ours, args.precision, args.compile, device),
-             build_side(args, args.against, theirs, args.against_precision or args.precision, args.against_compile, device)]
-    for side in sides:
-        side.work()  # compiles
-        side.memory = peak_of(side.work, device)
+             apart(args) if args.apart else other_side(args, device)]
     for side in sides * 2:  # memory grows to what both need
-        side.work()
-    measure(sides, args.rounds, time.perf_counter if args.clock == "wall" else time.process_time, device)
+        side.timed()
+    measure(sides, args.rounds)
     print("\n".join(table(sides, args.batch)))
     ratios = [b / a for a, b in zip(sides[0].seconds, sides[1].seconds, strict=True)]
     print(f"batch {args.batch}, {args.img_size} pixels, {args.threads} threads, {args.clock} clock, {device}; ratio round by round "
