@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT, environment
 
 from config import ConfigError, get_config, history
-from utils.outcomes import Outcomes, by_class, confused_pairs, confusion, reliability
+from utils.outcomes import Outcomes, OutcomesError, by_class, confused_pairs, confusion, reliability
 from utils.paired import compare
 from utils.runs import Run, read_run
 from utils.statistics import mcnemar
@@ -232,6 +232,19 @@ def test_figures_of_classes_and_confidence_by_hand() -> None:
     # of four sure ones (0.9) two are right, of two unsure ones (0.5, the lower bin's edge) one is
     assert [images for images, *_ in bins] == [2, 4] and error == pytest.approx((2 * 0.0 + 4 * 0.4) / 6)
     assert made.worst(2) == [1, 5]
+
+
+def test_a_damaged_file_of_predictions_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.npz"
+    predictions([True, False] * 20).write(str(path))
+    content, told = path.read_bytes(), 0
+    for place in range(0, len(content), 5):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 12]) + content[place + 1:])
+        try:
+            Outcomes.read(str(path))
+        except OutcomesError as error:
+            told += "or damaged" in str(error)
+    assert told > len(content) // 10
 
 
 def test_hostile_names_do_no_harm(finished: Path, tmp_path: Path, capsys) -> None:
