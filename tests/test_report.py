@@ -17,6 +17,7 @@ import yaml
 from conftest import ROOT, environment
 
 from config import ConfigError, get_config, history
+from utils.metrics import JsonLines, MetricsLog
 from utils.outcomes import Outcomes, OutcomesError, by_class, confused_pairs, confusion, reliability
 from utils.paired import compare
 from utils.runs import Run, read_run
@@ -162,8 +163,15 @@ def test_time_at_work_leaves_out_the_time_between_starts() -> None:
     assert Run("x", "x", rows=[dict(step=1, seconds=2.5), dict(step=2, seconds=3)]).seconds == 5.5
 
 
+@pytest.mark.parametrize("end", ["", "\n", '\n{"step": 2, "lo'])
+def test_lines_go_on_behind_what_a_kill_left(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "steps.jsonl"
+    path.write_text(f'{{"step": 1}}{end}')
+    JsonLines(str(path), 1).write(dict(step=2))
+    assert lines(path) == [dict(step=1), dict(step=2)]
+
+
 def test_columns_of_the_table_grow(tmp_path: Path) -> None:
-    from utils.metrics import MetricsLog
     log = MetricsLog(str(tmp_path), 0)
     for row in (dict(step=1, a=1), dict(step=2, a=None, b="x,y"), dict(step=3, a=4)):
         log.write(row)
