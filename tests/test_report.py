@@ -292,9 +292,9 @@ def test_report_without_some_of_the_files(finished: Path, tmp_path: Path, kept: 
             (tmp_path / "steps.jsonl").write_text('7\n{"step": "x"}\n')
         else:
             shutil.copy(finished / RUN / name, tmp_path)
-    page = Page(Path(write_report([str(tmp_path)])))
+    page = Page(Path(write_report([read_run(str(tmp_path))])))
     assert page.harmless() and all(word in page.text for word in words), page.text
-    both = Page(Path(write_report([str(tmp_path), str(finished / RUN)])))
+    both = Page(Path(write_report([read_run(str(folder)) for folder in (tmp_path, finished / RUN)])))
     assert both.harmless() and "cannot be compared image by image" in both.text
 
 
@@ -326,7 +326,7 @@ def test_plots_where_matplotlib_is(finished: Path, program, monkeypatch) -> None
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
     from utils.report import write_plots
-    assert "loss.png" in write_plots([str(finished / RUN)], str(program.folder))
+    assert "loss.png" in write_plots([read_run(str(finished / RUN))], str(program.folder))
     assert {path.name for path in (program.folder / "plots").iterdir()} >= {"loss.png", "accuracy.png", "confusion.png", "reliability.png"}
 
 
