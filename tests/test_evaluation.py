@@ -19,11 +19,12 @@ from PIL import Image
 from config import config_from_text
 from data import build_loaders
 from models import build_model
-from utils.answers import Answers, PerClass, Recorder, describe
+from utils.answers import Answers, Recorder, describe
 from utils.checkpoint import write_checkpoint
 from utils.compare import report
 from utils.device import Precision
 from utils.engine import evaluate
+from utils.per_class import PerClass
 from utils.statistics import bootstrap_difference, mcnemar
 
 NAMES = [f"n{i:02d}" for i in range(12)]
@@ -122,7 +123,7 @@ def test_figures_of_each_class(world: Path, program) -> None:
 def test_the_table_by_hand() -> None:
     target, top1 = np.array([0, 0, 0, 1, 1, -1]), np.array([0, 2, 2, 1, 0, 1])
     answers = Answers(target, top1, top1 == target, np.ones(6, np.float32), np.ones(6, np.float32))
-    table = PerClass.of(answers, 4)
+    table = PerClass.of(answers.target, answers.top1, 4)
     assert table.images.tolist() == [3, 2, 0, 0] and table.correct.tolist() == [1, 1, 0, 0] and table.answered.tolist() == [2, 1, 2, 0]
     assert table.mistaken.tolist() == [2, 0, -1, -1] and table.times.tolist() == [2, 1, 0, 0]
     assert table.precision.tolist() == [0.5, 1.0, 0.0, 0.0] and table.worst() == [0, 1]
@@ -338,7 +339,7 @@ def test_a_full_disk_costs_the_file_not_the_figures(world: Path, program, monkey
 
 def test_names_of_classes_stay_on_their_line() -> None:
     answers = Answers(np.array([0, 1]), np.array([1, 1]), np.ones(2, bool), np.ones(2), np.ones(2))
-    table = PerClass.of(answers, 2)
+    table = PerClass.of(answers.target, answers.top1, 2)
     names = ["a\ntop1 99.99", "b\udcff"]
     told = describe(answers, table, names, answers.evaluation())
     assert all("\n" not in line for line in told) and r"a\ntop1 99.99: 0 of 1 right, mostly taken for b\udcff" in told[-1]

@@ -18,8 +18,9 @@ from conftest import ROOT, environment
 
 from config import ConfigError, get_config, history
 from utils.metrics import JsonLines, MetricsLog
-from utils.outcomes import Outcomes, OutcomesError, by_class, confused_pairs, confusion, reliability
+from utils.outcomes import Outcomes, OutcomesError, confused_pairs, confusion, reliability
 from utils.paired import compare
+from utils.per_class import PerClass
 from utils.runs import Run, read_run
 from utils.statistics import mcnemar
 
@@ -232,9 +233,10 @@ def test_figures_of_classes_and_confidence_by_hand() -> None:
     made = Outcomes(np.arange(6), target, predicted, probability, probability, list("abcdef"), ["u", "v", "w"], {})
     counts = confusion(made)
     assert counts.tolist() == [[0, 0, 1], [0, 1, 2], [1, 1, 2], [2, 0, 1]]
-    worst = by_class(made, counts)
-    assert [(row.name, row.images, row.mistaken_for, row.times) for row in worst] == [("w", 1, "u", 1), ("u", 3, "v", 2), ("v", 2, "", 0)]
-    assert [row.recall for row in worst] == [0, pytest.approx(1 / 3), 1] and [row.precision for row in worst] == [None, 0.5, 0.5]
+    table = PerClass.of(target, predicted, 3)
+    assert (table.images.tolist(), table.mistaken.tolist(), table.times.tolist()) == ([3, 2, 1], [1, -1, 0], [2, 0, 1])
+    assert table.worst() == [2, 0, 1] and table.recall.tolist() == [pytest.approx(1 / 3), 1, 0]
+    assert table.answered.tolist() == [2, 4, 0] and table.precision.tolist() == [0.5, 0.5, 0]
     assert confused_pairs(counts) == [(0, 1, 2), (2, 0, 1)]
     bins, error = reliability(made, 2)
     # of four sure ones (0.9) two are right, of two unsure ones (0.5, the lower bin's edge) one is

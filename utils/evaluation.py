@@ -22,7 +22,7 @@ from data.classes import imagenet_classes
 from models import build_model, check_input_size, load_state
 from models.weights import check_finite, unwrap_state_dict
 from utils import checkpoint, distributed
-from utils.answers import Answers, PerClass, Recorder, describe
+from utils.answers import Answers, Recorder, describe
 from utils.compile import compile_model, require_compiler
 from utils.device import Precision, choose_precision
 from utils.engine import evaluate
@@ -30,6 +30,7 @@ from utils.files import replace_file, require_place
 from utils.labels import Labels, LabelSet
 from utils.modes import weights_to_judge
 from utils.outcomes import MOST_IMAGES
+from utils.per_class import PerClass
 from utils.progress import listing, periodic, track
 from utils.reading import decoding, tell_uncounted, teller
 from utils.recorder import recordable, write_outcomes
@@ -164,7 +165,7 @@ def _figures(label_set: LabelSet, answers: Answers, among: Answers | None, resul
         result = answers.evaluation()
     elif among is not None:
         lines.append(f"answers from the {len(allowed)} classes with images alone: {among.evaluation().line()}")
-    lines += describe(answers, PerClass.of(answers, len(classes)), classes, result)
+    lines += describe(answers, PerClass.of(answers.target, answers.top1, len(classes)), classes, result)
     if label_set.real is not None:
         lines.append(f"by the original labels: {result.line()}")
         return [*lines, _real_line(label_set.real, answers)]
@@ -185,7 +186,7 @@ def _write_files(config: CfgNode, label_set: LabelSet, answers: Answers, among: 
         lines.append(f"prediction of each image: {config.TEST.PREDICTIONS}")
     if config.TEST.PER_CLASS:
         counted = among.on(label_set.allowed) if among is not None and label_set.headline else answers
-        table = PerClass.of(counted, len(classes)).csv(classes, label_set.allowed)
+        table = PerClass.of(counted.target, counted.top1, len(classes)).csv(classes, label_set.allowed)
         replace_file(os.path.expanduser(config.TEST.PER_CLASS), table.encode("utf-8", "backslashreplace"))
         lines.append(f"figures of each class: {config.TEST.PER_CLASS}")
     return lines

@@ -130,42 +130,11 @@ def thumbnail(image: Any, side: int = 112) -> bytes:
 # What follows from them
 # --------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class OfClass:
-    """How one class fared: images of it, share recognised, share of right ones among those called so (None: none was), and the class
-    it is mostly taken for, with how often."""
-
-    name: str
-    images: int
-    recall: float
-    precision: float | None
-    mistaken_for: str
-    times: int
-
-
 def confusion(predictions: Outcomes) -> np.ndarray:
     """(target, predicted, times) of what occurs, in that order, int64 (K, 3): with many classes most pairs never do."""
     classes = len(predictions.classes)
     cells, times = np.unique(predictions.target.astype(np.int64) * classes + predictions.predicted, return_counts=True)
     return np.stack([*np.divmod(cells, classes), times], axis=1)
-
-
-def by_class(predictions: Outcomes, cells: np.ndarray) -> list[OfClass]:
-    """The classes that have images, the worst first; ``cells`` as ``confusion`` gives them."""
-    names = predictions.classes
-    totals, called = (np.bincount(column, minlength=len(names)) for column in (predictions.target, predictions.predicted))
-    right = {int(target): int(times) for target, predicted, times in cells if target == predicted}
-    mistaken: dict[int, tuple[int, int]] = {}  # the commonest mistake of each class
-    for target, predicted, times in cells.tolist():
-        if target != predicted and times > mistaken.get(target, (0, 0))[0]:
-            mistaken[target] = times, predicted
-    rows = []
-    for number in np.flatnonzero(totals).tolist():
-        times, other = mistaken.get(number, (0, number))
-        hits = right.get(number, 0)
-        rows.append(OfClass(names[number], int(totals[number]), hits / int(totals[number]),
-                            hits / int(called[number]) if called[number] else None, names[other] if times else "", times))
-    return sorted(rows, key=lambda row: (row.recall, -row.images))
 
 
 def confused_pairs(cells: np.ndarray, most: int = 20) -> list[tuple[int, int, int]]:

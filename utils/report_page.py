@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from utils.curves import charts, letters, marks
-from utils.outcomes import Outcomes, by_class, confused_pairs, confusion, reliability
+from utils.outcomes import Outcomes, confused_pairs, confusion, reliability
 from utils.paired import Paired, compare
+from utils.per_class import PerClass
 from utils.report_style import SCRIPT, STYLE
 from utils.runs import Run, beside_preset, circumstances, config_differences, facts, shown, source_of
 from utils.statistics import bootstrap_interval
@@ -128,11 +132,12 @@ def _paired(paired: Paired, a: str, b: str) -> str:
 
 
 def _class_changes(first: Outcomes, second: Outcomes, a: str, b: str) -> str:
-    recalls = [{row.name: row for row in by_class(p, confusion(p))} for p in (first, second)]
-    rows = [(recalls[1][name].recall - recalls[0][name].recall, name) for name in recalls[0] if name in recalls[1]]
+    recalls = [dict(zip(p.classes, _figures(p).recall.tolist(), strict=True)) for p in (first, second)]
+    changes = [(recalls[1].get(name, math.nan) - recall, name) for name, recall in recalls[0].items()]
+    rows = [(change, name) for change, name in changes if not math.isnan(change)]
     rows.sort(key=lambda row: (-abs(row[0]), row[1]))
     table = _table(["class", f"{a} (%)", f"{b} (%)", "difference"],
-                   [[name, _percent(recalls[0][name].recall), _percent(recalls[1][name].recall), (change, f"{100 * change:+.1f}")]
+                   [[name, _percent(recalls[0][name]), _percent(recalls[1][name]), (change, f"{100 * change:+.1f}")]
                     for change, name in rows[:MOST_ROWS]], numeric=(1, 2, 3), sortable=True)
     return _folded("Accuracy of each class, the greatest changes first", table)
 
@@ -149,8 +154,8 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:
 # One run in depth
 # --------------------------------------------------------------------------------------------------
 
-def _percent(share: float | None) -> tuple[float, str]:
-    return (-1.0, "–") if share is None else (round(share, 6), f"{100 * share:.1f}")
+def _percent(share: float) -> tuple[float, str]:
+    return (-1.0, "–") if math.isnan(share) else (round(share, 6), f"{100 * share:.1f}")
 
 
 def _of_run(run: Run, letter: str) -> str:
@@ -161,17 +166,22 @@ def _of_run(run: Run, letter: str) -> str:
     return "".join([*parts, _config(run, lead), _environment(run, lead)])
 
 
+def _figures(predictions: Outcomes) -> PerClass:
+    return PerClass.of(predictions.target, predictions.predicted, len(predictions.classes))
+
+
 def _classes(predictions: Outcomes, lead: str) -> str:
     cells, classes = confusion(predictions), predictions.classes
     low, high = (100 * bound for bound in bootstrap_interval(int(predictions.right.sum()), len(predictions.right)))
-    rows = by_class(predictions, cells)
+    figures = _figures(predictions)
+    recall, precision = figures.recall, np.where(figures.answered > 0, figures.precision, np.nan)
+    worst = sorted(figures.worst(len(classes)), key=lambda i: (recall[i], -figures.images[i]))
     table = _table(["class", "images", "recognised (%)", "right when named (%)", "mostly taken for"],
-                   [[row.name, (row.images, f"{row.images:,}"), _percent(row.recall), _percent(row.precision),
-                     f"{row.mistaken_for} ({row.times})" if row.times else ""] for row in rows[:MOST_ROWS]],
+                   [[classes[i], (figures.images[i], f"{figures.images[i]:,}"), _percent(recall[i]), _percent(precision[i]),
+                     f"{classes[figures.mistaken[i]]} ({figures.times[i]})" if figures.times[i] else ""] for i in worst[:MOST_ROWS]],
                    numeric=(1, 2, 3), sortable=True)
-    cut = f"<p class=soft>The {MOST_ROWS:,} worst of {len(rows):,} classes.</p>" if len(rows) > MOST_ROWS else ""
-    images = {row.name: row.images for row in rows}
-    pairs = [[classes[a], classes[b], (times, f"{times:,}"), _percent(times / images[classes[a]])] for a, b, times in confused_pairs(cells)]
+    cut = f"<p class=soft>The {MOST_ROWS:,} worst of {len(worst):,} classes.</p>" if len(worst) > MOST_ROWS else ""
+    pairs = [[classes[a], classes[b], (times, f"{times:,}"), _percent(times / figures.images[a])] for a, b, times in confused_pairs(cells)]
     pair_table = _table(["true", "taken for", "times", "of the class (%)"], pairs, numeric=(2, 3), sortable=True)
     bins, error = reliability(predictions)
     wide = " class=row" if len(classes) > 12 else ""
