@@ -142,8 +142,8 @@ def show_attention(config: CfgNode, content: Any, device: torch.device, logger: 
 def _load(config: CfgNode, path: str, content: Any) -> CrossFormer:
     own = checkpoint.is_own(content)
     state = (content["ema"] or content["model"]) if own else unwrap_state_dict(content, path)
-    classes = len(content["classes"]) if own else next((len(t) for name, t in state.items() if name == "head.bias"), None)
-    model = build_model(config, classes)
+    classes = content["classes"] if own else state.get("head.bias")
+    model = build_model(config, None if classes is None else len(classes))
     check_input_size(model, config)
     check_finite(state, path)
     load_state(model, state, config, path)

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from utils.files import write_atomically
-from utils.statistics import bins_of, expected_calibration_error
+from utils.statistics import BINS, bins_of, expected_calibration_error
 
 FILE = "predictions.npz"
 MOST_IMAGES = 200_000
-BINS = 15  # of confidence in the reliability diagram, equally wide
 
 
 class OutcomesError(ValueError):
