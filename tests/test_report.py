@@ -21,7 +21,7 @@ from utils.metrics import JsonLines, MetricsLog
 from utils.outcomes import Outcomes, OutcomesError, confused_pairs, confusion, reliability
 from utils.paired import compare
 from utils.per_class import PerClass
-from utils.runs import Run, read_run
+from utils.runs import Run, facts, read_run
 from utils.statistics import mcnemar
 
 RUN = "output/tiny/a"
@@ -162,6 +162,11 @@ def test_time_at_work_leaves_out_the_time_between_starts() -> None:
               dict(event="start", step=6, time=2000.0, before=1029.0)]
     assert Run("x", "x", events=events, steps=[dict(step=8, time=2005.0)]).seconds == 60 + 30 + 5
     assert Run("x", "x", rows=[dict(step=1, seconds=2.5), dict(step=2, seconds=3)]).seconds == 5.5
+
+
+def test_facts_of_rows_with_gaps() -> None:
+    found = facts(Run("x", "x", rows=[dict(step=1, top1=50.0, skipped_steps=2), dict(step=2, top1=None, skipped_steps=None)]))
+    assert (found["best top-1"], found["best epoch"], found["epochs"], found["skipped steps"]) == ("50.00 %", "?", "? of ?", "2")
 
 
 @pytest.mark.parametrize("end", ["", "\n", '\n{"step": 2, "lo'])

@@ -30,7 +30,7 @@ def render(runs: Sequence[Run]) -> str:
     names = letters(runs)
     title = " and ".join(f"{letter} {run.name}".strip() for letter, run in zip(names, runs, strict=True))
     parts = [_head(title), f"<header><h1>{text_of(title)}</h1><p class=soft>Written {time.strftime('%Y-%m-%d %H:%M')}</p></header><main>"]
-    parts += [_overview(runs, names), _curves(runs)]
+    parts += [_overview(runs, names), _curves(runs, names)]
     if len(runs) > 1:
         parts += [_comparison(runs, names), _differences(runs, names)]
     for run, letter in zip(runs, names, strict=True):
@@ -88,7 +88,7 @@ def _problems(run: Run, letter: str = "") -> str:
     return "".join(f"<p class=soft>{text_of(f'{letter} {problem}'.strip())}</p>" for problem in run.problems)
 
 
-def _curves(runs: Sequence[Run]) -> str:
+def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
     figures = []
     for chart in charts(runs):
         labels = [line for line in chart.lines if line.label]
@@ -96,7 +96,7 @@ def _curves(runs: Sequence[Run]) -> str:
                          f"{text_of(line.label)}</span>" for line in labels) if len(chart.lines) > 1 else ""
         figures.append(f"<figure><figcaption><b>{text_of(chart.title)}</b><span class=legend>{legend}</span></figcaption>"
                        f"{line_chart(chart.lines, chart.x_label, chart.y_label, chart.marks)}</figure>")
-    happened = [sentence for run, letter in zip(runs, letters(runs), strict=True) for _, sentence in marks(run, letter)]
+    happened = [sentence for run, letter in zip(runs, names, strict=True) for _, sentence in marks(run, letter)]
     told = "; ".join(happened[:12]) + (" …" if len(happened) > 12 else "")
     note = f"<p class=soft>Upright dashed lines: {text_of(told)}.</p>" if happened else ""
     return _section("Curves", f"<div class=charts>{''.join(figures)}</div>{note}") if figures else ""

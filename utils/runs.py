@@ -182,20 +182,21 @@ def duration(seconds: float | None) -> str:
 def facts(run: Run) -> dict[str, str]:
     """What a run came to, in words by name; of a checkpoint alone (``folder`` empty) only what it knows."""
     if not run.folder:
-        return {"best top-1": f"{run.best['top1']:.2f} %", "best epoch": str(run.best["epoch"])} if run.best else {}
+        return {"best top-1": f"{run.best['top1']:.2f} %", "best epoch": str(run.best.get("epoch", "?"))} if run.best else {}
     best, last = run.best, next((row for row in reversed(run.rows) if _is_number(row.get("top1"))), None)
     done, planned = (run.rows[-1].get("epoch", "?") if run.rows else 0), run.config.get("TRAIN.EPOCHS", "?")
     speeds = sorted(row["images_per_s"] for row in run.steps or run.rows if _is_number(row.get("images_per_s")))
+    skipped = (row["skipped_steps"] for row in run.rows if _is_number(row.get("skipped_steps")))
     found = {
         "best top-1": f"{best['top1']:.2f} %" if best else "none yet",
-        "best epoch": str(best["epoch"]) if best else "none yet",
+        "best epoch": str(best.get("epoch", "?")) if best else "none yet",
         "last top-1": f"{last['top1']:.2f} %" if last else "none yet",
         "last top-5": f"{last['top5']:.2f} %" if last and _is_number(last.get("top5")) else "none yet",
         "epochs": f"{done} of {planned}",
         "time at work": duration(run.seconds),
         "images/s (median)": f"{speeds[len(speeds) // 2]:,.1f}" if speeds else "unknown",
         "restarts": str(max(0, len(run.starts) - 1)),
-        "skipped steps": str(max(len({row["step"] for row in run.evidence}), sum(row.get("skipped_steps", 0) for row in run.rows))),
+        "skipped steps": str(max(len({row["step"] for row in run.evidence}), sum(skipped))),
     }
     ends = [event for event in run.events if event.get("event") in ("finished", "stopped", "failed", "start")]
     if ends:
