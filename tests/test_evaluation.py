@@ -80,6 +80,16 @@ def logits_of(checkpoint: Path, flip: bool = False) -> tuple[torch.Tensor, torch
     return torch.cat(logits), torch.cat(targets)
 
 
+def turned(checkpoint: Path) -> dict:
+    """The content of ``checkpoint`` with its classes in the opposite order."""
+    content = load(checkpoint)
+    for state in (content["model"], content["ema"]):
+        for key in ("head.weight", "head.bias"):
+            state[key] = state[key].flip(0)
+    content["classes"] = NAMES[::-1]
+    return content
+
+
 def last(output: str) -> tuple[int, int]:
     """(right, of) in the last line of an evaluation."""
     found = LAST.search(output.strip().splitlines()[-1])
@@ -158,13 +168,7 @@ def test_numbered_folders_are_positions_whatever_their_order_as_text(world: Path
     refused = program("--eval", "--resume", world / "b.pth", "--labels", "v2")
     assert refused.returncode == 3 and "are numbers, these are not" in refused.stderr
     # A checkpoint whose classes stand in another order: the numbers count the sorted names.
-    turn = list(range(11, -1, -1))
-    content = load(world / "b.pth")
-    for state in (content["model"], content["ema"]):
-        for key in ("head.weight", "head.bias"):
-            state[key] = state[key][turn]
-    content["classes"] = NAMES[::-1]
-    write_checkpoint(str(program.folder / "turned.pth"), content)
+    write_checkpoint(str(program.folder / "turned.pth"), turned(world / "b.pth"))
     for number in range(12):
         paint(program.folder / f"v2/{number}/more.png", number, 7)
     one = program("--eval", "--resume", world / "b.pth", "--data-path", "v2", "--labels", "v2")
@@ -257,11 +261,7 @@ def test_comparison_is_paired_and_exact(world: Path, program) -> None:
     assert f"points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}" in done.stdout
     assert re.search(rf"^A \S+: top1 \S+ .*\({int(right_a.sum())} of 36\)", done.stdout, re.M)
     # The same weights with their classes in another order, and another way to prepare images: one pass and two.
-    content, turn = load(world / "b.pth"), list(range(11, -1, -1))
-    for state in (content["model"], content["ema"]):
-        for key in ("head.weight", "head.bias"):
-            state[key] = state[key][turn]
-    content["classes"] = NAMES[::-1]
+    content = turned(world / "b.pth")
     write_checkpoint(str(program.folder / "turned.pth"), content)
     again = program("--compare", world / "b.pth", "turned.pth")
     assert f"right: both {int(right_b.sum())}, A alone 0, B alone 0" in again.stdout and "p = 1;" in again.stdout

@@ -66,7 +66,20 @@ class Reordered(nn.Module):
         return self.model(images).index_select(1, self.order)
 
 
-def classes_of(content: Any, labels: Labels) -> Any:
+def open_images(config: CfgNode, content: Any, labels: Labels, device: torch.device, logger: logging.Logger,
+                classes: Sequence[str] | None = None) -> tuple[Any, LabelSet]:
+    """(loaders of the validation images, what counts on them) for a file of weights; targets count ``classes``, else the file's own."""
+    with listing(functools.partial(periodic, logger)):
+        loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
+                                classes=classes or _classes_of(content, labels), device=device, published=not checkpoint.is_own(content))
+    loaders.tell(teller(logger))
+    label_set = labels.on(loaders.val.dataset.folder, loaders.classes)
+    for line in (*loaders.notices, *label_set.notices):
+        logger.info(line)
+    return loaders, label_set
+
+
+def _classes_of(content: Any, labels: Labels) -> Any:
     """What ``build_loaders`` takes for the classes of a file of weights."""
     if checkpoint.is_own(content):
         return labels.naming(content["classes"], thousand=False)
@@ -115,16 +128,10 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
             require_place(os.path.expanduser(path), f"{key} is ")
     path, content = weights_to_judge(config, content, "--eval")
     precision, own = prepare(config, device, logger), checkpoint.is_own(content)
-    with listing(functools.partial(periodic, logger)):
-        loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
-                                classes=classes_of(content, labels), device=device, published=not own)
-    loaders.tell(teller(logger))
+    loaders, label_set = open_images(config, content, labels, device, logger)
     if config.TEST.PREDICTIONS and not recordable(loaders.val):
         raise ConfigError("TEST.PREDICTIONS: not for a stream, whose images have no numbers, nor beyond "
                           f"{MOST_IMAGES:,} images; leave it empty")
-    label_set = labels.on(loaders.val.dataset.folder, loaders.classes)
-    for line in (*loaders.notices, *label_set.notices):
-        logger.info(line)
     models = judged_models(config, path, content, loaders.classes, device)
     logger.info(f"evaluating {path}" + (f" (step {content['step']})" if own else "")
                 + f" on {config.DATA.VAL_PATH or config.DATA.DATA_PATH}, "
