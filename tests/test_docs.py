@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from config import get_config
+from config import KEYS, get_config
 from main import build_parser, parse
 
 ROOT = Path(__file__).parent.parent
+NODES = {key.partition(".")[0] for key, *_ in KEYS if "." in key}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -47,7 +48,7 @@ def test_links_and_keys_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
     keys = get_config()
-    for key in re.findall(r"\b((?:TRAIN|DATA|AUG|TEST|MODEL|DOCTOR|PREDICT|EXPORT)(?:\.[A-Z_]+)+)", text):
+    for key in re.findall(rf"\b((?:{'|'.join(NODES)})(?:\.[A-Z_]+)+)", text):
         node = keys
         for part in key.split("."):
             assert part in node, f"{page.name}: no key {key}"

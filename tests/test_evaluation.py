@@ -19,11 +19,12 @@ from PIL import Image
 from config import config_from_text
 from data import build_loaders
 from models import build_model
-from utils.answers import Answers, PerClass, Recorder, describe
+from utils.answers import Answers, Recorder, describe
 from utils.checkpoint import write_checkpoint
 from utils.compare import report
 from utils.device import Precision
 from utils.engine import evaluate
+from utils.per_class import PerClass
 from utils.statistics import bootstrap_difference, mcnemar
 
 NAMES = [f"n{i:02d}" for i in range(12)]
@@ -79,6 +80,16 @@ def logits_of(checkpoint: Path, flip: bool = False) -> tuple[torch.Tensor, torch
     return torch.cat(logits), torch.cat(targets)
 
 
+def turned(checkpoint: Path) -> dict:
+    """The content of ``checkpoint`` with its classes in the opposite order."""
+    content = load(checkpoint)
+    for state in (content["model"], content["ema"]):
+        for key in ("head.weight", "head.bias"):
+            state[key] = state[key].flip(0)
+    content["classes"] = NAMES[::-1]
+    return content
+
+
 def last(output: str) -> tuple[int, int]:
     """(right, of) in the last line of an evaluation."""
     found = LAST.search(output.strip().splitlines()[-1])
@@ -122,7 +133,7 @@ def test_figures_of_each_class(world: Path, program) -> None:
 def test_the_table_by_hand() -> None:
     target, top1 = np.array([0, 0, 0, 1, 1, -1]), np.array([0, 2, 2, 1, 0, 1])
     answers = Answers(target, top1, top1 == target, np.ones(6, np.float32), np.ones(6, np.float32))
-    table = PerClass.of(answers, 4)
+    table = PerClass.of(answers.target, answers.top1, 4)
     assert table.images.tolist() == [3, 2, 0, 0] and table.correct.tolist() == [1, 1, 0, 0] and table.answered.tolist() == [2, 1, 2, 0]
     assert table.mistaken.tolist() == [2, 0, -1, -1] and table.times.tolist() == [2, 1, 0, 0]
     assert table.precision.tolist() == [0.5, 1.0, 0.0, 0.0] and table.worst() == [0, 1]
@@ -157,13 +168,7 @@ def test_numbered_folders_are_positions_whatever_their_order_as_text(world: Path
     refused = program("--eval", "--resume", world / "b.pth", "--labels", "v2")
     assert refused.returncode == 3 and "are numbers, these are not" in refused.stderr
     # A checkpoint whose classes stand in another order: the numbers count the sorted names.
-    turn = list(range(11, -1, -1))
-    content = load(world / "b.pth")
-    for state in (content["model"], content["ema"]):
-        for key in ("head.weight", "head.bias"):
-            state[key] = state[key][turn]
-    content["classes"] = NAMES[::-1]
-    write_checkpoint(str(program.folder / "turned.pth"), content)
+    write_checkpoint(str(program.folder / "turned.pth"), turned(world / "b.pth"))
     for number in range(12):
         paint(program.folder / f"v2/{number}/more.png", number, 7)
     one = program("--eval", "--resume", world / "b.pth", "--data-path", "v2", "--labels", "v2")
@@ -256,11 +261,7 @@ def test_comparison_is_paired_and_exact(world: Path, program) -> None:
     assert f"points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}" in done.stdout
     assert re.search(rf"^A \S+: top1 \S+ .*\({int(right_a.sum())} of 36\)", done.stdout, re.M)
     # The same weights with their classes in another order, and another way to prepare images: one pass and two.
-    content, turn = load(world / "b.pth"), list(range(11, -1, -1))
-    for state in (content["model"], content["ema"]):
-        for key in ("head.weight", "head.bias"):
-            state[key] = state[key][turn]
-    content["classes"] = NAMES[::-1]
+    content = turned(world / "b.pth")
     write_checkpoint(str(program.folder / "turned.pth"), content)
     again = program("--compare", world / "b.pth", "turned.pth")
     assert f"right: both {int(right_b.sum())}, A alone 0, B alone 0" in again.stdout and "p = 1;" in again.stdout
@@ -338,7 +339,7 @@ def test_a_full_disk_costs_the_file_not_the_figures(world: Path, program, monkey
 
 def test_names_of_classes_stay_on_their_line() -> None:
     answers = Answers(np.array([0, 1]), np.array([1, 1]), np.ones(2, bool), np.ones(2), np.ones(2))
-    table = PerClass.of(answers, 2)
+    table = PerClass.of(answers.target, answers.top1, 2)
     names = ["a\ntop1 99.99", "b\udcff"]
     told = describe(answers, table, names, answers.evaluation())
     assert all("\n" not in line for line in told) and r"a\ntop1 99.99: 0 of 1 right, mostly taken for b\udcff" in told[-1]

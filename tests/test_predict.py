@@ -24,7 +24,7 @@ from data.given import find_given
 from models.crossformer import CrossFormer
 from utils import distributed, predict
 from utils.inference import describe_classes, open_trained
-from utils.sheet import drawable, fitted, length
+from utils.picture import drawable, fitted, length
 
 
 @pytest.fixture

@@ -17,9 +17,11 @@ import yaml
 from conftest import ROOT, environment
 
 from config import ConfigError, get_config, history
-from utils.outcomes import Outcomes, by_class, confused_pairs, confusion, reliability
+from utils.metrics import JsonLines, MetricsLog
+from utils.outcomes import Outcomes, OutcomesError, confused_pairs, confusion, reliability
 from utils.paired import compare
-from utils.runs import Run, read_run
+from utils.per_class import PerClass
+from utils.runs import Run, facts, read_run
 from utils.statistics import mcnemar
 
 RUN = "output/tiny/a"
@@ -162,8 +164,20 @@ def test_time_at_work_leaves_out_the_time_between_starts() -> None:
     assert Run("x", "x", rows=[dict(step=1, seconds=2.5), dict(step=2, seconds=3)]).seconds == 5.5
 
 
+def test_facts_of_rows_with_gaps() -> None:
+    found = facts(Run("x", "x", rows=[dict(step=1, top1=50.0, skipped_steps=2), dict(step=2, top1=None, skipped_steps=None)]))
+    assert (found["best top-1"], found["best epoch"], found["epochs"], found["skipped steps"]) == ("50.00 %", "?", "? of ?", "2")
+
+
+@pytest.mark.parametrize("end", ["", "\n", '\n{"step": 2, "lo'])
+def test_lines_go_on_behind_what_a_kill_left(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "steps.jsonl"
+    path.write_text(f'{{"step": 1}}{end}')
+    JsonLines(str(path), 1).write(dict(step=2))
+    assert lines(path) == [dict(step=1), dict(step=2)]
+
+
 def test_columns_of_the_table_grow(tmp_path: Path) -> None:
-    from utils.metrics import MetricsLog
     log = MetricsLog(str(tmp_path), 0)
     for row in (dict(step=1, a=1), dict(step=2, a=None, b="x,y"), dict(step=3, a=4)):
         log.write(row)
@@ -224,14 +238,28 @@ def test_figures_of_classes_and_confidence_by_hand() -> None:
     made = Outcomes(np.arange(6), target, predicted, probability, probability, list("abcdef"), ["u", "v", "w"], {})
     counts = confusion(made)
     assert counts.tolist() == [[0, 0, 1], [0, 1, 2], [1, 1, 2], [2, 0, 1]]
-    worst = by_class(made, counts)
-    assert [(row.name, row.images, row.mistaken_for, row.times) for row in worst] == [("w", 1, "u", 1), ("u", 3, "v", 2), ("v", 2, "", 0)]
-    assert [row.recall for row in worst] == [0, pytest.approx(1 / 3), 1] and [row.precision for row in worst] == [None, 0.5, 0.5]
+    table = PerClass.of(target, predicted, 3)
+    assert (table.images.tolist(), table.mistaken.tolist(), table.times.tolist()) == ([3, 2, 1], [1, -1, 0], [2, 0, 1])
+    assert table.worst() == [2, 0, 1] and table.recall.tolist() == [pytest.approx(1 / 3), 1, 0]
+    assert table.answered.tolist() == [2, 4, 0] and table.precision.tolist() == [0.5, 0.5, 0]
     assert confused_pairs(counts) == [(0, 1, 2), (2, 0, 1)]
     bins, error = reliability(made, 2)
     # of four sure ones (0.9) two are right, of two unsure ones (0.5, the lower bin's edge) one is
     assert [images for images, *_ in bins] == [2, 4] and error == pytest.approx((2 * 0.0 + 4 * 0.4) / 6)
     assert made.worst(2) == [1, 5]
+
+
+def test_a_damaged_file_of_predictions_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.npz"
+    predictions([True, False] * 20).write(str(path))
+    content, told = path.read_bytes(), 0
+    for place in range(0, len(content), 5):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 12]) + content[place + 1:])
+        try:
+            Outcomes.read(str(path))
+        except OutcomesError as error:
+            told += "or damaged" in str(error)
+    assert told > len(content) // 10
 
 
 def test_hostile_names_do_no_harm(finished: Path, tmp_path: Path, capsys) -> None:
@@ -271,9 +299,9 @@ def test_report_without_some_of_the_files(finished: Path, tmp_path: Path, kept: 
             (tmp_path / "steps.jsonl").write_text('7\n{"step": "x"}\n')
         else:
             shutil.copy(finished / RUN / name, tmp_path)
-    page = Page(Path(write_report([str(tmp_path)])))
+    page = Page(Path(write_report([read_run(str(tmp_path))])))
     assert page.harmless() and all(word in page.text for word in words), page.text
-    both = Page(Path(write_report([str(tmp_path), str(finished / RUN)])))
+    both = Page(Path(write_report([read_run(str(folder)) for folder in (tmp_path, finished / RUN)])))
     assert both.harmless() and "cannot be compared image by image" in both.text
 
 
@@ -305,7 +333,7 @@ def test_plots_where_matplotlib_is(finished: Path, program, monkeypatch) -> None
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
     from utils.report import write_plots
-    assert "loss.png" in write_plots([str(finished / RUN)], str(program.folder))
+    assert "loss.png" in write_plots([read_run(str(finished / RUN))], str(program.folder))
     assert {path.name for path in (program.folder / "plots").iterdir()} >= {"loss.png", "accuracy.png", "confusion.png", "reliability.png"}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor
 from utils import distributed
 from utils.engine import Evaluation
 from utils.logger import plain
+from utils.per_class import PerClass
 from utils.statistics import bootstrap_interval, expected_calibration_error
 
 
@@ -86,85 +85,6 @@ class Recorder:
 
 
 _EMPTY = [np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0, np.float32), np.zeros(0, np.float32)]
-
-
-# --------------------------------------------------------------------------------------------------
-# A class at a time
-# --------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class PerClass:
-    """Figures of each class, (C,) each, from the images that count.
-
-    Attributes:
-        images: images of the class.
-        correct: those answered rightly.
-        answered: images, of whatever class, that were taken for it.
-        mistaken, times: the class it is most often mistaken for (-1: never), and how often.
-    """
-
-    images: np.ndarray
-    correct: np.ndarray
-    answered: np.ndarray
-    mistaken: np.ndarray
-    times: np.ndarray
-
-    @classmethod
-    def of(cls, answers: Answers, classes: int) -> PerClass:
-        counted = answers.target >= 0
-        target, top1 = answers.target[counted], answers.top1[counted]
-
-        def count(values: np.ndarray) -> np.ndarray:
-            return np.bincount(values, minlength=classes)
-
-        mistaken, times = np.full(classes, -1), np.zeros(classes, dtype=np.int64)
-        wrong = target != top1
-        pairs, often = np.unique(target[wrong] * classes + top1[wrong], return_counts=True)
-        for pair, number in zip(pairs[::-1].tolist(), often[::-1].tolist(), strict=True):  # of equals the first class
-            if number >= times[pair // classes]:
-                mistaken[pair // classes], times[pair // classes] = pair % classes, number
-        return cls(count(target), count(target[~wrong]), count(top1), mistaken, times)
-
-    @property
-    def recall(self) -> np.ndarray:
-        """Share of a class's images answered rightly, its accuracy; nan without images."""
-        return _share(self.correct, self.images, np.nan)
-
-    @property
-    def precision(self) -> np.ndarray:
-        """Share of the images taken for a class that are of it; 0 where none was."""
-        return _share(self.correct, self.answered, 0.0)
-
-    @property
-    def f1(self) -> np.ndarray:
-        """Harmonic mean of precision and recall; nan without images."""
-        return np.where(self.images > 0, _share(2 * self.correct, self.images + self.answered, 0.0), np.nan)
-
-    def worst(self, count: int = 5) -> list[int]:
-        """The classes with images of the lowest recall, lowest first."""
-        order = np.argsort(np.where(self.images > 0, self.recall, np.inf), kind="stable")
-        return [int(i) for i in order[:count] if self.images[i]]
-
-    def macro(self) -> tuple[float, float, float]:
-        """Means of recall, precision and F1 over the classes that have images."""
-        some = self.images > 0
-        return tuple(float(values[some].mean()) if some.any() else 0.0 for values in (self.recall, self.precision, self.f1))
-
-    def csv(self, names: Sequence[str], classes: np.ndarray | None = None) -> str:
-        """The table, a line a class, of all ``classes`` or those at the positions given."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["class", "images", "correct", "recall", "precision", "f1", "answered", "mistaken_for", "times"])
-        figures = np.stack([self.recall, self.precision, self.f1], axis=1)
-        for i in range(len(names)) if classes is None else classes.tolist():
-            shares = ["" if np.isnan(value) else f"{value:.6f}" for value in figures[i]]
-            taken = names[self.mistaken[i]] if self.mistaken[i] >= 0 else ""
-            writer.writerow([names[i], self.images[i], self.correct[i], *shares, self.answered[i], taken, self.times[i]])
-        return text.getvalue()
-
-
-def _share(part: np.ndarray, whole: np.ndarray, nothing: float) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(len(whole), nothing), where=whole > 0)
 
 
 def describe(answers: Answers, table: PerClass, names: Sequence[str], result: Evaluation) -> list[str]:

@@ -24,7 +24,7 @@ from models.crossformer import PADDED_KEY, Block, CrossFormer, to_groups
 from models.weights import check_finite, unwrap_state_dict
 from utils import checkpoint, distributed
 from utils.modes import weights_to_judge
-from utils.picture import FAINT, INK, LINE, PAPER, canvas, cut, font, magnification, require_png, save, to_image
+from utils.picture import FAINT, INK, LINE, PAPER, canvas, magnification, require_png, save, to_image, write_line
 
 KINDS = ("short distance", "long distance")
 _TOKEN = (0, 190, 255)
@@ -142,8 +142,8 @@ def show_attention(config: CfgNode, content: Any, device: torch.device, logger: 
 def _load(config: CfgNode, path: str, content: Any) -> CrossFormer:
     own = checkpoint.is_own(content)
     state = (content["ema"] or content["model"]) if own else unwrap_state_dict(content, path)
-    classes = len(content["classes"]) if own else next((len(t) for name, t in state.items() if name == "head.bias"), None)
-    model = build_model(config, classes)
+    classes = content["classes"] if own else state.get("head.bias")
+    model = build_model(config, None if classes is None else len(classes))
     check_input_size(model, config)
     check_finite(state, path)
     load_state(model, state, config, path)
@@ -200,8 +200,8 @@ def page(image: Image.Image, shown: Sequence[Attended], stages: int, point: tupl
     kinds = sorted({item.far for item in shown})
     head = _MARGIN + 28 + 24 + 12
     sheet, draw = canvas(2 * _MARGIN + (stages + 1) * cell_width - _GAP, head + len(kinds) * cell_height - _GAP + _MARGIN + 24)
-    draw.text((_MARGIN, _MARGIN), cut(title, sheet.width - 2 * _MARGIN, font(18)), INK, font(18))
-    draw.text((_MARGIN, _MARGIN + 28), cut(subtitle, sheet.width - 2 * _MARGIN, font(14)), FAINT, font(14))
+    write_line(draw, (_MARGIN, _MARGIN), title, 18, INK, sheet.width - 2 * _MARGIN)
+    write_line(draw, (_MARGIN, _MARGIN + 28), subtitle, 14, FAINT, sheet.width - 2 * _MARGIN)
     stride, marked = min(item.stride for item in shown), enlarged.copy()
     _outline(marked, _box((0, -_ABOVE), factor, (point[0] // stride, point[1] // stride), stride, (width, height)))
     _panel(sheet, draw, marked, (_MARGIN, head), "the model's input", f"token at y {point[0]}, x {point[1]}")
@@ -225,8 +225,8 @@ def _panel(sheet: Image.Image, draw: ImageDraw.ImageDraw, image: Image.Image, pl
     sheet.paste(image, (left, top + _ABOVE))
     draw.rectangle((left - 1, top + _ABOVE - 1, left + image.width, top + _ABOVE + image.height), outline=LINE)
     width = max(image.width, 210)
-    draw.text((left, top), cut(title, width, font(15)), INK, font(15))
-    draw.text((left, top + _ABOVE + 4 + image.height), cut(below, width, font(13)), FAINT, font(13))
+    write_line(draw, (left, top), title, 15, INK, width)
+    write_line(draw, (left, top + _ABOVE + 4 + image.height), below, 13, FAINT, width)
 
 
 def _box(place: tuple[int, int], factor: int, cell: Sequence[int], stride: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -298,4 +298,4 @@ def _legend(draw: ImageDraw.ImageDraw, place: tuple[int, int]) -> None:
     left, top = place
     for i in range(160):
         draw.line((left + i, top, left + i, top + 11), fill=_heat(i / 159))
-    draw.text((left + 170, top - 3), "attention, from none to the most in its panel", FAINT, font(13))
+    write_line(draw, (left + 170, top - 3), "attention, from none to the most in its panel", 13, FAINT, 500)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -14,15 +13,15 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import KEYS, ConfigError, config_from_text, lookup
-from data import DataError, build_loaders, preprocessing
-from utils import checkpoint, distributed
+from data import DataError, preprocessing
+from utils import checkpoint
 from utils.answers import Answers, Recorder
 from utils.device import Precision
 from utils.engine import evaluate
-from utils.evaluation import classes_of, judged_models, prepare
+from utils.evaluation import judged_models, open_images, prepare
 from utils.labels import Labels
-from utils.progress import listing, periodic, track
-from utils.reading import tell_uncounted, teller
+from utils.progress import track
+from utils.reading import tell_uncounted
 from utils.statistics import bootstrap_difference, bootstrap_interval, mcnemar
 
 Pair = tuple[CfgNode, Any]
@@ -68,14 +67,7 @@ def _on_the_data_of(first: CfgNode, own: CfgNode) -> CfgNode:
 def _opened(pair: Pair, labels: Labels, device: torch.device, logger: logging.Logger,
             classes: Sequence[str] | None = None) -> tuple[Any, Any]:
     """(loaders, classes that answers are chosen from or None) for a file; its targets count ``classes``, else the file's own."""
-    config, content = pair
-    with listing(functools.partial(periodic, logger)):
-        loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
-                                classes=classes or classes_of(content, labels), device=device, published=not checkpoint.is_own(content))
-    loaders.tell(teller(logger))
-    label_set = labels.on(loaders.val.dataset.folder, loaders.classes)
-    for line in (*loaders.notices, *label_set.notices):
-        logger.info(line)
+    loaders, label_set = open_images(*pair, labels, device, logger, classes)
     return loaders, label_set.allowed if label_set.headline else None
 
 

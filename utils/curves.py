@@ -58,42 +58,38 @@ def marks(run: Run, letter: str = "") -> list[tuple[float, str]]:
     return found
 
 
-def _of_steps(*keys: str, percent: bool = False) -> Callable[[Run], list[tuple[str, list[dict[str, Any]], str, float]]]:
-    """(label, rows, key, factor) of curves over log lines."""
-    return lambda run: [("", run.steps, key, 100.0 if percent else 1.0) for key in keys]
+# (label, rows, key, factor) of each of a chart's curves
+Series = list[tuple[str, list[dict[str, Any]], str, float]]
 
 
-def _losses(run: Run) -> list[tuple[str, list[dict[str, Any]], str, float]]:
+def _one(key: str, factor: float = 1.0) -> Callable[[Run], Series]:
+    """A single curve, over the lines of the log where there are any."""
+    return lambda run: [("", run.steps or run.rows, key, factor)]
+
+
+def _losses(run: Run) -> Series:
     train = ("train", run.steps, "loss", 1.0) if run.steps else ("train", run.rows, "train_loss", 1.0)
     return [train, ("validation", run.rows, "val_loss", 1.0)]
 
 
-def _accuracies(run: Run) -> list[tuple[str, list[dict[str, Any]], str, float]]:
+def _accuracies(run: Run) -> Series:
     if not any("raw_top1" in row for row in run.rows):
         return [("top-1", run.rows, "top1", 1.0)]
     return [("averaged weights", run.rows, "top1", 1.0), ("raw weights", run.rows, "raw_top1", 1.0)]
 
 
-def _rates(run: Run) -> list[tuple[str, list[dict[str, Any]], str, float]]:
-    return [("", run.steps or run.rows, "lr", 1.0)]
-
-
-def _speeds(run: Run) -> list[tuple[str, list[dict[str, Any]], str, float]]:
-    return [("", run.steps or run.rows, "images_per_s", 1.0)]
-
-
 _CHARTS = [
     ("loss", "Loss", "loss", _losses),
     ("accuracy", "Accuracy on validation", "top-1 (%)", _accuracies),
-    ("lr", "Learning rate", "", _rates),
-    ("grad_norm", "Gradient norm before clipping", "norm", _of_steps("grad_norm")),
-    ("throughput", "Throughput", "images/s", _speeds),
-    ("data_wait", "Time spent waiting for data", "share (%)", _of_steps("data_share", percent=True)),
+    ("lr", "Learning rate", "", _one("lr")),
+    ("grad_norm", "Gradient norm before clipping", "norm", _one("grad_norm")),
+    ("throughput", "Throughput", "images/s", _one("images_per_s")),
+    ("data_wait", "Time spent waiting for data", "share (%)", _one("data_share", 100.0)),
 ]
 
 
 def _chart(runs: Sequence[Run], divisors: Sequence[float], x_label: str, name: str, title: str, y_label: str,
-           series: Callable[[Run], list[tuple[str, list[dict[str, Any]], str, float]]]) -> Chart:
+           series: Callable[[Run], Series]) -> Chart:
     lines, marked = [], []
     for number, (run, letter, divisor) in enumerate(zip(runs, letters(runs), divisors, strict=True)):
         for place, (label, rows, key, factor) in enumerate(series(run)):

@@ -22,7 +22,7 @@ from data.classes import imagenet_classes
 from models import build_model, check_input_size, load_state
 from models.weights import check_finite, unwrap_state_dict
 from utils import checkpoint, distributed
-from utils.answers import Answers, PerClass, Recorder, describe
+from utils.answers import Answers, Recorder, describe
 from utils.compile import compile_model, require_compiler
 from utils.device import Precision, choose_precision
 from utils.engine import evaluate
@@ -30,6 +30,7 @@ from utils.files import replace_file, require_place
 from utils.labels import Labels, LabelSet
 from utils.modes import weights_to_judge
 from utils.outcomes import MOST_IMAGES
+from utils.per_class import PerClass
 from utils.progress import listing, periodic, track
 from utils.reading import decoding, tell_uncounted, teller
 from utils.recorder import recordable, write_outcomes
@@ -65,7 +66,20 @@ class Reordered(nn.Module):
         return self.model(images).index_select(1, self.order)
 
 
-def classes_of(content: Any, labels: Labels) -> Any:
+def open_images(config: CfgNode, content: Any, labels: Labels, device: torch.device, logger: logging.Logger,
+                classes: Sequence[str] | None = None) -> tuple[Any, LabelSet]:
+    """(loaders of the validation images, what counts on them) for a file of weights; targets count ``classes``, else the file's own."""
+    with listing(functools.partial(periodic, logger)):
+        loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
+                                classes=classes or _classes_of(content, labels), device=device, published=not checkpoint.is_own(content))
+    loaders.tell(teller(logger))
+    label_set = labels.on(loaders.val.dataset.folder, loaders.classes)
+    for line in (*loaders.notices, *label_set.notices):
+        logger.info(line)
+    return loaders, label_set
+
+
+def _classes_of(content: Any, labels: Labels) -> Any:
     """What ``build_loaders`` takes for the classes of a file of weights."""
     if checkpoint.is_own(content):
         return labels.naming(content["classes"], thousand=False)
@@ -114,16 +128,10 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
             require_place(os.path.expanduser(path), f"{key} is ")
     path, content = weights_to_judge(config, content, "--eval")
     precision, own = prepare(config, device, logger), checkpoint.is_own(content)
-    with listing(functools.partial(periodic, logger)):
-        loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
-                                classes=classes_of(content, labels), device=device, published=not own)
-    loaders.tell(teller(logger))
+    loaders, label_set = open_images(config, content, labels, device, logger)
     if config.TEST.PREDICTIONS and not recordable(loaders.val):
         raise ConfigError("TEST.PREDICTIONS: not for a stream, whose images have no numbers, nor beyond "
                           f"{MOST_IMAGES:,} images; leave it empty")
-    label_set = labels.on(loaders.val.dataset.folder, loaders.classes)
-    for line in (*loaders.notices, *label_set.notices):
-        logger.info(line)
     models = judged_models(config, path, content, loaders.classes, device)
     logger.info(f"evaluating {path}" + (f" (step {content['step']})" if own else "")
                 + f" on {config.DATA.VAL_PATH or config.DATA.DATA_PATH}, "
@@ -164,7 +172,7 @@ def _figures(label_set: LabelSet, answers: Answers, among: Answers | None, resul
         result = answers.evaluation()
     elif among is not None:
         lines.append(f"answers from the {len(allowed)} classes with images alone: {among.evaluation().line()}")
-    lines += describe(answers, PerClass.of(answers, len(classes)), classes, result)
+    lines += describe(answers, PerClass.of(answers.target, answers.top1, len(classes)), classes, result)
     if label_set.real is not None:
         lines.append(f"by the original labels: {result.line()}")
         return [*lines, _real_line(label_set.real, answers)]
@@ -185,7 +193,7 @@ def _write_files(config: CfgNode, label_set: LabelSet, answers: Answers, among: 
         lines.append(f"prediction of each image: {config.TEST.PREDICTIONS}")
     if config.TEST.PER_CLASS:
         counted = among.on(label_set.allowed) if among is not None and label_set.headline else answers
-        table = PerClass.of(counted, len(classes)).csv(classes, label_set.allowed)
+        table = PerClass.of(counted.target, counted.top1, len(classes)).csv(classes, label_set.allowed)
         replace_file(os.path.expanduser(config.TEST.PER_CLASS), table.encode("utf-8", "backslashreplace"))
         lines.append(f"figures of each class: {config.TEST.PER_CLASS}")
     return lines

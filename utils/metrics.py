@@ -29,12 +29,12 @@ class JsonLines:
         """``sync``: every line reaches the disk before ``write`` returns."""
         self.path, self.warn, self.sync = path, warn, sync
         self._waiting, self._failing = "", False
-        lines = _lines(path)
-        found = [(row, line) for row, line in zip(map(_row, lines), lines, strict=True) if row is not None]
-        kept = [line for row, line in found if row["step"] <= step]
+        text = _text(path)
+        found = [(row, line) for line in text.splitlines() if (row := _row(line)) is not None]
+        kept = "".join(line + "\n" for row, line in found if row["step"] <= step)
         self.last = found[-1][0] if found else None
-        if len(kept) < len(lines):
-            replace_file(path, "".join(line + "\n" for line in kept).encode())
+        if kept != text:
+            replace_file(path, kept.encode())
 
     def write(self, row: dict[str, Any]) -> None:
         self._waiting += json.dumps(row, allow_nan=False) + "\n"
@@ -82,14 +82,14 @@ class MetricsLog:
 
 def read_rows(path: str) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines, each with a number ``step``; what is no such row is passed over."""
-    return [row for row in map(_row, _lines(path)) if row is not None]
+    return [row for row in map(_row, _text(path).splitlines()) if row is not None]
 
 
-def _lines(path: str) -> list[str]:
+def _text(path: str) -> str:
     if not os.path.exists(path):
-        return []
+        return ""
     with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read().splitlines()
+        return file.read()
 
 
 def _row(line: str) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from utils.files import write_atomically
-from utils.statistics import bins_of, expected_calibration_error
+from utils.statistics import BINS, bins_of, expected_calibration_error
 
 FILE = "predictions.npz"
 MOST_IMAGES = 200_000
-BINS = 15  # of confidence in the reliability diagram, equally wide
 
 
 class OutcomesError(ValueError):
@@ -83,7 +83,7 @@ class Outcomes:
             return made
         except FileNotFoundError:
             raise OutcomesError(f"{path}: no such file") from None
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise OutcomesError(f"{path}: no file of predictions, or damaged ({type(error).__name__})") from None
 
     def check(self) -> None:
@@ -129,42 +129,11 @@ def thumbnail(image: Any, side: int = 112) -> bytes:
 # What follows from them
 # --------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class OfClass:
-    """How one class fared: images of it, share recognised, share of right ones among those called so (None: none was), and the class
-    it is mostly taken for, with how often."""
-
-    name: str
-    images: int
-    recall: float
-    precision: float | None
-    mistaken_for: str
-    times: int
-
-
 def confusion(predictions: Outcomes) -> np.ndarray:
     """(target, predicted, times) of what occurs, in that order, int64 (K, 3): with many classes most pairs never do."""
     classes = len(predictions.classes)
     cells, times = np.unique(predictions.target.astype(np.int64) * classes + predictions.predicted, return_counts=True)
     return np.stack([*np.divmod(cells, classes), times], axis=1)
-
-
-def by_class(predictions: Outcomes, cells: np.ndarray) -> list[OfClass]:
-    """The classes that have images, the worst first; ``cells`` as ``confusion`` gives them."""
-    names = predictions.classes
-    totals, called = (np.bincount(column, minlength=len(names)) for column in (predictions.target, predictions.predicted))
-    right = {int(target): int(times) for target, predicted, times in cells if target == predicted}
-    mistaken: dict[int, tuple[int, int]] = {}  # the commonest mistake of each class
-    for target, predicted, times in cells.tolist():
-        if target != predicted and times > mistaken.get(target, (0, 0))[0]:
-            mistaken[target] = times, predicted
-    rows = []
-    for number in np.flatnonzero(totals).tolist():
-        times, other = mistaken.get(number, (0, number))
-        hits = right.get(number, 0)
-        rows.append(OfClass(names[number], int(totals[number]), hits / int(totals[number]),
-                            hits / int(called[number]) if called[number] else None, names[other] if times else "", times))
-    return sorted(rows, key=lambda row: (row.recall, -row.images))
 
 
 def confused_pairs(cells: np.ndarray, most: int = 20) -> list[tuple[int, int, int]]:

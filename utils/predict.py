@@ -22,7 +22,7 @@ from utils.device import Precision, choose_precision
 from utils.files import require_place
 from utils.inference import Trained, open_trained
 from utils.logger import plain
-from utils.predictions import Console, CsvTable, Features, JsonLines, Prediction, standard_output
+from utils.predictions import Console, CsvTable, Features, JsonLines, Prediction, standard_output, text_file
 from utils.progress import aside, track
 from utils.seed import make_deterministic
 from utils.sheet import Sheet
@@ -71,7 +71,7 @@ def _predict(config: CfgNode, trained: Trained, given: GivenImages, loader: Imag
         outputs: list[Any] = []
         for kind, path in ((CsvTable, wanted.CSV), (JsonLines, wanted.JSON)):
             if path:
-                file = standard_output() if path == "-" else stack.enter_context(kind.open(os.path.expanduser(path)))
+                file = standard_output() if path == "-" else stack.enter_context(text_file(os.path.expanduser(path)))
                 outputs.append(kind(file, trained, wanted.TOPK))
         if "-" not in (wanted.CSV, wanted.JSON):
             outputs.append(Console(logger, trained))

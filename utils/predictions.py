@@ -57,6 +57,13 @@ class Console:
             self.logger.info(f"{plain(prediction.path)}: {told}")
 
 
+@contextlib.contextmanager
+def text_file(path: str) -> Iterator[TextIO]:
+    """A text file that appears whole, in UTF-8; bytes of names that are none are written out."""
+    with open_atomically(path) as file:
+        yield codecs.getwriter("utf-8")(file, errors="backslashreplace")
+
+
 class CsvTable:
     """A row an image: path, class_1, probability_1, ..., error; with description_1, ... where class names are WordNet's ids."""
 
@@ -66,14 +73,6 @@ class CsvTable:
         self.rows = csv.writer(file, lineterminator="\n")
         kinds = ("class", *(["description"] if self.described else []), "probability")
         self.rows.writerow(["path", *(f"{kind}_{rank}" for rank in range(1, self.topk + 1) for kind in kinds), "error"])
-
-    @staticmethod
-    @contextlib.contextmanager
-    def open(path: str) -> Iterator[TextIO]:
-        """A text file that appears whole, in UTF-8; bytes of names that are none are written out."""
-        with open_atomically(path) as file:
-            text = codecs.getwriter("utf-8")(file, errors="backslashreplace")
-            yield text
 
     def add(self, prediction: Prediction) -> None:
         cells: list[object] = [prediction.path]
@@ -89,8 +88,6 @@ class JsonLines:
 
     def __init__(self, file: TextIO, trained: Trained, topk: int):
         self.file, self.trained = file, trained
-
-    open = staticmethod(CsvTable.open)
 
     def add(self, prediction: Prediction) -> None:
         names, words = self.trained.classes, self.trained.descriptions

@@ -17,6 +17,7 @@ from utils import report
 from utils.board import TensorBoard, Tracker
 from utils.files import replace_file
 from utils.metrics import CONFIG, EVENTS, SOURCES, STEPS, JsonLines, MetricsLog
+from utils.runs import read_run
 
 
 class Records:
@@ -93,9 +94,10 @@ class Records:
 
     def _report(self) -> None:
         try:
-            self.say(f"report {report.write_report([self.folder])}")
+            runs = [read_run(self.folder)]
+            self.say(f"report {report.write_report(runs)}")
             if self.config.TRAIN.REPORT == "png":
-                self.say(report.write_plots([self.folder], self.folder))
+                self.say(report.write_plots(runs, self.folder))
         except Exception as error:  # the run stands, whatever becomes of its report
             self.say(f"warning: no report was written ({type(error).__name__}: {str(error)[:200]}); --report {self.folder} tries again")
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from utils.curves import charts, letters, marks
-from utils.outcomes import Outcomes, by_class, confused_pairs, confusion, reliability
+from utils.outcomes import Outcomes, confused_pairs, confusion, reliability
 from utils.paired import Paired, compare
+from utils.per_class import PerClass
 from utils.report_style import SCRIPT, STYLE
 from utils.runs import Run, beside_preset, circumstances, config_differences, facts, shown, source_of
 from utils.statistics import bootstrap_interval
@@ -26,7 +30,7 @@ def render(runs: Sequence[Run]) -> str:
     names = letters(runs)
     title = " and ".join(f"{letter} {run.name}".strip() for letter, run in zip(names, runs, strict=True))
     parts = [_head(title), f"<header><h1>{text_of(title)}</h1><p class=soft>Written {time.strftime('%Y-%m-%d %H:%M')}</p></header><main>"]
-    parts += [_overview(runs, names), _curves(runs)]
+    parts += [_overview(runs, names), _curves(runs, names)]
     if len(runs) > 1:
         parts += [_comparison(runs, names), _differences(runs, names)]
     for run, letter in zip(runs, names, strict=True):
@@ -84,7 +88,7 @@ def _problems(run: Run, letter: str = "") -> str:
     return "".join(f"<p class=soft>{text_of(f'{letter} {problem}'.strip())}</p>" for problem in run.problems)
 
 
-def _curves(runs: Sequence[Run]) -> str:
+def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
     figures = []
     for chart in charts(runs):
         labels = [line for line in chart.lines if line.label]
@@ -92,7 +96,7 @@ def _curves(runs: Sequence[Run]) -> str:
                          f"{text_of(line.label)}</span>" for line in labels) if len(chart.lines) > 1 else ""
         figures.append(f"<figure><figcaption><b>{text_of(chart.title)}</b><span class=legend>{legend}</span></figcaption>"
                        f"{line_chart(chart.lines, chart.x_label, chart.y_label, chart.marks)}</figure>")
-    happened = [sentence for run, letter in zip(runs, letters(runs), strict=True) for _, sentence in marks(run, letter)]
+    happened = [sentence for run, letter in zip(runs, names, strict=True) for _, sentence in marks(run, letter)]
     told = "; ".join(happened[:12]) + (" …" if len(happened) > 12 else "")
     note = f"<p class=soft>Upright dashed lines: {text_of(told)}.</p>" if happened else ""
     return _section("Curves", f"<div class=charts>{''.join(figures)}</div>{note}") if figures else ""
@@ -128,11 +132,12 @@ def _paired(paired: Paired, a: str, b: str) -> str:
 
 
 def _class_changes(first: Outcomes, second: Outcomes, a: str, b: str) -> str:
-    recalls = [{row.name: row for row in by_class(p, confusion(p))} for p in (first, second)]
-    rows = [(recalls[1][name].recall - recalls[0][name].recall, name) for name in recalls[0] if name in recalls[1]]
+    recalls = [dict(zip(p.classes, _figures(p).recall.tolist(), strict=True)) for p in (first, second)]
+    changes = [(recalls[1].get(name, math.nan) - recall, name) for name, recall in recalls[0].items()]
+    rows = [(change, name) for change, name in changes if not math.isnan(change)]
     rows.sort(key=lambda row: (-abs(row[0]), row[1]))
     table = _table(["class", f"{a} (%)", f"{b} (%)", "difference"],
-                   [[name, _percent(recalls[0][name].recall), _percent(recalls[1][name].recall), (change, f"{100 * change:+.1f}")]
+                   [[name, _percent(recalls[0][name]), _percent(recalls[1][name]), (change, f"{100 * change:+.1f}")]
                     for change, name in rows[:MOST_ROWS]], numeric=(1, 2, 3), sortable=True)
     return _folded("Accuracy of each class, the greatest changes first", table)
 
@@ -149,8 +154,8 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:
 # One run in depth
 # --------------------------------------------------------------------------------------------------
 
-def _percent(share: float | None) -> tuple[float, str]:
-    return (-1.0, "–") if share is None else (round(share, 6), f"{100 * share:.1f}")
+def _percent(share: float) -> tuple[float, str]:
+    return (-1.0, "–") if math.isnan(share) else (round(share, 6), f"{100 * share:.1f}")
 
 
 def _of_run(run: Run, letter: str) -> str:
@@ -161,17 +166,22 @@ def _of_run(run: Run, letter: str) -> str:
     return "".join([*parts, _config(run, lead), _environment(run, lead)])
 
 
+def _figures(predictions: Outcomes) -> PerClass:
+    return PerClass.of(predictions.target, predictions.predicted, len(predictions.classes))
+
+
 def _classes(predictions: Outcomes, lead: str) -> str:
     cells, classes = confusion(predictions), predictions.classes
     low, high = (100 * bound for bound in bootstrap_interval(int(predictions.right.sum()), len(predictions.right)))
-    rows = by_class(predictions, cells)
+    figures = _figures(predictions)
+    recall, precision = figures.recall, np.where(figures.answered > 0, figures.precision, np.nan)
+    worst = sorted(figures.worst(len(classes)), key=lambda i: (recall[i], -figures.images[i]))
     table = _table(["class", "images", "recognised (%)", "right when named (%)", "mostly taken for"],
-                   [[row.name, (row.images, f"{row.images:,}"), _percent(row.recall), _percent(row.precision),
-                     f"{row.mistaken_for} ({row.times})" if row.times else ""] for row in rows[:MOST_ROWS]],
+                   [[classes[i], (figures.images[i], f"{figures.images[i]:,}"), _percent(recall[i]), _percent(precision[i]),
+                     f"{classes[figures.mistaken[i]]} ({figures.times[i]})" if figures.times[i] else ""] for i in worst[:MOST_ROWS]],
                    numeric=(1, 2, 3), sortable=True)
-    cut = f"<p class=soft>The {MOST_ROWS:,} worst of {len(rows):,} classes.</p>" if len(rows) > MOST_ROWS else ""
-    images = {row.name: row.images for row in rows}
-    pairs = [[classes[a], classes[b], (times, f"{times:,}"), _percent(times / images[classes[a]])] for a, b, times in confused_pairs(cells)]
+    cut = f"<p class=soft>The {MOST_ROWS:,} worst of {len(worst):,} classes.</p>" if len(worst) > MOST_ROWS else ""
+    pairs = [[classes[a], classes[b], (times, f"{times:,}"), _percent(times / figures.images[a])] for a, b, times in confused_pairs(cells)]
     pair_table = _table(["true", "taken for", "times", "of the class (%)"], pairs, numeric=(2, 3), sortable=True)
     bins, error = reliability(predictions)
     wide = " class=row" if len(classes) > 12 else ""

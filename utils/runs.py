@@ -56,7 +56,7 @@ class Run:
     @property
     def seconds(self) -> float | None:
         """Time that the run's processes were at work, over all its starts; None where nothing tells."""
-        total, begun, seen = 0.0, None, None
+        total, begun = 0.0, None
         times = [event for event in self.events if _is_number(event.get("time"))]
         if not times:
             return sum(row.get("seconds") or 0 for row in self.rows) or None
@@ -64,7 +64,7 @@ class Run:
             if event.get("event") == "start":
                 if begun is not None and _is_number(event.get("before")):
                     total += max(0.0, event["before"] - begun)
-                begun, seen = event["time"], None
+                begun = event["time"]
             elif begun is not None and event.get("event") != "rollback":
                 total, begun = total + event["time"] - begun, None
         if begun is not None:
@@ -156,7 +156,7 @@ def _no_file(source: str) -> bool:
 
 def config_differences(configs: list[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
     """(key, value in each) of the settings that are not alike in all; one command's own are left out. Absent ones are ``...``."""
-    keys = dict.fromkeys(key for key in (*_DEFAULTS, *(key for config in configs for key in config)))
+    keys = dict.fromkeys((*_DEFAULTS, *(key for config in configs for key in config)))
     rows = [(key, [config.get(key, ...) for config in configs]) for key in keys if not of_the_command(key) and key != "BASE"]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
 
@@ -182,20 +182,21 @@ def duration(seconds: float | None) -> str:
 def facts(run: Run) -> dict[str, str]:
     """What a run came to, in words by name; of a checkpoint alone (``folder`` empty) only what it knows."""
     if not run.folder:
-        return {"best top-1": f"{run.best['top1']:.2f} %", "best epoch": str(run.best["epoch"])} if run.best else {}
-    best, last = run.best, next((row for row in reversed(run.rows) if row.get("top1") is not None), None)
+        return {"best top-1": f"{run.best['top1']:.2f} %", "best epoch": str(run.best.get("epoch", "?"))} if run.best else {}
+    best, last = run.best, next((row for row in reversed(run.rows) if _is_number(row.get("top1"))), None)
     done, planned = (run.rows[-1].get("epoch", "?") if run.rows else 0), run.config.get("TRAIN.EPOCHS", "?")
-    speeds = sorted(row["images_per_s"] for row in run.steps or run.rows if isinstance(row.get("images_per_s"), (int, float)))
+    speeds = sorted(row["images_per_s"] for row in run.steps or run.rows if _is_number(row.get("images_per_s")))
+    skipped = (row["skipped_steps"] for row in run.rows if _is_number(row.get("skipped_steps")))
     found = {
         "best top-1": f"{best['top1']:.2f} %" if best else "none yet",
-        "best epoch": str(best["epoch"]) if best else "none yet",
+        "best epoch": str(best.get("epoch", "?")) if best else "none yet",
         "last top-1": f"{last['top1']:.2f} %" if last else "none yet",
-        "last top-5": f"{last['top5']:.2f} %" if last and isinstance(last.get("top5"), (int, float)) else "none yet",
+        "last top-5": f"{last['top5']:.2f} %" if last and _is_number(last.get("top5")) else "none yet",
         "epochs": f"{done} of {planned}",
         "time at work": duration(run.seconds),
         "images/s (median)": f"{speeds[len(speeds) // 2]:,.1f}" if speeds else "unknown",
         "restarts": str(max(0, len(run.starts) - 1)),
-        "skipped steps": str(max(len({row["step"] for row in run.evidence}), sum(row.get("skipped_steps", 0) for row in run.rows))),
+        "skipped steps": str(max(len({row["step"] for row in run.evidence}), sum(skipped))),
     }
     ends = [event for event in run.events if event.get("event") in ("finished", "stopped", "failed", "start")]
     if ends:

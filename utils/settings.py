@@ -24,7 +24,7 @@ def annotated(config: CfgNode) -> Iterator[str]:
     """Lines of YAML; what another value has replaced is named too."""
     told = history(config)
     lines, above = [], []
-    # A section's own values come before its subsections, and one command's questions are no part of a run.
+    # A section's own values come before its subsections. What asks for this printing would ask for it again under --cfg.
     keys = [key for key, *_ in KEYS if not key.startswith("REPORT.") and key != "BASE"]
     for key in sorted(keys, key=lambda key: _place(key, keys)):
         *sections, leaf = key.split(".")

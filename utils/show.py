@@ -17,12 +17,12 @@ from yacs.config import CfgNode
 from config import ConfigError
 from data import build_loaders, preprocessing
 from utils import checkpoint, distributed
-from utils.picture import FAINT, INK, LINE, canvas, cut, font, magnification, require_png, save, to_image
+from utils.picture import FAINT, INK, LINE, canvas, drawable, fitted, length, magnification, require_png, save, to_image, write_line
 from utils.progress import listing, periodic
 from utils.reading import teller
 
 MOST = 36  # images of a picture
-_MARGIN, _GAP, _TITLE = 24, 14, 17
+_MARGIN, _GAP, _TITLE, _LETTERS = 24, 14, 17, 14
 
 
 def show_batch(config: CfgNode, content: Any, device: torch.device, logger: logging.Logger) -> None:
@@ -83,18 +83,18 @@ def sheet(tiles: Sequence[Image.Image], labels: Sequence[Sequence[tuple[int, flo
     width, height = factor * width, factor * height
     columns = min(len(tiles), max(3, math.ceil(math.sqrt(len(tiles)))))
     rows = math.ceil(len(tiles) / columns)
-    face, lines = font(14), max(map(len, labels))
+    lines = max(map(len, labels))
     cell_width, cell_height = max(width, 130) + _GAP, height + 6 + lines * _TITLE + _GAP
     head = _MARGIN + 28 + 22 + 12
     page, draw = canvas(2 * _MARGIN + columns * cell_width - _GAP, head + rows * cell_height - _GAP + _MARGIN)
-    draw.text((_MARGIN, _MARGIN), cut(title, page.width - 2 * _MARGIN, font(18)), INK, font(18))
-    draw.text((_MARGIN, _MARGIN + 28), cut(subtitle, page.width - 2 * _MARGIN, face), FAINT, face)
+    write_line(draw, (_MARGIN, _MARGIN), title, 18, INK, page.width - 2 * _MARGIN)
+    write_line(draw, (_MARGIN, _MARGIN + 28), subtitle, _LETTERS, FAINT, page.width - 2 * _MARGIN)
     for number, (tile, label) in enumerate(zip(tiles, labels, strict=True)):
         left, top = _MARGIN + number % columns * cell_width, head + number // columns * cell_height
         page.paste(tile.resize((width, height), Image.Resampling.NEAREST), (left, top))
         draw.rectangle((left - 1, top - 1, left + width, top + height), outline=LINE)
         for line, (which, weight) in enumerate(label):
             share = f": {100 * weight:.0f} %" if len(label) > 1 else ""
-            text = cut(classes[which], cell_width - _GAP - face.getlength(share), face) + share
-            draw.text((left, top + height + 5 + line * _TITLE), text, INK if line == 0 else FAINT, face)
+            name = fitted(drawable(classes[which]), _LETTERS, cell_width - _GAP - length(share, _LETTERS))
+            write_line(draw, (left, top + height + 5 + line * _TITLE), name + share, _LETTERS, INK if line == 0 else FAINT, cell_width)
     return page

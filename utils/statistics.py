@@ -10,11 +10,12 @@ import math
 
 import numpy as np
 
-LEVEL = 0.95
-DRAWS = 10_000
+LEVEL = 0.95  # of the intervals
+BINS = 15  # of confidence, equally wide
+_DRAWS = 10_000
 
 
-def bootstrap_interval(correct: int, total: int, level: float = LEVEL, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(correct: int, total: int) -> tuple[float, float]:
     """The interval (low, high) of a share ``correct / total``, between 0 and 1, by the percentile bootstrap.
 
     Drawing images with replacement makes the number of right ones binomial, so that the counts are all that is needed. Where
@@ -22,12 +23,11 @@ def bootstrap_interval(correct: int, total: int, level: float = LEVEL, draws: in
     """
     if total <= 0:
         return 0.0, 1.0
-    drawn = np.random.default_rng(seed).binomial(total, correct / total, draws) / total
-    return _percentiles(drawn, level)
+    drawn = np.random.default_rng(0).binomial(total, correct / total, _DRAWS) / total
+    return _percentiles(drawn)
 
 
-def bootstrap_difference(only_a: int, only_b: int, total: int, level: float = LEVEL, draws: int = DRAWS,
-                         seed: int = 0) -> tuple[float, float]:
+def bootstrap_difference(only_a: int, only_b: int, total: int) -> tuple[float, float]:
     """The interval of accuracy of A minus accuracy of B on the same ``total`` images, each between -1 and 1, drawn in pairs.
 
     Args:
@@ -36,12 +36,12 @@ def bootstrap_difference(only_a: int, only_b: int, total: int, level: float = LE
     if total <= 0:
         return -1.0, 1.0
     shares = np.array([only_a, only_b, total - only_a - only_b]) / total
-    drawn = np.random.default_rng(seed).multinomial(total, shares, draws)
-    return _percentiles((drawn[:, 0] - drawn[:, 1]) / total, level)
+    drawn = np.random.default_rng(0).multinomial(total, shares, _DRAWS)
+    return _percentiles((drawn[:, 0] - drawn[:, 1]) / total)
 
 
-def _percentiles(drawn: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+def _percentiles(drawn: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -61,7 +61,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * math.exp(log_tail))
 
 
-def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
     """Mean distance, between 0 and 1, of confidence and accuracy over equal bins of confidence, weighed by their images.
 
     Args:
