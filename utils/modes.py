@@ -59,15 +59,15 @@ def resolve_config(cfg_file: str | None, opts: list[str]) -> tuple[CfgNode, Any]
 
     Without a YAML file the config is the checkpoint's own, its data path made absolute; ``opts`` win over both.
     """
-    if compared := _last_value(opts, "COMPARE.FILES"):
+    asked = get_config(cfg_file, opts) if cfg_file else None
+    if compared := _asked_value("COMPARE.FILES", asked, opts):
         return _resolve_each(cfg_file, opts, compared)
-    asked = get_config(cfg_file, opts) if cfg_file else None
-    resume = os.path.expanduser(asked.MODEL.RESUME if asked is not None else _last_value(opts, "MODEL.RESUME"))
-    return _resolve(cfg_file, opts, resume, read_file(resume) if resume else None)
+    resume = os.path.expanduser(_asked_value("MODEL.RESUME", asked, opts))
+    return _resolve(asked, opts, resume, read_file(resume) if resume else None)
 
 
-def _resolve(cfg_file: str | None, opts: list[str], resume: str, content: Any) -> tuple[CfgNode, Any]:
-    asked = get_config(cfg_file, opts) if cfg_file else None
+def _resolve(asked: CfgNode | None, opts: list[str], resume: str, content: Any) -> tuple[CfgNode, Any]:
+    """``asked``: the config of the command's YAML file, if it names one."""
     if asked is not None:
         if content is not None and checkpoint.is_own(content) and not asked.DATA.DATA_PATH:
             asked = with_values(asked, {"DATA.DATA_PATH": content["data_path"]}, f"checkpoint {resume}")
@@ -82,11 +82,16 @@ def _resolve(cfg_file: str | None, opts: list[str], resume: str, content: Any) -
 
 def _resolve_each(cfg_file: str | None, opts: list[str], files: Any) -> tuple[CfgNode, list[tuple[CfgNode, Any]]]:
     """(config of the first, [(config, content) of each]) of files to compare: each by its own config, bare weights by ``cfg_file``."""
-    found = []
+    opts, found = [*opts, "COMPARE.FILES", files], []
     for path in map(os.path.expanduser, lookup(get_config(None, ["COMPARE.FILES", files]), "COMPARE.FILES")):
-        content = read_file(path)
-        found.append(_resolve(None if checkpoint.is_own(content) else cfg_file, [*opts, "MODEL.RESUME", path], path, content))
+        content, own = read_file(path), [*opts, "MODEL.RESUME", path]
+        asked = get_config(cfg_file, own) if cfg_file and not checkpoint.is_own(content) else None
+        found.append(_resolve(asked, own, path, content))
     return found[0][0], found
+
+
+def _asked_value(key: str, asked: CfgNode | None, opts: list[str]) -> Any:
+    return lookup(asked, key) if asked is not None else _last_value(opts, key)
 
 
 def _last_value(opts: list[str], key: str) -> Any:
