@@ -137,6 +137,7 @@ def test_old_flags_are_accepted_with_one_line_of_advice(flags: str) -> None:
     (["--Epochs", "3"], ["did you mean --epochs?"]),
     (["TRAIN.LR", "0.1"], ["--opts TRAIN.LR"]),
     (["--opts", "TRAIN.EPOCHS=3"], ["write key and value apart", "--opts TRAIN.EPOCHS 3"]),
+    (["--opts", "TRAIN.EPOCHS", "--tag", "x"], ["'TRAIN.EPOCHS' has no partner"]),
     (["configs/swin_t.yaml"], ["--cfg configs/swin_t.yaml"]),
     (["best.pth"], ["--resume best.pth"]),
     (["train"], ["training is what is done without"]),
