@@ -34,7 +34,7 @@ from utils.board import require_tracker
 from utils.checkpoint import CheckpointFolder, TrainState, program_digest
 from utils.compile import compile_model, require_compiler
 from utils.device import Precision, choose_precision
-from utils.ema import WeightAverage, average_device
+from utils.ema import build_average
 from utils.engine import StepPlan
 from utils.files import file_limit, free_bytes, lock_folder, remove_leftovers
 from utils.fit import largest_micro_batch
@@ -271,16 +271,13 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
             logger.info("notice: SyncBN needs GPUs; batch norm stays each process's own")
     fixed = freeze(model, config)
     model.to(device)
-    ema = None
-    if config.TRAIN.EMA_DECAY:
-        ema = WeightAverage(model, config.TRAIN.EMA_DECAY, config.TRAIN.EMA_WARMUP, average_device(config))
-    state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, ema)
+    state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, build_average(config, model))
     if start.content is not None:
         state.load_state_dict(start.content, start.path)
         accept_changes(start, config, logger)
     compile_model(model, config.COMPILE)
-    if ema is not None:
-        compile_model(ema.module, config.COMPILE, like=model)
+    if state.ema is not None:
+        compile_model(state.ema.module, config.COMPILE, like=model)
     return Prepared(config, folder, start, device, precision, loaders, global_batch, state, fixed)
 
 

@@ -17,7 +17,7 @@ from data.mixup import build_mixup
 from utils.checkpoint import TrainState
 from utils.compile import compile_model, compiled_graphs
 from utils.device import Precision, synchronize
-from utils.ema import WeightAverage, average_device
+from utils.ema import build_average
 from utils.engine import Progress, StepPlan, train_one_epoch
 from utils.optim import build_loss, build_optimizer, build_schedule
 from utils.step_memory import measure_step
@@ -79,9 +79,8 @@ def prepare_step(model: nn.Module, config: CfgNode, device: torch.device, precis
     ``classes``: outputs of the model; None takes ``MODEL.NUM_CLASSES``, or 1000 where that is 0.
     """
     train, batch = config.TRAIN, config.DATA.BATCH_SIZE
-    ema = WeightAverage(model, train.EMA_DECAY, train.EMA_WARMUP, average_device(config)) if train.EMA_DECAY else None
+    state = TrainState(model, build_optimizer(config, model), precision.scaler, build_average(config, model))
     compile_model(model, config.COMPILE)
-    state = TrainState(model, build_optimizer(config, model), precision.scaler, ema)
     plan = StepPlan(build_schedule(config, 1, batch), build_loss(config.MODEL.LABEL_SMOOTHING),
                     build_mixup(config, classes or config.MODEL.NUM_CLASSES or 1000, 0), precision, device, batch, batch,
                     train.CLIP_GRAD or float("inf"), config.SEED, 0, 1)
