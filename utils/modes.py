@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -347,10 +348,17 @@ def require_room(config: CfgNode, folder: str, size: int, logger: Log) -> None:
     if free < size:
         raise ConfigError(f"{folder}: a checkpoint takes {size / 2**20:.1f} MiB, but only {free / 2**20:.1f} MiB can be written there; "
                           "free some space, or choose another --output")
-    wanted = (config.TRAIN.KEEP_CHECKPOINTS + 2) * size
+    wanted = checkpoints_kept(config) * size
     if free < min(wanted, budget or wanted) and not CheckpointFolder(folder).steps():
         logger.info(f"warning: {folder}: {free >> 20} MiB are free, the run's checkpoints will take {wanted >> 20} MiB; older ones are "
                     "deleted to make room")
+
+
+def checkpoints_kept(config: CfgNode) -> int:
+    """Checkpoints that a run's folder holds at a time: the newest, the best, the one being written; or those of all epochs."""
+    if config.TRAIN.KEEP_CHECKPOINTS:
+        return config.TRAIN.KEEP_CHECKPOINTS + 2
+    return 1 + math.ceil(config.TRAIN.EPOCHS / config.SAVE_FREQ)
 
 
 def require_agreement(config: CfgNode, loaders: Any) -> None:

@@ -27,7 +27,7 @@ from utils.device import synchronize
 from utils.engine import Progress, StepPlan, evaluate, train_one_epoch
 from utils.files import free_bytes
 from utils.fit import Unfit, two_steps
-from utils.modes import Prepared, prepare, require_room
+from utils.modes import Prepared, checkpoints_kept, prepare, require_room
 from utils.progress import clock, track
 from utils.signals import StopRequest
 
@@ -111,7 +111,7 @@ def _curve_lines(ready: Prepared) -> list[str]:
 
 def _require_disk(ready: Prepared, logger: Log) -> None:
     config, size = ready.config, ready.state.size()
-    number = config.TRAIN.KEEP_CHECKPOINTS + 2 if config.TRAIN.KEEP_CHECKPOINTS else 1 + -(-config.TRAIN.EPOCHS // config.SAVE_FREQ)
+    number = checkpoints_kept(config)
     wanted = min(number * size, config.TRAIN.CHECKPOINT_BUDGET or number * size)
     logger.info(f"disk: a checkpoint takes {memory.shown(size)}, the {number} that the run keeps at a time {memory.shown(wanted)}; "
                 f"{memory.shown(free_bytes(ready.folder))} are free")
