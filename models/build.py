@@ -247,7 +247,7 @@ def _fuse_layer_norms(model: nn.Module) -> None:
     try:
         from apex.normalization import FusedLayerNorm
     except ImportError:
-        return  # main.py has told the user (utils.optim.apex_notice)
+        return  # main.py has told the user (utils.optim.apex_notices)
     for module in list(model.modules()):
         for child_name, child in list(module.named_children()):
             if type(child) in (nn.LayerNorm, bf16.LayerNorm):

@@ -23,7 +23,7 @@ _SETTINGS = re.compile(r"(OMP|MKL|NCCL|GLOO|CUDA|PYTORCH|TORCH|SLURM_(NNODES|NTA
 _HARMLESS = re.compile(r"[\w.,:+\-]{1,60}")
 
 
-def version_text(_: argparse.ArgumentParser | None = None, __: object = None) -> str:
+def version_text(_: argparse.ArgumentParser, __: object) -> str:
     """One line a program: this one, Python, torch with its CUDA, torchvision and timm."""
     cuda = torch_cuda()
     return "\n".join([
@@ -34,7 +34,7 @@ def version_text(_: argparse.ArgumentParser | None = None, __: object = None) ->
         f"timm {version('timm')}"])
 
 
-def environment_text(_: argparse.ArgumentParser | None = None, __: object = None) -> str:
+def environment_text(_: argparse.ArgumentParser, __: object) -> str:
     """A block to paste into a bug report."""
     names = {name: version(name) for name in _PACKAGES}
     cuda = torch_cuda()
