@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import math
 import statistics
 import sys
@@ -30,13 +29,16 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models  # noqa: F401  registers the families with timm
+from config import ConfigError
 from models import crossformer
-from utils.device import choose_device, keep_freed_memory, synchronize
+from utils import memory
+from utils.compile import compile_model
+from utils.device import Precision, choose_device, keep_freed_memory, synchronize
+from utils.throughput import multiply_adds
 
 CLIP, LR, DECAY = 5.0, 1e-4, 0.05
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -309,12 +311,12 @@ def update_only(model: nn.Module, update: Callable[[], None]) -> Callable[[], No
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=PRECISIONS[precision])
+    return Precision(device, PRECISIONS[precision]).autocast()
 
 
 def build_side(args: argparse.Namespace, name: str, model: nn.Module, precision: str, compiled: str, device: torch.device) -> Side:
     """The side's model on the device, its step as a function."""
-    gmacs = count(model, args.img_size)
+    gmacs = multiply_adds(model, (args.img_size, args.img_size)) / 1e9
     model.to(device)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(args.batch, 3, args.img_size, args.img_size, generator=generator).to(device)
@@ -330,24 +332,6 @@ def build_side(args: argparse.Namespace, name: str, model: nn.Module, precision:
         work = inference(model, images, precision) if args.inference else training_step(model, update, images, targets, precision)
     said = f"{name} {precision}" + (f" compile {compiled}" if compiled != "off" else "")
     return Side(said, work, gmacs)
-
-
-def compile_model(model: nn.Module, how: str) -> None:
-    """The whole model in one graph, or block by block, which share their graphs and so take less time to compile."""
-    if how == "model":
-        model.compile(dynamic=False)
-    elif how == "blocks":
-        torch._dynamo.config.recompile_limit = 64
-        for name, module in model.named_modules():
-            if name.rpartition(".")[0].endswith("blocks"):
-                module.compile(dynamic=False)
-
-
-def count(model: nn.Module, size: int) -> float:
-    """Multiply-adds of one image in 1e9."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.zeros(1, 3, size, size))
-    return counter.get_total_flops() / 2e9
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------------------
@@ -376,27 +360,11 @@ def measure(sides: list[Side], rounds: int, clock: Callable[[], float], device: 
 
 
 def peak_of(work: Callable[[], None], device: torch.device) -> float:
-    """MiB that ``work`` takes at its peak beside what was there before; not a number where the system does not say."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2 ** 20
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak back to what is resident
-        before = resident("VmRSS")
-        work()
-        return (resident("VmHWM") - before) / 1024
-    except (AttributeError, OSError, TypeError):
-        work()
-        return float("nan")
-
-
-def resident(what: str) -> int:
-    """KiB"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(what)).split()[1])
+    """MiB that ``work`` takes at its peak beside what was there before; without CUDA a matter of Linux alone."""
+    memory.reset_peak(device)
+    before = memory.peak(device)
+    work()
+    return (memory.peak(device) - before) / 2 ** 20
 
 
 def table(sides: list[Side], batch: int) -> Iterator[str]:
@@ -407,7 +375,13 @@ def table(sides: list[Side], batch: int) -> Iterator[str]:
                f"{side.memory:9.0f}")
 
 
-def parse() -> argparse.Namespace:
+def create(name: str) -> nn.Module:
+    if not timm.is_model(name):
+        raise ConfigError(f"{name!r} is no model of timm {timm.__version__} or of this program; timm.list_models() names them")
+    return timm.create_model(name)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="crossformer_tiny", help="a name that timm knows, ours among them")
     parser.add_argument("--against", default="textbook", help="textbook, timm:NAME, or self (another precision or compilation)")
@@ -422,23 +396,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of this process, steadier when shared")
     parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse()
+def run(args: argparse.Namespace) -> None:
+    """Build both sides, measure them, print the table and the ratios."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     keep_freed_memory()  # as main.py, for both sides
     device = choose_device(args.device)
-    ours = timm.create_model(args.model)
+    ours = create(args.model)
     if args.against == "textbook":
         if not isinstance(ours, crossformer.CrossFormer):
-            raise SystemExit(f"error: the textbook form is CrossFormer's alone; for {args.model} use --against timm:NAME or self")
+            raise ConfigError(f"the textbook form is CrossFormer's alone; for {args.model} use --against timm:NAME or self")
         theirs = Textbook(ours)
         print(compare(ours, theirs, args.img_size))
     else:
-        theirs = timm.create_model(args.model if args.against == "self" else args.against.removeprefix("timm:"))
+        theirs = create(args.model if args.against == "self" else args.against.removeprefix("timm:"))
     sides = [build_side(args, args.model, ours, args.precision, args.compile, device),
              build_side(args, args.against, theirs, args.against_precision or args.precision, args.against_compile, device)]
     for side in sides:
@@ -457,5 +431,14 @@ def main() -> None:
         print(f"work {ratio * sides[0].gmacs / sides[1].gmacs:.3f}")
 
 
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(parse(argv))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

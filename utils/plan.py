@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
 from config import ConfigError, image_size
@@ -30,6 +29,7 @@ from utils.fit import Unfit, two_steps
 from utils.modes import Prepared, checkpoints_kept, prepare, require_room
 from utils.progress import clock, track
 from utils.signals import StopRequest
+from utils.throughput import multiply_adds
 
 WARM_UP, FEWEST, MOST = 2, 2, 40  # steps not timed; timed steps, at least and at most
 CURVE = (60, 6)  # columns and lines
@@ -90,11 +90,10 @@ def _plan(ready: Prepared, logger: Log) -> None:
 
 def _model_line(ready: Prepared) -> str:
     model, (height, width) = ready.state.model, image_size(ready.config)
-    model.eval()
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, height, width, device=ready.device))
+    with torch.compiler.set_stance("force_eager"):
+        gmacs = multiply_adds(model, (height, width)) / 1e9
     parameters = sum(p.numel() for p in model.parameters())
-    return (f"model: {ready.config.MODEL.NAME}, {parameters / 1e6:.2f} M parameters, {counter.get_total_flops() / 2e9:.3g} GMACs an image "
+    return (f"model: {ready.config.MODEL.NAME}, {parameters / 1e6:.2f} M parameters, {gmacs:.3g} GMACs an image "
             f"of {height} x {width}, on {ready.device} in {ready.precision.name}")
 
 

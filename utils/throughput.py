@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
 from config import image_size
@@ -62,6 +63,14 @@ def measure(model: nn.Module, config: CfgNode, device: torch.device, precision: 
     memory = measure_step(state, plan, lambda watched: train(watched, 1, lambda: None), images.nbytes + targets.nbytes)
     if memory is not None:
         yield memory.line()
+
+
+def multiply_adds(model: nn.Module, size: tuple[int, int]) -> int:
+    """Those of the forward pass of one image of ``size`` (height, width); leaves ``model`` in evaluation mode."""
+    images = torch.zeros(1, 3, *size, device=next(model.parameters()).device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(images)
+    return counter.get_total_flops() // 2
 
 
 def made_up_batch(config: CfgNode, device: torch.device) -> tuple[Tensor, Tensor]:
