@@ -146,8 +146,9 @@ def architecture(config: CfgNode, num_classes: int) -> tuple[str, dict[str, Any]
     if kind == "timm":
         _, arguments = _create_timm(config, dict(num_classes=num_classes))
         return name.partition(".")[0], _plain(arguments)
-    family, model = _FAMILIES[kind], build_model(config, num_classes)
-    parameters = inspect.signature(type(model).__init__).parameters
+    family = _FAMILIES[kind]
+    with torch.device("meta"):  # only its class is asked for
+        parameters = inspect.signature(type(build_model(config, num_classes)).__init__).parameters
     arguments = _given(family, config)
     if name not in family.VARIANTS:
         name = next(iter(family.VARIANTS))

@@ -78,8 +78,8 @@ def torch_cuda() -> str:
 def commit() -> str:
     """The commit this program is at, with a plus when files differ from it; empty outside a checkout."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    name = _output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
-    changed = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no") if name else ""
+    name = output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
+    changed = output("git", "-C", here, "status", "--porcelain", "--untracked-files=no") if name else ""
     return f"commit {name}{', with changes' if changed else ''}" if name else ""
 
 
@@ -87,11 +87,12 @@ def gpus() -> list[str]:
     """Name, memory and driver of each NVIDIA GPU."""
     if shutil.which("nvidia-smi") is None:
         return []
-    table = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    table = output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     return [line.strip() for line in table.splitlines() if line.count(",") == 2]
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
+    """What a program says, or nothing where it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
