@@ -224,8 +224,9 @@ def test_mistakes_are_one_sentence_with_their_status(tiny_cfg: Path, images: Pat
 
 
 def test_missing_gpu_and_sizes_a_model_cannot_take(tiny_cfg: Path, program) -> None:
-    done = program("--cfg", tiny_cfg, "--opts", "MODEL.TYPE", "timm", "MODEL.NAME", "levit_128s", "DATA.IMG_SIZE", 100)
-    assert done.returncode == 2 and "levit_128s" in done.stderr and "IMG_SIZE" in done.stderr
+    for more in ((), ("--fit",)):
+        done = program("--cfg", tiny_cfg, *more, "--opts", "MODEL.TYPE", "timm", "MODEL.NAME", "levit_128s", "DATA.IMG_SIZE", 100)
+        assert done.returncode == 2 and "levit_128s" in done.stderr and "IMG_SIZE" in done.stderr
     if not _cuda():
         done = program("--cfg", tiny_cfg, "--device", "cuda")
         assert done.returncode == 2 and "finds no CUDA GPU" in done.stderr

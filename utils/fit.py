@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 from config import image_size
 from data.cpus import worker_count
-from models import build_model
+from models import build_model, check_input_size
 from utils import distributed, memory, optim
 from utils.batches import divisors
 from utils.checkpoint import TrainState
@@ -101,6 +101,7 @@ class Trial:
         make_deterministic(device)
         seed_initialisation(config.SEED)
         model = build_model(config, outputs)
+        check_input_size(model, config)
         fixed = freeze(model, config)
         model.to(device)
         self.state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, build_average(config, model))
