@@ -381,21 +381,27 @@ def create(name: str) -> nn.Module:
     return timm.create_model(name)
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a whole number from 1 on, not {text!r}")
+    return int(text)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="crossformer_tiny", help="a name that timm knows, ours among them")
     parser.add_argument("--against", default="textbook", help="textbook, timm:NAME, or self (another precision or compilation)")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--batch", type=positive, default=16)
+    parser.add_argument("--img-size", type=positive, default=224)
     parser.add_argument("--device", default="auto")
     for side in ("", "against-"):
         parser.add_argument(f"--{side}precision", choices=tuple(PRECISIONS), default=None if side else "fp32")
         parser.add_argument(f"--{side}compile", choices=("off", "model", "blocks"), default="off")
     parser.add_argument("--inference", action="store_true", help="forward passes alone, no gradients")
     parser.add_argument("--part", choices=("step", "embedding", "update"), default="step")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of this process, steadier when shared")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
     return parser.parse_args(argv)
 
 
@@ -409,10 +415,14 @@ def run(args: argparse.Namespace) -> None:
     if args.against == "textbook":
         if not isinstance(ours, crossformer.CrossFormer):
             raise ConfigError(f"the textbook form is CrossFormer's alone; for {args.model} use --against timm:NAME or self")
+        if args.img_size % 32:
+            raise ConfigError(f"--img-size is {args.img_size}; the textbook form takes multiples of 32")
         theirs = Textbook(ours)
         print(compare(ours, theirs, args.img_size))
     else:
         theirs = create(args.model if args.against == "self" else args.against.removeprefix("timm:"))
+    if args.part == "embedding" and not (hasattr(ours, "patch_embed") and hasattr(theirs, "patch_embed")):
+        raise ConfigError("--part embedding is for models with one patch_embed, such as CrossFormer's")
     sides = [build_side(args, args.model, ours, args.precision, args.compile, device),
              build_side(args, args.against, theirs, args.against_precision or args.precision, args.against_compile, device)]
     for side in sides:

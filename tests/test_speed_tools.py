@@ -89,5 +89,6 @@ def test_two_forms_of_a_model_are_compared(capsys) -> None:
     assert re.match(r"ratio \d+\.\d{3}$", lines[-1])
     rows = [line.split() for line in lines if line.startswith(("pvt_tiny", "self"))]
     assert rows[0][-3] == rows[1][-3] and all(float(row[-1]) >= 0 for row in rows)
-    for arguments in (["--model", "nonsense"], ["--against", "timm:nonsense"], ["--device", "tpu"], ["--model", "pvt_tiny"]):
+    for arguments in (["--model", "nonsense"], ["--against", "timm:nonsense"], ["--device", "tpu"], ["--model", "pvt_tiny"],
+                      ["--model", "pvt_tiny", "--against", "self", "--part", "embedding"], ["--img-size", "30"]):
         assert bench_step.main(arguments) == 2 and capsys.readouterr().err.startswith("error: ")
