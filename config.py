@@ -619,12 +619,12 @@ def get_config(cfg_file: str | None = None, opts: Sequence[str] | None = None) -
     return _finish(root, opts)
 
 
-def config_from_text(text: str, opts: Sequence[str] | None = None, name: str = "checkpoint") -> CfgNode:
+def config_from_text(text: str, opts: Sequence[str] | None = None) -> CfgNode:
     """As ``get_config``, from YAML text as a checkpoint holds it (``BASE`` was resolved when it was written)."""
     root = default_config()
-    for key, value, where in _read_yaml(text, name):
+    for key, value, where in _read_yaml(text, "checkpoint"):
         if key != "BASE":
-            _set(root, key, value, where, name if name == "checkpoint" else f"checkpoint {name}")
+            _set(root, key, value, where, "checkpoint")
     return _finish(root, opts)
 
 

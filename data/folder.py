@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from data.classes import join, some
+from data.classes import some
 from data.decode import to_rgb
 from data.errors import DataError
 from data.index import Index, cached, names_of, store_names
@@ -84,23 +84,20 @@ def _index_folder(root: str) -> tuple[Index, list[str]]:
     return index, [root, *(folder for _, folders in found for folder in folders)]
 
 
-def scan_folder(root: str, classes: Sequence[str] | None = None, cache: str | None = None) -> Source:
+def scan_folder(root: str, cache: str | None = None) -> ImageFolder:
     """Index the images below ``root``, a folder a class (images may lie deeper).
 
     Args:
-        classes: names that count, in order; None takes the folders' names, sorted. Folders are matched **by name**, so
-            that a split lacking a class does not shift the labels of the others.
         cache: folder of kept indices (``data/index.py``), or None.
 
     Raises:
-        DataError: no images, or a class that ``classes`` does not know.
+        DataError: no images.
     """
     index = cached(cache, "folder", [root], lambda: _index_folder(root))
     names, targets = list(names_of(index, "classes")), index["targets"]
     empty = [names[i] for i in np.flatnonzero(np.bincount(targets, minlength=len(names)) == 0)]
     notices = [f"warning: {root}: {len(empty)} empty class folders ({some(empty)})"] if empty else []
-    found = ImageFolder(root, names, names_of(index, "names"), targets, notices)
-    return found if classes is None else join(found, classes)
+    return ImageFolder(root, names, names_of(index, "names"), targets, notices)
 
 
 def scan_flat(root: str) -> ImageFolder:

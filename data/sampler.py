@@ -44,9 +44,9 @@ class StepSampler:
     def __iter__(self) -> Iterator[list[Key]]:
         return (self.keys(step) for step in range(self.start, self.total_steps))
 
-    def local_images(self, rank: int | None = None) -> int:
-        """Images of a step on one rank; ranks differ by at most one, and only in a short batch."""
-        low, high = self._slice(self.rank if rank is None else rank)
+    def local_images(self) -> int:
+        """Images of a step on this rank; ranks differ by at most one, and only in a short batch."""
+        low, high = self._slice(self.rank)
         return high - low
 
     def keys(self, step: int, rank: int | None = None) -> list[Key]:

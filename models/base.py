@@ -124,13 +124,16 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
-def checkpoint_blocks(blocks: Iterable[nn.Module], x: Tensor, *context: Any, unit: str) -> Tensor:
-    """``x`` through the blocks of a stage, each called with ``context`` too, and computed again in the backward pass.
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *context: Any, unit: str) -> Tensor:
+    """``x`` through the blocks of a stage, each called with ``context`` too.
 
     Args:
-        unit: block keeps the input of each block until then, stage that of the first alone.
+        unit: what the backward pass computes again: of a block, whose input alone is kept until then, of a whole stage, or nothing
+            ("", see ``HierarchicalModel.recomputed``).
     """
     members = list(blocks)
+    if not unit:
+        return _in_turn(members, x, *context)
     for part in [members] if unit == "stage" else [[block] for block in members]:
         # A graph of the whole model notes the statistics in its forward pass alone, and takes no such context.
         once = {} if torch.compiler.is_compiling() else dict(context_fn=partial(_recomputation, part))
@@ -210,8 +213,13 @@ class HierarchicalModel(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True, unit: str = "block") -> None:
-        """Compute activations again in the backward pass instead of keeping them; ``unit``: see ``checkpoint_blocks``."""
+        """Compute activations again in the backward pass instead of keeping them; ``unit`` is block or stage: see ``run_blocks``."""
         self.grad_checkpointing, self.checkpoint_unit = enable, unit
+
+    @property
+    def recomputed(self) -> str:
+        """The ``unit`` for ``run_blocks`` in this forward pass."""
+        return self.checkpoint_unit if self.grad_checkpointing and self.training else ""
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

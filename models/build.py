@@ -146,8 +146,9 @@ def architecture(config: CfgNode, num_classes: int) -> tuple[str, dict[str, Any]
     if kind == "timm":
         _, arguments = _create_timm(config, dict(num_classes=num_classes))
         return name.partition(".")[0], _plain(arguments)
-    family, model = _FAMILIES[kind], build_model(config, num_classes)
-    parameters = inspect.signature(type(model).__init__).parameters
+    family = _FAMILIES[kind]
+    with torch.device("meta"):  # only its class is asked for
+        parameters = inspect.signature(type(build_model(config, num_classes)).__init__).parameters
     arguments = _given(family, config)
     if name not in family.VARIANTS:
         name = next(iter(family.VARIANTS))
@@ -247,7 +248,7 @@ def _fuse_layer_norms(model: nn.Module) -> None:
     try:
         from apex.normalization import FusedLayerNorm
     except ImportError:
-        return  # main.py has told the user (utils.optim.apex_notice)
+        return  # main.py has told the user (utils.optim.apex_notices)
     for module in list(model.modules()):
         for child_name, child in list(module.named_children()):
             if type(child) in (nn.LayerNorm, bf16.LayerNorm):

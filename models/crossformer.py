@@ -29,18 +29,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.base import (
-    DropPath,
-    HierarchicalModel,
-    Linear,
-    Mlp,
-    add_branch,
-    checkpoint_blocks,
-    create,
-    default_cfg,
-    make_head,
-    sum_of_rows,
-)
+from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head, run_blocks, sum_of_rows
 from models.bf16 import convolve
 from models.ops import merge_patches
 
@@ -548,10 +537,7 @@ class CrossFormer(HierarchicalModel):
         for index, stage in enumerate(self.layers[:last + 1]):
             if index:
                 x = self.layers[index - 1].downsample(x)
-            if self.grad_checkpointing and not torch.jit.is_scripting() and self.training:
-                x = checkpoint_blocks(stage.blocks, x, unit=self.checkpoint_unit)
-            else:
-                x = stage.blocks(x)
+            x = run_blocks(stage.blocks, x, unit=self.recomputed)
             outputs.append(x)
         return outputs
 

@@ -27,7 +27,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, Linear, add_branch, checkpoint_blocks, create, default_cfg, linear, make_head
+from models.base import DropPath, HierarchicalModel, Linear, add_branch, create, default_cfg, linear, make_head, run_blocks
 from models.ops import DepthwiseConv2d, attend, channels_last, conv_norm
 
 
@@ -136,22 +136,15 @@ class Stage(nn.Module):
         self.pos_drop = nn.Dropout(drop)
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor, unit: str = "") -> tuple[Tensor | None, Tensor]:
-        """(B, C', H', W') -> the class token (B, 1, C) or None, and the map (B, H, W, C).
-
-        ``unit`` of activation checkpointing; "" is none.
-        """
+    def forward(self, x: Tensor, unit: str) -> tuple[Tensor | None, Tensor]:
+        """(B, C', H', W') -> the class token (B, 1, C) or None, and the map (B, H, W, C). ``unit``: of ``run_blocks``."""
         x = self.patch_embed(x)
         size = (x.shape[1], x.shape[2])
         x = x.flatten(1, 2)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         x = self.pos_drop(x)
-        if unit:
-            x = checkpoint_blocks(self.blocks, x, size, unit=unit)
-        else:
-            for block in self.blocks:
-                x = block(x, size)
+        x = run_blocks(self.blocks, x, size, unit=unit)
         token, x = (None, x) if self.cls_token is None else (x[:, :1], x[:, 1:])
         return token, x.unflatten(1, size)
 
@@ -228,9 +221,8 @@ class CvT(HierarchicalModel):
     def run_stages(self, x: Tensor, last: int) -> tuple[Tensor | None, list[Tensor]]:
         """(B, 3, H, W) -> the class token after stage ``last``, (B, 1, C) or None, and the maps of stages 0..last."""
         token, outputs = None, []
-        unit = self.checkpoint_unit if self.grad_checkpointing and self.training else ""
         for index in range(min(last + 1, self.num_stages)):
-            token, y = getattr(self, f"stage{index}")(x, unit)
+            token, y = getattr(self, f"stage{index}")(x, self.recomputed)
             outputs.append(y)
             x = y.permute(0, 3, 1, 2)
         return token, outputs

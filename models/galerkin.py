@@ -31,7 +31,7 @@ from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, checkpoint_blocks, create, default_cfg, make_head
+from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head, run_blocks
 
 
 def galerkin_attention(q: Tensor, k: Tensor, v: Tensor, k_weight: Tensor | None = None, k_bias: Tensor | None = None,
@@ -253,10 +253,7 @@ class GalerkinTransformer(HierarchicalModel):
         for index, stage in enumerate(self.layers[:last + 1]):
             if index:
                 x = self.layers[index - 1].downsample(x)
-            if self.grad_checkpointing and not torch.jit.is_scripting() and self.training:
-                x = checkpoint_blocks(stage.blocks, x, unit=self.checkpoint_unit)
-            else:
-                x = stage.blocks(x)
+            x = run_blocks(stage.blocks, x, unit=self.recomputed)
             outputs.append(x)
         return outputs
 

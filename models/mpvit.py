@@ -28,7 +28,7 @@ from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, checkpoint_blocks, create, default_cfg, make_head
+from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head, run_blocks
 from models.ops import DepthwiseConv2d, channels_last, concatenate, conv_norm
 
 
@@ -171,20 +171,14 @@ class Encoder(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, windows: Sequence[Sequence[int]], qkv_bias: bool,
                  drop: float, drop_path: Sequence[float]):
         super().__init__()
-        self.grad_checkpointing, self.checkpoint_unit = False, "block"
+        self.recomputed = ""  # in training, as of ``HierarchicalModel``
         self.cpe = PositionEncoding(dim)
         self.crpe = RelativePositionEncoding(dim // num_heads, windows)
         self.MHCA_layers = nn.ModuleList(
             EncoderLayer(dim, num_heads, mlp_ratio, self.cpe, self.crpe, qkv_bias, drop, rate) for rate in drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        if self.grad_checkpointing and not torch.jit.is_scripting() and self.training:
-            x = checkpoint_blocks(self.MHCA_layers, x, unit=self.checkpoint_unit)
-        else:
-            for layer in self.MHCA_layers:
-                x = layer(x)
-        return x.permute(0, 3, 1, 2)
+        return run_blocks(self.MHCA_layers, x.permute(0, 2, 3, 1), unit=self.recomputed if self.training else "").permute(0, 3, 1, 2)
 
 
 class LocalBranch(nn.Module):
@@ -291,7 +285,7 @@ class MPViT(HierarchicalModel):
         super().set_grad_checkpointing(enable, unit)
         for module in self.modules():
             if isinstance(module, Encoder):
-                module.grad_checkpointing, module.checkpoint_unit = enable, unit
+                module.recomputed = unit if enable else ""
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

@@ -28,7 +28,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, checkpoint_blocks, create, default_cfg, make_head
+from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head, run_blocks
 from models.ops import attend, merge_patches
 
 
@@ -219,12 +219,7 @@ class PyramidVisionTransformer(HierarchicalModel):
             x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         table = resize_table(getattr(self, f"pos_embed{s + 1}"), self.grids[s], grid, prefix)
         x = self.pos_drop(x + table.to(x.dtype))
-        blocks = getattr(self, f"block{s + 1}")
-        if self.grad_checkpointing and self.training:
-            x = checkpoint_blocks(blocks, x, grid, unit=self.checkpoint_unit)
-        else:
-            for block in blocks:
-                x = block(x, grid)
+        x = run_blocks(getattr(self, f"block{s + 1}"), x, grid, unit=self.recomputed)
         return x, x[:, prefix:].unflatten(1, grid)
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, Linear, add_branch, checkpoint_blocks, create, default_cfg, make_head
+from models.base import DropPath, HierarchicalModel, Linear, add_branch, create, default_cfg, make_head, run_blocks
 from models.ops import DepthwiseConv2d, attend, channels_last, merge_patches
 
 NORM_EPS = 1e-6  # of the blocks' and stages' norms; those of embeddings and merged maps have torch's 1e-5
@@ -244,12 +244,7 @@ class ShuntedTransformer(HierarchicalModel):
         outputs: list[Tensor] = []
         for s in range(1, min(last + 1, self.num_stages) + 1):
             x = getattr(self, f"patch_embed{s}")(x)
-            blocks = getattr(self, f"block{s}")
-            if self.grad_checkpointing and self.training:
-                x = checkpoint_blocks(blocks, x, unit=self.checkpoint_unit)
-            else:
-                for block in blocks:
-                    x = block(x)
+            x = run_blocks(getattr(self, f"block{s}"), x, unit=self.recomputed)
             outputs.append(getattr(self, f"norm{s}")(x))
             x = outputs[-1].permute(0, 3, 1, 2)
         return outputs

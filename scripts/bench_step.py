@@ -34,13 +34,16 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models  # noqa: F401  registers the families with timm
+from config import ConfigError
 from models import crossformer
-from utils.device import choose_device, give_back_freed_memory, keep_freed_memory, synchronize
+from utils import memory
+from utils.compile import compile_model
+from utils.device import Precision, choose_device, keep_freed_memory, synchronize
+from utils.throughput import multiply_adds
 
 CLIP, LR, DECAY = 5.0, 1e-4, 0.05
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -314,12 +317,12 @@ def update_only(model: nn.Module, update: Callable[[], None]) -> Callable[[], No
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=PRECISIONS[precision])
+    return Precision(device, PRECISIONS[precision]).autocast()
 
 
 def build_side(args: argparse.Namespace, name: str, model: nn.Module, precision: str, compiled: str, device: torch.device) -> Side:
     """The side's model on the device, compiled and warm, with its step as a function."""
-    gmacs = count(model, args.img_size)
+    gmacs = multiply_adds(model, (args.img_size, args.img_size)) / 1e9
     model.to(device)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(args.batch, 3, args.img_size, args.img_size, generator=generator).to(device)
@@ -344,17 +347,18 @@ def build_side(args: argparse.Namespace, name: str, model: nn.Module, precision:
         return clock() - begun
 
     work()  # compiles
-    memory = peak_of(work, device)
-    return Side(said, gmacs, memory, timed)
+    peak = peak_of(work, device)
+    return Side(said, gmacs, peak, timed)
 
 
-def other_side(args: argparse.Namespace, device: torch.device) -> Side:
-    """The model to compare with, built from the same seed in every process."""
-    torch.manual_seed(0)
+def their_model(args: argparse.Namespace, ours: nn.Module) -> nn.Module:
+    """The model to compare with; the textbook's has the weights of ``ours``."""
     if args.against == "textbook":
-        model: nn.Module = Textbook(timm.create_model(args.model))
-    else:
-        model = timm.create_model(args.model if args.against == "self" else args.against.removeprefix("timm:"))
+        return Textbook(ours)
+    return create(args.model if args.against == "self" else args.against.removeprefix("timm:"))
+
+
+def other_side(args: argparse.Namespace, model: nn.Module, device: torch.device) -> Side:
     return build_side(args, args.against, model, args.against_precision or args.precision, args.against_compile, device)
 
 
@@ -362,39 +366,22 @@ def apart(args: argparse.Namespace) -> Side:
     """The other side in a process of its own, which works when asked."""
     here, there = multiprocessing.get_context("spawn").Pipe()
     multiprocessing.get_context("spawn").Process(target=_work_apart, args=(there, args), daemon=True).start()
-    name, gmacs, memory = here.recv()
+    name, gmacs, peak = here.recv()
 
     def timed() -> float:
         here.send(True)
         return here.recv()
-    return Side(name, gmacs, memory, timed)
+    return Side(name, gmacs, peak, timed)
 
 
 def _work_apart(connection: Connection, args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    side = other_side(args, choose_device(args.device))
+    torch.manual_seed(0)
+    side = other_side(args, their_model(args, create(args.model)), choose_device(args.device))
     connection.send((f"{side.name}, apart", side.gmacs, side.memory))
     with contextlib.suppress(EOFError):  # the program has ended
         while connection.recv():
             connection.send(side.timed())
-
-
-def compile_model(model: nn.Module, how: str) -> None:
-    """The whole model in one graph, or block by block, which share their graphs and so take less time to compile."""
-    if how == "model":
-        model.compile(dynamic=False)
-    elif how == "blocks":
-        torch._dynamo.config.recompile_limit = 64
-        for name, module in model.named_modules():
-            if name.rpartition(".")[0].endswith("blocks"):
-                module.compile(dynamic=False)
-
-
-def count(model: nn.Module, size: int) -> float:
-    """Multiply-adds of one image in 1e9."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.zeros(1, 3, size, size))
-    return counter.get_total_flops() / 2e9
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------------------
@@ -419,27 +406,11 @@ def measure(sides: list[Side], rounds: int) -> None:
 
 
 def peak_of(work: Callable[[], None], device: torch.device) -> float:
-    """MiB that ``work`` takes at its peak beside what was there before; not a number where the system does not say."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2 ** 20
-    try:
-        give_back_freed_memory()
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak back to what is resident
-        before = resident("VmRSS")
-        work()
-        return (resident("VmHWM") - before) / 1024
-    except OSError:
-        work()
-        return float("nan")
-
-
-def resident(what: str) -> int:
-    """KiB"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(what)).split()[1])
+    """MiB that ``work`` takes at its peak beside what was there before; without CUDA a matter of Linux alone."""
+    memory.reset_peak(device)
+    before = memory.peak(device)
+    work()
+    return (memory.peak(device) - before) / 2 ** 20
 
 
 def table(sides: list[Side], batch: int) -> Iterator[str]:
@@ -450,38 +421,56 @@ def table(sides: list[Side], batch: int) -> Iterator[str]:
                f"{side.memory:9.0f}")
 
 
-def parse() -> argparse.Namespace:
+def create(name: str) -> nn.Module:
+    if not timm.is_model(name):
+        raise ConfigError(f"{name!r} is no model of timm {timm.__version__} or of this program; timm.list_models() names them")
+    return timm.create_model(name)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a whole number from 1 on, not {text!r}")
+    return int(text)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="crossformer_tiny", help="a name that timm knows, ours among them")
     parser.add_argument("--against", default="textbook", help="textbook, timm:NAME, or self (another precision or compilation)")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--batch", type=positive, default=16)
+    parser.add_argument("--img-size", type=positive, default=224)
     parser.add_argument("--device", default="auto")
     for side in ("", "against-"):
         parser.add_argument(f"--{side}precision", choices=tuple(PRECISIONS), default=None if side else "fp32")
         parser.add_argument(f"--{side}compile", choices=("off", "model", "blocks"), default="off")
     parser.add_argument("--inference", action="store_true", help="forward passes alone, no gradients")
     parser.add_argument("--part", choices=("step", "embedding", "update"), default="step")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of this process, steadier when shared")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--apart", action="store_true", help="the other side in a process of its own, without main.py's allocator settings")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse()
+def run(args: argparse.Namespace) -> None:
+    """Build both sides, measure them, print the table and the ratios."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     keep_freed_memory()  # as main.py
     device = choose_device(args.device)
-    ours = timm.create_model(args.model)
+    ours = create(args.model)
     if args.against == "textbook":
         if not isinstance(ours, crossformer.CrossFormer):
-            raise SystemExit(f"error: the textbook form is CrossFormer's alone; for {args.model} use --against timm:NAME or self")
-        print(compare(ours, Textbook(ours), args.img_size))
+            raise ConfigError(f"the textbook form is CrossFormer's alone; for {args.model} use --against timm:NAME or self")
+        if args.img_size % 32:
+            raise ConfigError(f"--img-size is {args.img_size}; the textbook form takes multiples of 32")
+    theirs = their_model(args, ours)
+    if args.against == "textbook":
+        print(compare(ours, theirs, args.img_size))
+    if args.part == "embedding" and not (hasattr(ours, "patch_embed") and hasattr(theirs, "patch_embed")):
+        raise ConfigError("--part embedding is for models with one patch_embed, such as CrossFormer's")
     sides = [build_side(args, args.model, ours, args.precision, args.compile, device),
-             apart(args) if args.apart else other_side(args, device)]
+             apart(args) if args.apart else other_side(args, theirs, device)]
     for side in sides * 2:  # memory grows to what both need
         side.timed()
     measure(sides, args.rounds)
@@ -495,5 +484,14 @@ def main() -> None:
         print(f"work {ratio * sides[0].gmacs / sides[1].gmacs:.3f}")
 
 
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(parse(argv))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

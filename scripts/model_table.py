@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from config import get_config, image_size  # noqa: E402
 from models import build_model  # noqa: E402
+from utils.throughput import multiply_adds  # noqa: E402
 
 # Name shown and the authors' ImageNet-1k top-1 in percent; 22k: pre-trained on ImageNet-22k. None: nothing was published.
 PUBLISHED: dict[str, tuple[str, str | None]] = {
@@ -49,12 +49,9 @@ BEGIN, END = "<!-- models -->", "<!-- end of models -->"
 def count(name: str) -> tuple[int, float, tuple[int, int]]:
     """(parameters, multiply-adds of one image / 1e9, input size) of a config's model, without computing anything."""
     config = get_config(str(ROOT / "configs" / f"{name}.yaml"))
-    height, width = image_size(config)
     with torch.device("meta"):
-        model = build_model(config).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, 3, height, width, device="meta"))
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2e9, (height, width)
+        model = build_model(config)
+    return sum(p.numel() for p in model.parameters()), multiply_adds(model, image_size(config)) / 1e9, image_size(config)
 
 
 def compared(name: str) -> str:

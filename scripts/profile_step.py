@@ -33,6 +33,7 @@ from models import build_model
 from utils.compile import require_compiler
 from utils.device import choose_device, choose_precision, synchronize
 from utils.engine import Progress, train_one_epoch
+from utils.files import require_place
 from utils.throughput import made_up_batch, prepare_step
 
 WARM_UP = 3
@@ -85,6 +86,9 @@ def table(events: Any, device: torch.device, steps: int, top: int, step: float) 
 
 def run(args: argparse.Namespace) -> None:
     """Profile the steps, print the table, write the trace."""
+    if args.steps < 1:
+        raise ConfigError(f"--steps is {args.steps}; it must be at least 1")
+    require_place(args.trace, "--trace ")
     flags = {"DEVICE": args.device, "PRECISION": args.precision, "COMPILE": args.compile, "DATA.BATCH_SIZE": args.batch_size}
     config = get_config(args.cfg, [*args.opts, *(item for key, value in flags.items() if value is not None for item in (key, value))])
     device = choose_device(config.DEVICE)

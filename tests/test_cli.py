@@ -137,6 +137,7 @@ def test_old_flags_are_accepted_with_one_line_of_advice(flags: str) -> None:
     (["--Epochs", "3"], ["did you mean --epochs?"]),
     (["TRAIN.LR", "0.1"], ["--opts TRAIN.LR"]),
     (["--opts", "TRAIN.EPOCHS=3"], ["write key and value apart", "--opts TRAIN.EPOCHS 3"]),
+    (["--opts", "TRAIN.EPOCHS", "--tag", "x"], ["'TRAIN.EPOCHS' has no partner"]),
     (["configs/swin_t.yaml"], ["--cfg configs/swin_t.yaml"]),
     (["best.pth"], ["--resume best.pth"]),
     (["train"], ["training is what is done without"]),
@@ -223,8 +224,9 @@ def test_mistakes_are_one_sentence_with_their_status(tiny_cfg: Path, images: Pat
 
 
 def test_missing_gpu_and_sizes_a_model_cannot_take(tiny_cfg: Path, program) -> None:
-    done = program("--cfg", tiny_cfg, "--opts", "MODEL.TYPE", "timm", "MODEL.NAME", "levit_128s", "DATA.IMG_SIZE", 100)
-    assert done.returncode == 2 and "levit_128s" in done.stderr and "IMG_SIZE" in done.stderr
+    for more in ((), ("--fit",)):
+        done = program("--cfg", tiny_cfg, *more, "--opts", "MODEL.TYPE", "timm", "MODEL.NAME", "levit_128s", "DATA.IMG_SIZE", 100)
+        assert done.returncode == 2 and "levit_128s" in done.stderr and "IMG_SIZE" in done.stderr
     if not _cuda():
         done = program("--cfg", tiny_cfg, "--device", "cuda")
         assert done.returncode == 2 and "finds no CUDA GPU" in done.stderr

@@ -260,6 +260,8 @@ def test_comparison_is_paired_and_exact(world: Path, program) -> None:
     low, high = bootstrap_difference(only_a, only_b, 36)
     assert f"points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}" in done.stdout
     assert re.search(rf"^A \S+: top1 \S+ .*\({int(right_a.sum())} of 36\)", done.stdout, re.M)
+    (program.folder / "asks.yaml").write_text(f"COMPARE: {{FILES: ['{world / 'a.pth'}', '{world / 'b.pth'}']}}\n")
+    assert program("--cfg", "asks.yaml").stdout == done.stdout  # a file may ask for it too
     # The same weights with their classes in another order, and another way to prepare images: one pass and two.
     content = turned(world / "b.pth")
     write_checkpoint(str(program.folder / "turned.pth"), content)

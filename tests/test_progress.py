@@ -9,6 +9,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -193,3 +194,15 @@ def test_long_listings_are_shown(make_terminal, monkeypatch: pytest.MonkeyPatch)
     tick("b.tar", 512)  # nobody listens any more
     assert "listing a.tar: 0 files" in terminal.getvalue() and "\rlisting b.tar: 256 files" in terminal.getvalue()
     assert said[0].startswith("listing a.tar: ") and on_screen(terminal.getvalue()) == []
+
+
+def test_many_short_listings_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As thousands of shards, of which none takes long."""
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    monkeypatch.setattr(progress, "FIRST", 0.03)
+    said: list[str] = []
+    with progress.listing(said.append):
+        for number in range(5):
+            tick(f"{number}.tar", 0)
+            time.sleep(0.02)
+    assert len(said) == 1 and said[0].endswith(".tar: 0 files")

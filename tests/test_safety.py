@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ import torch
 from conftest import ROOT, differences, environment, load, run_main, write_images
 from PIL import Image
 
+from config import get_config
 from data.folder import to_rgb
+from utils import modes
 from utils.checkpoint import CheckpointFolder
 
 ENDLESS = ("--epochs", "4000", "--warmup-epochs", "1", "--opts", "SAVE_FREQ", "4000", "TRAIN.EVAL_FREQ", "4000")
@@ -221,6 +224,15 @@ def test_room_is_looked_at_before_the_run(tiny_cfg: Path, tmp_path: Path, progra
     assert 2 <= len(files) <= 5 and sum(path.stat().st_size for path in files) <= 4_400_000
     best = load(program.folder / "output/tiny/default/best.pth")
     assert best["best"]["step"] == best["step"]
+
+
+@pytest.mark.parametrize(("keep", "words"), [(2, []), (4, ["50 MiB are free", "will take 60 MiB"]), (0, ["will take 1010 MiB"])])
+def test_a_disk_that_older_checkpoints_must_leave_is_told(keep: int, words: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(modes, "free_bytes", lambda folder: 50 << 20)
+    lines: list[str] = []
+    config = get_config(None, ["TRAIN.KEEP_CHECKPOINTS", str(keep), "TRAIN.EPOCHS", "300", "SAVE_FREQ", "3"])
+    modes.require_room(config, str(tmp_path), 10 << 20, SimpleNamespace(info=lines.append))
+    assert len(lines) == bool(words) and all(word in lines[0] for word in words)
 
 
 @pytest.mark.parametrize("how", ["closed", "full", "ascii"])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,11 @@ from utils.device import Precision
 from utils.engine import Progress, train_one_epoch
 from utils.step_memory import StepMemory, measure_step
 from utils.throughput import made_up_batch, prepare_step
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import bench_step
+import profile_step
 
 CPU = torch.device("cpu")
 
@@ -64,21 +69,26 @@ def test_the_peak_of_a_step_is_what_autograd_needs() -> None:
     assert stage.activations < less.activations and less.peak < stage.peak < memory.peak
 
 
-def profile_step():
-    spec = importlib.util.spec_from_file_location("profile_step", ROOT / "scripts/profile_step.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_profile_names_the_work_and_leaves_a_trace(tiny_cfg: Path, tmp_path: Path, capsys) -> None:
     trace = tmp_path / "trace.json"
-    script = profile_step()
-    assert script.main(["--cfg", str(tiny_cfg), "--device", "cpu", "--steps", "1", "--data", "--trace", str(trace)]) == 0
+    assert profile_step.main(["--cfg", str(tiny_cfg), "--device", "cpu", "--steps", "1", "--data", "--trace", str(trace)]) == 0
     out = capsys.readouterr().out
     shares = {name.strip(): float(share) for name, share in re.findall(r"^([^\d\n]+?) +[\d.]+ +([\d.]+)%(?: +\d+)?$", out, re.M)}
     assert {"linears", "attention", "norms", "convolutions", "data", "optimizer, clipping, average", "pointwise and sums",
             "copies and reordering", "autograd's own work", "allocations and views", "between operations (Python)"} <= shares.keys()
     assert abs(sum(shares.values()) - 100) < 1 and shares.get("other", 0) < 40
     assert any(event.get("name") == "aten::addmm" for event in json.loads(trace.read_text())["traceEvents"])
-    assert script.main(["--opts", "MODEL.TYPE", "nonsense"]) == 2
+    for arguments in (["--opts", "MODEL.TYPE", "nonsense"], ["--steps", "0"], ["--trace", str(tmp_path / "absent/trace.json")]):
+        assert profile_step.main(arguments) == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+def test_two_forms_of_a_model_are_compared(capsys) -> None:
+    assert bench_step.main(["--model", "pvt_tiny", "--against", "self", "--batch", "1", "--img-size", "32", "--rounds", "1", "--inference",
+                            "--precision", "fp32", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"ratio \d+\.\d{3}$", lines[-1])
+    rows = [line.split() for line in lines if line.startswith(("pvt_tiny", "self"))]
+    assert rows[0][-3] == rows[1][-3] and all(float(row[-1]) >= 0 for row in rows)
+    for arguments in (["--model", "nonsense"], ["--against", "timm:nonsense"], ["--device", "tpu"], ["--model", "pvt_tiny"],
+                      ["--model", "pvt_tiny", "--against", "self", "--part", "embedding"], ["--img-size", "30"]):
+        assert bench_step.main(arguments) == 2 and capsys.readouterr().err.startswith("error: ")

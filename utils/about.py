@@ -23,7 +23,7 @@ _SETTINGS = re.compile(r"(OMP|MKL|NCCL|GLOO|CUDA|PYTORCH|TORCH|SLURM_(NNODES|NTA
 _HARMLESS = re.compile(r"[\w.,:+\-]{1,60}")
 
 
-def version_text(_: argparse.ArgumentParser | None = None, __: object = None) -> str:
+def version_text(_: argparse.ArgumentParser, __: object) -> str:
     """One line a program: this one, Python, torch with its CUDA, torchvision and timm."""
     cuda = torch_cuda()
     return "\n".join([
@@ -34,7 +34,7 @@ def version_text(_: argparse.ArgumentParser | None = None, __: object = None) ->
         f"timm {version('timm')}"])
 
 
-def environment_text(_: argparse.ArgumentParser | None = None, __: object = None) -> str:
+def environment_text(_: argparse.ArgumentParser, __: object) -> str:
     """A block to paste into a bug report."""
     names = {name: version(name) for name in _PACKAGES}
     cuda = torch_cuda()
@@ -78,8 +78,8 @@ def torch_cuda() -> str:
 def commit() -> str:
     """The commit this program is at, with a plus when files differ from it; empty outside a checkout."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    name = _output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
-    changed = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no") if name else ""
+    name = output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
+    changed = output("git", "-C", here, "status", "--porcelain", "--untracked-files=no") if name else ""
     return f"commit {name}{', with changes' if changed else ''}" if name else ""
 
 
@@ -87,11 +87,12 @@ def gpus() -> list[str]:
     """Name, memory and driver of each NVIDIA GPU."""
     if shutil.which("nvidia-smi") is None:
         return []
-    table = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    table = output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     return [line.strip() for line in table.splitlines() if line.count(",") == 2]
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
+    """What a program says, or nothing where it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""

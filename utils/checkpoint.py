@@ -13,7 +13,6 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from models.weights import FORMAT_KEY, TRAILER_MAGIC, CheckpointError, check_finite, check_fits, read_file
+from utils.about import output
 from utils.distributed import gather_objects, restarts
 from utils.ema import WeightAverage
 from utils.files import file_limit, free_bytes, link_atomically, replace_file, write_atomically
@@ -443,9 +443,4 @@ def program_digest() -> str:
 
 def git_commit() -> str:
     """The commit this program is at, or nothing outside a checkout."""
-    try:
-        here = os.path.dirname(os.path.abspath(__file__))
-        done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    return output("git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD")

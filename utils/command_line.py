@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from config import KEYS, ConfigError
+from config import KEYS, ConfigError, describe_keys
 
 # What other trainers call it, and what to write here. (words without dashes, as they are typed there; advice)
 ELSEWHERE: list[tuple[str, str]] = [
@@ -122,7 +122,6 @@ class Tell(argparse.Action):
 
 def keys_text(_: argparse.ArgumentParser, word: str | None) -> str:
     """Every key with its default and meaning, or those that hold ``word``."""
-    from config import describe_keys
     if not word:
         return "keys for --opts and YAML files, with their defaults:\n" + describe_keys()
     found = [line.strip() for line in describe_keys().splitlines() if line.startswith("    ") and word.lower() in line.lower()]
@@ -169,11 +168,13 @@ def _stray(word: str) -> str:
 
 
 def odd_opts(opts: Sequence[str]) -> None:
-    """Raise ``ConfigError`` for ``KEY=VALUE`` where ``KEY VALUE`` is read."""
-    joined = next((item for item in opts[::2] if isinstance(item, str) and "=" in item), None)
+    """Raise ``ConfigError`` for ``KEY=VALUE`` where ``KEY VALUE`` is read, and for a key without a value."""
+    joined = next((item for item in opts[::2] if "=" in item), None)
     if joined is not None:
         key, _, value = joined.partition("=")
         raise ConfigError(f"--opts: {joined}: write key and value apart: --opts {key} {value or '...'}")
+    if len(opts) % 2:
+        raise ConfigError(f"--opts takes pairs of KEY VALUE; {opts[-1]!r} has no partner")
 
 
 def require_config_file(path: str) -> None:

@@ -45,7 +45,7 @@ def _keys() -> str:
 
 
 def _bash(flags: list[tuple[str, str, str]]) -> str:
-    by_kind = {kind: "|".join(name for name, k, _ in flags if k == kind) for kind in ("yaml", "keys", "files", "nothing", "text")}
+    by_kind = {kind: "|".join(name for name, k, _ in flags if k == kind) for kind in ("yaml", "keys", "files")}
     cases = "\n".join(f"        {name}) COMPREPLY=($(compgen -W {shlex.quote(' '.join(WORDS[name]))} -- \"$cur\"));;"
                       for name, kind, _ in flags if kind == "words")
     return f"""\
@@ -91,8 +91,8 @@ def _zsh(flags: list[tuple[str, str, str]]) -> str:
     def spec(name: str, kind: str, meaning: str) -> str:
         shown = meaning.replace("\\", "").replace("[", "(").replace("]", ")").replace(":", "\\:").replace("%", "%%")
         value = {"nothing": "", "words": f":word:({' '.join(WORDS.get(name, ()))})", "yaml": ':file:_files -g "*.(yaml|yml)"',
-                 "keys": f":*:key or value:({_keys()})", "files": ":file:_files", "text": ":value:"}[kind]
-        return "        " + shlex.quote(f"*{name}[{shown}]{value if kind != 'keys' else ':key:(' + _keys() + ')'}")
+                 "keys": f":key:({_keys()})", "files": ":file:_files", "text": ":value:"}[kind]
+        return "        " + shlex.quote(f"*{name}[{shown}]{value}")
 
     specs = " \\\n".join(spec(*flag) for flag in flags)
     return f"""\

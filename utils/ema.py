@@ -56,9 +56,12 @@ class WeightAverage:
             self._ours = _tensors(self.module)
 
 
-def average_device(config: CfgNode) -> str | None:
-    """What ``TRAIN.EMA_DEVICE`` says, for ``WeightAverage``."""
-    return "cpu" if config.TRAIN.EMA_DEVICE == "cpu" else None
+def build_average(config: CfgNode, model: nn.Module) -> WeightAverage | None:
+    """The average of ``model``'s weights that the config asks for, if it does."""
+    train = config.TRAIN
+    if not train.EMA_DECAY:
+        return None
+    return WeightAverage(model, train.EMA_DECAY, train.EMA_WARMUP, "cpu" if train.EMA_DEVICE == "cpu" else None)
 
 
 def _tensors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -269,10 +269,3 @@ def evaluate(models: Sequence[nn.Module], loader: Collection[tuple[Tensor, Tenso
     distributed.all_reduce_sum(counts)
     distributed.all_reduce_sum(loss_sums)
     return [Evaluation(*row, loss_sum) for row, loss_sum in zip(counts.tolist(), loss_sums.tolist(), strict=True)]
-
-
-def require_finite(value: float, what: str) -> float:
-    """``value``, or ``NumericError`` when it is NaN or infinite."""
-    if not math.isfinite(value):
-        raise NumericError(f"{what} is {value}; lower TRAIN.BASE_LR, lengthen the warm-up, or use PRECISION bf16 or fp32")
-    return value

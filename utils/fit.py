@@ -11,12 +11,12 @@ from yacs.config import CfgNode
 
 from config import image_size
 from data.cpus import worker_count
-from models import build_model
+from models import build_model, check_input_size
 from utils import distributed, memory, optim
 from utils.batches import divisors
 from utils.checkpoint import TrainState
 from utils.device import choose_precision
-from utils.ema import WeightAverage, average_device
+from utils.ema import build_average
 from utils.engine import StepPlan, backward
 from utils.freeze import freeze
 from utils.seed import make_deterministic, seed_initialisation
@@ -101,12 +101,10 @@ class Trial:
         make_deterministic(device)
         seed_initialisation(config.SEED)
         model = build_model(config, outputs)
+        check_input_size(model, config)
         fixed = freeze(model, config)
         model.to(device)
-        ema = None
-        if config.TRAIN.EMA_DECAY:
-            ema = WeightAverage(model, config.TRAIN.EMA_DECAY, config.TRAIN.EMA_WARMUP, average_device(config))
-        self.state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, ema)
+        self.state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, build_average(config, model))
         self.plan = StepPlan(optim.build_schedule(config, 1, local), optim.build_loss(config.MODEL.LABEL_SMOOTHING),
                              lambda x, y, step: (x, y), precision, device, local, local, config.TRAIN.CLIP_GRAD or float("inf"),
                              config.SEED, 0, 1, fixed)

@@ -60,14 +60,15 @@ class _Console(logging.Handler):
             print(line.encode("ascii", "backslashreplace").decode(), file=self.stream, flush=True)
 
 
-def printable(text: str) -> str:
-    """``text`` with the control characters that file and class names may hold written out: they must not steer a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, kept: str = "\n\t") -> str:
+    """``text`` with the control characters that file and class names may hold written out, but for ``kept``: they must not steer a
+    terminal."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def plain(text: object) -> str:
     """``text`` on one line, with what is not printable written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return printable(str(text), kept="")
 
 
 def create_logger(speaks: bool, to_error: bool = False) -> logging.Logger:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from utils.board import require_tracker
 from utils.checkpoint import CheckpointFolder, TrainState, program_digest
 from utils.compile import compile_model, require_compiler
 from utils.device import Precision, choose_precision
-from utils.ema import WeightAverage, average_device
+from utils.ema import build_average
 from utils.engine import StepPlan
 from utils.files import file_limit, free_bytes, lock_folder, remove_leftovers
 from utils.fit import largest_micro_batch
@@ -59,15 +60,15 @@ def resolve_config(cfg_file: str | None, opts: list[str]) -> tuple[CfgNode, Any]
 
     Without a YAML file the config is the checkpoint's own, its data path made absolute; ``opts`` win over both.
     """
-    if compared := _last_value(opts, "COMPARE.FILES"):
+    asked = get_config(cfg_file, opts) if cfg_file else None
+    if compared := _asked_value("COMPARE.FILES", asked, opts):
         return _resolve_each(cfg_file, opts, compared)
-    asked = get_config(cfg_file, opts) if cfg_file else None
-    resume = os.path.expanduser(asked.MODEL.RESUME if asked is not None else _last_value(opts, "MODEL.RESUME"))
-    return _resolve(cfg_file, opts, resume, read_file(resume) if resume else None)
+    resume = os.path.expanduser(_asked_value("MODEL.RESUME", asked, opts))
+    return _resolve(asked, opts, resume, read_file(resume) if resume else None)
 
 
-def _resolve(cfg_file: str | None, opts: list[str], resume: str, content: Any) -> tuple[CfgNode, Any]:
-    asked = get_config(cfg_file, opts) if cfg_file else None
+def _resolve(asked: CfgNode | None, opts: list[str], resume: str, content: Any) -> tuple[CfgNode, Any]:
+    """``asked``: the config of the command's YAML file, if it names one."""
     if asked is not None:
         if content is not None and checkpoint.is_own(content) and not asked.DATA.DATA_PATH:
             asked = with_values(asked, {"DATA.DATA_PATH": content["data_path"]}, f"checkpoint {resume}")
@@ -82,11 +83,16 @@ def _resolve(cfg_file: str | None, opts: list[str], resume: str, content: Any) -
 
 def _resolve_each(cfg_file: str | None, opts: list[str], files: Any) -> tuple[CfgNode, list[tuple[CfgNode, Any]]]:
     """(config of the first, [(config, content) of each]) of files to compare: each by its own config, bare weights by ``cfg_file``."""
-    found = []
+    opts, found = [*opts, "COMPARE.FILES", files], []
     for path in map(os.path.expanduser, lookup(get_config(None, ["COMPARE.FILES", files]), "COMPARE.FILES")):
-        content = read_file(path)
-        found.append(_resolve(None if checkpoint.is_own(content) else cfg_file, [*opts, "MODEL.RESUME", path], path, content))
+        content, own = read_file(path), [*opts, "MODEL.RESUME", path]
+        asked = get_config(cfg_file, own) if cfg_file and not checkpoint.is_own(content) else None
+        found.append(_resolve(asked, own, path, content))
     return found[0][0], found
+
+
+def _asked_value(key: str, asked: CfgNode | None, opts: list[str]) -> Any:
+    return lookup(asked, key) if asked is not None else _last_value(opts, key)
 
 
 def _last_value(opts: list[str], key: str) -> Any:
@@ -266,16 +272,13 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
             logger.info("notice: SyncBN needs GPUs; batch norm stays each process's own")
     fixed = freeze(model, config)
     model.to(device)
-    ema = None
-    if config.TRAIN.EMA_DECAY:
-        ema = WeightAverage(model, config.TRAIN.EMA_DECAY, config.TRAIN.EMA_WARMUP, average_device(config))
-    state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, ema)
+    state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, build_average(config, model))
     if start.content is not None:
         state.load_state_dict(start.content, start.path)
         accept_changes(start, config, logger)
     compile_model(model, config.COMPILE)
-    if ema is not None:
-        compile_model(ema.module, config.COMPILE, like=model)
+    if state.ema is not None:
+        compile_model(state.ema.module, config.COMPILE, like=model)
     return Prepared(config, folder, start, device, precision, loaders, global_batch, state, fixed)
 
 
@@ -345,10 +348,17 @@ def require_room(config: CfgNode, folder: str, size: int, logger: Log) -> None:
     if free < size:
         raise ConfigError(f"{folder}: a checkpoint takes {size / 2**20:.1f} MiB, but only {free / 2**20:.1f} MiB can be written there; "
                           "free some space, or choose another --output")
-    wanted = (config.TRAIN.KEEP_CHECKPOINTS + 2) * size
+    wanted = checkpoints_kept(config) * size
     if free < min(wanted, budget or wanted) and not CheckpointFolder(folder).steps():
         logger.info(f"warning: {folder}: {free >> 20} MiB are free, the run's checkpoints will take {wanted >> 20} MiB; older ones are "
                     "deleted to make room")
+
+
+def checkpoints_kept(config: CfgNode) -> int:
+    """Checkpoints that a run's folder holds at a time: the newest, the best, the one being written; or those of all epochs."""
+    if config.TRAIN.KEEP_CHECKPOINTS:
+        return config.TRAIN.KEEP_CHECKPOINTS + 2
+    return 1 + math.ceil(config.TRAIN.EPOCHS / config.SAVE_FREQ)
 
 
 def require_agreement(config: CfgNode, loaders: Any) -> None:

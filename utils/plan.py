@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
 from config import ConfigError, image_size
@@ -27,9 +26,10 @@ from utils.device import synchronize
 from utils.engine import Progress, StepPlan, evaluate, train_one_epoch
 from utils.files import free_bytes
 from utils.fit import Unfit, two_steps
-from utils.modes import Prepared, prepare, require_room
+from utils.modes import Prepared, checkpoints_kept, prepare, require_room
 from utils.progress import clock, track
 from utils.signals import StopRequest
+from utils.throughput import multiply_adds
 
 WARM_UP, FEWEST, MOST = 2, 2, 40  # steps not timed; timed steps, at least and at most
 CURVE = (60, 6)  # columns and lines
@@ -90,11 +90,10 @@ def _plan(ready: Prepared, logger: Log) -> None:
 
 def _model_line(ready: Prepared) -> str:
     model, (height, width) = ready.state.model, image_size(ready.config)
-    model.eval()
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, height, width, device=ready.device))
+    with torch.compiler.set_stance("force_eager"):
+        gmacs = multiply_adds(model, (height, width)) / 1e9
     parameters = sum(p.numel() for p in model.parameters())
-    return (f"model: {ready.config.MODEL.NAME}, {parameters / 1e6:.2f} M parameters, {counter.get_total_flops() / 2e9:.3g} GMACs an image "
+    return (f"model: {ready.config.MODEL.NAME}, {parameters / 1e6:.2f} M parameters, {gmacs:.3g} GMACs an image "
             f"of {height} x {width}, on {ready.device} in {ready.precision.name}")
 
 
@@ -111,7 +110,7 @@ def _curve_lines(ready: Prepared) -> list[str]:
 
 def _require_disk(ready: Prepared, logger: Log) -> None:
     config, size = ready.config, ready.state.size()
-    number = config.TRAIN.KEEP_CHECKPOINTS + 2 if config.TRAIN.KEEP_CHECKPOINTS else 1 + -(-config.TRAIN.EPOCHS // config.SAVE_FREQ)
+    number = checkpoints_kept(config)
     wanted = min(number * size, config.TRAIN.CHECKPOINT_BUDGET or number * size)
     logger.info(f"disk: a checkpoint takes {memory.shown(size)}, the {number} that the run keeps at a time {memory.shown(wanted)}; "
                 f"{memory.shown(free_bytes(ready.folder))} are free")

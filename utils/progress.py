@@ -182,7 +182,7 @@ class Shown:
         now = time.monotonic()
         if now - self.said >= self.pause and self.say is not None:
             self.said, self.pause = now, SLOW
-            head, parts = self._compose(done, (done - self.start) / (now - self.begun))
+            head, parts = self._compose(done, (done - self.start) / max(1e-9, now - self.begun))
             self.say(", ".join((f"{self.what}: {done:,} of {self.total:,} {self.unit}" if self.total else head, *parts)))
 
     def close(self) -> None:
@@ -223,25 +223,25 @@ def track(iterable: Iterable[Any], total: int | None, what: str, logger: logging
 @contextlib.contextmanager
 def listing(say: Callable[[str], None]) -> Iterator[None]:
     """Inside, the listing of folders and archives shows how far it is; ``say`` takes plain lines."""
-    shown: dict[str, Shown] = {}
+    shown: Shown | None = None
     begun = time.monotonic()
 
     def heard(root: str, files: int) -> None:
+        nonlocal shown
         if time.monotonic() - begun < PATIENCE:
             return
-        if root not in shown:
-            for other in shown.values():
-                other.close()
-            shown.clear()
-            shown[root] = Shown(None, f"listing {root}", "files", say, files)
-        shown[root].at(files)
+        if shown is None or shown.what != f"listing {root}":
+            before, shown = shown, Shown(None, f"listing {root}", "files", say, files)
+            if before is not None:  # one of many short ones: the plain lines are due for all of them together
+                shown.said, shown.pause = before.said, before.pause
+        shown.at(files)
 
     try:
         with listening(heard):
             yield
     finally:
-        for last in shown.values():
-            last.close()
+        if shown is not None:
+            shown.close()
 
 
 def _pace(pace: float) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
 from config import image_size
@@ -17,7 +18,7 @@ from data.mixup import build_mixup
 from utils.checkpoint import TrainState
 from utils.compile import compile_model, compiled_graphs
 from utils.device import Precision, synchronize
-from utils.ema import WeightAverage, average_device
+from utils.ema import build_average
 from utils.engine import Progress, StepPlan, train_one_epoch
 from utils.optim import build_loss, build_optimizer, build_schedule
 from utils.step_memory import measure_step
@@ -64,6 +65,14 @@ def measure(model: nn.Module, config: CfgNode, device: torch.device, precision: 
         yield memory.line()
 
 
+def multiply_adds(model: nn.Module, size: tuple[int, int]) -> int:
+    """Those of the forward pass of one image of ``size`` (height, width); leaves ``model`` in evaluation mode."""
+    images = torch.zeros(1, 3, *size, device=next(model.parameters()).device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(images)
+    return counter.get_total_flops() // 2
+
+
 def made_up_batch(config: CfgNode, device: torch.device) -> tuple[Tensor, Tensor]:
     """Noise (B, 3, H, W) and classes (B,) in the config's sizes, on ``device``."""
     generator, batch = torch.Generator().manual_seed(config.SEED), config.DATA.BATCH_SIZE
@@ -79,9 +88,8 @@ def prepare_step(model: nn.Module, config: CfgNode, device: torch.device, precis
     ``classes``: outputs of the model; None takes ``MODEL.NUM_CLASSES``, or 1000 where that is 0.
     """
     train, batch = config.TRAIN, config.DATA.BATCH_SIZE
-    ema = WeightAverage(model, train.EMA_DECAY, train.EMA_WARMUP, average_device(config)) if train.EMA_DECAY else None
+    state = TrainState(model, build_optimizer(config, model), precision.scaler, build_average(config, model))
     compile_model(model, config.COMPILE)
-    state = TrainState(model, build_optimizer(config, model), precision.scaler, ema)
     plan = StepPlan(build_schedule(config, 1, batch), build_loss(config.MODEL.LABEL_SMOOTHING),
                     build_mixup(config, classes or config.MODEL.NUM_CLASSES or 1000, 0), precision, device, batch, batch,
                     train.CLIP_GRAD or float("inf"), config.SEED, 0, 1)
