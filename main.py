@@ -184,9 +184,12 @@ def parse(argv: Sequence[str] | None = None) -> tuple[str | None, list[str], lis
         raise unknown(left_over[0], parser)
     given = vars(args)
     opts, advice = list(given.get("opts", [])), []
+    modes = {key for key, *_ in (*MODES, *QUICK_MODES)}
     odd_opts(opts)
     for _, flag, key, _, _ in FLAGS:
         if (value := given.get(flag[2:].replace("-", "_"))) is not None:
+            if value == "" and key in modes:  # it would train instead
+                raise ConfigError(f"{flag} was given an empty value; give {metavar(flag)}, or leave {flag} out")
             converted(key, value, flag)  # a mistake is told under the name that was typed
             opts += [key, value]
     for flag, key, _, line in OLD_FLAGS:

@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ WORTH_KEEPING = 10_000  # images; fewer are listed in no time
 _TICK = 2.0  # seconds within which a file system may give two changes the same time
 
 Index = dict[str, np.ndarray]
+# What numpy raises for a file that is none of its archives, or a damaged one.
+DAMAGED = (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 SUMS = "sums."  # keys that begin so are for whoever checks the files
 
 
@@ -131,7 +134,7 @@ def _read(path: str) -> Index | None:
         whole = all(int(index[k + ".ends"][-1]) == len(index[k + ".blob"]) for k in packed if len(index[k + ".ends"]))
         if whole and np.array_equal(_stamps([watched[i] for i in range(len(watched))]), index["stamps"]):
             return index
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except DAMAGED:
         pass
     return None
 

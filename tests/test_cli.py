@@ -126,6 +126,8 @@ def test_old_flags_are_accepted_with_one_line_of_advice(flags: str) -> None:
     (["stray"], ["unexpected argument stray"]),
     (["--epochs"], ["--epochs needs a value"]),
     (["--batch-size"], ["--batch-size needs a value"]),
+    (["--export", "", "--resume", "x.pth"], ["--export was given an empty value"]),
+    (["--show-batch", ""], ["--show-batch was given an empty value"]),
     (["--compare"], ["--compare needs at least one value"]),
     (["--eval=yes"], ["--eval takes no value", "yes"]),
     (["--epochs", "ten"], ["--epochs takes a whole number, not 'ten'"]),

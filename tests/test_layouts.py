@@ -416,7 +416,10 @@ def test_index_of_a_large_folder_is_kept_and_noticed_when_it_changes(plain: Path
     age()
     folder.scan_folder(str(root), cache=str(cache))
     kept, = cache.glob("*.npz")
-    for damage in (b"", b"PK\x03\x04 nonsense", kept.read_bytes()[:-40]):
+    odd = bytearray(kept.read_bytes())
+    entry = odd.index(b"PK\x01\x02")
+    odd[entry + 10] = 99  # a way of compressing that there is not
+    for damage in (b"", b"PK\x03\x04 nonsense", kept.read_bytes()[:-40], bytes(odd)):
         kept.write_bytes(damage)
         before = len(listed)
         assert len(folder.scan_folder(str(root), cache=str(cache))) == 12 and len(listed) == before + 1

@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
@@ -20,7 +19,7 @@ from config import ConfigError
 from data.doctor import Diagnosis, diagnose, manifests
 from data.finding import Finding, Move
 from data.folder import ImageFolder
-from data.index import Index
+from data.index import DAMAGED, Index
 from data.survey import Survey, base_of
 from utils.doctor_text import render
 from utils.files import replace_file, write_atomically
@@ -113,7 +112,7 @@ def _read_manifest(path: str) -> Index | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in ("names.blob", "names.ends", "sha256")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except DAMAGED:
         return None
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from data.index import DAMAGED
 from utils.files import write_atomically
 from utils.statistics import BINS, bins_of, expected_calibration_error
 
@@ -83,7 +82,7 @@ class Outcomes:
             return made
         except FileNotFoundError:
             raise OutcomesError(f"{path}: no such file") from None
-        except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGED as error:
             raise OutcomesError(f"{path}: no file of predictions, or damaged ({type(error).__name__})") from None
 
     def check(self) -> None:
