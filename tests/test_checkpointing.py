@@ -42,7 +42,7 @@ def test_models_of_timm_know_blocks_only(family: str) -> None:
 def test_the_unit_is_one_of_two_and_no_part_of_the_recipe() -> None:
     with pytest.raises(ConfigError, match="TRAIN.CHECKPOINT_UNIT is 'stages'; choose from block, stage .did you mean stage"):
         get_config(None, ["TRAIN.CHECKPOINT_UNIT", "stages"])
-    config = get_config(None, ["TRAIN.CHECKPOINT_UNIT", "stage"])
+    config = get_config(None, ["TRAIN.CHECKPOINT_UNIT", "stage", "COMPILE", "blocks"])
     start = Start("resume", "a.pth", {"config": get_config(None, []).dump()})
     accept_changes(start, config, logging.getLogger("test"))  # raises for a change of the recipe
 

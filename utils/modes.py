@@ -417,7 +417,7 @@ def _require_steps(config: CfgNode, images: int, world_size: int) -> None:
 
 
 # Keys that say where, how fast, how loud and how safely, not what is learned.
-_HARMLESS = ("BASE", "OUTPUT", "TAG", "DEVICE", "SAVE_FREQ", "PRINT_FREQ", "DIST_TIMEOUT",
+_HARMLESS = ("BASE", "OUTPUT", "TAG", "DEVICE", "COMPILE", "SAVE_FREQ", "PRINT_FREQ", "DIST_TIMEOUT",
              "DATA.DATA_PATH", "DATA.DATASET", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "DATA.CACHE_MODE",
              "DATA.TIMEOUT", "DATA.READ_PATIENCE", "DATA.INDEX_CACHE", "DATA.CORRUPT_BUDGET",
              "DATA.BATCH_SIZE", "MODEL.PRETRAINED", "MODEL.RESUME", "MODEL.NUM_CLASSES", "TRAIN.ACCUMULATION_STEPS",

@@ -18,13 +18,14 @@ from config import ConfigError
 from data.build import build_given
 from data.given import GivenImages, find_given
 from data.loader import ImageLoader
-from utils.device import Precision, choose_precision
+from utils.compile import compile_model
+from utils.device import Precision
+from utils.evaluation import prepare
 from utils.files import require_place
 from utils.inference import Trained, open_trained
 from utils.logger import plain
 from utils.predictions import Console, CsvTable, Features, JsonLines, Prediction, standard_output, text_file
 from utils.progress import aside, track
-from utils.seed import make_deterministic
 from utils.sheet import Sheet
 
 EXIT_UNREADABLE = 3
@@ -45,12 +46,10 @@ def predict_run(config: CfgNode, content: Any, device: torch.device, logger: log
     trained = open_trained(config, content, "--predict")
     if wanted.FEATURES:
         _require_features(trained.model, config)
-    precision = choose_precision(config, device)
-    make_deterministic(device)
+    precision = prepare(config, device, logger)
     loader, notices = build_given(config, given, device, trained.published)
-    for line in (precision.notice, *notices):
-        if line:
-            logger.info(line)
+    for line in notices:
+        logger.info(line)
     logger.info(f"predicting {len(given)} image{'s' * (len(given) != 1)} by {trained.line()}, {len(trained.classes)} classes, on {device} "
                 f"in {precision.name}")
     with contextlib.closing(loader):
@@ -79,6 +78,7 @@ def _predict(config: CfgNode, trained: Trained, given: GivenImages, loader: Imag
             outputs.append(stack.enter_context(Sheet(os.path.expanduser(wanted.SHEET), given, trained, logger)))
         features = stack.enter_context(Features(os.path.expanduser(wanted.FEATURES))) if wanted.FEATURES else None
         model = trained.model.to(device)
+        compile_model(model, config.COMPILE)
         batches = predictions_of(model, loader, device, precision, wanted.TOPK, features is not None)
         for predictions, vectors in track(batches, len(loader), "predicting", logger):
             for prediction in predictions:
