@@ -89,13 +89,8 @@ class _LinearInBf16(torch.autograd.Function):
         rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
         to_x = grad @ weight if ctx.needs_input_grad[0] else None
         to_weight = _transposed_product(grads, rows) if ctx.needs_input_grad[1] else None
-        to_bias = sum_of_rows(grads) if ctx.needs_input_grad[2] else None
+        to_bias = bf16.sum_of_rows(grads) if ctx.needs_input_grad[2] else None
         return to_x, to_weight, to_bias
-
-
-def sum_of_rows(x: Tensor) -> Tensor:
-    """(n, p) -> (p,), as a product with ones, which in bf16 on a CPU is faster than a sum (1.5 to 2 times)."""
-    return (x.new_ones(1, len(x)) @ x)[0]
 
 
 FEW_ROWS, VERY_FEW_ROWS = 4096, 1024

@@ -40,9 +40,14 @@ class LayerNorm2d(LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def sum_of_rows(x: Tensor) -> Tensor:
+    """(n, p) -> (p,), as a product with ones, which in bf16 on a CPU is faster than a sum (1.5 to 2 times)."""
+    return (x.new_ones(1, len(x)) @ x)[0]
+
+
 class _LayerNormInBf16(torch.autograd.Function):
     """torch's layer norm, whose own gradient on a CPU sums those of weight and bias in bf16: over the 50,176 rows of 16 images'
-    first stage they come out a quarter and four fifths wrong. Here fp32 sums them, from rows enough to stay in the cache."""
+    first stage they come out a quarter and four fifths wrong. Here products of matrices do, which add up in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -60,18 +65,11 @@ class _LayerNormInBf16(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_x, _, _ = gradients(grad, x, shape, mean, rstd, weight, bias, [True, False, False])
         if any(ctx.needs_input_grad[1:3]):
-            rows = max(1, LAYER_NORM_NUMBERS * torch.get_num_threads() // len(weight))
-            to_weight, to_bias = torch.zeros(2, len(weight))
-            for part in zip(*(t.flatten(0, -2).split(rows) for t in (grad, x, mean, rstd)), strict=True):
-                _, of_weight, of_bias = gradients(*(t.float() for t in part[:2]), shape, *(t.float() for t in part[2:]),
-                                                  *(weight.float(),) * 2, [False, True, True])
-                to_weight += of_weight
-                to_bias += of_bias
-            to_weight, to_bias = to_weight.to(weight.dtype), None if bias is None else to_bias.to(bias.dtype)
+            # x minus its mean is exact to what rounding has left of x.
+            apart = torch.sub(x, mean.to(x.dtype)).mul_(grad).flatten(0, -2)
+            to_weight = (rstd.view(1, -1).to(x.dtype) @ apart)[0].to(weight.dtype)
+            to_bias = None if bias is None else sum_of_rows(grad.flatten(0, -2)).to(bias.dtype)
         return to_x, to_weight, to_bias, None
-
-
-LAYER_NORM_NUMBERS = 2 ** 17  # half a MiB in fp32, for each thread
 
 
 class Conv2d(nn.Conv2d):

@@ -29,8 +29,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head, run_blocks, sum_of_rows
-from models.bf16 import convolve
+from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head, run_blocks
+from models.bf16 import convolve, sum_of_rows
 from models.ops import merge_patches
 
 PADDED_KEY = -1e6  # added to the logits of padded keys
@@ -225,7 +225,9 @@ class Attention(nn.Module):
         """(h, N, N), or nothing without a position bias"""
         if self.pos is None:
             return None
-        table = self.pos(relative_offsets(group, device).to(next(self.pos.parameters()).dtype))
+        # Without autocast: of so few numbers the conversions would take most of the time, and the bias is exact.
+        with torch.autocast(device.type, enabled=False):
+            table = self.pos(relative_offsets(group, device).to(next(self.pos.parameters()).dtype))
         tokens, index = group * group, relative_index(group, device).view(group * group, -1)
         if device.type == "cuda":  # its fused kernel copies a bias whose rows do not begin at multiples of 8
             index = F.pad(index, (0, (8 - tokens % 8) % 8))
