@@ -9,7 +9,10 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from torch import Tensor
+import timm
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
 
 PROBE_INPUT = 0.01  # factor on the images that go with ``eps_probe``
 
@@ -50,3 +53,18 @@ def eps_probe(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def off(ours: Tensor, reference: np.ndarray) -> float:
     """Largest difference over the reference's largest value."""
     return float(np.abs(ours.numpy() - reference).max() / np.abs(reference).max())
+
+
+def check_names_and_counts(name: str, parameters: int, decayed: int, keys: int, digest: int) -> None:
+    """A variant's parameters, those that are decayed, and its state dict's keys with their shapes, of which ``digest`` is the CRC-32."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    state = model.state_dict()
+    assert len(state) == keys
+    assert zlib.crc32("".join(f"{key} {list(x.shape)}\n" for key, x in state.items()).encode()) == digest
+    plain, decay = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
+    assert plain["weight_decay"] == 0 and sum(p.numel() for p in plain["params"]) == parameters - decayed
+    assert sum(p.numel() for p in decay["params"]) == decayed
+    for module in (model.default_cfg["classifier"], model.default_cfg["first_conv"]):
+        assert isinstance(model.get_submodule(module), (nn.Linear, nn.Conv2d))

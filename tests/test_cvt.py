@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +9,12 @@ import pytest
 import timm
 import torch
 from timm.models._manipulate import group_with_matcher
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from models import cvt
 from models.base import default_cfg
 from models.weights import CheckpointError, load_pretrained_file
-from tests.recipe import PROBE_INPUT, deterministic_input, deterministic_state, eps_probe, off
+from tests.recipe import PROBE_INPUT, check_names_and_counts, deterministic_input, deterministic_state, eps_probe, off
 
 # Parameters, those with weight decay, state-dict keys, CRC-32 of all names and shapes in order.
 FACTS = {
@@ -60,18 +58,7 @@ def test_outputs_are_the_official_ones():
 
 @pytest.mark.parametrize("name", FACTS)
 def test_names_and_counts(name):
-    parameters, decayed, keys, digest = FACTS[name]
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    state = model.state_dict()
-    assert len(state) == keys
-    assert zlib.crc32("".join(f"{key} {list(x.shape)}\n" for key, x in state.items()).encode()) == digest
-    plain, decay = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
-    assert plain["weight_decay"] == 0 and sum(p.numel() for p in plain["params"]) == parameters - decayed
-    assert sum(p.numel() for p in decay["params"]) == decayed
-    for module in (model.default_cfg["classifier"], model.default_cfg["first_conv"]):
-        assert isinstance(model.get_submodule(module), (nn.Linear, nn.Conv2d))
+    check_names_and_counts(name, *FACTS[name])
 
 
 @torch.no_grad()
