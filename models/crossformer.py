@@ -17,6 +17,7 @@ Shapes: B batch, H W map, C channels, h heads, d head width, G group size, I int
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -226,7 +227,7 @@ class Attention(nn.Module):
         if self.pos is None:
             return None
         # Without autocast: of so few numbers the conversions would take most of the time, and the bias is exact.
-        with torch.autocast(device.type, enabled=False):
+        with contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
             table = self.pos(relative_offsets(group, device).to(next(self.pos.parameters()).dtype))
         tokens, index = group * group, relative_index(group, device).view(group * group, -1)
         if device.type == "cuda":  # its fused kernel copies a bias whose rows do not begin at multiples of 8
