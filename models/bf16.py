@@ -23,6 +23,14 @@ def mended(model: nn.Module) -> nn.Module:
     return model
 
 
+def computed_in(x: Tensor) -> torch.dtype:
+    """The type that a product with ``x`` is computed in: autocast's, or without it its own."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # meta knows no autocast
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
 class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` whose gradients of weight and bias are right on a CPU in bf16 (``_LayerNormInBf16``). (.., C) -> the same."""
 
@@ -83,7 +91,7 @@ class Conv2d(nn.Conv2d):
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any, **more: Any) -> Tensor:
     """``F.conv2d`` of the same arguments, on a CPU in bf16 computed in fp32 where it is ``doubtful``."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    dtype = computed_in(x)
     if x.device.type != "cpu" or dtype != torch.bfloat16 or not doubtful(weight):
         return F.conv2d(x, weight, bias, *how, **more)
     with torch.autocast("cpu", enabled=False):

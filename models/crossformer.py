@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head, run_blocks
-from models.bf16 import convolve, sum_of_rows
+from models.bf16 import computed_in, convolve, sum_of_rows
 from models.ops import merge_patches
 
 PADDED_KEY = -1e6  # added to the logits of padded keys
@@ -69,8 +69,7 @@ class CrossScaleEmbedding(nn.Module):
         A token's kernel begins half a block off the image's blocks if m is even, so the blocks do; for an odd m (the smallest
         kernel, one block) the kernel gets half a block of zeros around it.
         """
-        if torch.is_autocast_enabled(x.device.type):  # once, not in every convolution
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(computed_in(x))  # once, not in every convolution
         half = self.stride // 2
         blocks = to_blocks(F.pad(x, (half,) * 4), self.stride).permute(0, 3, 1, 2)
         tokens = []
@@ -215,8 +214,7 @@ class Attention(nn.Module):
         weights = list(self.pos.parameters())
         if any(type(w.data) is not Tensor or w.is_inference() or w.is_meta for w in weights):  # traced, or without versions
             return self.position_bias(group, device)
-        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        key = (group, device, autocast, [(w.data_ptr(), w.dtype, w._version) for w in weights])
+        key = (group, device, computed_in(weights[0]), [(w.data_ptr(), w.dtype, w._version) for w in weights])
         values = torch.cat([w.flatten() for w in weights]) if device.type == "cpu" else torch.empty(0)  # two empty ones are equal
         if self._kept is None or self._kept[0] != key or not torch.equal(self._kept[1], values):
             self._kept = (key, values, self.position_bias(group, device))
@@ -226,7 +224,7 @@ class Attention(nn.Module):
         """(h, N, N), or nothing without a position bias"""
         if self.pos is None:
             return None
-        # Without autocast: of so few numbers the conversions would take most of the time, and the bias is exact.
+        # Without autocast: of so few numbers the conversions would take most of the time.
         with contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
             table = self.pos(relative_offsets(group, device).to(next(self.pos.parameters()).dtype))
         tokens, index = group * group, relative_index(group, device).view(group * group, -1)
@@ -234,8 +232,9 @@ class Attention(nn.Module):
             index = F.pad(index, (0, (8 - tokens % 8) % 8))
         # index_select: the backward of table[index] is not repeatable on two threads.
         bias = table.index_select(0, index.flatten()).unflatten(0, index.shape)
-        # Contiguous: CUDA's fused kernels take no bias whose keys do not lie side by side.
-        return bias.permute(2, 0, 1).contiguous()[..., :tokens]
+        # Contiguous: CUDA's fused kernels take no bias whose keys do not lie side by side. Converted while whole, it stays aligned, and
+        # what is kept is not converted again.
+        return bias.permute(2, 0, 1).contiguous().to(computed_in(bias))[..., :tokens]
 
     def forward(self, x: Tensor, group: int, mask: Tensor | None = None) -> Tensor:
         """``mask``: (groups, 1, 1, N), added to the logits of the keys."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import linear
-from models.bf16 import sum_of_rows
+from models.bf16 import computed_in, sum_of_rows
 
 LARGE_MAP = 2 ** 19  # numbers of one sample, 1 MiB in bfloat16: two such maps leave a core's cache no room
 _FEW_CHANNELS = 64  # 128 bytes in bfloat16, two cache lines
@@ -51,7 +51,7 @@ class DepthwiseConv2d(nn.Conv2d):
             weight = weight + F.pad(weight.new_ones(1, 1, 1, 1), (self.kernel_size[0] // 2,) * 4)
         if x.device.type != "cpu" or not torch.is_grad_enabled():
             return self._conv_forward(x, weight, self.bias)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        dtype = computed_in(x)
         slow = self.stride[0] > 1 or self.kernel_size[0] > 3 or x.shape[1:].numel() > LARGE_MAP
         if dtype != torch.bfloat16 or not slow:
             return self._conv_forward(x, weight, self.bias)
@@ -128,7 +128,7 @@ def concatenate(maps: Sequence[Tensor]) -> Tensor:
     A slice of the whole's gradient, which autograd gives, makes the batch norm behind it 15 times as slow, additions 3 times.
     """
     if maps[0].device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.cat(list(maps), dim=1)
+        return torch.cat(maps, dim=1)
     return _Concatenate.apply(*maps)
 
 

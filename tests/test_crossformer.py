@@ -422,6 +422,7 @@ def test_kept_position_bias_is_never_stale() -> None:
         model(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             low = model(x)
+        assert {m._kept[2].dtype for m in model.modules() if isinstance(m, Attention)} == {torch.bfloat16}  # converted once, then kept
         assert list(model.state_dict()) == names
         twin = copy.deepcopy(model)
         assert torch.equal(twin(x), model(x)) and all(m._kept is None for m in copy.deepcopy(model).modules() if isinstance(m, Attention))
