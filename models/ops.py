@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import linear
-from models.bf16 import computed_in, sum_of_rows
+from models.bf16 import computed_in
 
 LARGE_MAP = 2 ** 19  # numbers of one sample, 1 MiB in bfloat16: two such maps leave a core's cache no room
 _FEW_CHANNELS = 64  # 128 bytes in bfloat16, two cache lines
@@ -34,9 +34,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: nn.Dropout) -> T
 class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution of an odd square kernel, padded by half of it. (B, C, H, W) -> (B, C, H/stride, W/stride), rounded up.
 
-    Channels-last inside. In bfloat16 on a CPU some of oneDNN's gradients are 10 to 60 times slower than others of the same
-    cost (3.13): those of strided inputs and of kernels above 3x3; they are composed of the fast ones here. Those of the weights
-    of large maps are computed for a few channels at a time.
+    Channels-last inside. In bfloat16 on a CPU its gradients are composed of what oneDNN (3.13) does fast: others of the same cost
+    take 2 to 60 times as long.
 
     ``skip`` adds the input to the output, at the price of one addition to the kernel.
     """
@@ -49,11 +48,8 @@ class DepthwiseConv2d(nn.Conv2d):
         weight = self.weight
         if self.skip:
             weight = weight + F.pad(weight.new_ones(1, 1, 1, 1), (self.kernel_size[0] // 2,) * 4)
-        if x.device.type != "cpu" or not torch.is_grad_enabled():
-            return self._conv_forward(x, weight, self.bias)
         dtype = computed_in(x)
-        slow = self.stride[0] > 1 or self.kernel_size[0] > 3 or x.shape[1:].numel() > LARGE_MAP
-        if dtype != torch.bfloat16 or not slow:
+        if x.device.type != "cpu" or dtype != torch.bfloat16 or not torch.is_grad_enabled():
             return self._conv_forward(x, weight, self.bias)
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
         return _Depthwise.apply(x, weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.stride[0])
@@ -73,45 +69,45 @@ class _Depthwise(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_x = _input_gradient(grad, x, weight, ctx.stride) if ctx.needs_input_grad[0] else None
-        grad_weight = _weight_gradient(grad, x, weight, ctx.stride) if ctx.needs_input_grad[1] else None
-        grad_bias = sum_of_rows(grad.permute(0, 2, 3, 1).flatten(0, 2)) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        grad_weight = grad_bias = None
+        if any(ctx.needs_input_grad[1:3]):
+            grad_weight, grad_bias = _kernel_gradient(grad, x, weight, ctx.stride, ctx.has_bias)
         return grad_x, grad_weight, grad_bias, None
 
 
-def _gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, of: int) -> Tensor:
-    """torch's gradient of a depthwise convolution, of its input (``of`` 0) or its weight (1)."""
-    mask = [of == 0, of == 1, False]
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], weight.shape[0], mask)[of]
-
-
 def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Of a strided convolution: that of the plain one, whose other outputs nobody used."""
+    """The gradient's own convolution by the kernel turned round; a strided one is the plain one whose other outputs nobody used."""
     if stride > 1:
         spread = torch.zeros_like(x)
         spread[:, :, ::stride, ::stride] = grad
         grad = spread
-    return _gradient(grad, x, weight, 1, weight.shape[2] // 2, of=0)
+    return F.conv2d(grad, weight.flip(2, 3), None, padding=weight.shape[2] // 2, groups=weight.shape[0])
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Kernels above 3x3 in tiles of 3x3; large maps in slices of channels, since oneDNN walks over a whole map for every 16
-    channels, half a cache line of each position: 1.4 to 1.9 times as fast with the copies."""
-    kernel, padding = weight.shape[2], weight.shape[2] // 2
+def _kernel_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """Of weight and bias; kernels wider than 3 in strips of three columns, large maps in slices of channels, since oneDNN walks over
+    a whole map for every 16 channels, half a cache line of each position: 1.4 to 1.9 times as fast with the copies."""
+    padding = weight.shape[2] // 2
     if x.shape[1:].numel() > LARGE_MAP and x.shape[1] > _FEW_CHANNELS:
         slices = zip(*(t.split(_FEW_CHANNELS, dim=1) for t in (grad, x)), weight.split(_FEW_CHANNELS), strict=True)
-        return torch.cat([_weight_gradient(g.contiguous(memory_format=torch.channels_last), y.contiguous(
-            memory_format=torch.channels_last), w, stride) for g, y, w in slices])
-    if kernel > 3 and stride == 1:
-        height, width = grad.shape[2:]
-        padded, whole = F.pad(x, (padding,) * 4), torch.empty_like(weight)
-        for i in range(0, kernel, 3):
-            for j in range(0, kernel, 3):
-                tile = whole[:, :, i:i + 3, j:j + 3]
-                seen = padded[:, :, i:i + height + tile.shape[2] - 1, j:j + width + tile.shape[3] - 1]
-                tile.copy_(_gradient(grad, seen.contiguous(memory_format=torch.channels_last), tile.contiguous(), 1, 0, of=1))
-        return whole
-    return _gradient(grad, x, weight, stride, padding, of=1)
+        parts = [_kernel_gradient(g.contiguous(memory_format=torch.channels_last), y.contiguous(memory_format=torch.channels_last),
+                                  w, stride, has_bias) for g, y, w in slices]
+        return torch.cat([w for w, _ in parts]), torch.cat([b for _, b in parts if b is not None]) if has_bias else None
+    if weight.shape[3] > 3 and stride == 1:
+        padded, strips, to_bias = F.pad(x, (padding, padding)), [], None
+        for first, strip in zip(range(0, weight.shape[3], 3), weight.split(3, dim=3), strict=True):
+            seen = padded[..., first:first + grad.shape[3] + strip.shape[3] - 1].contiguous(memory_format=torch.channels_last)
+            to_strip, to_bias = _torch_gradient(grad, seen, strip, 1, (padding, 0), has_bias)
+            strips.append(to_strip)
+        return torch.cat(strips, dim=3), to_bias
+    return _torch_gradient(grad, x, weight, stride, (padding, padding), has_bias)
+
+
+def _torch_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: Sequence[int], has_bias: bool,
+                    ) -> tuple[Tensor, Tensor | None]:
+    groups = weight.shape[0]
+    return torch.ops.aten.convolution_backward(grad, x, weight, [groups] if has_bias else None, [stride] * 2, padding, [1, 1], False,
+                                               [0, 0], groups, [False, True, has_bias])[1:]
 
 
 def channels_last(x: Tensor) -> Tensor:
