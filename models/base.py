@@ -104,7 +104,7 @@ def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
         return a.t() @ b
     if a.shape[1] < b.shape[1]:
         return a.t().contiguous() @ b
-    return (b.t().contiguous() @ a).t()
+    return (b.t().contiguous() @ a).t().contiguous()  # in bf16, before autograd does it in fp32
 
 
 class Mlp(nn.Module):

@@ -74,7 +74,7 @@ class _LayerNormInBf16(torch.autograd.Function):
             to_x, _, _ = gradients(grad, x, shape, mean, rstd, weight, bias, [True, False, False])
         if any(ctx.needs_input_grad[1:3]):
             # x minus its mean is exact to what rounding has left of x.
-            apart = torch.sub(x, mean.to(x.dtype)).mul_(grad).flatten(0, -2)
+            apart = (torch.sub(x, mean.to(x.dtype)) * grad).flatten(0, -2)
             to_weight = (rstd.view(1, -1).to(x.dtype) @ apart)[0].to(weight.dtype)
             to_bias = None if bias is None else sum_of_rows(grad.flatten(0, -2)).to(bias.dtype)
         return to_x, to_weight, to_bias, None
