@@ -189,8 +189,9 @@ class _TableInPairs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        group, line = ctx.group, torch.arange(ctx.group, device=grad.device)
-        which = F.one_hot((line[:, None] - line + group - 1).flatten(), 2 * group - 1).to(ctx.dtype)  # (N, 2G-1)
+        group = ctx.group
+        line, offsets = torch.arange(group, device=grad.device), torch.arange(1 - group, group, device=grad.device)
+        which = ((line[:, None] - line).view(-1, 1) == offsets).to(ctx.dtype)  # (N, 2G-1)
         # (h, y, x, y', x') to (h, y - y', x - x')
         pairs = grad.to(ctx.dtype).unflatten(2, (group, group)).unflatten(1, (group, group)).transpose(2, 3)
         sums = which.t() @ (pairs.reshape(-1, group * group) @ which).unflatten(0, (len(grad), -1))
