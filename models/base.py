@@ -7,13 +7,11 @@ Shapes: B batch, H W map, C channels. A stage output is a map, channels last (B,
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
@@ -22,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from models import bf16
+from models.bf16 import Linear
 from models.weights import load_pretrained_file
 
 
@@ -56,71 +55,6 @@ def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
     if isinstance(drop_path, DropPath) and drop_path.training:
         return torch.addcmul(x, branch, drop_path.factor(branch))
     return x + drop_path(branch)
-
-
-class Linear(nn.Linear):
-    """``nn.Linear`` whose backward pass on a CPU in bf16 is laid out as oneDNN is fastest (``_LinearInBf16``)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b as ``Linear`` computes it. (.., C), (C', C), (C') -> (.., C')."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing() \
-            and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
-        with torch.autocast("cpu", enabled=False):
-            ours = _LinearInBf16.apply if torch.is_grad_enabled() else _product
-            return ours(x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16())
-    return F.linear(x, weight, bias)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b in bf16 on a CPU. ``F.linear`` first fills what comes out with the bias and then adds the product to that; oneDNN adds
-    the bias while it writes, which is up to twice as fast for wide outputs."""
-    if bias is None or not _has_fused_bias() or not torch.backends.mkldnn.enabled:
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-@functools.cache
-def _has_fused_bias() -> bool:
-    """What ``torch.compile`` itself calls, and asks before."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-class _LinearInBf16(torch.autograd.Function):
-    """x W^T + b. Backward, the weights' gradient G^T X is a product of two transposed matrices, for which oneDNN reorders both; with
-    few rows it pays to lay out the narrower one first (1.2 to 1.9 times as fast)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
-        to_x = grad @ weight if ctx.needs_input_grad[0] else None
-        to_weight = _transposed_product(grads, rows) if ctx.needs_input_grad[1] else None
-        to_bias = bf16.sum_of_rows(grads) if ctx.needs_input_grad[2] else None
-        return to_x, to_weight, to_bias
-
-
-FEW_ROWS, VERY_FEW_ROWS = 4096, 1024
-
-
-def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b of (n, p) and (n, q)."""
-    if len(a) <= VERY_FEW_ROWS:  # what comes out is as large: better not transposed itself
-        return a.t().contiguous() @ b
-    if len(a) > FEW_ROWS or a.shape[1] == b.shape[1]:
-        return a.t() @ b
-    if a.shape[1] < b.shape[1]:
-        return a.t().contiguous() @ b
-    return (b.t().contiguous() @ a).t().contiguous()  # in bf16, before autograd does it in fp32
 
 
 class Mlp(nn.Module):

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import linear
-from models.bf16 import computed_in
+from models.bf16 import computed_in, linear
 
 LARGE_MAP = 2 ** 19  # numbers of one sample, 1 MiB in bfloat16: two such maps leave a core's cache no room
 _FEW_CHANNELS = 64  # 128 bytes in bfloat16, two cache lines

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from config import get_config
 from models import bf16, build_model, ops
-from models.crossformer import CrossScaleEmbedding
+from models.crossformer import CrossScaleEmbedding, _TableInPairs, relative_index
 
 
 def gradients(f: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
@@ -49,6 +49,44 @@ def test_convolutions_are_right_in_bf16(channels: int, kernel: int) -> None:
 
         assert in_bf16(conv)(x, weight, bias).dtype == torch.bfloat16
         assert close(gradients(in_bf16(conv), x, weight, bias), gradients(conv, x, weight, bias), 0.02), padding
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (8,), (1, 8), (5, 7, 8), (2, 3, 4, 8)])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_linears_take_what_torch_takes(shape: tuple[int, ...], onednn: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = bf16.Linear(8, 5), torch.randn(shape, requires_grad=True)
+    with torch.backends.mkldnn.flags(enabled=onednn), torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        with torch.no_grad():
+            assert torch.equal(layer(x), y)
+    plain = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    assert y.dtype == torch.bfloat16 and y.shape == plain.shape and torch.allclose(y.double(), plain, atol=0.02)
+    y.sum().backward()
+    assert x.grad is not None and torch.allclose(x.grad, layer.weight.sum(0).expand(shape), atol=0.02)
+
+
+def test_linears_write_their_bias_with_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not bf16._has_fused_bias():
+        pytest.skip("this CPU has no bf16 of its own")
+    monkeypatch.setattr(F, "linear", None)
+    with torch.autocast("cpu", torch.bfloat16):
+        bf16.mended(nn.Sequential(nn.Linear(8, 5)))(torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 7])
+def test_tables_in_pairs_have_the_gradient_of_a_selection(group: int) -> None:
+    index, tokens = relative_index(group, torch.device("cpu")), group * group
+
+    def select(table: Tensor) -> Tensor:
+        return table.index_select(0, index).view(tokens, tokens, -1).permute(2, 0, 1)
+
+    def pairs(table: Tensor) -> Tensor:
+        return _TableInPairs.apply(table, group, table.dtype)
+
+    table = torch.randn((2 * group - 1) ** 2, 3, dtype=torch.float64, requires_grad=True)
+    ours, plain = gradients(pairs, table), gradients(select, table)
+    assert torch.equal(ours[0], plain[0]) and torch.allclose(ours[1], plain[1])
 
 
 @pytest.mark.parametrize("kernels", [(2, 4, 8, 16), (4, 8, 16, 32)])
