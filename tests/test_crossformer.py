@@ -352,27 +352,6 @@ def test_blocks_by_rows_are_the_blocks(dtype: torch.dtype) -> None:
     assert torch.equal(expected[1, 1, 2], x[1, :, 4:8, 8:12].flatten())
 
 
-@pytest.mark.parametrize(("rows", "shape"), [
-    (6, (32, 16)), (6, (16, 16)),
-    *((base.VERY_FEW_ROWS + 1, shape) for shape in ((32, 16), (16, 32), (16, 16))), (base.FEW_ROWS + 1, (16, 32))])
-def test_linear_in_bf16_has_torchs_gradients(rows: int, shape: tuple[int, int]) -> None:
-    torch.manual_seed(0)
-    ours, torchs = base.Linear(*shape), nn.Linear(*shape)
-    torchs.load_state_dict(ours.state_dict())
-    x, gradient = torch.randn(1, rows, shape[0]), torch.randn(1, rows, shape[1])
-    found = []
-    for linear in (ours, torchs):
-        x.requires_grad_().grad = None
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = linear(x)
-        assert y.dtype == torch.bfloat16
-        y.backward(gradient.bfloat16())
-        found.append([y.detach().float(), x.grad, linear.weight.grad, linear.bias.grad])
-    for a, b in zip(*found, strict=True):
-        assert a.dtype == b.dtype == torch.float32 and (a - b).abs().max() < 0.01 * b.abs().max()
-    assert torch.equal(found[0][0], found[1][0])
-
-
 @torch.no_grad()
 def test_drop_path_in_one_pass() -> None:
     x, branch, path = torch.randn(8, 2, 2, 4), torch.randn(8, 2, 2, 4), base.DropPath(0.5)

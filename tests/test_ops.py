@@ -51,6 +51,26 @@ def test_convolutions_are_right_in_bf16(channels: int, kernel: int) -> None:
         assert close(gradients(in_bf16(conv), x, weight, bias), gradients(conv, x, weight, bias), 0.02), padding
 
 
+@pytest.mark.parametrize(("rows", "shape"), [
+    (6, (32, 16)), (6, (16, 16)),
+    *((bf16.VERY_FEW_ROWS + 1, shape) for shape in ((32, 16), (16, 32), (16, 16))), (bf16.FEW_ROWS + 1, (16, 32))])
+def test_linear_in_bf16_has_torchs_gradients(rows: int, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    ours, torchs = bf16.Linear(*shape), nn.Linear(*shape)
+    torchs.load_state_dict(ours.state_dict())
+    x, gradient = torch.randn(1, rows, shape[0]), torch.randn(1, rows, shape[1])
+    found = []
+    for linear in (ours, torchs):
+        x.requires_grad_().grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = linear(x)
+        assert y.dtype == torch.bfloat16
+        y.backward(gradient.bfloat16())
+        found.append([y.detach().float(), x.grad, linear.weight.grad, linear.bias.grad])
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype == torch.float32 and (a - b).abs().max() < 0.01 * b.abs().max()
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (8,), (1, 8), (5, 7, 8), (2, 3, 4, 8)])
 @pytest.mark.parametrize("fused", [True, False])
 def test_linears_take_what_torch_takes(shape: tuple[int, ...], fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
