@@ -104,6 +104,7 @@ def _kernel_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, has_b
 
 def _torch_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: Sequence[int], has_bias: bool,
                     ) -> tuple[Tensor, Tensor | None]:
+    """torch's own gradients of a depthwise convolution's weight and bias."""
     groups = weight.shape[0]
     return torch.ops.aten.convolution_backward(grad, x, weight, [groups] if has_bias else None, [stride] * 2, padding, [1, 1], False,
                                                [0, 0], groups, [False, True, has_bias])[1:]
