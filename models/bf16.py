@@ -108,8 +108,10 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @functools.cache
 def _has_fused_bias() -> bool:
-    """What ``torch.compile`` itself calls, and asks before."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether there is the operation that ``torch.compile`` itself calls, on a CPU that it asks for."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _LinearInBf16(torch.autograd.Function):
