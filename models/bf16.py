@@ -1,6 +1,6 @@
 """What torch and oneDNN get wrong in bf16 on a CPU, done right; and linears, which they compute right but slowly.
 
-tests/test_ops.py runs every operation of every family beside itself in fp64; what failed there is here, and nothing else.
+tests/test_ops.py runs every operation of every family beside itself in fp64; what failed there is here.
 A GPU computes all of it well, and so does the code that ``torch.compile`` makes.
 """
 
@@ -82,7 +82,7 @@ class _LayerNormInBf16(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` whose backward pass on a CPU in bf16 is laid out as oneDNN is fastest (``_LinearInBf16``)."""
+    """``nn.Linear`` as oneDNN is fastest on a CPU in bf16 (``_product``, ``_LinearInBf16``). (.., C) -> (.., C')."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

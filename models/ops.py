@@ -93,12 +93,11 @@ def _kernel_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, has_b
                                   w, stride, has_bias) for g, y, w in slices]
         return torch.cat([w for w, _ in parts]), torch.cat([b for _, b in parts if b is not None]) if has_bias else None
     if weight.shape[3] > 3 and stride == 1:
-        padded, strips, to_bias = F.pad(x, (padding, padding)), [], None
+        padded, strips = F.pad(x, (padding, padding)), []
         for first, strip in zip(range(0, weight.shape[3], 3), weight.split(3, dim=3), strict=True):
             seen = padded[..., first:first + grad.shape[3] + strip.shape[3] - 1].contiguous(memory_format=torch.channels_last)
-            to_strip, to_bias = _torch_gradient(grad, seen, strip, 1, (padding, 0), has_bias)
-            strips.append(to_strip)
-        return torch.cat(strips, dim=3), to_bias
+            strips.append(_torch_gradient(grad, seen, strip, 1, (padding, 0), has_bias and first == 0))
+        return torch.cat([w for w, _ in strips], dim=3), strips[0][1]
     return _torch_gradient(grad, x, weight, stride, (padding, padding), has_bias)
 
 

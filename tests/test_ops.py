@@ -69,6 +69,7 @@ def test_linear_in_bf16_has_torchs_gradients(rows: int, shape: tuple[int, int]) 
         found.append([y.detach().float(), x.grad, linear.weight.grad, linear.bias.grad])
     for a, b in zip(*found, strict=True):
         assert a.dtype == b.dtype == torch.float32 and (a - b).abs().max() < 0.01 * b.abs().max()
+    assert torch.equal(found[0][0], found[1][0])
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (8,), (1, 8), (5, 7, 8), (2, 3, 4, 8)])
