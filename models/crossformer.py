@@ -177,8 +177,8 @@ def relative_index(group: int, device: torch.device) -> Tensor:
 
 
 class _TableInPairs(torch.autograd.Function):
-    """A table ((2G-1)^2, h) of offsets as the bias (h, N, N) of pairs of tokens, in ``dtype``; the gradient, in the table's own, as products
-    with zeros and ones, axis by axis: with large groups twice as fast as adding row by row."""
+    """A table ((2G-1)^2, h) of offsets as the bias (h, N, N) of pairs of tokens, in ``dtype``; the gradient, in the table's own type,
+    as products with zeros and ones, axis by axis: with large groups twice as fast as adding row by row."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, group: int, dtype: torch.dtype) -> Tensor:
