@@ -20,6 +20,9 @@ import yaml
 from yacs.config import CfgNode
 
 
+PROGRAM_FOLDER = os.path.dirname(os.path.abspath(__file__))
+
+
 class ConfigError(ValueError):
     """A configuration or usage mistake; the message is one sentence with the remedy (exit status 2)."""
 

@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import differences, load, run_main, write_images
+from conftest import ROOT, differences, load, run_main, write_images
 from faults import TORCHRUN, ends, fault, pair, start, wait_for
+
+from utils.checkpoint import program_digest
 
 RUN = "output/tiny/default"
 LONG = ("--batch-size", "4", "--epochs", "4000", "--warmup-epochs", "1")
@@ -130,3 +132,18 @@ def test_an_odd_number_of_images_and_a_rank_without_any(tmp_path: Path, tiny_cfg
     results = ends(pair("--cfg", tiny_cfg, "--data-path", tmp_path / "odd", "--batch-size", 2, "--epochs", 1, cwd=tmp_path))
     assert [status for status, *_ in results] == [0, 0], results
     assert re.search(r"^top1 [\d.]+ .*of 1\)$", results[0][1], re.M)
+
+
+def test_the_programs_digest_covers_every_folder(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "main.py", tmp_path)
+    for room in ("models", "data", "utils/below/deeper"):
+        (tmp_path / room).mkdir(parents=True)
+        (tmp_path / room / "part.py").write_text(f"'''{room}'''")
+    digests = {program_digest(str(tmp_path))}
+    for room in ("models", "data", "utils/below/deeper"):
+        (tmp_path / room / "part.py").write_text("'''changed'''")
+        digests.add(program_digest(str(tmp_path)))
+    (tmp_path / "utils/below/part.py").write_text("'''changed'''")  # the same file in another place
+    (tmp_path / "utils/below/deeper/part.py").unlink()
+    digests.add(program_digest(str(tmp_path)))
+    assert len(digests) == 5

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from importlib import metadata
 
+from config import PROGRAM_FOLDER
 from data.cpus import usable_cpus
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "Pillow", "yacs", "PyYAML", "safetensors", "simplejpeg", "opencv-python-headless",
@@ -77,9 +78,8 @@ def torch_cuda() -> str:
 
 def commit() -> str:
     """The commit this program is at, with a plus when files differ from it; empty outside a checkout."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    name = output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
-    changed = output("git", "-C", here, "status", "--porcelain", "--untracked-files=no") if name else ""
+    name = output("git", "-C", PROGRAM_FOLDER, "rev-parse", "--short=12", "HEAD")
+    changed = output("git", "-C", PROGRAM_FOLDER, "status", "--porcelain", "--untracked-files=no") if name else ""
     return f"commit {name}{', with changes' if changed else ''}" if name else ""
 
 

@@ -18,11 +18,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
+from config import PROGRAM_FOLDER
 from models.weights import FORMAT_KEY, TRAILER_MAGIC, CheckpointError, check_finite, check_fits, read_file
 from utils.about import output
 from utils.distributed import gather_objects, restarts
@@ -430,17 +432,15 @@ def versions() -> dict[str, str]:
             **{module.__name__: str(module.__version__) for module in (torch, torchvision, timm)}}
 
 
-def program_digest() -> str:
-    """Digest of this program's own source files."""
-    root, digest = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), hashlib.sha256()
-    for folder in ("", "models", "data", "utils"):
-        for name in sorted(os.listdir(os.path.join(root, folder))):
-            if name.endswith(".py"):
-                with open(os.path.join(root, folder, name), "rb") as file:
-                    digest.update(name.encode() + file.read())
+def program_digest(root: str = PROGRAM_FOLDER) -> str:
+    """Digest of this program's own source files, their places included, in the folders of ``root`` and all below them."""
+    digest = hashlib.sha256()
+    rooms = [path for folder in ("models", "data", "utils") for path in (Path(root) / folder).rglob("*.py")]
+    for path in sorted([*Path(root).glob("*.py"), *rooms]):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
 def git_commit() -> str:
     """The commit this program is at, or nothing outside a checkout."""
-    return output("git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD")
+    return output("git", "-C", PROGRAM_FOLDER, "rev-parse", "HEAD")

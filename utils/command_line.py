@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from config import KEYS, ConfigError, describe_keys
+from config import KEYS, PROGRAM_FOLDER, ConfigError, describe_keys
 
 # What other trainers call it, and what to write here. (words without dashes, as they are typed there; advice)
 ELSEWHERE: list[tuple[str, str]] = [
@@ -181,7 +181,7 @@ def require_config_file(path: str) -> None:
     """Raise ``ConfigError`` with the nearest file's name for a configuration that is not there as it is written."""
     if os.path.isfile(path):
         return
-    here = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
+    here = os.path.join(PROGRAM_FOLDER, "configs")
     there = sorted({*glob.glob("configs/*.yaml"), *glob.glob(os.path.join(glob.escape(os.path.dirname(path) or "."), "*.y*ml")),
                     *(glob.glob(os.path.join(glob.escape(here), "*.yaml")) if not os.path.isdir("configs") else [])})
     by_stem = {os.path.splitext(os.path.basename(file))[0]: file for file in there}
