@@ -19,7 +19,6 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-
 PROGRAM_FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 

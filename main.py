@@ -27,8 +27,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from config import KEYS, ConfigError, converted, get_config, lookup, takes_standard_output
-from utils.command_line import Formatter, Parser, Tell, metavar, odd_opts, require_config_file, unknown
-from utils.completion import SHELLS
+from utils.cli.completion import SHELLS
+from utils.cli.parser import Formatter, Parser, Tell, metavar
+from utils.cli.suggestions import odd_opts, require_config_file, unknown
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_DATA, EXIT_NUMBERS, EXIT_STOPPED = 1, 2, 3, 4, 75
 
@@ -97,23 +98,23 @@ FLAGS: list[tuple[str, str, str, str | None, str]] = [
 # The modes, in the order they are looked at; training is what is left. (key that asks for it, module, function). A function takes
 # (config, content of --resume's file or None, device, logger) and returns an exit status, or nothing for 0.
 MODES: list[tuple[str, str, str]] = [
-    ("THROUGHPUT_MODE", "utils.modes", "measure_throughput"),
-    ("SHOW.BATCH", "utils.show", "show_batch"),
-    ("SHOW.ATTENTION", "utils.attention", "show_attention"),
-    ("COMPARE.FILES", "utils.compare", "compare_run"),
-    ("PREDICT.PATHS", "utils.predict", "predict_run"),
-    ("EXPORT.FILE", "utils.export", "export_run"),
-    ("EVAL_MODE", "utils.evaluation", "evaluate_run"),
-    ("PLAN.RUN", "utils.plan", "plan_run"),
+    ("THROUGHPUT_MODE", "utils.commands.throughput", "measure_throughput"),
+    ("SHOW.BATCH", "utils.commands.show_batch", "show_batch"),
+    ("SHOW.ATTENTION", "utils.commands.show_attention", "show_attention"),
+    ("COMPARE.FILES", "utils.commands.compare", "compare_run"),
+    ("PREDICT.PATHS", "utils.commands.predict", "predict_run"),
+    ("EXPORT.FILE", "utils.commands.export", "export_run"),
+    ("EVAL_MODE", "utils.commands.evaluate", "evaluate_run"),
+    ("PLAN.RUN", "utils.commands.plan", "plan_run"),
 ]
 
 # Modes that need neither a model nor a device, nor torch where --resume names no checkpoint; they are looked at first.
 # (key, module, function); a function takes (config, logger) and returns an exit status.
 QUICK_MODES: list[tuple[str, str, str]] = [
-    ("REPORT.CONFIG", "utils.settings", "print_config"),
-    ("REPORT.DIFF", "utils.settings", "print_differences"),
-    ("REPORT.RUNS", "utils.report", "report_runs"),
-    ("DOCTOR_MODE", "utils.doctor", "examine_run"),
+    ("REPORT.CONFIG", "utils.commands.show_config", "print_config"),
+    ("REPORT.DIFF", "utils.commands.show_config", "print_differences"),
+    ("REPORT.RUNS", "utils.commands.report", "report_runs"),
+    ("DOCTOR_MODE", "utils.commands.doctor", "examine_run"),
 ]
 
 # Flags of the Swin and CrossFormer trainers that mean something else here: the key they set, and one line of advice.
@@ -129,10 +130,10 @@ OLD_FLAGS: list[tuple[str, str, str | None, str]] = [
 
 # Flags that print something and stop, before torch is imported: (flag, how many values, module, function, metavar, help).
 ABOUT: list[tuple[str, int | str, str, str, str | None, str]] = [
-    ("--help-keys", "?", "utils.command_line", "keys_text", "WORD", "list the keys for --opts and YAML files, or those that hold WORD"),
-    ("--version", 0, "utils.about", "version_text", None, "print the versions of this program, Python, torch and timm"),
-    ("--env", 0, "utils.about", "environment_text", None, "print a description of this machine for a bug report, without names or paths"),
-    ("--completion", 1, "utils.completion", "completion_text", "SHELL", "print a completion script for bash, zsh or fish"),
+    ("--help-keys", "?", "utils.cli.parser", "keys_text", "WORD", "list the keys for --opts and YAML files, or those that hold WORD"),
+    ("--version", 0, "utils.cli.environment_info", "version_text", None, "print the versions of this program, Python, torch and timm"),
+    ("--env", 0, "utils.cli.environment_info", "environment_text", None, "describe this machine for a bug report, without names or paths"),
+    ("--completion", 1, "utils.cli.completion", "completion_text", "SHELL", "print a completion script for bash, zsh or fish"),
 ]
 
 
@@ -210,11 +211,11 @@ def run(argv: Sequence[str] | None = None) -> int:
             return _quick(mode, config, advice)
     # torch and timm take seconds to import: not before the command line has been understood.
     with _uncollected():
-        from utils import distributed
-        from utils.device import choose_device, keep_freed_memory
-        from utils.logger import create_logger
-        from utils.modes import resolve_config
-        from utils.signals import tidy_end
+        from utils.commands.resolve_config import resolve_config
+        from utils.loggers.console import create_logger
+        from utils.runtime import distributed
+        from utils.runtime.device import choose_device, keep_freed_memory
+        from utils.runtime.stop_signals import tidy_end
 
     config, content = resolve_config(cfg_file, opts)
     if mode := _asked_for(QUICK_MODES, config):
@@ -225,7 +226,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     logger = create_logger(distributed.is_main(), takes_standard_output(config))
     for line in advice:
         logger.info(line)
-    _, module, function = _asked_for(MODES, config) or ("", "utils.modes", "train_run")
+    _, module, function = _asked_for(MODES, config) or ("", "utils.commands.train", "train_run")
     with tidy_end():
         status = getattr(importlib.import_module(module), function)(config, content, device, logger)
     distributed.shutdown()
@@ -251,7 +252,7 @@ def _asked_for(modes: Sequence[tuple[str, str, str]], config: Any) -> tuple[str,
 
 
 def _quick(mode: tuple[str, str, str], config: Any, advice: Sequence[str]) -> int:
-    from utils.logger import create_logger
+    from utils.loggers.console import create_logger
 
     logger = create_logger(True, takes_standard_output(config))
     for line in advice:
@@ -268,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return run(argv)
         finally:
-            if progress := sys.modules.get("utils.progress"):
+            if progress := sys.modules.get("utils.loggers.progress"):
                 progress.end()  # what is said next begins on a clean line
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
@@ -284,15 +285,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(error: Exception) -> int:
     from data import DataError
-    from models.weights import CheckpointError
-    from utils import distributed
-    from utils.compile import compile_error
-    from utils.engine import NumericError
-    from utils.export import ExportError
-    from utils.fit import Unfit
-    from utils.memory import is_out_of_memory
-    from utils.session import SaveError
-    from utils.signals import Stopped
+    from models.safe_load import CheckpointError
+    from utils.commands.export import ExportError
+    from utils.runtime import distributed
+    from utils.runtime.compile import compile_error
+    from utils.runtime.memory import is_out_of_memory
+    from utils.runtime.stop_signals import Stopped
+    from utils.training.batch_size import Unfit
+    from utils.training.engine import NumericError
+    from utils.training.loop import SaveError
 
     text = str(error)
     if isinstance(error, (DataError, CheckpointError)):
@@ -330,11 +331,11 @@ def _explain(error: Exception) -> int:
 
 def _fail(sentence: str, status: int, everywhere: bool = False) -> int:
     """Say it once: rank 0, or with its number any rank that may be alone in its trouble."""
-    from utils.logger import printable
+    from utils.loggers.console import printable
     rank, local, place = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0"), ""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         place = f" (rank {rank})"
-        if status not in (EXIT_USAGE, EXIT_STOPPED) and (distributed := sys.modules.get("utils.distributed")):
+        if status not in (EXIT_USAGE, EXIT_STOPPED) and (distributed := sys.modules.get("utils.runtime.distributed")):
             distributed.announce_failure(sentence)
             place = f" ({distributed.place()})"
     if rank == "0" or everywhere or local == "0":

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import atexit
 import math
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,21 +14,23 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from config import ConfigError
-from data import digits
-from data.classes import join
-from data.cpus import worker_count
 from data.errors import DataError
-from data.given import GivenImages
-from data.images import EvalImages, TrainImages
-from data.layouts import Options, beside, recognise
-from data.loader import LEAST_SHARED_MEMORY, ImageLoader, free_shared_memory, needs_pipe
-from data.mixup import build_mixup
-from data.pipeline import Pipeline, eval_pipeline, train_pipeline
-from data.sampler import ShardSampler, StepSampler
-from data.selection import choose_classes, subset
-from data.source import Source
-from data.stream_batches import StreamEvalImages, StreamSampler, StreamShard, StreamTrainImages
-from data.streams import Stream, is_stream, open_streams
+from data.layouts import digits
+from data.layouts.detect import Options, beside, recognise
+from data.layouts.input_paths import GivenImages
+from data.layouts.splits import choose_classes, subset
+from data.loading.dataset import EvalImages, TrainImages
+from data.loading.loader import ImageLoader
+from data.loading.sampler import ShardSampler, StepSampler
+from data.loading.workers import LEAST_SHARED_MEMORY, _end_workers, _quiet_worker, free_shared_memory, needs_pipe, worker_count
+from data.sources.base import Source
+from data.sources.classes import join
+from data.streaming.dataset import StreamEvalImages, StreamTrainImages
+from data.streaming.open import open_streams
+from data.streaming.sampler import StreamSampler, StreamShard
+from data.streaming.stream import Stream, is_stream
+from data.transforms.mixup import build_mixup
+from data.transforms.pipeline import Pipeline, eval_pipeline, train_pipeline
 
 Naming = Callable[[Sequence[str]], Sequence[str] | None]  # from the names of class folders to those of the classifier
 
@@ -240,23 +240,7 @@ def _pipe_notice(batch_bytes: int, workers: int, notices: list[str]) -> bool:
     return bool(line)
 
 
-def _end_workers() -> None:
-    """At exit, end loading processes that nothing has shut down: they ignore the signal that multiprocessing would send."""
-    children = multiprocessing.active_children()
-    if children and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
-    for child in children:
-        child.kill()
-
-
 atexit.register(_end_workers)
-
-
-def _quiet_worker(_: int) -> None:
-    """Signals may reach the whole process group; the main process decides, and still needs its workers for it."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 __all__ = ["DataError", "Loaders", "build_loaders"]

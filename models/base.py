@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from models import bf16
-from models.bf16 import Linear
+from models import cpu_bf16 as bf16
+from models.cpu_bf16 import Linear
 from models.weights import load_pretrained_file
 
 

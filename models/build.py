@@ -17,18 +17,11 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import ConfigError, image_size
-from models import bf16, crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin
+from models import cpu_bf16 as bf16
+from models import crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin
 from models.base import HierarchicalModel
-from models.weights import (
-    CheckpointError,
-    LoadReport,
-    check_fits,
-    classifier_prefixes,
-    fit_pretrained,
-    load_pretrained_file,
-    read_class_map,
-    translate,
-)
+from models.safe_load import CheckpointError
+from models.weights import LoadReport, check_fits, classifier_prefixes, fit_pretrained, load_pretrained_file, read_class_map, translate
 
 # A family module gives VARIANTS (name -> kwargs), build(name, kwargs), NODE_KEYS (config key -> kwarg) and
 # checkpoint_filter_fn; REQUIRED are the numbers without which a label is not a model.

@@ -30,8 +30,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.base import DropPath, HierarchicalModel, Linear, Mlp, add_branch, create, default_cfg, make_head, run_blocks
-from models.bf16 import computed_in, convolve, sum_of_rows
+from models.base import DropPath, HierarchicalModel, Mlp, add_branch, create, default_cfg, make_head, run_blocks
+from models.cpu_bf16 import Linear, computed_in, convolve, sum_of_rows
 from models.ops import DepthwiseConv2d, merge_patches
 
 PADDED_KEY = -1e6  # added to the logits of padded keys

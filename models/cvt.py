@@ -27,8 +27,8 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, Linear, add_branch, create, default_cfg, make_head, run_blocks
-from models.bf16 import linear
+from models.base import DropPath, HierarchicalModel, add_branch, create, default_cfg, make_head, run_blocks
+from models.cpu_bf16 import Linear, linear
 from models.ops import DepthwiseConv2d, attend, channels_last, conv_norm
 
 

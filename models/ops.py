@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.bf16 import computed_in, linear
+from models.cpu_bf16 import computed_in, linear
 
 LARGE_MAP = 2 ** 19  # numbers of one sample, 1 MiB in bfloat16: two such maps leave a core's cache no room
 _FEW_CHANNELS = 64  # 128 bytes in bfloat16, two cache lines

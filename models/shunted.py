@@ -27,7 +27,8 @@ from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, Linear, add_branch, create, default_cfg, make_head, run_blocks
+from models.base import DropPath, HierarchicalModel, add_branch, create, default_cfg, make_head, run_blocks
+from models.cpu_bf16 import Linear
 from models.ops import DepthwiseConv2d, attend, channels_last, merge_patches
 
 NORM_EPS = 1e-6  # of the blocks' and stages' norms; those of embeddings and merged maps have torch's 1e-5

@@ -8,13 +8,7 @@ not plain data is refused.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import pickle
-import re
-import warnings
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,126 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-class CheckpointError(RuntimeError):
-    """A file of weights is missing, damaged, unsafe or does not fit; one sentence (exit status 3)."""
-
-
-# --------------------------------------------------------------------------------------------------
-# The safe reader
-# --------------------------------------------------------------------------------------------------
-
-class _Inert:
-    """Stands for a pickled object beside the weights (a Namespace, a path, a numpy number): made and filled, never used."""
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-# torch's weights-only reader looks a class up by its name in the file and takes these instead. It fills no other mappings
-# than plain ones, so a CfgNode becomes an OrderedDict.
-_STAND_INS = [
-    (OrderedDict, "yacs.config.CfgNode"), (OrderedDict, "easydict.EasyDict"), (_Inert, "argparse.Namespace"),
-    *((_Inert, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath", "Path")),
-    *((_Inert, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    (_Inert, "numpy.dtype"), (_Inert, "numpy.ndarray"),
-    *((_Inert, f"numpy.dtypes.{kind}DType") for kind in ("Float64", "Float32", "Int64")),
-]
-
-# A checkpoint of this program ends in MAGIC + sha256 of everything before it (see utils/checkpoint.py).
-TRAILER_MAGIC = b"HVTSHA1\n"
-TRAILER_SIZE = len(TRAILER_MAGIC) + hashlib.sha256().digest_size
-
-
-def verify_digest(path: str) -> bool:
-    """True when the file carries this program's digest and it matches; False when it carries none.
-
-    Raises:
-        CheckpointError: the digest does not match the content: the file is damaged.
-    """
-    size = os.path.getsize(path)
-    if size < TRAILER_SIZE:
-        return False
-    with open(path, "rb") as file:
-        file.seek(size - TRAILER_SIZE)
-        trailer = file.read()
-        if not trailer.startswith(TRAILER_MAGIC):
-            return False
-        file.seek(0)
-        digest, left = hashlib.sha256(), size - TRAILER_SIZE
-        while left:
-            chunk = file.read(min(left, 1 << 22))
-            if not chunk:
-                break
-            digest.update(chunk)
-            left -= len(chunk)
-    if digest.digest() != trailer[len(TRAILER_MAGIC):]:
-        raise CheckpointError(f"{path}: damaged (its checksum does not match its content); use another checkpoint")
-    return True
-
-
-def _check_archive(path: str) -> None:
-    """Refuse a zip whose members claim more bytes than the file has: torch would allocate them before it looks.
-
-    torch stores its members as they are, so none is larger than the file.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        size = os.path.getsize(path)
-        if sum(member.file_size for member in archive.infolist()) > size or any(m.compress_type for m in archive.infolist()):
-            raise CheckpointError(f"{path}: refused, its members claim to be larger than the file")
-
-
-def read_file(path: str) -> Any:
-    """The content of a ``.pth`` or ``.safetensors`` file as plain data, tensors on the CPU.
-
-    Raises:
-        CheckpointError: missing, empty, damaged, or holding anything but plain data and tensors.
-    """
-    path = os.fspath(path)
-    if os.path.isdir(path):
-        raise CheckpointError(f"{path}: is a folder; name a checkpoint file in it")
-    if not os.path.exists(path):
-        raise CheckpointError(f"{path}: no such checkpoint file")
-    if os.path.getsize(path) == 0:
-        raise CheckpointError(f"{path}: is empty; the copy or the save was cut off")
-    try:
-        signed = verify_digest(path)
-        _check_archive(path)
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-            return load_file(path, device="cpu")
-        with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on the pickle protocol of a file that is refused anyway
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(content, Mapping) and FORMAT_KEY in content and not signed:
-            raise CheckpointError(f"{path}: damaged (its checksum is missing); use another checkpoint")
-        return content
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError as error:
-        found = _refused_class(str(error))
-        if found:
-            raise CheckpointError(f"{path}: refused, it holds a pickled {found}, which could run code; "
-                                  "ask its author for plain weights (a state dict, or safetensors)") from None
-        raise CheckpointError(f"{path}: damaged or not a checkpoint") from None
-    except PermissionError:
-        raise CheckpointError(f"{path}: cannot be read (permission denied)") from None
-    except Exception as error:  # torch, zip and safetensors raise many kinds for a damaged file
-        reason = (str(error).strip().splitlines() or [""])[0][:120]
-        reason = f" ({reason})" if any(c.isalpha() for c in reason) else ""  # some raise the bare byte they stumbled over
-        raise CheckpointError(f"{path}: damaged or not a checkpoint{reason}") from None
-
-
-def _refused_class(message: str) -> str:
-    """The class or function that torch's reader would not touch; nothing when the bytes are simply no pickle."""
-    found = re.search(r"(?:GLOBAL|class|function|global:?)\s+<?(?:built-in function )?([A-Za-z_][\w.]*\.\w+|\w+(?=>))", message)
-    return found[1] if found and "Unsupported operand" not in message else ""
-
+from models.safe_load import FORMAT_KEY, CheckpointError, read_file
 
 # --------------------------------------------------------------------------------------------------
 # From a file's content to a state dict
@@ -152,7 +27,8 @@ def _refused_class(message: str) -> str:
 _WRAPPERS = ("state_dict_ema", "model", "state_dict", "model_ema", "ema", "module", "net")
 # This program's own checkpoints are judged by the average when there is one; an empty "ema" means none.
 _OWN_WRAPPERS = ("ema", "model")
-FORMAT_KEY = "hvt_format"
+
+
 _PREFIXES = ("module.", "_orig_mod.")
 
 

@@ -21,9 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -32,11 +29,15 @@ from torchvision.datasets import ImageFolder
 
 from config import get_config
 from data import build_loaders
-from data.folder import scan_folder
-from data.images import EvalImages
-from data.jpeg import LIBRARY
-from data.pipeline import eval_pipeline
-from data.transforms import build_eval_transform, build_train_transform, preprocessing
+from data.decoding.jpeg import LIBRARY
+from data.loading.dataset import EvalImages
+from data.sources.folder import scan_folder
+from data.transforms.build import build_eval_transform, build_train_transform, preprocessing
+from data.transforms.pipeline import eval_pipeline
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
 
 BATCH = 20
 # ImageNet's sizes, roughly: width, height, share.

@@ -5,7 +5,7 @@
     python scripts/bench_step.py --model crossformer_tiny --part embedding     # or update: clip, gradient norm and AdamW
 
 A training step is forward, soft-target cross-entropy, backward, clipping and AdamW, on images made up once. Ours and timm's models
-are stepped as utils/engine.py does it. ``textbook`` is CrossFormer written down as the paper has it, at the weights of ours (the
+are stepped as utils/training/engine.py does it. ``textbook`` is CrossFormer written down as the paper has it, at the weights of ours (the
 logits of both are compared first), with the step that goes with such code: AdamW tensor by tensor, a number read from the device
 for each. Both sides take turns, round by round, in one process; times are medians over the rounds.
 
@@ -35,15 +35,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import models  # noqa: F401  registers the families with timm
 from config import ConfigError
 from models import crossformer
-from utils import memory
-from utils.compile import compile_model
-from utils.device import Precision, choose_device, keep_freed_memory, synchronize
-from utils.throughput import multiply_adds
+from utils.profiling.step_speed import multiply_adds
+from utils.runtime import memory
+from utils.runtime.compile import compile_model
+from utils.runtime.device import choose_device, keep_freed_memory, synchronize
+from utils.runtime.precision import Precision
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 
 CLIP, LR, DECAY = 5.0, 1e-4, 0.05
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -251,7 +253,7 @@ def groups_of(model: nn.Module) -> list[dict]:
 
 
 def our_update(model: nn.Module) -> Callable[[], None]:
-    """Clip and apply as utils/engine.py does on a CPU or a CUDA GPU."""
+    """Clip and apply as utils/training/engine.py does on a CPU or a CUDA GPU."""
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(groups_of(model), lr=LR, fused=True)
 

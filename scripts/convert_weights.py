@@ -23,8 +23,9 @@ def main() -> int:
 
     from safetensors.torch import save
 
-    from models.weights import CheckpointError, read_state_dict
-    from utils.files import replace_file
+    from models.safe_load import CheckpointError
+    from models.weights import read_state_dict
+    from utils.runtime.files import replace_file
 
     if not args.target.endswith(".safetensors"):
         print(f"error: {args.target}: the target ends in .safetensors", file=sys.stderr)

@@ -22,19 +22,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from config import ConfigError, get_config
 from data import DataError, build_loaders
 from models import build_model
-from utils.compile import require_compiler
-from utils.device import choose_device, choose_precision, synchronize
-from utils.engine import Progress, train_one_epoch
-from utils.files import require_place
-from utils.throughput import made_up_batch, prepare_step
+from utils.profiling.step_speed import made_up_batch
+from utils.runtime.compile import require_compiler
+from utils.runtime.device import choose_device, synchronize
+from utils.runtime.files import require_place
+from utils.runtime.precision import choose_precision
+from utils.training.engine import Progress, train_one_epoch
+from utils.training.setup import prepare_step
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 
 WARM_UP = 3
 _WAITING = "waiting for data"

@@ -22,13 +22,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from data.decoding.pillow import decode
+from data.errors import DataError, UnreadableImage
+from data.layouts.detect import Options, recognise
+from data.sources.base import Source
+from data.sources.classes import join
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.classes import join
-from data.decode import decode
-from data.errors import DataError, UnreadableImage
-from data.layouts import Options, recognise
-from data.source import Source
 
 MANIFEST, RECIPE = "manifest.jsonl", "recipe.json"
 _source: Source | None = None  # each process's own

@@ -18,13 +18,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.errors import DataError
+from data.layouts.detect import Options, recognise
+from data.layouts.flat_labels import find_label_file, label_flat
+from data.sources.archives import Member, members, read_at
+from data.sources.packed_names import is_image
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.archives import Member, members, read_at
-from data.errors import DataError
-from data.flat import find_label_file, label_flat
-from data.layouts import Options, recognise
-from data.names import is_image
 
 LISTS = ("ILSVRC2012_validation_ground_truth.txt", "meta.mat")
 
@@ -43,7 +44,7 @@ def training(tar: str) -> Iterator[tuple[str, Member]]:
 
 def validation(tar: str, downloads: str) -> Iterator[tuple[str, Member]]:
     """(path below the output, member) of the validation images, by the devkit's labels."""
-    from data.archives import scan_archives
+    from data.sources.archives import scan_archives
     source = scan_archives([tar], tar)
     with tempfile.TemporaryDirectory() as scratch:
         label_flat(source, find_label_file(downloads, "val") or ground_truth(downloads, scratch))

@@ -41,7 +41,7 @@ if _what and os.environ.get("BREAK_RANK", os.environ.get("RANK")) == os.environ.
         return call
 
     if _what == "loader":
-        import data.source as place
+        import data.sources.base as place
         place.Source.read = _broken(place.Source.read)
     elif _what == "index":
         import data.build as place
@@ -53,7 +53,7 @@ if _what and os.environ.get("BREAK_RANK", os.environ.get("RANK")) == os.environ.
         import torch
         torch.Tensor.topk = _broken(torch.Tensor.topk)
     elif _what == "save":
-        import utils.checkpoint as place
+        import utils.checkpoints.folder as place
         place.write_checkpoint = _broken(place.write_checkpoint)
     else:  # fsync, replace, ... of the system
         setattr(os, _what, _broken(getattr(os, _what)))

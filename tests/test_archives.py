@@ -18,7 +18,7 @@ from conftest import TINY_MODEL, differences, load, write_images
 
 from config import get_config
 from data import DataError, build_loaders
-from data.archives import scan_archives
+from data.sources.archives import scan_archives
 
 CLASSES = ["n01440764", "n01443537", "n02102040"]
 
@@ -249,7 +249,7 @@ def test_an_archive_on_a_share_that_comes_back_is_opened_anew(plain: Path, tmp_p
     whole = source.read(0)
     stale = iter([OSError(116, "Stale file handle")])
     monkeypatch.setattr(os, "open", lambda *a, **k: opened.append(a[0]) or real(*a, **k))
-    from data import archives
+    from data.sources import archives
     read = archives.read_at
     monkeypatch.setattr(archives, "read_at", lambda *a: (_ for _ in ()).throw(error) if (error := next(stale, None)) else read(*a))
     assert source.read(0) == whole and opened == [str(tmp_path / "train.tar")]
@@ -320,7 +320,8 @@ def test_swin_maps_of_a_flat_validation_archive(plain: Path, tmp_path: Path) -> 
 
 
 def test_index_of_archives_is_kept_until_they_change(plain: Path, tmp_path: Path, monkeypatch) -> None:
-    from data import archives, index
+    from data.sources import archives
+    from data.sources import index_cache as index
     monkeypatch.setattr(index, "WORTH_KEEPING", 5)
     write_archives("shards", plain, tmp_path)
     files = sorted(str(p) for p in tmp_path.glob("*train*.tar"))

@@ -11,7 +11,7 @@ from test_compile import FAMILIES, tiny
 
 from config import ConfigError, get_config
 from models import build_model
-from utils.modes import Start, accept_changes
+from utils.training.resume import Start, accept_changes
 
 TIMMS = ("swin", "pvt_v2")
 

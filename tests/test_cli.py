@@ -155,7 +155,7 @@ def test_mistakes_name_what_was_meant(arguments: list[str], words: list[str]) ->
 
 def test_advice_names_flags_and_keys_that_exist() -> None:
     from config import KEYS
-    from utils.command_line import ELSEWHERE
+    from utils.cli.suggestions import ELSEWHERE
     flags = {flag for _, flag, *_ in main.FLAGS} | {"--cfg", "--opts"}
     for words, advice in ELSEWHERE:
         assert set(re.findall(r"--[a-z][a-z-]+(?![a-z_])", advice.replace("--nproc_per_node", ""))) <= flags, advice

@@ -14,8 +14,8 @@ from torch import nn
 
 from config import get_config
 from models import build_model
-from utils import compile
-from utils.ema import WeightAverage
+from utils.optim.ema import WeightAverage
+from utils.runtime import compile
 
 # The smallest that has all parts: two stages of two blocks.
 FAMILIES = {
@@ -86,7 +86,7 @@ def test_blocks_of_timm_models() -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The compiler without the generation of code, which takes a minute."""
     monkeypatch.setattr(compile.compile_model, "__defaults__", ("aot_eager", None))
-    monkeypatch.setattr("utils.modes.require_compiler", lambda device, how: None)
+    monkeypatch.setattr("utils.training.setup.require_compiler", lambda device, how: None)
     torch._dynamo.utils.counters.clear()
 
 

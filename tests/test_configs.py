@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 
+import model_table
 import pytest
 import torch
 from conftest import ROOT
@@ -13,7 +14,7 @@ from config import get_config
 from models import build_model
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import model_table
+
 
 # Exact parameter counts of the published variants.
 PARAMETERS = {

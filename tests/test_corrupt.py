@@ -15,8 +15,9 @@ import torch
 from conftest import ROOT, TINY_MODEL, differences, environment, load, write_images
 
 from config import get_config
-from data import DataError, build, build_loaders, loader
-from data.folder import scan_folder
+from data import DataError, build, build_loaders
+from data.loading import loader
+from data.sources.folder import scan_folder
 
 
 def config_for(root: Path, *opts: object):

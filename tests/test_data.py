@@ -12,13 +12,14 @@ from conftest import write_images
 from PIL import Image
 
 from config import ConfigError, get_config
-from data import DataError, build_loaders, digits
-from data.build import worker_count
-from data.folder import scan_folder
-from data.mixup import build_mixup
-from data.sampler import ShardSampler, StepSampler
+from data import DataError, build_loaders
+from data.layouts import digits
+from data.loading.sampler import ShardSampler, StepSampler
+from data.loading.workers import worker_count
 from data.seeds import derive
-from data.transforms import build_eval_transform, build_train_transform, preprocessing
+from data.sources.folder import scan_folder
+from data.transforms.build import build_eval_transform, build_train_transform, preprocessing
+from data.transforms.mixup import build_mixup
 
 
 def config_for(root: Path, *opts: object):
@@ -221,7 +222,7 @@ def test_mixup_is_a_function_of_seed_step_and_rank(images: Path) -> None:
 
 
 def test_worker_count_follows_the_machine(images: Path, monkeypatch) -> None:
-    monkeypatch.setattr("data.cpus.usable_cpus", lambda: 6)
+    monkeypatch.setattr("data.loading.workers.usable_cpus", lambda: 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert worker_count(config_for(images, "DATA.NUM_WORKERS", -1)) == 3
     assert worker_count(config_for(images, "DATA.NUM_WORKERS", 5)) == 5

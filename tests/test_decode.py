@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.decode import decode
+from data.decoding.pillow import decode
 from data.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
@@ -96,7 +96,7 @@ def test_odd_sizes_pass_and_go_through_both_transforms(size: tuple[int, int]) ->
     import random
 
     from config import get_config
-    from data.transforms import build_eval_transform, build_train_transform, preprocessing
+    from data.transforms.build import build_eval_transform, build_train_transform, preprocessing
     image = decode(encoded(Image.new("RGB", size, (9, 8, 7)), "PNG"), "x")
     assert image.size == size
     config = get_config(None, ["DATA.IMG_SIZE", "32"])

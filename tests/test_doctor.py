@@ -19,7 +19,7 @@ from conftest import ROOT, environment
 from PIL import Image
 from test_archives import tar_of
 
-from data.similar import near_pairs
+from data.doctor.image_hashes import near_pairs
 
 TINY = ("--img-size", "64", "--batch-size", "8", "--opts", "DATA.READ_PATIENCE", "0", "DATA.INDEX_CACHE", "none")
 
@@ -244,7 +244,9 @@ def test_sound_data_is_clean_and_training_takes_the_index_over(sound: Path, tmp_
         assert manifest["sha256"].shape == (27, 32) and bytes(manifest["sha256"][0]) == first
 
     from config import get_config
-    from data import build_loaders, folder, index
+    from data import build_loaders
+    from data.sources import folder
+    from data.sources import index_cache as index
     kept = list(cache.glob("*.npz"))
     assert len(kept) == 2 and all("sums.sha256" in np.load(path).files and "sums.sha256" not in index._read(str(path)) for path in kept)
     config = get_config(None, ["DATA.DATA_PATH", str(sound), "DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "4", "DATA.NUM_WORKERS", "0",
@@ -308,7 +310,7 @@ def test_usage(sound: Path, tmp_path: Path, program) -> None:
 
 def test_a_process_that_dies_or_hangs_is_named(sound: Path, tmp_path: Path, program, monkeypatch) -> None:
     """A decoder that is killed by one image, and one that never comes back from another."""
-    from data import crew
+    from data.doctor import worker_pool as crew
     examine = crew.examine
 
     def deadly(source, index, row):

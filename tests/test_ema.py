@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.ema import WeightAverage
+from utils.optim.ema import WeightAverage
 
 
 class Shared(nn.Module):

@@ -19,13 +19,14 @@ from PIL import Image
 from config import config_from_text
 from data import build_loaders
 from models import build_model
-from utils.answers import Answers, Recorder, describe
-from utils.checkpoint import write_checkpoint
-from utils.compare import report
-from utils.device import Precision
-from utils.engine import evaluate
-from utils.per_class import PerClass
-from utils.statistics import bootstrap_difference, mcnemar
+from utils.checkpoints.file_format import write_checkpoint
+from utils.evaluation.loop import evaluate
+from utils.evaluation.paired_test import report
+from utils.evaluation.per_class import PerClass
+from utils.evaluation.recorder import Answers, Recorder
+from utils.evaluation.statistics import bootstrap_difference, mcnemar
+from utils.evaluation.summary import describe
+from utils.runtime.precision import Precision
 
 NAMES = [f"n{i:02d}" for i in range(12)]
 LAST = re.compile(r"^top1 (\S+) .*\((\d+) of (\d+)[;)]", re.M)
@@ -236,8 +237,8 @@ def test_real_labels_go_by_the_number_in_the_name(world: Path, program) -> None:
 
 def test_published_weights_know_the_thousand_classes() -> None:
     """Of weights without class names: folders named by number, by a subset of the WordNet ids, or otherwise."""
-    from data.classes import imagenet_classes
-    from utils.labels import Labels
+    from data.sources.classes import imagenet_classes
+    from utils.evaluation.label_sets import Labels
     wnids = imagenet_classes()
     assert len(wnids) == 1000 and wnids == sorted(wnids) and wnids[0] == "n01440764"
     labels = Labels(config_from_text(""))
@@ -321,7 +322,7 @@ def test_the_answers_of_two_ranks_are_those_of_one(world: Path, monkeypatch: pyt
     parts: list[list[np.ndarray]] = []
     for rank in range(2):
         recorder, loader = of_rank(rank, 2)
-        monkeypatch.setattr("utils.distributed.gather_objects", lambda columns: parts.append(columns) or parts)
+        monkeypatch.setattr("utils.runtime.distributed.gather_objects", lambda columns: parts.append(columns) or parts)
         together = recorder.answers(loader)
         monkeypatch.undo()
     assert [len(columns[0]) for columns in parts] == [18, 18]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from config import get_config
 from models import architecture, build_model
-from utils.export import Normalised
+from utils.commands.export import Normalised
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_mistakes_and_failures_leave_nothing_behind(program, tiny_run: Path, mon
     monkeypatch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
     done = program("--export", "m.onnx", "--resume", tiny_run)
     assert done.returncode == 2 and "ONNX needs the package onnx" in done.stderr and "pip install -r requirements-extras.txt" in done.stderr
-    monkeypatch.setattr("utils.export.difference", lambda found, expected: float("nan"))
+    monkeypatch.setattr("utils.commands.export.difference", lambda found, expected: float("nan"))
     for name in ("m.pt2", "mine"):
         done = program("--export", name, "--resume", tiny_run)
         assert done.returncode == 1 and "differs by nan" in done.stderr and "Traceback" not in done.stderr, done

@@ -20,11 +20,12 @@ from conftest import ROOT, differences, environment, load
 from PIL import Image
 
 from config import get_config
-from data import build_loaders, jpeg
-from data.folder import scan_folder
-from data.pipeline import EvalPipeline, PillowPipeline
-from data.resize import MODES, needed, resize_crop, resize_window
-from data.transforms import build_eval_transform, preprocessing
+from data import build_loaders
+from data.decoding import jpeg
+from data.decoding.resize import MODES, needed, resize_crop, resize_window
+from data.sources.folder import scan_folder
+from data.transforms.build import build_eval_transform, preprocessing
+from data.transforms.pipeline import EvalPipeline, PillowPipeline
 
 
 def texture(height: int, width: int, number: int = 0) -> Image.Image:

@@ -18,8 +18,10 @@ import torch
 from conftest import ROOT, differences, load, run_main
 from faults import ends, fault, start, wait_for, waiting
 
-from models.weights import CheckpointError, read_file
-from utils.checkpoint import write_checkpoint
+from models.safe_load import CheckpointError, read_file
+from utils.checkpoints.file_format import write_checkpoint
+from utils.runtime.precision import Precision
+from utils.tasks.classification import build_loss
 
 RUN = "output/tiny/default"
 OFTEN = ("--opts", "TRAIN.SAVE_EVERY_STEPS", "3")
@@ -306,16 +308,16 @@ def test_beyond_the_budget_back_to_a_good_checkpoint_and_then_stop(tiny_cfg: Pat
 
 def test_fp16_overflow_lowers_the_scale_and_moves_nothing_else(tiny_cfg: Path, program, monkeypatch) -> None:
     """On the CPU with gradients of fp32 and a scale that overflows even those: the run is that without scaling, bit for bit."""
-    from utils import device, optim
-    loss = optim.build_loss
+    from utils.optim import optimizer as optim
+    loss = build_loss
     monkeypatch.setattr(optim, "build_loss", lambda smoothing: lambda logits, targets: 8 * loss(smoothing)(logits, targets))
     assert program("--cfg", tiny_cfg, "--tag", "plain").returncode == 0
-    built = device.Precision.__post_init__
+    built = Precision.__post_init__
 
-    def scaled(precision: device.Precision, start: float = 2.0 ** 127) -> None:
+    def scaled(precision: Precision, start: float = 2.0 ** 127) -> None:
         built(precision)
         precision.scaler = torch.amp.GradScaler("cpu", init_scale=start, growth_interval=10_000)
-    monkeypatch.setattr(device.Precision, "__post_init__", scaled)
+    monkeypatch.setattr(Precision, "__post_init__", scaled)
     done = program("--cfg", tiny_cfg, "--tag", "scaled")
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stderr
     plain, other = (load(program.folder / f"output/tiny/{tag}/last.pth") for tag in ("plain", "scaled"))
@@ -327,13 +329,12 @@ def test_fp16_overflow_lowers_the_scale_and_moves_nothing_else(tiny_cfg: Path, p
 def test_fp16_that_overflows_at_every_scale_stops_with_advice(tiny_cfg: Path, program, monkeypatch) -> None:
     from torch import nn
 
-    from utils import device
-    built = device.Precision.__post_init__
+    built = Precision.__post_init__
 
-    def scaled(precision: device.Precision) -> None:
+    def scaled(precision: Precision) -> None:
         built(precision)
         precision.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    monkeypatch.setattr(device.Precision, "__post_init__", scaled)
+    monkeypatch.setattr(Precision, "__post_init__", scaled)
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *args, **kwargs: torch.tensor(float("inf")))
     done = program("--cfg", tiny_cfg)
     assert done.returncode == 4 and "overflow in fp16 at every loss scale" in done.stderr and "bf16" in done.stderr

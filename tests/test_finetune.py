@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from config import ConfigError, get_config
 from models import build_model, load_pretrained
 from models.crossformer import CrossFormer
-from models.weights import CheckpointError
-from utils.freeze import freeze
+from models.safe_load import CheckpointError
+from utils.optim.freeze import freeze
 
 NODE = ["MODEL.NAME", "tiny", "MODEL.CROS.EMBED_DIM", "16", "MODEL.CROS.DEPTHS", "[1, 2]", "MODEL.CROS.NUM_HEADS", "[1, 2]",
         "MODEL.CROS.GROUP_SIZE", "[4, 4]", "MODEL.CROS.INTERVAL", "[2, 1]", "MODEL.CROS.MERGE_SIZE", "[[2, 4]]"]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from config import ConfigError, get_config
 from data import DataError, build_loaders
-from data.layouts import Options, recognise
+from data.layouts.detect import Options, recognise
 
 
 def config_for(root: Path, *opts: object):
@@ -390,7 +390,8 @@ class Canary:
 
 
 def test_index_of_a_large_folder_is_kept_and_noticed_when_it_changes(plain: Path, tmp_path: Path, monkeypatch) -> None:
-    from data import folder, index
+    from data.sources import folder
+    from data.sources import index_cache as index
     monkeypatch.setattr(index, "WORTH_KEEPING", 5)
     root, cache = tmp_path / "data", tmp_path / "cache"
     shutil.copytree(plain / "train", root)
@@ -432,7 +433,7 @@ def test_index_of_a_large_folder_is_kept_and_noticed_when_it_changes(plain: Path
 
 
 def test_where_indices_are_kept(monkeypatch, tmp_path: Path) -> None:
-    from data.index import cache_folder
+    from data.sources.index_cache import cache_folder
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder("auto") == str(tmp_path / "hierarchical-transformers")
     assert cache_folder("none") is None and cache_folder(str(tmp_path / "x")) == str(tmp_path / "x")

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from config import get_config
-from models import bf16, build_model, ops
+from models import build_model, ops
+from models import cpu_bf16 as bf16
 from models.crossformer import CrossScaleEmbedding, _TableInPairs, relative_index
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.scheduler import CosineLRScheduler
 
-import utils.optim as optim
+import utils.optim.optimizer as optim
 from config import ConfigError, get_config
 from models.crossformer import CrossFormer
 

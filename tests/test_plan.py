@@ -12,9 +12,12 @@ import yaml
 from conftest import load, torchrun
 
 from config import ConfigError, get_config
-from utils import curve, fit, memory, plan
-from utils.batches import local_batch, recipe_batch
-from utils.device import keep_freed_memory
+from utils.commands import plan
+from utils.runtime import memory
+from utils.runtime.device import keep_freed_memory
+from utils.training import batch_size as fit
+from utils.training.batch_size import local_batch, recipe_batch
+from utils.visualization import terminal_chart as curve
 
 QUICK = ["PLAN.SECONDS", 0.02]
 

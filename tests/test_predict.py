@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from config import ConfigError, get_config
-from data.given import find_given
+from data.layouts.input_paths import find_given
 from models.crossformer import CrossFormer
-from utils import distributed, predict
-from utils.inference import describe_classes, open_trained
-from utils.picture import drawable, fitted, length
+from utils.commands import predict
+from utils.inference.trained_model import describe_classes, open_trained
+from utils.runtime import distributed
+from utils.visualization.drawing import drawable, fitted, length
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_hostile_names_steer_no_terminal_and_the_sheet_has_pages(program, tmp_pa
         Image.new("RGB", size, (200, 30 * number, 60)).save(here / "photos" / f"{name}.png")
     (here / "photos/bad.png").write_bytes(b"bad")
     for name, value in dict(_COLUMNS=2, _ROWS=1, _PAGES=2).items():
-        monkeypatch.setattr(f"utils.sheet.{name}", value)
+        monkeypatch.setattr(f"utils.visualization.contact_sheet.{name}", value)
     done = program("--predict", "photos", "--resume", "output/x/default/best.pth", "--sheet", "sheet.png", "--csv", "out.csv")
     assert done.returncode == 3 and "the first 4 of 7 images" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr and "new\\nline\\x1b[31m.png: " in done.stdout

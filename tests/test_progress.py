@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment
 
-from data.watch import tick
-from utils import logger as log
-from utils import progress, session
+from data.sources.listing_progress import tick
+from utils.loggers import console as log
+from utils.loggers import progress
+from utils.training import loop as session
 
 
 class Terminal(io.StringIO):

@@ -13,7 +13,8 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from models import pvt_v2
-from models.weights import CheckpointError, load_pretrained_file
+from models.safe_load import CheckpointError
+from models.weights import load_pretrained_file
 from tests.recipe import PROBE_INPUT, deterministic_input, deterministic_state, eps_probe, off
 
 # Parameters, those with weight decay, state-dict keys, CRC-32 of all official names and shapes in order.

@@ -13,12 +13,12 @@ from scipy import stats
 from timm.data import auto_augment as timm_ops
 
 from config import ConfigError, get_config
-from data import randaugment as ra
-from data.device_augment import _OPERATIONS, DeviceAugment, normal_noise
-from data.draws import Recipe
-from data.pipeline import PillowPipeline, TrainPipeline, eval_pipeline, train_pipeline
-from data.source import Source
-from data.transforms import build_train_transform
+from data.sources.base import Source
+from data.transforms import randaugment as ra
+from data.transforms.build import build_train_transform
+from data.transforms.device_transforms import _OPERATIONS, DeviceAugment, normal_noise
+from data.transforms.params import Recipe
+from data.transforms.pipeline import PillowPipeline, TrainPipeline, eval_pipeline, train_pipeline
 
 FILL = (124, 116, 104)
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, differences, load, run_main, write_images
 from faults import TORCHRUN, ends, fault, pair, start, wait_for
 
-from utils.checkpoint import program_digest
+from utils.runtime.provenance import program_digest
 
 RUN = "output/tiny/default"
 LONG = ("--batch-size", "4", "--epochs", "4000", "--warmup-epochs", "1")

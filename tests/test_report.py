@@ -17,12 +17,12 @@ import yaml
 from conftest import ROOT, environment
 
 from config import ConfigError, get_config, history
-from utils.metrics import JsonLines, MetricsLog
-from utils.outcomes import Outcomes, OutcomesError, confused_pairs, confusion, reliability
-from utils.paired import compare
-from utils.per_class import PerClass
-from utils.runs import Run, facts, read_run
-from utils.statistics import mcnemar
+from utils.evaluation.paired_test import compare
+from utils.evaluation.per_class import PerClass
+from utils.evaluation.predictions_file import Outcomes, OutcomesError, confused_pairs, confusion, reliability
+from utils.evaluation.statistics import mcnemar
+from utils.loggers.metrics_files import JsonLines, MetricsLog
+from utils.reporting.run_reader import Run, facts, read_run
 
 RUN = "output/tiny/a"
 
@@ -106,9 +106,8 @@ def test_images_of_all_ranks_keep_their_numbers(images: Path, tmp_path: Path, mo
     import torch
 
     from data import build_loaders
-    from utils import distributed
-    from utils.answers import Recorder
-    from utils.recorder import recordable, write_outcomes
+    from utils.evaluation.recorder import Recorder, recordable, write_outcomes
+    from utils.runtime import distributed
     root = tmp_path / "images"
     shutil.copytree(images, root)
     (root / "val/b/2.jpg").write_bytes(b"no image")
@@ -291,7 +290,7 @@ def test_hostile_names_do_no_harm(finished: Path, tmp_path: Path, capsys) -> Non
     (["config.yaml", "damaged"], ["predictions.npz: no file of predictions", "sources.json is damaged"]),
 ])
 def test_report_without_some_of_the_files(finished: Path, tmp_path: Path, kept: list[str], words: list[str]) -> None:
-    from utils.report import write_report
+    from utils.reporting.write import write_report
     for name in kept:
         if name == "damaged":
             (tmp_path / "predictions.npz").write_bytes((finished / RUN / "predictions.npz").read_bytes()[:900])
@@ -315,24 +314,24 @@ def test_report_asked_for_where_there_is_none(finished: Path, program) -> None:
 
 
 def test_a_report_that_fails_does_not_fail_the_run(tiny_cfg: Path, program, monkeypatch) -> None:
-    import utils.report
-    from utils import distributed
+    from utils.reporting import write
+    from utils.runtime import distributed
     watched = [True]
     monkeypatch.setattr(distributed, "unwatched", watched.clear)  # no limit of time holds for what nobody waits for
-    monkeypatch.setattr(utils.report, "render", lambda runs: 1 / len(watched))
+    monkeypatch.setattr(write, "render", lambda runs: 1 / len(watched))
     done = program("--cfg", tiny_cfg, "--epochs", 1)
     assert done.returncode == 0 and done.stdout.count("warning: no report was written (ZeroDivisionError") == 1
 
 
 def test_plots_where_matplotlib_is(finished: Path, program, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for module in [name for name in sys.modules if name.startswith("matplotlib.") or name == "utils.plots"]:
+    for module in [name for name in sys.modules if name.startswith("matplotlib.") or name == "utils.reporting.png_plots"]:
         monkeypatch.delitem(sys.modules, module)
     done = program("--report", finished / RUN)
     assert done.returncode == 0 and "no plots as PNG" in done.stdout and not (finished / RUN / "plots").exists()
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
-    from utils.report import write_plots
+    from utils.reporting.write import write_plots
     assert "loss.png" in write_plots([read_run(str(finished / RUN))], str(program.folder))
     assert {path.name for path in (program.folder / "plots").iterdir()} >= {"loss.png", "accuracy.png", "confusion.png", "reliability.png"}
 

@@ -58,7 +58,7 @@ def test_killed_run_ends_in_the_same_bits(straight: Path, tiny_cfg: Path, tmp_pa
 
 
 def test_metrics_after_the_checkpoint_are_cut_off(straight: Path, tmp_path: Path) -> None:
-    from utils.metrics import MetricsLog
+    from utils.loggers.metrics_files import MetricsLog
     (tmp_path / "metrics.jsonl").write_bytes((straight / "metrics.jsonl").read_bytes() + b'{"epoch": 7, "st')
     MetricsLog(str(tmp_path), 12)
     assert [row["step"] for row in rows(tmp_path)] == [5, 10]

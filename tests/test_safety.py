@@ -21,9 +21,11 @@ from conftest import ROOT, differences, environment, load, run_main, write_image
 from PIL import Image
 
 from config import get_config
-from data.folder import to_rgb
-from utils import modes
-from utils.checkpoint import CheckpointFolder
+from data.decoding.pillow import to_rgb
+from utils.checkpoints import run_folder
+from utils.checkpoints.folder import CheckpointFolder
+from utils.checkpoints.run_folder import require_room
+from utils.training.resume import choose_start
 
 ENDLESS = ("--epochs", "4000", "--warmup-epochs", "1", "--opts", "SAVE_FREQ", "4000", "TRAIN.EVAL_FREQ", "4000")
 
@@ -145,7 +147,7 @@ def test_weights_gone_bad_never_replace_good_ones(tiny_cfg: Path, program) -> No
 
 
 def test_a_checkpoint_of_bad_weights_is_passed_over(tiny_cfg: Path, program) -> None:
-    from utils.checkpoint import write_checkpoint
+    from utils.checkpoints.file_format import write_checkpoint
     folder = program.folder / "output/tiny/default"
     assert program("--cfg", tiny_cfg, "--epochs", 2).returncode == 0
     content = load(folder / "last.pth")
@@ -228,10 +230,10 @@ def test_room_is_looked_at_before_the_run(tiny_cfg: Path, tmp_path: Path, progra
 
 @pytest.mark.parametrize(("keep", "words"), [(2, []), (4, ["50 MiB are free", "will take 60 MiB"]), (0, ["will take 1010 MiB"])])
 def test_a_disk_that_older_checkpoints_must_leave_is_told(keep: int, words: list[str], tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(modes, "free_bytes", lambda folder: 50 << 20)
+    monkeypatch.setattr(run_folder, "free_bytes", lambda folder: 50 << 20)
     lines: list[str] = []
     config = get_config(None, ["TRAIN.KEEP_CHECKPOINTS", str(keep), "TRAIN.EPOCHS", "300", "SAVE_FREQ", "3"])
-    modes.require_room(config, str(tmp_path), 10 << 20, SimpleNamespace(info=lines.append))
+    require_room(config, str(tmp_path), 10 << 20, SimpleNamespace(info=lines.append))
     assert len(lines) == bool(words) and all(word in lines[0] for word in words)
 
 
@@ -252,18 +254,19 @@ def test_ranks_that_would_start_apart_are_told(tiny_cfg: Path, monkeypatch, tmp_
     import logging
 
     from config import get_config
-    from models.weights import CheckpointError
-    from utils import checkpoint, distributed, modes
+    from models.safe_load import CheckpointError
+    from utils.checkpoints import folder as checkpoint
+    from utils.runtime import distributed
     config = get_config(str(tiny_cfg))
     monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, 5])
     with pytest.raises(CheckpointError, match=r"different steps \(None, 5, by rank\)"):
-        modes.choose_start(config, None, str(tmp_path), logging.getLogger("x"))
+        choose_start(config, None, str(tmp_path), logging.getLogger("x"))
     # Rank 1 of a machine that does not see what rank 0 continues from.
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     monkeypatch.setattr(checkpoint, "gather_objects", lambda value: ["ckpt_00000005.pth", value])
     monkeypatch.setattr(CheckpointFolder.read_patiently, "__defaults__", (0.1,))
     with pytest.raises(CheckpointError, match="rank 0 continues from it, but it is not here"):
-        modes.choose_start(config, None, str(tmp_path), logging.getLogger("x"))
+        choose_start(config, None, str(tmp_path), logging.getLogger("x"))
 
 
 def test_what_one_command_asked_is_not_in_the_checkpoint_it_left(tiny_cfg: Path, program) -> None:
@@ -304,7 +307,7 @@ def test_another_runs_checkpoint_does_not_mix_with_what_the_folder_holds(tiny_cf
 
 
 def test_room_is_not_made_in_vain(tiny_cfg: Path, tmp_path: Path, monkeypatch) -> None:
-    from utils import checkpoint
+    from utils.checkpoints import folder as checkpoint
     files = CheckpointFolder(str(tmp_path), keep=0)
     content = {"step": 1, "model": {"w": torch.zeros(1000)}}
     for step in range(1, 9):
@@ -340,7 +343,7 @@ def test_strange_images_have_a_defined_result(tmp_path: Path) -> None:
 
 
 def test_links_and_pipes_among_the_images(tmp_path: Path) -> None:
-    from data.folder import scan_folder
+    from data.sources.folder import scan_folder
     write_images(tmp_path, "train", {"a": 2})
     (tmp_path / "train/a/self").symlink_to(tmp_path / "train/a")
     (tmp_path / "train/a/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")

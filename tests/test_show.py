@@ -14,9 +14,9 @@ import main
 from config import get_config
 from data import build_loaders, preprocessing
 from models.crossformer import CrossFormer
-from utils.attention import Attended, attended, chosen, page
-from utils.picture import drawable, to_image
-from utils.show import labels_of, sheet
+from utils.visualization.attention_map import Attended, attended, chosen, page
+from utils.visualization.batch_grid import labels_of, sheet
+from utils.visualization.drawing import drawable, to_image
 
 
 def test_labels_of_a_mixed_batch() -> None:

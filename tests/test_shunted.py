@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from models import shunted
 from models.base import default_cfg
-from models.weights import CheckpointError, load_pretrained_file
+from models.safe_load import CheckpointError
+from models.weights import load_pretrained_file
 from tests.recipe import PROBE_INPUT, check_names_and_counts, deterministic_input, deterministic_state, eps_probe, off
 
 # Parameters, those with weight decay, state-dict keys, CRC-32 of all names and shapes in order.

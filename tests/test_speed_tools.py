@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+import bench_step
+import profile_step
 import pytest
 import torch
 from conftest import ROOT
@@ -14,15 +16,14 @@ from torch import nn
 
 from config import get_config
 from models import build_model
-from utils.device import Precision
-from utils.engine import Progress, train_one_epoch
-from utils.step_memory import StepMemory, measure_step
-from utils.throughput import made_up_batch, prepare_step
+from utils.profiling.step_memory import StepMemory, measure_step
+from utils.profiling.step_speed import made_up_batch
+from utils.runtime.precision import Precision
+from utils.training.engine import Progress, train_one_epoch
+from utils.training.setup import prepare_step
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import bench_step
-import profile_step
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 
-from utils.statistics import bootstrap_difference, bootstrap_interval, expected_calibration_error, mcnemar
+from utils.evaluation.statistics import bootstrap_difference, bootstrap_interval, expected_calibration_error, mcnemar
 
 
 def test_mcnemar_is_the_exact_binomial_test() -> None:

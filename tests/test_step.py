@@ -13,14 +13,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import get_config
-from data.mixup import build_mixup
+from data.transforms.mixup import build_mixup
 from models.crossformer import CrossFormer
-from utils import optim
-from utils.checkpoint import TrainState
-from utils.device import Precision
-from utils.ema import WeightAverage
-from utils.engine import Progress, StepPlan, train_one_epoch
-from utils.session import Session
+from utils.checkpoints.state import TrainState
+from utils.optim import optimizer as optim
+from utils.optim.ema import WeightAverage
+from utils.optim.lr_schedule import build_schedule
+from utils.runtime.precision import Precision
+from utils.tasks.classification import build_loss
+from utils.training.engine import Progress, StepPlan, train_one_epoch
+from utils.training.loop import Session
 
 TINY = dict(embed_dim=16, depths=(1, 2), num_heads=(1, 2), group_size=(4, 4), interval=(2, 1), merge_size=((2, 4),), num_classes=3,
             drop_path_rate=0.2)
@@ -53,7 +55,7 @@ def training(name: str = "adamw", *opts: object) -> tuple[TrainState, StepPlan]:
     model = CrossFormer(**TINY).to(DEVICE)
     precision = Precision(DEVICE)
     state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, WeightAverage(model, 0.9))
-    plan = StepPlan(optim.build_schedule(config, 1, 4), optim.build_loss(0.1), build_mixup(config, 3, 0), precision, DEVICE, 2, 4, 1.0,
+    plan = StepPlan(build_schedule(config, 1, 4), build_loss(0.1), build_mixup(config, 3, 0), precision, DEVICE, 2, 4, 1.0,
                     0, 0, 1)
     return state, plan
 

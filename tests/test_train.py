@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT, differences, environment, load, write_images
 
 from config import get_config
-from utils.device import choose_precision
+from utils.runtime.precision import choose_precision
 
 TOP1 = re.compile(r"^top1 (\d+\.\d\d) top5 (\d+\.\d\d) loss (\d+\.\d{4}) \((\d+) of (\d+)\)$", re.M)
 

@@ -18,7 +18,8 @@ import models  # noqa: F401  registers the families
 from config import get_config
 from models import build_model, load_pretrained
 from models.crossformer import CrossFormer
-from models.weights import CheckpointError, load_pretrained_file, read_file, read_state_dict, verify_digest
+from models.safe_load import CheckpointError, read_file, verify_digest
+from models.weights import load_pretrained_file, read_state_dict
 
 TINY = dict(embed_dim=16, depths=(1, 2), num_heads=(1, 2), group_size=(4, 4), interval=(2, 1), merge_size=((2, 4),))
 
@@ -99,8 +100,8 @@ def test_unusable_files_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    from models.weights import FORMAT_KEY
-    from utils.checkpoint import write_checkpoint
+    from models.safe_load import FORMAT_KEY
+    from utils.checkpoints.file_format import write_checkpoint
     path = tmp_path / "c.pth"
     write_checkpoint(str(path), {FORMAT_KEY: 1, "x": torch.arange(1000.0)})
     assert verify_digest(str(path)) and torch.equal(torch.load(path, weights_only=True)["x"], torch.arange(1000.0))

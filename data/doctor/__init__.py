@@ -1,0 +1,1 @@
+"""Finds unreadable, duplicate, ignored and mislabelled images before a run."""

@@ -1,0 +1,106 @@
+"""What one image file is, in 72 bytes: the row of a table that holds a million of them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import time
+
+import numpy as np
+from PIL import Image
+
+from data.decoding.pillow import FORMATS, decode
+from data.errors import UnreadableImage
+from data.sources.base import Source
+
+LARGEST_FILE = 256 << 20  # bytes; no encoded image is larger, and reading one would only fill the memory
+
+# Flags of a row. The first three are set when the file has been seen.
+SEEN, UNREADABLE, LETHAL, EXIF_TURNED, ANIMATED, MISNAMED, ALPHA, BLANK, PLAIN = (1 << bit for bit in range(9))
+
+MODES = ("?", "RGB", "L", "CMYK", "P", "RGBA", "LA", "1", "I;16", "I", "F", "PA", "other")
+_KINDS = ("?", *FORMATS)
+
+ROW = np.dtype([
+    ("sha256", np.uint8, 32),
+    ("hash", np.uint64, 2),  # brightness falling to the right, and downwards, on an 8 x 8 grid
+    ("bytes", np.uint32),
+    ("width", np.uint32), ("height", np.uint32),
+    ("read_us", np.uint32), ("decode_us", np.uint32),  # waiting for the bytes; processor time of the decoder
+    ("flags", np.uint16), ("mode", np.uint8), ("format", np.uint8),
+], align=False)
+
+EXTENSION_OF = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "TIFF": ".tif", "PPM": ".ppm"}
+_EXTENSIONS = {extension: kind for kind, extension in EXTENSION_OF.items()} | {".jpeg": "JPEG", ".tiff": "TIFF", ".pgm": "PPM"}
+_GRID = 9
+_BITS = 1 << np.arange(64, dtype=np.uint64)
+
+
+def format_of(row: np.void) -> str:
+    """The name of a row's file format."""
+    return _KINDS[row["format"]]
+
+
+def examine(source: Source, index: int, row: np.void) -> str:
+    """Read and decode image ``index`` as training does, and fill ``row``; why it cannot be read, or "".
+
+    Bounded in memory as training is: by ``LARGEST_FILE`` and by Pillow's bomb limit.
+    """
+    row["flags"] |= SEEN
+    name = source.path(index)
+    try:
+        started = time.perf_counter()
+        if os.path.isfile(name) and os.path.getsize(name) > LARGEST_FILE:
+            raise UnreadableImage.of(name, f"{os.path.getsize(name) >> 20} MiB, too large for an image file")
+        data = source.read(index)
+        row["read_us"] = min(int((time.perf_counter() - started) * 1e6), 2**32 - 1)
+        row["bytes"] = len(data)
+        row["sha256"] = np.frombuffer(hashlib.sha256(data).digest(), dtype=np.uint8)
+        _describe(data, name, row)
+        started = time.thread_time()
+        image = decode(data, name, source.exif)
+        row["decode_us"] = int((time.thread_time() - started) * 1e6)
+        _fingerprint(image, row)
+        return ""
+    except UnreadableImage as error:
+        reason = error.reason
+    except MemoryError:
+        reason = "there is not enough memory to decode it"
+    row["flags"] |= UNREADABLE
+    return reason
+
+
+def _describe(data: bytes, name: str, row: np.void) -> None:
+    """What the file's header says."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception:  # ``decode`` says what is wrong, in its own words
+        return
+    row["width"], row["height"] = image.size
+    mode = "I;16" if image.mode.startswith("I;16") else image.mode  # whatever its byte order
+    row["mode"] = MODES.index(mode if mode in MODES else "other")
+    row["format"] = _KINDS.index(image.format) if image.format in _KINDS else 0
+    flags = 0
+    try:
+        flags |= ANIMATED * bool(getattr(image, "is_animated", False))
+        flags |= EXIF_TURNED * (image.getexif().get(0x0112, 1) in range(2, 9))
+    except Exception:  # a damaged block beside the pixels is no reason to refuse them
+        pass
+    flags |= ALPHA * (image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info)
+    expected = _EXTENSIONS.get(os.path.splitext(name)[1].lower())
+    flags |= MISNAMED * (expected is not None and expected != image.format)
+    row["flags"] |= flags
+
+
+def _fingerprint(image: Image.Image, row: np.void) -> None:
+    grey = np.asarray(image.resize((_GRID, _GRID), Image.Resampling.BOX).convert("L")).astype(np.int16)
+    contrast = int(grey.max() - grey.min())
+    row["flags"] |= BLANK * (contrast == 0) | PLAIN * (contrast < 8)  # too even for a fingerprint to tell it from another
+    right, down = grey[:8, 1:] < grey[:8, :8], grey[1:, :8] < grey[:8, :8]
+    row["hash"] = (_BITS[right.ravel()].sum(dtype=np.uint64), _BITS[down.ravel()].sum(dtype=np.uint64))
+
+
+def thumbnail(source: Source, index: int) -> np.ndarray:
+    """(16, 16, 3) float32: what two pictures are compared by when their fingerprints are alike."""
+    return np.asarray(source.load(index).resize((16, 16), Image.Resampling.BOX), dtype=np.float32)

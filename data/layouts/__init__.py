@@ -1,0 +1,1 @@
+"""Recognises what lies under a path and makes the lists of labelled images."""

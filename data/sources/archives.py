@@ -1,0 +1,331 @@
+"""Images inside tar and zip archives, read in place: the members are listed once, then read by their offset.
+
+Python's tarfile and zipfile do the listing; nothing is ever extracted, so a member's name is only a name. Reading is one
+``pread`` a member from a descriptor that each process opens for itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from data.errors import DataError, UnreadableImage
+from data.sources.base import Source
+from data.sources.classes import numbered, plain_number, some
+from data.sources.index_cache import Index, cached, names_of, store_names
+from data.sources.listing_progress import tick
+from data.sources.packed_names import PackedNames, is_hidden, is_image
+
+LARGEST_MEMBER = 256 << 20  # bytes; no encoded image is larger, and a bomb unpacks to no more
+_OPEN_FILES = 16  # archives that a process keeps open: shards come in thousands
+_SPLIT_FOLDERS = {"train", "val", "validation", "test", "images", "data"}
+_LABEL_SUFFIXES = (".cls", ".json")
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
+
+
+class Member(NamedTuple):
+    """Where a member lies: raw bytes from ``offset``, or a zip entry whose header begins there."""
+
+    name: str
+    offset: int
+    size: int  # as stored
+    method: int  # -1: raw (tar); else the zip method, 0 stored or 8 deflated
+    raw: int  # as unpacked
+    crc: int
+
+
+class ArchiveImages(Source):
+    """Images in archives.
+
+    Attributes:
+        files: the archives.
+        names: names of the members; ``place`` (images, 6) int64: archive, offset, stored size, method, raw size, CRC.
+    """
+
+    def __init__(self, root: str, files: list[str], names: PackedNames, place: np.ndarray, classes: list[str], targets: np.ndarray,
+                 notices: Sequence[str] = ()):
+        self.root, self.files, self.names, self.place = root, files, names, place
+        self.classes, self.targets, self.notices = classes, targets, list(notices)
+        self._opened: OrderedDict[int, int] = OrderedDict()
+        self._process = os.getpid()
+
+    def path(self, index: int) -> str:
+        return f"{self.files[self.place[index, 0]]}/{self.names[index]}"
+
+    def fetch(self, index: int) -> bytes:
+        number, offset, size, method, raw, crc = self.place[index].tolist()
+        try:
+            descriptor = self._descriptor(number)
+            if method >= 0:
+                return _unpack(descriptor, offset, size, method, raw, crc)
+            data = read_at(descriptor, offset, size)
+            if len(data) < size:
+                raise ValueError("the archive ends before it")
+            return data
+        except (ValueError, zlib.error, struct.error) as error:
+            raise UnreadableImage.of(self.path(index), error) from None
+        except OSError:
+            if number in self._opened:  # a share that was away answers a new descriptor only
+                os.close(self._opened.pop(number))
+            raise
+
+    def listing(self) -> bytes:
+        return self.names.blob.tobytes() + self.names.ends.tobytes() + self.place.tobytes()
+
+    def _descriptor(self, number: int) -> int:
+        if self._process != os.getpid():  # a forked process shares nothing with its parent
+            self._opened, self._process = OrderedDict(), os.getpid()
+        if number in self._opened:
+            self._opened.move_to_end(number)
+        else:
+            if len(self._opened) >= _OPEN_FILES:
+                os.close(self._opened.popitem(last=False)[1])
+            self._opened[number] = os.open(self.files[number], os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        return self._opened[number]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_opened": OrderedDict(), "_process": -1}
+
+    def __del__(self) -> None:
+        if os is not None and getattr(self, "_process", -1) == os.getpid():  # at the interpreter's end modules are None
+            for descriptor in self._opened.values():
+                os.close(descriptor)
+
+
+def read_at(descriptor: int, offset: int, size: int) -> bytes:
+    """``size`` bytes from ``offset``, fewer at the end of the file; moves no shared position."""
+    if not hasattr(os, "pread"):  # Windows, where processes are not forked and share no descriptors
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)
+    parts = []
+    while size > 0 and (part := os.pread(descriptor, size, offset)):
+        parts.append(part)
+        size, offset = size - len(part), offset + len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _unpack(descriptor: int, offset: int, size: int, method: int, raw: int, crc: int) -> bytes:
+    """A zip entry, checked against its CRC and never larger than its directory says."""
+    header = read_at(descriptor, offset, 30)
+    if header[:4] != b"PK\x03\x04":
+        raise ValueError("the zip file is damaged there")
+    name, extra = struct.unpack("<HH", header[26:30])
+    data = read_at(descriptor, offset + 30 + name + extra, size)
+    if len(data) < size:
+        raise ValueError("the archive ends before it")
+    if method == zipfile.ZIP_DEFLATED:
+        data = zlib.decompressobj(-15).decompress(data, raw + 1)
+    if len(data) != raw or zlib.crc32(data) != crc:
+        raise ValueError("its checksum (CRC) is wrong")
+    return data
+
+
+# --------------------------------------------------------------------------------------------------
+# Listing
+# --------------------------------------------------------------------------------------------------
+
+def members(path: str, notices: list[str]) -> Iterator[Member]:
+    """The plain files in an archive, those of tar files inside a tar file too (``inner.tar/name``).
+
+    Members with names that lead elsewhere (absolute, or through ``..``), links, encrypted and huge ones are passed over
+    with a line in ``notices``.
+
+    Raises:
+        DataError: no archive, compressed as a whole, or damaged.
+    """
+    passed: dict[str, list[str]] = {}
+    try:
+        listed = _zip_members(path, passed) if path.lower().endswith(".zip") else _tar_members(path, passed)
+        for number, member in enumerate(listed):
+            if number % 256 == 0:
+                tick(path, number)
+            parts = member.name.split("/")
+            if member.name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
+                passed.setdefault("whose names lead outside", []).append(member.name)
+            elif member.raw > LARGEST_MEMBER:
+                passed.setdefault("too large to be images", []).append(member.name)
+            elif not any(is_hidden(part) for part in parts[:-1]) and not parts[-1].startswith("."):
+                yield member
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    for what, names in passed.items():
+        notices.append(f"warning: {path}: {len(names)} members {what} are passed over ({some(names, 3)})")
+
+
+def _tar_members(path: str, passed: dict[str, list[str]]) -> Iterator[Member]:
+    with open(path, "rb") as file:
+        start = file.read(2)
+        if start in _COMPRESSED:
+            raise DataError(f"{path}: is compressed as a whole ({_COMPRESSED[start]}), so that no image can be read singly; "
+                            "decompress it to a plain .tar, or unpack it")
+        file.seek(0)
+        yield from _walk_tar(file, path, 0, "", passed)
+
+
+def _walk_tar(file, path: str, base: int, prefix: str, passed: dict[str, list[str]]) -> Iterator[Member]:
+    name = "its beginning"
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # it would keep a kilobyte for each
+                name = prefix + member.name.removeprefix("./")
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    passed.setdefault("that are links, devices or sparse", []).append(name)
+                elif name.lower().endswith(".tar") and not prefix:
+                    yield from _walk_tar(tar.extractfile(member), path, member.offset_data, name + "/", passed)
+                else:
+                    yield Member(name, base + member.offset_data, member.size, -1, member.size, 0)
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise DataError(f"{path}: a damaged tar file ({' '.join(str(error).split())}, after {name}); copy it again") from None
+
+
+def _zip_members(path: str, passed: dict[str, list[str]]) -> Iterator[Member]:
+    try:
+        with zipfile.ZipFile(path) as file:
+            for info in file.infolist():
+                name = info.filename.removeprefix("./")
+                if info.is_dir():
+                    continue
+                if info.flag_bits & 1:
+                    passed.setdefault("that are encrypted", []).append(name)
+                elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    passed.setdefault("packed otherwise than stored or deflated", []).append(name)
+                else:
+                    yield Member(name, info.header_offset, info.compress_size, info.compress_type, info.file_size, info.CRC)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise DataError(f"{path}: a damaged zip file ({error}); copy it again") from None
+
+
+def label_of(data: bytes, suffix: str) -> str | None:
+    """The class in a .cls or .json member of a WebDataset sample; None where there is none."""
+    try:
+        value = data.decode("utf-8").strip()
+        if suffix == ".json":
+            found = json.loads(value)
+            value = next((found[key] for key in ("label", "cls", "class", "target") if key in found), None)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return plain_number(str(value)) if type(value) in (int, str) and value != "" else None
+
+
+def _index(files: list[str], pick: Callable[[str], str | None]) -> tuple[Index, list[str]]:
+    """List the images of archives with their labels: of .cls or .json members beside them, else of their folder.
+
+    Args:
+        pick: from a member's name to the name below the split's folder, or None for what is not of this split.
+    """
+    names, labels, notices, place = [], [], [], array("q")
+    for number, path in enumerate(files):
+        images, beside = _contents(path, pick, notices)
+        for name, member in images:
+            if beside:  # a WebDataset shard: a sample's members share their name up to the first dot
+                folder, slash, base = name.rpartition("/")
+                key, _, suffix = base.partition(".")
+                if "." in suffix:
+                    continue  # a second picture of the sample, such as 0001.mask.png
+                if (key := folder + slash + key) not in beside:
+                    raise DataError(f"{path}/{member.name}: has no label (.cls or .json) beside it, though others in the shard have")
+                labels.append(beside[key])
+            else:
+                labels.append(_folder_label(name, _stem(path)))
+            names.append(member.name)
+            place.extend((number, member.offset, member.size, member.method, member.raw, member.crc))
+    classes = numbered(labels)
+    position = {name: i for i, name in enumerate(classes)}
+    index = dict(targets=np.array([position[label] for label in labels], dtype=np.int64),
+                 place=np.array(place, dtype=np.int64).reshape(-1, 6))
+    for key, values in (("names", names), ("classes", classes), ("notices", notices)):
+        store_names(index, key, PackedNames.of(values))
+    return index, files
+
+
+def _contents(path: str, pick: Callable[[str], str | None], notices: list[str]) -> tuple[list[tuple[str, Member]], dict[str, str]]:
+    """(images with their names below the split's folder, labels by sample) of an archive."""
+    images: list[tuple[str, Member]] = []
+    beside: dict[str, str] = {}
+    with open(path, "rb") as file:
+        for member in members(path, notices):
+            if (name := pick(member.name)) is None:
+                continue
+            stem, suffix = os.path.splitext(name)
+            if is_image(os.path.basename(name)):
+                images.append((name, member))
+            elif suffix in _LABEL_SUFFIXES and member.method < 0 and member.size < 1 << 20 and "." not in os.path.basename(stem):
+                label = label_of(read_at(file.fileno(), member.offset, member.size), suffix)
+                if label is not None and (suffix == ".cls" or stem not in beside):
+                    beside[stem] = label
+                elif label is None and suffix == ".cls":
+                    raise DataError(f"{path}/{member.name}: holds no label (a number or a class name)")
+    return images, beside
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def _folder_label(name: str, archive: str) -> str:
+    """The class by folder: the first below folders that are named after a split or the archive; "" where it lies loose."""
+    parts = name.split("/")[:-1]
+    while parts and (parts[0].lower() in _SPLIT_FOLDERS or parts[0] == archive):
+        parts = parts[1:]
+    return parts[0].removesuffix(".tar") if parts else ""
+
+
+def scan_archives(files: Sequence[str], root: str, cache: str | None = None, splits: Sequence[str] = ()) -> ArchiveImages:
+    """The images of archives: WebDataset shards, archives of class folders, tar files of a class each, tar files in a tar file.
+
+    Args:
+        root: what to call all of them.
+        splits: names of a split's folder inside the archives; only what lies below it counts. Empty: all.
+
+    Raises:
+        DataError: an archive is damaged, or has no images.
+    """
+    files, wanted = list(files), {name.lower() for name in splits}
+
+    def pick(name: str) -> str | None:
+        if not wanted:
+            return name
+        parts = name.split("/")
+        at = next((i for i, part in enumerate(parts[:3]) if part.lower() in wanted), None)
+        return None if at is None else "/".join(parts[at + 1:])
+
+    index = cached(cache, "archive:" + ",".join(sorted(wanted)), files, lambda: _index(files, pick))
+    targets, classes = index["targets"], list(names_of(index, "classes"))
+    if not len(targets):
+        raise DataError(f"{root}: holds no images" + (f" below {' or '.join(n + '/' for n in splits)}" if splits else ""))
+    found = ArchiveImages(root, files, names_of(index, "names"), index["place"], classes, targets, list(names_of(index, "notices")))
+    if classes == [""] and len(files) > 1 or (classes == [""] and _is_class_file(files[0])):
+        # a tar file a class, its images loose in it
+        stems = [_stem(path) for path in files]
+        found.classes = sorted(set(stems))
+        number = {name: i for i, name in enumerate(found.classes)}
+        found.targets = np.array([number[stem] for stem in stems], dtype=np.int64)[found.place[:, 0]]
+    return found
+
+
+def _is_class_file(path: str) -> bool:
+    stem = _stem(path)
+    return len(stem) == 9 and stem[0] == "n" and stem[1:].isdecimal()
+
+
+def split_folders(path: str) -> set[str]:
+    """Which of train, val and validation are folders in an archive (at its top or up to two below)."""
+    found: set[str] = set()
+    for member in members(path, []):
+        found |= {part.lower() for part in member.name.split("/")[:3]} & {"train", "val", "validation"}
+        if "train" in found and len(found) > 1:
+            break
+    return found

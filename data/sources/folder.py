@@ -1,0 +1,109 @@
+"""A folder a class: finding the classes and the images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from data.decoding.pillow import to_rgb
+from data.errors import DataError
+from data.sources.base import Source
+from data.sources.classes import some
+from data.sources.index_cache import Index, cached, names_of, store_names
+from data.sources.listing_progress import tick
+from data.sources.packed_names import IMAGE_EXTENSIONS, PackedNames, is_hidden, is_image
+
+VAL_NAMES = ("val", "validation")
+_THREADS = 16
+LAYOUT = "expected train/<class>/*.jpg and val/<class>/*.jpg (or validation/)"
+
+
+class ImageFolder(Source):
+    """Images that are files: below a root, or wherever a list says."""
+
+    def __init__(self, root: str, classes: list[str], names: PackedNames, targets: np.ndarray, notices: Sequence[str] = ()):
+        self.root, self.classes, self.names, self.targets, self.notices = root, classes, names, targets, list(notices)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, self.names[index])
+
+    def fetch(self, index: int) -> bytes:
+        with open(self.path(index), "rb", buffering=0) as file:
+            return file.read()
+
+    def listing(self) -> bytes:
+        return self.names.blob.tobytes() + self.names.ends.tobytes()
+
+
+def entries(folder: str) -> list[os.DirEntry]:
+    """Visible entries, sorted by name as torchvision sorts them."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted((e for e in found if not is_hidden(e.name)), key=lambda e: e.name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
+
+
+def _images_below(folder: str, above: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
+    """(images, folders) below a folder, itself included; folders that links lead back to are passed over."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return [], []
+    images, folders = [], [folder]
+    for entry in entries(folder):
+        if entry.is_dir():
+            for found, more in zip((images, folders), _images_below(entry.path, (*above, real)), strict=True):
+                found += more
+        elif is_image(entry.name) and entry.is_file():  # no pipes, no links to nothing
+            images.append(entry.path)
+    return images, folders
+
+
+def _index_folder(root: str) -> tuple[Index, list[str]]:
+    classes = [e.name for e in entries(root) if e.is_dir()]
+    if not classes:
+        loose = any(is_image(e.name) for e in entries(root))
+        raise DataError(f"{root}: {'its images lie loose' if loose else 'holds no class folders'}; {LAYOUT}"
+                        + ("; sort them into a folder a class, or give the file of their labels with DATA.VAL_LABELS" if loose else ""))
+    # Threads wait for the disk or the network together; the listing itself is quick.
+    with ThreadPoolExecutor(min(_THREADS, len(classes))) as pool:
+        found, images = [], 0
+        for below in pool.map(_images_below, [os.path.join(root, name) for name in classes]):
+            found.append(below)
+            tick(root, images := images + len(below[0]))
+    skip = len(os.path.join(root, ""))
+    counts = [len(images) for images, _ in found]
+    if not sum(counts):
+        raise DataError(f"{root}: holds class folders but no images ({', '.join(e[1:] for e in IMAGE_EXTENSIONS)}); {LAYOUT}")
+    index = dict(targets=np.repeat(np.arange(len(classes)), counts))
+    store_names(index, "names", PackedNames.of([path[skip:] for images, _ in found for path in images]))
+    store_names(index, "classes", PackedNames.of(classes))
+    return index, [root, *(folder for _, folders in found for folder in folders)]
+
+
+def scan_folder(root: str, cache: str | None = None) -> ImageFolder:
+    """Index the images below ``root``, a folder a class (images may lie deeper).
+
+    Args:
+        cache: folder of kept indices (``data/index.py``), or None.
+
+    Raises:
+        DataError: no images.
+    """
+    index = cached(cache, "folder", [root], lambda: _index_folder(root))
+    names, targets = list(names_of(index, "classes")), index["targets"]
+    empty = [names[i] for i in np.flatnonzero(np.bincount(targets, minlength=len(names)) == 0)]
+    notices = [f"warning: {root}: {len(empty)} empty class folders ({some(empty)})"] if empty else []
+    return ImageFolder(root, names, names_of(index, "names"), targets, notices)
+
+
+def scan_flat(root: str) -> ImageFolder:
+    """The images that lie loose in ``root``, by name, of one nameless class; labels come from elsewhere."""
+    names = [e.name for e in entries(root) if is_image(e.name) and e.is_file()]
+    return ImageFolder(root, [""], PackedNames.of(names), np.zeros(len(names), dtype=np.int64))
+
+
+__all__ = ["DataError", "ImageFolder", "entries", "scan_flat", "scan_folder", "to_rgb"]

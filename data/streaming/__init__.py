@@ -1,0 +1,1 @@
+"""Training images from remote shards: an order, no numbers."""

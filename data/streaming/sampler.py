@@ -1,0 +1,147 @@
+"""Steps and their records out of an endless stream."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from itertools import islice
+from typing import NamedTuple, TypeVar
+
+from data.errors import DataError
+from data.loading.sampler import Key, StepSampler
+from data.streaming.stream import Record, Stream
+
+_SPARES = 4  # records after a step's own, for images of it that cannot be read
+
+
+_AHEAD = 2  # steps read before they are asked for
+T = TypeVar("T")
+
+
+class Item(NamedTuple):
+    """A record as a loading process is handed it: the key of its augmentation, and its number in the classifier."""
+
+    key: Key
+    record: Record
+    target: int
+
+
+class Step(NamedTuple):
+    """A rank's part of a step, and the records that follow in the stream."""
+
+    items: list[Item]
+    spares: list[Item]
+
+
+class StreamSampler(StepSampler):
+    """Batch sampler of a training stream: ``StepSampler``'s steps, of records in the order in which they come.
+
+    A key is (epoch, position in the epoch, 0). Beginning in the middle of an epoch reads past what was before, undecoded.
+
+    Args:
+        thread: read ahead. Only beside loading processes: where images are augmented in this one, nothing else may draw random
+            numbers, and the packages that read streams might.
+    """
+
+    def __init__(self, stream: Stream, global_batch: int, epochs: int, seed: int, rank: int, world_size: int, buffer: int,
+                 thread: bool, timeout: float):
+        super().__init__(len(stream), global_batch, epochs, seed, rank, world_size)
+        self.stream, self.buffer, self.thread, self.timeout = stream, buffer, thread, timeout
+
+    def __iter__(self) -> Iterator[list[Step]]:
+        return ahead(self._steps(), self.timeout, self.stream.root) if self.thread else self._steps()
+
+    def keys(self, step: int, rank: int | None = None) -> list[Key]:
+        epoch, within = divmod(step, self.steps_per_epoch)
+        low, high = self._slice(self.rank if rank is None else rank)
+        first = within * self.images_per_step
+        return [(epoch, position, 0) for position in range(first + low, first + high)]
+
+    def _steps(self) -> Iterator[list[Step]]:
+        step = self.start
+        while step < self.total_steps:
+            epoch, within = divmod(step, self.steps_per_epoch)
+            first = within * self.images_per_step
+            records = islice(enumerate(self.stream.epoch(self.seed, epoch, self.buffer)), first, None)
+            held: list[tuple[int, Record]] = []
+            while step < (epoch + 1) * self.steps_per_epoch:
+                size = self.images_per_step
+                held += islice(records, size + _SPARES - len(held))
+                if len(held) < size:
+                    raise DataError(f"{self.stream.root}: the stream ended after {first + len(held)} images and not {self.size}; set "
+                                    f"DATA.STREAM_IMAGES to {first + len(held)}")
+                low, high = self._slice(self.rank)
+                own, spares = ([Item((epoch, position, 0), record, self.stream.target(record)) for position, record in part]
+                               for part in (held[low:high], held[high:high + _SPARES]))
+                yield [Step(own, spares)]
+                held, first = held[size:], first + size
+                step += 1
+
+
+class StreamShard:
+    """Batch sampler of an evaluation stream: batch b goes to rank b modulo ranks; every rank has equally many, some perhaps empty.
+
+    Its length is the number of batches where that is known, else 0; it is the same on all ranks, as the number itself is.
+    """
+
+    def __init__(self, stream: Stream, batch_size: int, rank: int, world_size: int, thread: bool, timeout: float):
+        self.stream, self.batch_size, self.rank, self.world_size = stream, batch_size, rank, world_size
+        self.thread, self.timeout = thread, timeout
+
+    def __len__(self) -> int:
+        return -(-len(self.stream) // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[Step]]:
+        return ahead(self._batches(), self.timeout, self.stream.root) if self.thread else self._batches()
+
+    def _batches(self) -> Iterator[list[Step]]:
+        records = enumerate(self.stream.records(range(len(self.stream.segments))))
+        low = self.rank * self.batch_size
+        while group := list(islice(records, self.batch_size * self.world_size)):
+            own = group[low:low + self.batch_size]
+            yield [Step([Item((0, position, 0), record, self.stream.target(record)) for position, record in own], [])]
+
+
+def ahead(parts: Iterator[T], timeout: float, root: str) -> Iterator[T]:
+    """``parts``, made by a thread a little before they are asked for.
+
+    Raises:
+        DataError: none came for ``timeout`` seconds (0: wait for ever); and whatever ``parts`` raises.
+    """
+    made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(_AHEAD)
+    ended = threading.Event()
+
+    def put(what: tuple[T | None, BaseException | None]) -> None:
+        while not ended.is_set():
+            try:
+                made.put(what, timeout=0.1)
+                return
+            except queue.Full:
+                pass
+
+    def run() -> None:
+        try:
+            for part in parts:
+                put((part, None))
+                if ended.is_set():
+                    return
+            put((None, None))
+        except BaseException as error:
+            put((None, error))
+
+    threading.Thread(target=run, name="stream", daemon=True).start()
+    try:
+        while True:
+            try:
+                part, error = made.get(timeout=timeout or None)
+            except queue.Empty:
+                raise DataError(f"{root}: nothing came from the stream for {timeout:g} seconds (DATA.TIMEOUT); look at the network, or "
+                                "raise DATA.TIMEOUT") from None
+            if error is not None:
+                raise error
+            if part is None:
+                return
+            yield part
+    finally:
+        ended.set()

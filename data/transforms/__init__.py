@@ -1,0 +1,1 @@
+"""Crops, RandAugment, random erasing and mixup, on workers and on the device."""

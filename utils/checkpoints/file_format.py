@@ -1,0 +1,77 @@
+"""The checkpoint file: a torch zip with a digest behind it, written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from typing import Any, BinaryIO
+
+import torch
+
+from models.safe_load import FORMAT_KEY, TRAILER_MAGIC, CheckpointError
+from utils.runtime.files import write_atomically
+from utils.runtime.provenance import git_commit, versions
+
+FORMAT = 1
+
+
+class _Hashing:
+    """A file that digests what passes through it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_checkpoint(path: str, content: dict[str, Any]) -> None:
+    """Write ``content`` with its digest under ``path``, atomically.
+
+    Raises:
+        OSError: the disk is full or the folder is gone; nothing is left behind, older files are untouched.
+    """
+    def write(file: BinaryIO) -> None:
+        hashing = _Hashing(file)
+        try:
+            torch.save(content, hashing)
+        except RuntimeError:  # torch's zip writer reports a full disk so
+            raise OSError(errno.ENOSPC, "cannot be written, the disk may be full", path) from None
+        file.write(TRAILER_MAGIC + hashing.digest.digest())
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        error.filename = path  # what the user knows, not the temporary name
+        raise
+
+
+def require_own(content: Any, path: str) -> dict[str, Any]:
+    """``content`` of a file that must be a checkpoint of this program, in a format this version knows.
+
+    Raises:
+        CheckpointError: somebody else's file of bare weights, or of a newer format.
+    """
+    if not is_own(content):
+        raise CheckpointError(f"{path}: holds weights but no training state; start from it with --pretrained {path}")
+    if content[FORMAT_KEY] > FORMAT:
+        raise CheckpointError(f"{path}: written by a newer version of this program (format {content[FORMAT_KEY]}); update it")
+    return content
+
+
+def is_own(content: Any) -> bool:
+    """Whether a file's content is a checkpoint of this program."""
+    return isinstance(content, dict) and isinstance(content.get(FORMAT_KEY), int)
+
+
+def describe(config_text: str, classes: list[str], preprocessing: dict[str, Any], data_path: str, global_batch: int,
+             steps_per_epoch: int) -> dict[str, Any]:
+    """What a checkpoint says beside the state: enough to evaluate or continue it with no other file."""
+    return {FORMAT_KEY: FORMAT, "config": config_text, "classes": list(classes), "preprocessing": preprocessing,
+            "data_path": data_path if "://" in data_path else os.path.abspath(os.path.expanduser(data_path)),
+            "global_batch": global_batch, "steps_per_epoch": steps_per_epoch,
+            "versions": versions(), "git_commit": git_commit()}

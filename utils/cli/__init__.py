@@ -1,0 +1,1 @@
+"""The command line: flags, parser, suggestions, completion, exit statuses. Imports no torch."""

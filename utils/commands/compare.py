@@ -1,0 +1,122 @@
+"""``--compare A B``: two checkpoints on the same images, and whether their difference is more than chance."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from config import KEYS, ConfigError, config_from_text, lookup
+from data import DataError, preprocessing
+from utils.checkpoints.file_format import is_own
+from utils.evaluation.data_messages import tell_uncounted
+from utils.evaluation.label_sets import Labels
+from utils.evaluation.loop import evaluate
+from utils.evaluation.paired_test import report
+from utils.evaluation.recorder import Answers, Recorder
+from utils.evaluation.setup import open_images, prepare
+from utils.inference.evaluation_models import judged_models
+from utils.loggers.progress import track
+from utils.runtime.precision import Precision
+
+Pair = tuple[CfgNode, Any]
+# What a file's own config says even here: its model, and how it wants its images. All else is the first file's, or the command's.
+_OF_THE_FILE = ("MODEL.", "TRAIN.", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "TEST.CROP", "FUSED_LAYERNORM")
+
+
+class _Overheard(nn.Module):
+    """A model that passes its logits on to ``record`` too, so that two of them answer in one pass over the images."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.logits = model, torch.empty(0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.logits = self.model(images)
+        return self.logits
+
+
+def compare_run(config: CfgNode, content: Sequence[Pair], device: torch.device, logger: logging.Logger) -> None:
+    """Judge both files on the first one's data, in one pass where they prepare images alike, and print the paired test.
+
+    Raises:
+        ConfigError: a label set that images do not allow for here, or other classes.
+    """
+    labels = Labels(config)
+    if labels.name == "real":
+        raise ConfigError("--compare counts one label an image; leave --labels real out")
+    pairs = [content[0], (_on_the_data_of(config, content[1][0]), content[1][1])]
+    precision = prepare(config, device, logger)
+    alike = preprocessing(pairs[0][0]) == preprocessing(pairs[1][0]) and len({is_own(c) for _, c in pairs}) == 1
+    answers = _in_one_pass(pairs, labels, device, precision, logger) if alike else _in_two_passes(pairs, labels, device, precision, logger)
+    for line in report(config.COMPARE.FILES, *answers):
+        logger.info(line)
+
+
+def _on_the_data_of(first: CfgNode, own: CfgNode) -> CfgNode:
+    """``own`` with everything that is not the file's own matter taken from ``first``."""
+    opts = [item for key, *_ in KEYS if key != "BASE" and not key.startswith(_OF_THE_FILE) for item in (key, lookup(first, key))]
+    return config_from_text(own.dump(), opts)
+
+
+def _opened(pair: Pair, labels: Labels, device: torch.device, logger: logging.Logger,
+            classes: Sequence[str] | None = None) -> tuple[Any, Any]:
+    """(loaders, classes that answers are chosen from or None) for a file; its targets count ``classes``, else the file's own."""
+    loaders, label_set = open_images(*pair, labels, device, logger, classes)
+    return loaders, label_set.allowed if label_set.headline else None
+
+
+def _last_model(pair: Pair, classes: Sequence[str], device: torch.device) -> nn.Module:
+    config, content = pair
+    if is_own(content) and set(content["classes"]) != set(classes):
+        raise ConfigError(f"{config.MODEL.RESUME}: has other classes ({len(content['classes'])}: {', '.join(content['classes'][:3])}, ...) "
+                          f"than the file it is compared with ({len(classes)}: {', '.join(classes[:3])}, ...)")
+    return judged_models(config, config.MODEL.RESUME, content, classes, device)[-1]
+
+
+def _in_one_pass(pairs: Sequence[Pair], labels: Labels, device: torch.device, precision: Precision,
+                 logger: logging.Logger) -> list[Answers]:
+    loaders, allowed = _opened(pairs[0], labels, device, logger)
+    first, second = _Overheard(_last_model(pairs[0], loaders.classes, device)), _last_model(pairs[1], loaders.classes, device)
+    recorders = Recorder(allowed), Recorder(allowed)
+
+    def record(logits: Tensor, targets: Tensor) -> None:
+        recorders[0](first.logits.float(), targets)
+        recorders[1](logits, targets)
+
+    with contextlib.closing(loaders):
+        images = track(loaders.val, len(loaders.val), "comparing", logger)
+        result = evaluate([first, second], images, device, precision, record=record)[-1]
+        tell_uncounted(loaders.val, result, logger)
+    return [_of(recorder, loaders.val, allowed) for recorder in recorders]
+
+
+def _in_two_passes(pairs: Sequence[Pair], labels: Labels, device: torch.device, precision: Precision,
+                   logger: logging.Logger) -> list[Answers]:
+    logger.info("notice: the two prepare their images differently; two passes over the data")
+    answers, classes = [], None
+    for pair in pairs:
+        loaders, allowed = _opened(pair, labels, device, logger, classes)
+        recorder = Recorder(allowed)
+        with contextlib.closing(loaders):
+            images = track(loaders.val, len(loaders.val), "comparing", logger)
+            result = evaluate([_last_model(pair, loaders.classes, device)], images, device, precision, record=recorder)[-1]
+            tell_uncounted(loaders.val, result, logger)
+        classes = loaders.classes
+        answers.append(_of(recorder, loaders.val, allowed))
+    a, b = (found.target for found in answers)
+    if len(a) != len(b) or ((a != b) & (a >= 0) & (b >= 0)).any():
+        raise DataError("the data has changed between the two passes; run it again")
+    return answers
+
+
+def _of(recorder: Recorder, loader: Any, allowed: np.ndarray | None) -> Answers:
+    """What was recorded; where answers are chosen from ``allowed``, images of other classes do not count."""
+    answers = recorder.answers(loader)
+    return answers if allowed is None else answers.on(allowed)

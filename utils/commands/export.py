@@ -1,0 +1,257 @@
+"""``--export``: a trained model in the forms that other programs read, each checked against the model itself.
+
+ONNX (FILE.onnx), torch.export (FILE.pt2), and the layout of timm and its hub (a folder, or FILE.safetensors with config.json beside
+it). The batch size stays free, the image size is the config's. Each form carries the class names and what an image must go
+through first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from config import ConfigError, config_from_text
+from data import preprocessing
+from models import architecture
+from utils.inference.exporters import LIMIT, _onnx_runner, _quiet, difference, require_packages, trace, trace_onnx
+from utils.inference.trained_model import Trained, open_trained
+from utils.runtime.files import TEMPORARY, open_atomically, replace_file, require_place
+
+_CHECKED = (1, 2, 5)  # batch sizes
+
+
+_FORMS = "give FILE.onnx, FILE.pt2, or a folder (ending in /) or FILE.safetensors for timm's layout"
+
+
+class ExportError(RuntimeError):
+    """The model cannot be exported, or the export computes something else (exit status 1)."""
+
+
+class Normalised(nn.Module):
+    """A model that takes pixels: (N, 3, H, W), uint8, scaled to 0..1 and normalised inside."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", 255 * torch.tensor(std)[:, None, None])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model((pixels.float() - self.mean) / self.std)
+
+
+def export_run(config: CfgNode, content: Any, device: torch.device, logger: logging.Logger) -> None:
+    """Write EXPORT.FILE.
+
+    Raises:
+        ConfigError: another suffix, a missing package, no weights, or a place that cannot be written; before anything is built.
+        ExportError: the exporter fails, or what it wrote computes something else.
+    """
+    # Neither changes what is computed, and exporters know neither.
+    config = config_from_text(config.dump(), ["TRAIN.USE_CHECKPOINT", "False", "FUSED_LAYERNORM", "False"])
+    path = os.path.expanduser(config.EXPORT.FILE)
+    write = _FORM[form_of(path)]
+    if write is _write_onnx:
+        require_packages()
+    if write is _write_hub:
+        _require_folder(path, config)
+    else:
+        require_place(path)
+    trained = open_trained(config, content, "--export")
+    model = trained.model.requires_grad_(False)
+    if config.EXPORT.PREPROCESS:
+        prepare = preprocessing(config)
+        model = Normalised(model, prepare["mean"], prepare["std"]).eval()
+    logger.info(f"exporting {trained.line()}, {len(trained.classes)} classes")
+    with torch.no_grad():
+        logger.info(write(config, trained, model, path))
+
+
+def form_of(path: str) -> str:
+    """onnx, pt2, safetensors or folder, by the suffix of ``path``.
+
+    Raises:
+        ConfigError: a suffix of something else.
+    """
+    suffix = os.path.splitext(path)[1].lower()
+    if path.endswith(("/", os.sep)) or os.path.isdir(path) or not suffix:
+        return "folder"
+    if suffix[1:] not in _FORM:
+        raise ConfigError(f"EXPORT.FILE is {path}, and {suffix} is no form that a model is exported in; {_FORMS}")
+    return suffix[1:]
+
+
+@contextlib.contextmanager
+def _explained(config: CfgNode, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ExportError, OSError):
+        raise
+    except Exception as error:  # the exporters raise anything where a model does what they do not know
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise ExportError(f"{config.MODEL.NAME} cannot be exported by {what} ({type(error).__name__}: {reason}); another form may do") \
+            from None
+
+
+# --------------------------------------------------------------------------------------------------
+# The forms
+# --------------------------------------------------------------------------------------------------
+
+def _write_onnx(config: CfgNode, trained: Trained, model: nn.Module, path: str) -> str:
+    with _explained(config, "torch.onnx"):
+        program = trace_onnx(model, _example(config, 2), config.EXPORT.OPSET)
+        for node in program.model.graph:
+            node.metadata_props.clear()  # where in whose sources it comes from
+        program.model.metadata_props.update(_description(config, trained))
+        with open_atomically(path) as file:
+            program.save(file.name, external_data=False)
+            worst = _largest_difference(config, model, _onnx_runner(file.name), "onnxruntime")
+    opset = program.model.opset_imports[""]
+    return f"wrote {path}: ONNX, operator set {opset}; {_facts(config, path)}; {_verdict(worst, 'onnxruntime')}"
+
+
+def _write_pt2(config: CfgNode, trained: Trained, model: nn.Module, path: str) -> str:
+    with _explained(config, "torch.export"):
+        program = trace(model, _example(config, 2))
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)
+        described = {f"{key}.json": text for key, text in _description(config, trained).items()}
+        with open_atomically(path) as file:
+            with _quiet():
+                torch.export.save(program, file, extra_files=described)
+            file.flush()
+            with open(file.name, "rb") as written, _quiet():
+                again = torch.export.load(written).module()
+            worst = _largest_difference(config, model, again, "torch.export")
+    return f"wrote {path}: torch.export; {_facts(config, path)}; {_verdict(worst, 'torch.export.load')}"
+
+
+def _write_hub(config: CfgNode, trained: Trained, model: nn.Module, path: str) -> str:
+    folder, file = _hub_place(path)
+    name, arguments = architecture(config, len(trained.classes))
+    os.makedirs(folder, exist_ok=True)
+    # Modules may share a tensor, which the format does not know.
+    state = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in model.state_dict().items()}
+    content = json.dumps(_hub_config(config, trained, name, arguments), indent=2)
+    with _removed_if_empty(folder), tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as scratch, _explained(config, "timm"):
+        replace_file(os.path.join(scratch, file), safetensors_bytes(state, dict(format="pt")))
+        replace_file(os.path.join(scratch, "config.json"), content.encode())
+        again = timm.create_model(f"local-dir:{scratch}", pretrained=True).eval()
+        worst = _largest_difference(config, model, again, "timm")
+        for written in (file, "config.json"):
+            os.replace(os.path.join(scratch, written), os.path.join(folder, written))
+    return (f"wrote {os.path.join(folder, '')} ({file}, config.json): timm's {name}; {_facts(config, os.path.join(folder, file))}; "
+            f"{_verdict(worst, 'timm')}")
+
+
+_FORM: dict[str, Callable[[CfgNode, Trained, nn.Module, str], str]] = {
+    "onnx": _write_onnx, "pt2": _write_pt2, "safetensors": _write_hub, "folder": _write_hub}
+
+
+def _hub_place(path: str) -> tuple[str, str]:
+    """(folder, name of the weights in it)"""
+    if form_of(path) == "folder":
+        return path.rstrip("/" + os.sep) or path, "model.safetensors"
+    return os.path.dirname(path) or ".", os.path.basename(path)
+
+
+@contextlib.contextmanager
+def _removed_if_empty(folder: str) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it holds something
+            os.rmdir(folder)
+
+
+def _require_folder(path: str, config: CfgNode) -> None:
+    if config.EXPORT.PREPROCESS:
+        raise ConfigError("EXPORT.PREPROCESS is for FILE.onnx and FILE.pt2; timm's layout says in config.json how to normalise")
+    folder, file = _hub_place(path)
+    require_place(folder if not os.path.isdir(folder) else os.path.join(folder, file))
+    there = {os.path.basename(name) for name in glob.glob(os.path.join(glob.escape(folder), "*"))}
+    others = {name for name in there - {file} if name.endswith(".safetensors") or (name == "config.json" and file not in there)}
+    if others:
+        raise ConfigError(f"{folder}: holds {min(others)} of something else, and timm reads one model a folder; give a folder of its own")
+
+
+def _hub_config(config: CfgNode, trained: Trained, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What timm keeps beside weights."""
+    prepare, own = preprocessing(config), dict(getattr(trained.model, "pretrained_cfg", None) or {})
+    kept = {key: own[key] for key in ("fixed_input_size", "first_conv", "classifier") if own.get(key) not in (None, "")}
+    interpolation = "bicubic" if prepare["interpolation"] == "random" else prepare["interpolation"]
+    described = {label: words for label, words in zip(trained.classes, trained.descriptions, strict=True) if words}
+    return dict(
+        architecture=name, num_classes=len(trained.classes), num_features=getattr(trained.model, "num_features", None),
+        model_args=arguments, label_names=trained.classes, **(dict(label_descriptions=described) if described else {}),
+        pretrained_cfg=dict(kept, **dict(prepare, interpolation=interpolation), num_classes=len(trained.classes), custom_load=False))
+
+
+def _description(config: CfgNode, trained: Trained) -> dict[str, str]:
+    """What ONNX and pt2 files carry beside the graph, as JSON texts."""
+    prepare = preprocessing(config)
+    if config.EXPORT.PREPROCESS:
+        steps = "resize and crop; the model takes uint8 pixels of 0 to 255 in RGB, (N, 3, H, W), and normalises them itself"
+    else:
+        steps = "resize, crop, divide by 255, subtract mean, divide by std; RGB, (N, 3, H, W), float32"
+    facts = dict(classes=trained.classes, preprocessing=dict(prepare, steps=steps), model=dict(name=config.MODEL.NAME, step=trained.step))
+    if any(trained.descriptions):
+        facts["descriptions"] = trained.descriptions
+    return {key: json.dumps(value) for key, value in facts.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Checking
+# --------------------------------------------------------------------------------------------------
+
+def _example(config: CfgNode, batch: int) -> Tensor:
+    """Noise like images: uint8 pixels, or what normalisation makes of them."""
+    _, height, width = preprocessing(config)["input_size"]
+    generator = torch.Generator().manual_seed(batch)
+    if config.EXPORT.PREPROCESS:
+        return torch.randint(0, 256, (batch, 3, height, width), generator=generator, dtype=torch.uint8)
+    return torch.randn(batch, 3, height, width, generator=generator)
+
+
+def _largest_difference(config: CfgNode, model: nn.Module, again: Callable[[Tensor], Tensor], what: str) -> float:
+    """Over the largest logit, on batches of several sizes.
+
+    Raises:
+        ExportError: beyond what rounding explains.
+    """
+    worst = 0.0
+    for batch in _CHECKED:
+        images = _example(config, batch)
+        expected = model(images)
+        found = difference(again(images), expected)
+        if not found <= LIMIT:  # nor NaN
+            raise ExportError(f"{config.MODEL.NAME} as {what} computes it differs by {found:.1e} of the largest logit on a batch of "
+                              f"{batch}; nothing of it is kept; another form may do")
+        worst = max(worst, found)
+    return worst
+
+
+def _verdict(worst: float, by: str) -> str:
+    sizes = ", ".join(map(str, _CHECKED[:-1])) + f" and {_CHECKED[-1]}"
+    return f"checked by {by} on batches of {sizes}, largest difference {worst:.1e} of the largest logit"
+
+
+def _facts(config: CfgNode, path: str) -> str:
+    _, height, width = preprocessing(config)["input_size"]
+    kind = "pixels, uint8" if config.EXPORT.PREPROCESS else "normalised, float32"
+    return f"{os.path.getsize(path) / 2**20:.1f} MiB; takes (N, 3, {height}, {width}), {kind}"

@@ -1,0 +1,246 @@
+"""``--plan``: a dry run of everything, and what the real one will take: memory, time and disk. Writes nothing into OUTPUT."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from yacs.config import CfgNode
+
+from config import ConfigError, image_size
+from data import preprocessing
+from models.safe_load import read_file
+from utils.checkpoints.file_format import describe, write_checkpoint
+from utils.checkpoints.run_folder import checkpoints_kept, require_room
+from utils.loggers.progress import clock
+from utils.profiling.run_speed import Speed, _measure
+from utils.profiling.step_speed import multiply_adds
+from utils.runtime import distributed, memory
+from utils.runtime.files import free_bytes
+from utils.runtime.stop_signals import StopRequest
+from utils.training.batch_size import Unfit, two_steps
+from utils.training.engine import StepPlan
+from utils.training.setup import Prepared, prepare
+from utils.visualization import terminal_chart as curve
+
+CURVE = (60, 6)  # columns and lines
+
+
+class Unsuited(Exception):
+    """The run does not fit; the message says why."""
+
+
+def plan_run(config: CfgNode, content: Any, device: torch.device, logger: logging.Logger) -> int:
+    """Say what the run would take; 0 if it fits, 1 if it does not."""
+    scratch = os.path.expanduser(config.PLAN.SCRATCH)
+    if scratch and not (os.path.isdir(scratch) and os.access(scratch, os.W_OK | os.X_OK)):
+        raise ConfigError(f"PLAN.SCRATCH is {scratch}; name a folder that is there and can be written")
+    try:
+        with StopRequest(), memory.allowed(device, config.PLAN.MEMORY):
+            ready = prepare(config, content, device, logger, dry=True)
+            if ready is not None:
+                with contextlib.closing(ready.loaders):
+                    _plan(ready, logger)
+    except (Unsuited, Unfit) as error:
+        logger.info(f"fits: no ({error})")
+        return 1
+    logger.info("fits: yes")
+    return 0
+
+
+def _plan(ready: Prepared, logger: logging.Logger) -> None:
+    """Print a line on each thing as it becomes known.
+
+    Raises:
+        Unsuited: memory or disk do not suffice.
+    """
+    config, start, state, plan = ready.config, ready.start, ready.state, ready.step_plan()
+    sampler, world = ready.loaders.train.batch_sampler, distributed.world_size()
+    per_epoch, total = sampler.steps_per_epoch, sampler.total_steps
+    logger.info(_model_line(ready))
+    logger.info(f"batch: {ready.global_batch} images = {config.DATA.BATCH_SIZE} x {config.TRAIN.ACCUMULATION_STEPS} accumulated x {world} "
+                f"processes, {per_epoch} steps an epoch")
+    logger.info(f"steps: continues {start.path} after step {state.step} of {total}" if start.content is not None else
+                f"steps: from the first of {total}" + (f", with the weights of {start.path}" if start.path else ""))
+    for line in _curve_lines(ready):
+        logger.info(line)
+    _require_disk(ready, logger)
+    _require_memory(ready, plan)
+    speed = _measure(ready, plan, logger)
+    _say_speed(ready, speed, logger)
+    save = _try_save(ready, per_epoch, logger)
+    _require_used_memory(ready, logger)
+    _say_time(ready, speed, save, logger)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is known without a step
+# --------------------------------------------------------------------------------------------------
+
+def _model_line(ready: Prepared) -> str:
+    model, (height, width) = ready.state.model, image_size(ready.config)
+    with torch.compiler.set_stance("force_eager"):
+        gmacs = multiply_adds(model, (height, width)) / 1e9
+    parameters = sum(p.numel() for p in model.parameters())
+    return (f"model: {ready.config.MODEL.NAME}, {parameters / 1e6:.2f} M parameters, {gmacs:.3g} GMACs an image "
+            f"of {height} x {width}, on {ready.device} in {ready.precision.name}")
+
+
+def _curve_lines(ready: Prepared) -> list[str]:
+    schedule, columns = ready.schedule, CURVE[0]
+    total = max(1, schedule.total_steps)
+    # the last step in each column, so that the end is the end
+    values = [schedule.lr_at(min(total - 1, max(0, round((i + 1) * total / columns) - 1))) for i in range(columns)]
+    encoding = getattr(sys.stdout, "encoding", None) or ""
+    lines = curve.draw(values, CURVE[1], "step 0", str(total), "utf" in encoding.lower())
+    return [f"learning rate: {schedule.warmup:.2e} rising to {schedule.base:.2e} over {schedule.warmup_steps} steps, {schedule.name} to "
+            f"{schedule.lr_at(total - 1):.2e}", *(f"  {line}" for line in lines)]
+
+
+def _require_disk(ready: Prepared, logger: logging.Logger) -> None:
+    config, size = ready.config, ready.state.size()
+    number = checkpoints_kept(config)
+    wanted = min(number * size, config.TRAIN.CHECKPOINT_BUDGET or number * size)
+    logger.info(f"disk: a checkpoint takes {memory.shown(size)}, the {number} that the run keeps at a time {memory.shown(wanted)}; "
+                f"{memory.shown(free_bytes(ready.folder))} are free")
+    try:
+        require_room(config, ready.folder, size, logger)
+    except ConfigError as error:
+        raise Unsuited(str(error)) from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
+# --------------------------------------------------------------------------------------------------
+
+def _require_memory(ready: Prepared, plan: StepPlan) -> None:
+    """Two steps of this process alone on made-up images: whoever lacks memory here would leave the others waiting in an exchange."""
+    config, sampler = ready.config, ready.loaders.train.batch_sampler
+    local, outputs = sampler.local_images(), len(ready.loaders.classes)
+    most = memory.limit(ready.device, config.PLAN.MEMORY)
+    sizes = [config.DATA.BATCH_SIZE]
+    if ready.device.type == "cpu":  # a process that takes too much is killed: small ones foretell what the whole takes
+        sizes = sorted({max(1, config.DATA.BATCH_SIZE // 8), max(1, config.DATA.BATCH_SIZE // 4), config.DATA.BATCH_SIZE})
+    peak: int | None = 0
+    measured: dict[int, int] = {}
+    for micro in sizes:
+        if len(measured) == 2 and (foretold := memory.expected(measured, micro)) > 1.1 * most:
+            peak = int(foretold)
+            break
+        peak = memory.taken(lambda micro=micro: two_steps(ready.state, plan, local, micro, (3, *image_size(config)), outputs,
+                                                          config.TRAIN.BACKGROUND_SAVE), ready.device)
+        if peak is None or peak > most:
+            break
+        measured[micro] = peak
+    memory.reset_peak(ready.device)
+    peaks = distributed.gather_objects((peak, most))
+    for rank, (taken, allowed) in enumerate(peaks):
+        if taken is None or taken > allowed:
+            where = f" on rank {rank}" if len(peaks) > 1 else ""
+            raise Unsuited(f"memory: a micro-batch of {config.DATA.BATCH_SIZE} images takes "
+                           f"{'' if taken is None else memory.shown(taken) + ', '}more than {memory.shown(allowed)}{where}; --fit "
+                           "finds one that fits and keeps the global batch")
+
+
+def _require_used_memory(ready: Prepared, logger: logging.Logger) -> None:
+    """What the real steps, the evaluation and the save took, loading processes included."""
+    own, workers = memory.peak(ready.device), memory.of_children() if ready.device.type == "cpu" else 0
+    most = memory.limit(ready.device, ready.config.PLAN.MEMORY)
+    every = distributed.gather_objects((own, workers, most))
+    own, workers, most = max(every, key=lambda used: (used[0] + used[1]) / used[2])
+    logger.info(f"memory: {memory.shown(own)} at the peak"
+                + (f" and {memory.shown(workers)} in {ready.loaders.train.num_workers} loading processes" if workers else "")
+                + f", of {memory.shown(most)}" + (" a process" if len(every) > 1 else ""))
+    if own + workers > most:
+        raise Unsuited(f"memory: {memory.shown(own + workers)} are more than {memory.shown(most)}; --fit finds a micro-batch that fits and "
+                       "keeps the global batch, fewer --num-workers take less")
+
+
+def _say_speed(ready: Prepared, speed: Speed, logger: logging.Logger) -> None:
+    images, workers = ready.loaders.train.batch_sampler.images_per_step, ready.loaders.train.num_workers
+    step, batch, both = (images / seconds for seconds in (speed.step, speed.batch, speed.both))
+    logger.info(f"speed: {step:.0f} images/s of the step alone ({1000 * speed.step:.0f} ms), {batch:.0f} images/s of the loader alone "
+                f"({workers} loading processes), {both:.0f} images/s of both together")
+    if speed.batch > speed.step:
+        logger.info(f"bound: by the data, {speed.batch / speed.step:.1f} times; more --num-workers or CPUs, smaller files "
+                    "(scripts/resize_dataset.py) or a faster disk help, a faster device does not")
+    else:
+        logger.info(f"bound: by the computation; the loader could feed {speed.step / speed.batch:.1f} times as much")
+
+
+# --------------------------------------------------------------------------------------------------
+# Saving, and the whole
+# --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Save:
+    """Seconds: of copying the state, of writing it, of reading and taking it over."""
+
+    copy: float
+    write: float
+    read: float
+
+
+def _try_save(ready: Prepared, per_epoch: int, logger: logging.Logger) -> Save:
+    """Write a checkpoint to a folder of its own, read it back, take it over, remove it: rank 0's business."""
+    distributed.mark("planning: saving")
+    save, line = Save(0.0, 0.0, 0.0), ""
+    if distributed.is_main():
+        try:
+            save, line = _save_and_load(ready, per_epoch)
+        except OSError as error:  # the disk of the run itself has been looked at
+            line = f"notice: no save was tried: {error.filename or 'the scratch folder'} cannot be written ({error.strerror or error}); " \
+                   "name another folder with --opts PLAN.SCRATCH"
+    logger.info(line)
+    return distributed.gather_objects(save)[0]
+
+
+def _save_and_load(ready: Prepared, per_epoch: int) -> tuple[Save, str]:
+    config, state = ready.config, ready.state
+    described = describe(config.dump(), ready.loaders.classes, preprocessing(config), config.DATA.DATA_PATH, ready.global_batch,
+                                    per_epoch)
+    with tempfile.TemporaryDirectory(prefix="plan-", dir=os.path.expanduser(config.PLAN.SCRATCH) or None) as scratch:
+        path, times = os.path.join(scratch, "ckpt_00000000.pth"), [time.perf_counter()]
+        content = {**described, **state.state_dict(copy=config.TRAIN.BACKGROUND_SAVE)}
+        times.append(time.perf_counter())
+        write_checkpoint(path, content)
+        del content
+        times.append(time.perf_counter())
+        state.load_state_dict(read_file(path), path)
+        times.append(time.perf_counter())
+        size = os.path.getsize(path)
+    copy, write, read = (later - before for before, later in itertools.pairwise(times))
+    beside = " beside the training" if config.TRAIN.BACKGROUND_SAVE else ""
+    return Save(copy, write, read), (f"checkpoint: {memory.shown(size)} copied in {copy:.1f} s, written in {write:.1f} s{beside}, read and "
+                                     f"taken over in {read:.1f} s")
+
+
+def _say_time(ready: Prepared, speed: Speed, save: Save, logger: logging.Logger) -> None:
+    config, sampler = ready.config, ready.loaders.train.batch_sampler
+    training, evaluation = sampler.steps_per_epoch * speed.both, speed.evaluation or 0.0
+    # An epoch that saves does so before its evaluation and after it; what is written beside the work delays only the next save.
+    saving = 2 * (save.copy + save.write)
+    if config.TRAIN.BACKGROUND_SAVE:
+        saving = 2 * save.copy + max(0.0, save.write - evaluation) + max(0.0, save.write - training)
+    saving /= config.SAVE_FREQ
+    if config.TRAIN.SAVE_EVERY_STEPS:
+        saving += sampler.steps_per_epoch / config.TRAIN.SAVE_EVERY_STEPS * (save.copy if config.TRAIN.BACKGROUND_SAVE else saving / 2)
+    epoch = training + evaluation / config.TRAIN.EVAL_FREQ + saving
+    epochs = (sampler.total_steps - ready.state.step) / sampler.steps_per_epoch
+    judging = f"{_seconds(evaluation / config.TRAIN.EVAL_FREQ)} evaluation" if speed.evaluation is not None else \
+        "an evaluation of unknown length"
+    logger.info(f"epoch: {clock(epoch)} = {_seconds(training)} training + {judging} + {_seconds(saving)} saving")
+    hours, unit = epoch * epochs * distributed.world_size() / 3600, "GPU" if ready.device.type == "cuda" else "process"
+    logger.info(f"run: {clock(epoch * epochs)} for {epochs:.4g} epochs, {hours:.3g} {unit} hours")
+
+
+def _seconds(seconds: float) -> str:
+    return clock(seconds) if seconds >= 60 else f"{seconds:.1f} s"

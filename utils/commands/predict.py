@@ -1,0 +1,90 @@
+"""``--predict``: the classes of images, in the order given, as evaluation would see them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from typing import Any
+
+import torch
+from yacs.config import CfgNode
+
+from data.build import build_given
+from data.layouts.input_paths import GivenImages, find_given
+from data.loading.loader import ImageLoader
+from utils.evaluation.setup import prepare
+from utils.inference.outputs import Console, CsvTable, Features, JsonLines, standard_output, text_file
+from utils.inference.predict import _require_features, predictions_of
+from utils.inference.trained_model import Trained, open_trained
+from utils.loggers.console import plain
+from utils.loggers.progress import aside, track
+from utils.runtime.compile import compile_model
+from utils.runtime.files import require_place
+from utils.runtime.precision import Precision
+from utils.visualization.contact_sheet import Sheet
+
+EXIT_UNREADABLE = 3
+
+
+def predict_run(config: CfgNode, content: Any, device: torch.device, logger: logging.Logger) -> int:
+    """Predict PREDICT.PATHS; the exit status: 0, or 3 when some of them could not be read.
+
+    Raises:
+        ConfigError: no weights, or an output cannot be written.
+        DataError: no image was found.
+    """
+    wanted = config.PREDICT
+    files = [os.path.expanduser(path) for path in (wanted.CSV, wanted.JSON, wanted.FEATURES, wanted.SHEET) if path not in ("", "-")]
+    for path in files:
+        require_place(path)
+    given = find_given(wanted.PATHS, getattr(sys.stdin, "buffer", None))
+    trained = open_trained(config, content, "--predict")
+    if wanted.FEATURES:
+        _require_features(trained.model, config)
+    precision = prepare(config, device, logger)
+    loader, notices = build_given(config, given, device, trained.published)
+    for line in notices:
+        logger.info(line)
+    logger.info(f"predicting {len(given)} image{'s' * (len(given) != 1)} by {trained.line()}, {len(trained.classes)} classes, on {device} "
+                f"in {precision.name}")
+    with contextlib.closing(loader):
+        bad = _predict(config, trained, given, loader, device, precision, logger)
+    logger.info(f"images {loader.dataset.pipeline.summary(*loader.decoded)}")
+    for path in files:
+        logger.info(f"wrote {path}")
+    if bad:
+        logger.info(f"warning: {bad} of {len(given)} could not be read")
+    return EXIT_UNREADABLE if bad else 0
+
+
+def _predict(config: CfgNode, trained: Trained, given: GivenImages, loader: ImageLoader, device: torch.device, precision: Precision,
+             logger: logging.Logger) -> int:
+    """Every prediction to every output; how many items could not be read."""
+    wanted, bad = config.PREDICT, 0
+    with contextlib.ExitStack() as stack:
+        outputs: list[Any] = []
+        for kind, path in ((CsvTable, wanted.CSV), (JsonLines, wanted.JSON)):
+            if path:
+                file = standard_output() if path == "-" else stack.enter_context(text_file(os.path.expanduser(path)))
+                outputs.append(kind(file, trained, wanted.TOPK))
+        if "-" not in (wanted.CSV, wanted.JSON):
+            outputs.append(Console(logger, trained))
+        if wanted.SHEET:
+            outputs.append(stack.enter_context(Sheet(os.path.expanduser(wanted.SHEET), given, trained, logger)))
+        features = stack.enter_context(Features(os.path.expanduser(wanted.FEATURES))) if wanted.FEATURES else None
+        model = trained.model.to(device)
+        compile_model(model, config.COMPILE)
+        batches = predictions_of(model, loader, device, precision, wanted.TOPK, features is not None)
+        for predictions, vectors in track(batches, len(loader), "predicting", logger):
+            for prediction in predictions:
+                if prediction.fault:
+                    bad += 1
+                    with aside():
+                        print(f"warning: {plain(prediction.path)}: {plain(prediction.fault)}", file=sys.stderr, flush=True)
+                for output in outputs:
+                    output.add(prediction)
+            if features is not None:
+                features.add([prediction.path for prediction in predictions if not prediction.fault], vectors)
+    return bad

@@ -1,0 +1,26 @@
+"""``--report``: a run, or several side by side, as one HTML file that needs nothing else, and plots as PNG. Imports no torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from yacs.config import CfgNode
+
+from utils.reporting.run_reader import read_run
+from utils.reporting.write import write_plots, write_report
+
+
+def report_runs(config: CfgNode, logger: logging.Logger) -> int:
+    """Report on the runs of REPORT.RUNS; the exit status.
+
+    Raises:
+        ConfigError: no such run, or the report cannot be written.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # one process of a job is enough
+    runs = [read_run(folder) for folder in config.REPORT.RUNS]
+    path = write_report(runs, os.path.expanduser(config.REPORT.FILE))
+    logger.info(f"report {path}")
+    logger.info(write_plots(runs, os.path.dirname(path) or "."))
+    return 0

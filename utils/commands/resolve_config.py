@@ -1,0 +1,60 @@
+"""The config of a command: from the YAML file, or from the checkpoint it names."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from yacs.config import CfgNode
+
+from config import ConfigError, config_for_another_command, get_config, lookup, with_values
+from models.safe_load import read_file
+from utils.checkpoints.file_format import is_own, require_own
+
+# --------------------------------------------------------------------------------------------------
+# Config and starting point
+# --------------------------------------------------------------------------------------------------
+
+def resolve_config(cfg_file: str | None, opts: list[str]) -> tuple[CfgNode, Any]:
+    """(config, content of the file that MODEL.RESUME names, or None).
+
+    Without a YAML file the config is the checkpoint's own, its data path made absolute; ``opts`` win over both.
+    """
+    asked = get_config(cfg_file, opts) if cfg_file else None
+    if compared := _asked_value("COMPARE.FILES", asked, opts):
+        return _resolve_each(cfg_file, opts, compared)
+    resume = os.path.expanduser(_asked_value("MODEL.RESUME", asked, opts))
+    return _resolve(asked, opts, resume, read_file(resume) if resume else None)
+
+
+def _resolve(asked: CfgNode | None, opts: list[str], resume: str, content: Any) -> tuple[CfgNode, Any]:
+    """``asked``: the config of the command's YAML file, if it names one."""
+    if asked is not None:
+        if content is not None and is_own(content) and not asked.DATA.DATA_PATH:
+            asked = with_values(asked, {"DATA.DATA_PATH": content["data_path"]}, f"checkpoint {resume}")
+        return asked, content
+    if content is None:
+        return get_config(None, opts), None
+    if not is_own(content):
+        raise ConfigError(f"{resume} holds weights without a config; add --cfg with the YAML file of its model")
+    require_own(content, resume)
+    return config_for_another_command(content["config"], content["data_path"], opts, resume), content
+
+
+def _resolve_each(cfg_file: str | None, opts: list[str], files: Any) -> tuple[CfgNode, list[tuple[CfgNode, Any]]]:
+    """(config of the first, [(config, content) of each]) of files to compare: each by its own config, bare weights by ``cfg_file``."""
+    opts, found = [*opts, "COMPARE.FILES", files], []
+    for path in map(os.path.expanduser, lookup(get_config(None, ["COMPARE.FILES", files]), "COMPARE.FILES")):
+        content, own = read_file(path), [*opts, "MODEL.RESUME", path]
+        asked = get_config(cfg_file, own) if cfg_file and not is_own(content) else None
+        found.append(_resolve(asked, own, path, content))
+    return found[0][0], found
+
+
+def _asked_value(key: str, asked: CfgNode | None, opts: list[str]) -> Any:
+    return lookup(asked, key) if asked is not None else _last_value(opts, key)
+
+
+def _last_value(opts: list[str], key: str) -> Any:
+    values = [value for name, value in zip(opts[::2], opts[1::2], strict=False) if name == key]
+    return values[-1] if values else ""

@@ -1,0 +1,92 @@
+"""--show-attention: draw which tokens of an image a CrossFormer's token attends to."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from PIL import Image
+from yacs.config import CfgNode
+
+from config import ConfigError, image_size
+from data import DataError, preprocessing
+from data.decoding.pillow import decode
+from data.transforms.build import build_eval_transform
+from models import build_model, check_input_size, load_state
+from models.crossformer import CrossFormer
+from models.weights import check_finite, unwrap_state_dict
+from utils.checkpoints.file_format import is_own
+from utils.inference.trained_model import weights_to_judge
+from utils.runtime import distributed
+from utils.visualization.attention_map import KINDS, _tokens, attended, chosen, page
+from utils.visualization.drawing import require_png, save, to_image
+
+
+def show_attention(config: CfgNode, content: Any, device: torch.device, logger: logging.Logger) -> None:
+    """Draw the attention on the image SHOW.ATTENTION; computed on the CPU, it is one image.
+
+    Raises:
+        ConfigError: another family, a token outside the image, or no place for the picture.
+        DataError: the image cannot be read.
+    """
+    if config.MODEL.TYPE != "crossformer":
+        raise ConfigError(f"--show-attention draws the attention of CrossFormer and CrossFormer++; MODEL.TYPE is {config.MODEL.TYPE}, "
+                          "whose attention has no such groups")
+    path, point = require_png(config.SHOW.FILE, "SHOW.FILE"), _point(config)
+    if not distributed.is_main():
+        return
+    picture = _read(os.path.expanduser(config.SHOW.ATTENTION), config)
+    weights, content = weights_to_judge(config, content, "--show-attention")
+    model = _load(config, weights, content)
+    prepare = preprocessing(config)
+    image = build_eval_transform(prepare)(picture)[None]
+    found = attended(model, image, point)
+    own, best = is_own(content), model(image).softmax(-1)[0]
+    answer = int(best.argmax())
+    name = content["classes"][answer] if own else f"class {answer}"
+    title = f"{os.path.basename(config.SHOW.ATTENTION)}: taken for {name} ({100 * float(best[answer]):.1f} %)"
+    shown = chosen(found)
+    save(page(to_image(image[0], prepare["mean"], prepare["std"]), shown, len(model.layers), point, title,
+              f"{config.MODEL.NAME}, weights {os.path.basename(weights)}; last block of each kind in a stage, mean of its heads"), path)
+    for item in shown:
+        top = int(item.weights.argmax())
+        logger.info(f"stage {item.stage + 1} block {item.block + 1} ({KINDS[item.far]}): token {item.token[0]},{item.token[1]} of the map "
+                    f"attends to {_tokens(item)}, most to {item.cells[top][0]},{item.cells[top][1]} "
+                    f"({100 * item.weights[top]:.1f} %)")
+    logger.info(f"wrote {path}: attention of the token at {point[0]},{point[1]} (y,x in pixels)")
+
+
+def _load(config: CfgNode, path: str, content: Any) -> CrossFormer:
+    own = is_own(content)
+    state = (content["ema"] or content["model"]) if own else unwrap_state_dict(content, path)
+    classes = content["classes"] if own else state.get("head.bias")
+    model = build_model(config, None if classes is None else len(classes))
+    check_input_size(model, config)
+    check_finite(state, path)
+    load_state(model, state, config, path)
+    return model.eval().requires_grad_(False)
+
+
+def _point(config: CfgNode) -> tuple[int, int]:
+    """SHOW.TOKEN as (y, x), or the centre."""
+    height, width = image_size(config)
+    text = config.SHOW.TOKEN
+    if not text:
+        return height // 2, width // 2
+    try:
+        y, x = (int(part) for part in text.strip("()[] ").split(","))
+    except ValueError:
+        raise ConfigError(f"SHOW.TOKEN is {text!r}; give y,x in pixels of the model's input, such as {height // 2},{width // 2}") from None
+    if not (0 <= y < height and 0 <= x < width):
+        raise ConfigError(f"SHOW.TOKEN is {text}; it lies outside the model's input of {height} x {width} pixels")
+    return y, x
+
+
+def _read(path: str, config: CfgNode) -> Image.Image:
+    try:
+        with open(path, "rb") as file:
+            return decode(file.read(), path, config.DATA.EXIF)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None

@@ -1,0 +1,1 @@
+"""Exact evaluation, per-image predictions, per-class figures, statistics and label sets."""

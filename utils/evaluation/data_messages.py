@@ -1,0 +1,38 @@
+"""What is said about the reading of images: which could not be read, and who decoded the others."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from data import DataError
+from utils.evaluation.loop import Evaluation
+from utils.runtime import distributed
+
+
+def teller(logger: logging.Logger) -> Callable[[str], None]:
+    """Where lines about bad images go: rank 0's to the log, those of a rank that has none to standard error."""
+    if distributed.is_main():
+        return logger.info
+    return lambda line: print(f"{line} (rank {distributed.rank()})", file=sys.stderr, flush=True)
+
+
+def decoding(loader: Any) -> str:
+    """How the images of the loader's last pass were made, over all ranks; every rank must ask."""
+    fast, odd = (sum(counts) for counts in zip(*distributed.gather_objects(loader.decoded), strict=True))
+    return loader.dataset.pipeline.summary(fast, odd)
+
+
+def tell_uncounted(loader: Any, result: Evaluation, logger: logging.Logger) -> None:
+    """Say how many images of an evaluation could not be read, over all ranks.
+
+    Raises:
+        DataError: none could be read.
+    """
+    bad = sum(distributed.gather_objects(loader.met))
+    if bad and not result.total:
+        raise DataError(f"{loader.dataset.folder.root}: none of its {bad} validation images can be read; the lines above say why")
+    if bad:
+        logger.info(f"warning: {bad} of {result.total + bad} validation images could not be read and are not counted")

@@ -1,0 +1,152 @@
+"""What became of every image of an evaluation: the file, and what follows from it. Imports no torch."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.sources.index_cache import DAMAGED
+from utils.evaluation.statistics import BINS, bins_of, expected_calibration_error
+from utils.runtime.files import write_atomically
+
+FILE = "predictions.npz"
+MOST_IMAGES = 200_000
+
+
+class OutcomesError(ValueError):
+    """A file of predictions cannot be used; one sentence."""
+
+
+@dataclass
+class Outcomes:
+    """An evaluation, image by image, in the order of ``index``; images that could not be read are left out.
+
+    Attributes:
+        index: number of the image in the validation set, int64 (N,).
+        target, predicted: positions in ``classes``, int32 (N,).
+        probability: of the predicted class, float32 (N,).
+        correct_probability: of the right class, float32 (N,).
+        paths: names of the images, below the data's folder where they lie there.
+        classes: names.
+        thumbnails: position (in these arrays) -> JPEG, of some mistakes.
+    """
+
+    index: np.ndarray
+    target: np.ndarray
+    predicted: np.ndarray
+    probability: np.ndarray
+    correct_probability: np.ndarray
+    paths: list[str]
+    classes: list[str]
+    thumbnails: dict[int, bytes]
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether each image was recognised, bool (N,)."""
+        return self.target == self.predicted
+
+    def write(self, path: str) -> None:
+        """Write it, whole or not at all; ``numpy.load`` opens the file without pickle.
+
+        Names are UTF-8 JSON in arrays of bytes: ``paths``, ``classes``.
+        """
+        blobs = list(self.thumbnails.values())
+        content = dict(
+            index=self.index, target=self.target, predicted=self.predicted, probability=self.probability,
+            correct_probability=self.correct_probability, paths=_packed(self.paths), classes=_packed(self.classes),
+            thumbnail_of=np.array(list(self.thumbnails), dtype=np.int64),
+            thumbnail_ends=np.cumsum([len(blob) for blob in blobs], dtype=np.int64), thumbnails=_bytes(b"".join(blobs)))
+        write_atomically(path, lambda file: np.savez_compressed(file, **content))
+
+    @classmethod
+    def read(cls, path: str) -> Outcomes:
+        """
+        Raises:
+            OutcomesError: no such file, or it holds something else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = {key: file[key] for key in file.files}
+            ends = found["thumbnail_ends"].tolist()
+            blobs = [found["thumbnails"][start:end].tobytes() for start, end in zip([0, *ends], ends, strict=False)]
+            made = cls(*(found[key] for key in ("index", "target", "predicted", "probability", "correct_probability")),
+                       json.loads(found["paths"].tobytes()), json.loads(found["classes"].tobytes()),
+                       dict(zip(found["thumbnail_of"].tolist(), blobs, strict=True)))
+            made.check()
+            return made
+        except FileNotFoundError:
+            raise OutcomesError(f"{path}: no such file") from None
+        except DAMAGED as error:
+            raise OutcomesError(f"{path}: no file of predictions, or damaged ({type(error).__name__})") from None
+
+    def check(self) -> None:
+        """Raise ``ValueError`` unless the parts belong together."""
+        columns = (self.index, self.target, self.predicted, self.probability, self.correct_probability)
+        if {column.shape for column in columns} != {(len(self.paths),)}:
+            raise ValueError("columns of different lengths")
+        for column in (self.target, self.predicted):
+            if len(column) and not 0 <= column.min() <= column.max() < len(self.classes):
+                raise ValueError("a class that has no name")
+        if not all(0 <= position < len(self.paths) for position in self.thumbnails):
+            raise ValueError("a thumbnail of no image")
+
+    def worst(self, count: int) -> list[int]:
+        """Positions of the mistakes made with the greatest confidence."""
+        wrong = np.flatnonzero(~self.right)
+        return wrong[np.argsort(-self.probability[wrong], kind="stable")][:count].tolist()
+
+
+def _bytes(content: bytes) -> np.ndarray:
+    return np.frombuffer(content, dtype=np.uint8)
+
+
+def _packed(names: Sequence[str]) -> np.ndarray:
+    return _bytes(json.dumps(list(names)).encode())  # ASCII: undecodable file names come back as they were
+
+
+def names_of(source: Any, indices: Sequence[int]) -> list[str]:
+    """What the images are called: below ``source.root`` where they lie there, so that two machines call them alike."""
+    root = os.path.join(source.root, "")
+    return [source.path(index).removeprefix(root) for index in indices]
+
+
+def thumbnail(image: Any, side: int = 112) -> bytes:
+    """A small JPEG of a PIL image."""
+    image.thumbnail((side, side))
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "JPEG", quality=80)
+    return file.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------
+# What follows from them
+# --------------------------------------------------------------------------------------------------
+
+def confusion(predictions: Outcomes) -> np.ndarray:
+    """(target, predicted, times) of what occurs, in that order, int64 (K, 3): with many classes most pairs never do."""
+    classes = len(predictions.classes)
+    cells, times = np.unique(predictions.target.astype(np.int64) * classes + predictions.predicted, return_counts=True)
+    return np.stack([*np.divmod(cells, classes), times], axis=1)
+
+
+def confused_pairs(cells: np.ndarray, most: int = 20) -> list[tuple[int, int, int]]:
+    """(target, predicted, times) of the commonest mistakes."""
+    wrong = cells[cells[:, 0] != cells[:, 1]]
+    return [tuple(cell) for cell in wrong[np.argsort(-wrong[:, 2], kind="stable")][:most].tolist()]
+
+
+def reliability(predictions: Outcomes, bins: int = BINS) -> tuple[list[tuple[int, float, float]], float]:
+    """([(images, mean confidence, share right) of each bin of confidence], expected calibration error in [0, 1])."""
+    place = bins_of(predictions.probability, bins)
+    images = np.bincount(place, minlength=bins)
+    divisor = np.maximum(images, 1)
+    confidence = np.bincount(place, predictions.probability, bins) / divisor
+    accuracy = np.bincount(place, predictions.right, bins) / divisor
+    error = expected_calibration_error(predictions.probability, predictions.right, bins)
+    return list(zip(images.tolist(), confidence.tolist(), accuracy.tolist(), strict=True)), error

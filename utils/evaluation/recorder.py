@@ -1,0 +1,122 @@
+"""What a classifier answered on each image of a pass, and the figures that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import DataError
+from data.errors import UnreadableImage
+from data.loading.sampler import ShardSampler
+from utils.evaluation.loop import Evaluation
+from utils.evaluation.predictions_file import MOST_IMAGES, Outcomes, names_of, thumbnail
+from utils.runtime import distributed
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The images of a pass in the order of the data, (N,) each; those that could not be read have target -1.
+
+    Attributes:
+        target: class of the image.
+        top1: class answered.
+        in5: the image's class is among the first five answers.
+        confidence: probability of the class answered.
+        loss: cross entropy, float32; its negative exponential is the probability of the image's class.
+    """
+
+    target: np.ndarray
+    top1: np.ndarray
+    in5: np.ndarray
+    confidence: np.ndarray
+    loss: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        return (self.top1 == self.target) & (self.target >= 0)
+
+    def evaluation(self, counted: np.ndarray | None = None) -> Evaluation:
+        """The counts over the images that could be read, or over those of them that are ``counted`` (N,) bool."""
+        counted = (self.target >= 0) & (True if counted is None else counted)
+        return Evaluation(int(self.right[counted].sum()), int(self.in5[counted].sum()), int(counted.sum()),
+                          float(self.loss[counted].astype(np.float64).sum()))
+
+    def on(self, classes: np.ndarray) -> Answers:
+        """The same, with images of other ``classes`` (K,) marked as such that do not count."""
+        return Answers(np.where(np.isin(self.target, classes), self.target, -1), self.top1, self.in5, self.confidence, self.loss)
+
+
+class Recorder:
+    """Keeps the answers of a pass on the device: what ``utils.engine.evaluate`` takes as ``record``.
+
+    Args:
+        allowed: classes that answers are chosen from, positions among the classes (K,); None: all of them.
+    """
+
+    def __init__(self, allowed: np.ndarray | None = None):
+        self.allowed, self._barred = allowed, None
+        self._rows: list[tuple[Tensor, ...]] = []
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> None:
+        if self.allowed is not None:
+            if self._barred is None:
+                self._barred = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+                self._barred[torch.from_numpy(self.allowed).to(logits.device)] = False
+            logits = logits.masked_fill(self._barred, float("-inf"))
+        logs = logits.log_softmax(1)
+        best = logs.topk(min(5, logs.shape[1]), dim=1)
+        of_target = logs.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+        self._rows.append((targets, best.indices[:, 0], (best.indices == targets[:, None]).any(1), best.values[:, 0], -of_target))
+
+    def answers(self, loader: Any) -> Answers:
+        """The answers of all ranks together, in the order of ``loader``'s images; every rank must ask."""
+        columns = [torch.cat(column).cpu().numpy() for column in zip(*self._rows, strict=True)] if self._rows else _EMPTY
+        sampler = loader.batch_sampler
+        if hasattr(sampler, "high"):  # what fills the last batch up stands at the end
+            columns = [column[:sampler.high - sampler.low] for column in columns]
+        else:
+            columns = [column[columns[0] >= 0] for column in columns]
+        target, top1, in5, log, loss = (np.concatenate(parts) for parts in zip(*distributed.gather_objects(columns), strict=True))
+        return Answers(target, top1, in5, np.exp(log), loss)
+
+
+_EMPTY = [np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0, np.float32), np.zeros(0, np.float32)]
+
+
+_THUMBNAILS = 24
+
+
+def recordable(loader: Any) -> bool:
+    """Whether the images of ``loader`` have numbers (a stream's have none), and are no more than ``MOST_IMAGES``."""
+    return isinstance(loader.batch_sampler, ShardSampler) and len(loader.dataset.folder) <= MOST_IMAGES
+
+
+def write_outcomes(answers: Answers, loader: Any, classes: Sequence[str], path: str) -> None:
+    """Write the ``answers`` on the images of ``loader``, which are ``recordable``; rank 0's business.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not distributed.is_main():
+        return
+    source, index = loader.dataset.folder, np.flatnonzero(answers.target >= 0)
+    target, top1, confidence, loss = (column[index] for column in (answers.target, answers.top1, answers.confidence, answers.loss))
+    made = Outcomes(index, target.astype(np.int32), top1.astype(np.int32), confidence, np.exp(-loss), names_of(source, index.tolist()),
+                    list(classes), {})
+    made.thumbnails = _thumbnails(made, source)
+    made.write(path)
+
+
+def _thumbnails(made: Outcomes, source: Any) -> dict[int, bytes]:
+    found = {}
+    for position in made.worst(_THUMBNAILS):
+        try:
+            found[position] = thumbnail(source.load(int(made.index[position])))
+        except (UnreadableImage, DataError, OSError):
+            continue
+    return found

@@ -1,0 +1,81 @@
+"""Models as they are evaluated: mirrored, reordered to a label set, of published files."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from data.sources.classes import imagenet_classes
+from models import build_model, check_input_size, load_state
+from models.weights import check_finite, unwrap_state_dict
+from utils.checkpoints.file_format import is_own
+from utils.runtime.compile import compile_model
+
+
+class Flipped(nn.Module):
+    """Test-time flip: one answer from an image and its mirror image. (B, 3, H, W) -> logits (B, C).
+
+    ``mean`` is of ``logits``, or of ``probabilities``, whose logarithm is then the logits.
+    """
+
+    def __init__(self, model: nn.Module, mean: str):
+        super().__init__()
+        self.model, self.mean = model, mean
+
+    def forward(self, images: Tensor) -> Tensor:
+        both = self.model(images).float(), self.model(images.flip(3)).float()
+        if self.mean == "logits":
+            return (both[0] + both[1]) / 2
+        return torch.logaddexp(*(F.log_softmax(logits, dim=1) for logits in both)) - math.log(2)
+
+
+class Reordered(nn.Module):
+    """A classifier whose outputs stand in another order of the classes: output i is the model's ``order[i]``."""
+
+    def __init__(self, model: nn.Module, order: Sequence[int]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("order", torch.tensor(order), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).index_select(1, self.order)
+
+
+def judged_models(config: CfgNode, path: str, content: Any, classes: Sequence[str], device: torch.device) -> list[nn.Module]:
+    """The models of a file, in evaluation order: where a run kept an average, it is what counts and comes last.
+
+    Their outputs stand in the order of ``classes``; with TEST.FLIP they look at mirror images too.
+
+    Raises:
+        CheckpointError: the weights do not fit, or are not finite.
+    """
+    own = is_own(content)
+    model = build_model(config, len(classes))
+    check_input_size(model, config)
+    states = [s for s in (content["model"], content["ema"]) if s] if own else [unwrap_state_dict(content, path)]
+    models = [model, *(copy.deepcopy(model) for _ in states[1:])]
+    for judged, state in zip(models, states, strict=True):
+        check_finite(state, path)
+        load_state(judged, state, config, path)
+    names = content["classes"] if own else _published_names(classes)
+    if names != list(classes):
+        number = {name: i for i, name in enumerate(names)}
+        models = [Reordered(judged, [number[name] for name in classes]) for judged in models]
+    if config.TEST.FLIP != "none":
+        models = [Flipped(judged, config.TEST.FLIP) for judged in models]
+    for judged in models:
+        compile_model(judged.to(device), config.COMPILE)
+    return models
+
+
+def _published_names(classes: Sequence[str]) -> list[str]:
+    """The classes of a published classifier in its order: ImageNet's where ``classes`` are these, in whatever order."""
+    imagenet = imagenet_classes()
+    return imagenet if set(classes) == set(imagenet) else list(classes)

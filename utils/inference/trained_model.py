@@ -1,0 +1,136 @@
+"""A trained model as prediction and export use it: from a checkpoint of ours alone, or from published weights and their config."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from config import ConfigError
+from data.layouts.splits import read_class_names
+from models import build_model, check_input_size, classifier_rows, load_pretrained, load_state
+from models.safe_load import read_file
+from models.weights import check_finite, unwrap_state_dict
+from utils.checkpoints.file_format import is_own
+from utils.checkpoints.run_folder import run_folder
+from utils.runtime import distributed
+
+_WORDNET = re.compile(r"n\d{8}")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model and what its outputs mean.
+
+    Attributes:
+        model: on the CPU, in evaluation mode.
+        path: the file of its weights.
+        published: the weights are others', to be judged on the pixels that their authors had.
+        step: optimizer steps behind the weights; None where the file does not say.
+        averaged: the weights are the run's moving average.
+        classes: names, in the order of the outputs.
+        descriptions: words for names that are WordNet's ids, such as ImageNet's; "" for others.
+    """
+
+    model: nn.Module
+    path: str
+    published: bool
+    step: int | None
+    averaged: bool
+    classes: list[str]
+    descriptions: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "descriptions", describe_classes(self.classes))
+
+    def line(self) -> str:
+        """Such as ``best.pth (step 1200, averaged weights)``."""
+        told = [*([f"step {self.step}"] if self.step is not None else []), *(["averaged weights"] if self.averaged else [])]
+        return self.path + (f" ({', '.join(told)})" if told else "")
+
+
+def open_trained(config: CfgNode, content: Any, command: str) -> Trained:
+    """The model with the weights that --eval would judge; where a run kept an average, with that.
+
+    Args:
+        content: of the file that MODEL.RESUME names, or None.
+        command: the flag that asks, for messages.
+
+    Raises:
+        ConfigError: no weights are named, or the model does not take images of the config's size.
+        CheckpointError: the weights do not fit the model, or are not finite.
+    """
+    if distributed.world_size() > 1:
+        raise ConfigError(f"{command} runs in one process; start it by python main.py, without torchrun")
+    if content is None and config.MODEL.PRETRAINED == "hub":
+        model = build_model(config)
+        load_pretrained(model, "hub", config)
+        check_input_size(model, config)
+        return Trained(model.eval(), "hub", True, None, False, _published_names(config, model.num_classes))
+    path, content = weights_to_judge(config, content, command)
+    if is_own(content):
+        classes, step, averaged = content["classes"], content["step"], bool(content["ema"])
+        state = content["ema"] or content["model"]
+        model = build_model(config, len(classes))
+    else:
+        state, step, averaged = unwrap_state_dict(content, path), None, False
+        model = _published_model(config, state, path)
+        classes = _published_names(config, model.num_classes)
+    check_finite(state, path)
+    load_state(model, state, config, path)
+    check_input_size(model, config)
+    return Trained(model.eval(), path, not is_own(content), step, averaged, list(classes))
+
+
+def _published_model(config: CfgNode, state: dict[str, Tensor], path: str) -> nn.Module:
+    """With as many outputs as the file's classifier has, unless the config says how many."""
+    model = build_model(config)
+    rows = classifier_rows(model, state, config, path)
+    return model if config.MODEL.NUM_CLASSES or rows in (0, model.num_classes) else build_model(config, rows)
+
+
+def _published_names(config: CfgNode, count: int) -> list[str]:
+    """Names from DATA.CLASS_NAMES; WordNet's ids where the number of classes is one of ImageNet's; else numbers."""
+    if config.DATA.CLASS_NAMES:
+        names, _ = read_class_names(os.path.expanduser(config.DATA.CLASS_NAMES))
+        if len(names) != count:
+            raise ConfigError(f"DATA.CLASS_NAMES: {config.DATA.CLASS_NAMES} names {len(names)} classes, the weights tell {count} apart")
+        return names
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+    subset = infer_imagenet_subset(dict(num_classes=count))
+    return list(ImageNetInfo(subset).label_names()) if subset else [str(number) for number in range(count)]
+
+
+def describe_classes(classes: list[str]) -> list[str]:
+    """Words for each class that is a WordNet id (``n01440764``: ``tench, Tinca tinca``), "" for others."""
+    if not any(_WORDNET.fullmatch(name) for name in classes):
+        return [""] * len(classes)
+    from timm.data import ImageNetInfo
+    info = ImageNetInfo("imagenet-22k")
+
+    def describe(name: str) -> str:
+        try:
+            return info.label_name_to_description(name)
+        except KeyError:
+            return ""
+
+    return [describe(name) for name in classes]
+
+
+# --------------------------------------------------------------------------------------------------
+# Throughput, and what evaluation begins with
+# --------------------------------------------------------------------------------------------------
+
+def weights_to_judge(config: CfgNode, content: Any, command: str) -> tuple[str, Any]:
+    """(path, content) for ``command``: --resume, else the run folder's best, else --pretrained."""
+    if content is not None:
+        return config.MODEL.RESUME, content
+    best = os.path.join(run_folder(config), "best.pth")
+    path = best if os.path.exists(best) else config.MODEL.PRETRAINED
+    if not path:
+        raise ConfigError(f"{command} needs weights: give --resume FILE (there is no {best})")
+    return path, read_file(path)

@@ -1,0 +1,1 @@
+"""Console, progress line, metrics files, run log, TensorBoard and experiment trackers."""

@@ -1,0 +1,122 @@
+"""What the program says: to the console, with colour where it is a terminal, and to log.txt without."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TextIO
+
+from termcolor import colored
+
+from utils.loggers import progress
+
+QUICK = 1.0  # seconds between two lines of many alike, at least; log.txt has them all
+
+_COLOURS = (("error ", "red"), ("warning", "yellow"), ("notice", "cyan"), ("note ", "cyan"),
+            ("resumed", "green"), ("top1", "green"), ("finished", "green"))
+
+
+class _Console(logging.Handler):
+    """Lines to standard output, or where that is a command's data to standard error; a closed pipe silences it and nothing else."""
+
+    def __init__(self, to_error: bool) -> None:
+        super().__init__()
+        self.closed, self.said, self.to_error = False, 0.0, to_error
+        self.colour = self.stream is not None and self.stream.isatty() and "NO_COLOR" not in os.environ
+
+    @property
+    def stream(self) -> TextIO | None:
+        return sys.stderr if self.to_error else sys.stdout
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.closed or self.needless(record):
+            return
+        line = printable(record.getMessage())
+        if self.colour:
+            tint = next((tint for word, tint in _COLOURS if line.startswith(word)), None)
+            line = colored(line, tint) if tint else line
+        try:
+            with progress.aside():
+                self.write(line)
+        except (OSError, ValueError, AttributeError):
+            self.closed = True
+            # Python flushes its streams at exit and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if self.to_error else 1)
+
+    def needless(self, record: logging.LogRecord) -> bool:
+        """Whether the live line on this very terminal says the same, or a line of its kind was written a moment ago."""
+        if not getattr(record, "periodic", False):
+            return False
+        if record.created - self.said < QUICK or (progress.is_live() and self.stream is not None and self.stream.isatty()):
+            return True
+        self.said = record.created
+        return False
+
+    def write(self, line: str) -> None:
+        try:
+            print(line, file=self.stream, flush=True)
+        except UnicodeEncodeError:  # a terminal without UTF-8
+            print(line.encode("ascii", "backslashreplace").decode(), file=self.stream, flush=True)
+
+
+def printable(text: str, kept: str = "\n\t") -> str:
+    """``text`` with the control characters that file and class names may hold written out, but for ``kept``: they must not steer a
+    terminal."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def plain(text: object) -> str:
+    """``text`` on one line, with what is not printable written out."""
+    return printable(str(text), kept="")
+
+
+def create_logger(speaks: bool, to_error: bool = False) -> logging.Logger:
+    """The program's logger; silent unless ``speaks`` (rank 0), on standard error with ``to_error``."""
+    logger = logging.getLogger("trainer")
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_Console(to_error) if speaks else logging.NullHandler())
+    if speaks:
+        logger.addHandler(_Kept())
+    return logger
+
+
+class _Kept(logging.Handler):
+    """Keeps the first lines until there is a file for them: a mistake must leave no run folder behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+class _LogFile(logging.FileHandler):
+    warned = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk must not stop training; the console goes on, and hears of it once."""
+        if not self.warned:
+            self.warned = True
+            logging.getLogger("trainer").warning(f"warning: {self.baseFilename}: cannot be written; the console alone has the lines")
+
+
+def log_to_file(logger: logging.Logger, path: str) -> None:
+    """Append every line to ``path`` as well, those said already first."""
+    handler = _LogFile(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for kept in [h for h in logger.handlers if isinstance(h, _Kept)]:
+        for record in kept.records:
+            handler.handle(record)
+        logger.removeHandler(kept)
+    logger.addHandler(handler)
+
+
+def close_files(logger: logging.Logger) -> None:
+    """Close what ``log_to_file`` opened."""
+    for handler in [h for h in logger.handlers if isinstance(h, _LogFile)]:
+        handler.close()
+        logger.removeHandler(handler)

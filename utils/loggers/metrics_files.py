@@ -1,0 +1,107 @@
+"""The run's figures in its folder: lines of JSON an epoch, a log line and an event, and the epochs' as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from utils.runtime.files import replace_file
+
+# What lies in a run's folder beside checkpoints and log.
+CONFIG, SOURCES = "config.yaml", "sources.json"
+EPOCHS, TABLE, STEPS, EVENTS, EVIDENCE = "metrics.jsonl", "metrics.csv", "steps.jsonl", "history.jsonl", "nonfinite.jsonl"
+
+
+class JsonLines:
+    """Appends a line of JSON a row. On resume, lines beyond the step of the checkpoint are cut off, and half a line that a kill left.
+
+    Lines that cannot be written now (disk full) are kept and written with the next.
+
+    Attributes:
+        last: the last row that the file held when it was opened, cut off or not.
+    """
+
+    def __init__(self, path: str, step: float, warn: Callable[[str], None] = print, sync: bool = True):
+        """``sync``: every line reaches the disk before ``write`` returns."""
+        self.path, self.warn, self.sync = path, warn, sync
+        self._waiting, self._failing = "", False
+        text = _text(path)
+        found = [(row, line) for line in text.splitlines() if (row := _row(line)) is not None]
+        kept = "".join(line + "\n" for row, line in found if row["step"] <= step)
+        self.last = found[-1][0] if found else None
+        if kept != text:
+            replace_file(path, kept.encode())
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._waiting += json.dumps(row, allow_nan=False) + "\n"
+        try:
+            size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
+            with open(self.path, "a", encoding="utf-8") as file:
+                try:
+                    file.write(self._waiting)
+                    file.flush()
+                    if self.sync:
+                        os.fsync(file.fileno())
+                except OSError:
+                    os.truncate(self.path, size)  # no half line
+                    raise
+        except OSError as error:
+            if not self._failing:
+                self.warn(f"warning: {self.path}: cannot be written ({error.strerror}); its lines are kept for later")
+            self._failing = True
+        else:
+            self._waiting, self._failing = "", False
+
+
+class MetricsLog:
+    """``metrics.jsonl``, a line an epoch, and the same rows in ``metrics.csv``, whose columns grow as needed."""
+
+    def __init__(self, folder: str, step: int, warn: Callable[[str], None] = print):
+        self.lines = JsonLines(os.path.join(folder, EPOCHS), step, warn)
+        self.table, self.rows = os.path.join(folder, TABLE), read_rows(self.lines.path)
+        self._columns: list[str] = []  # of the file as it stands; none: it must be written anew
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.lines.write(row)
+        self.rows.append(row)
+        try:
+            if self._columns and row.keys() <= set(self._columns):
+                with open(self.table, "a", encoding="utf-8", newline="") as file:
+                    file.write(_csv(self._columns, [row]))
+                return
+            columns = list(dict.fromkeys(key for row in self.rows for key in row))
+            replace_file(self.table, (_csv(columns, [dict(zip(columns, columns, strict=True))]) + _csv(columns, self.rows)).encode())
+            self._columns = columns
+        except OSError:  # metrics.jsonl has told it; the next row writes the table anew
+            self._columns = []
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, each with a number ``step``; what is no such row is passed over."""
+    return [row for row in map(_row, _text(path).splitlines()) if row is not None]
+
+
+def _text(path: str) -> str:
+    if not os.path.exists(path):
+        return ""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # cut off by a kill
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), (int, float)) else None
+
+
+def _csv(columns: list[str], rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writerows({key: value for key, value in row.items() if value is not None} for row in rows)
+    return text.getvalue()

@@ -1,0 +1,126 @@
+"""Measures the speed of training steps, loading and evaluation as a run would have them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.evaluation.loop import evaluate
+from utils.loggers.progress import track
+from utils.runtime import distributed
+from utils.runtime.device import synchronize
+from utils.training.engine import Progress, StepPlan, train_one_epoch
+from utils.training.setup import Prepared
+
+WARM_UP, FEWEST, MOST = 2, 2, 40  # steps not timed; timed steps, at least and at most
+
+
+# --------------------------------------------------------------------------------------------------
+# Speed
+# --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds, the slowest process's: of a step on a batch that lies ready, of a batch from the loader alone, of a step with the
+    loader at work, and of an evaluation."""
+
+    step: float
+    batch: float
+    both: float
+    evaluation: float | None
+
+
+def _measure(ready: Prepared, plan: StepPlan, logger: logging.Logger) -> Speed:
+    state, loaders, seconds = ready.state, ready.loaders, ready.config.PLAN.SECONDS
+    model, first = distributed.wrap(
+        state.model, ready.device, ready.config.TRAIN.ACCUMULATION_STEPS, ready.config.TRAIN.GRAD_COMPRESSION), state.step
+    batches = _endless(loaders, first)
+    one = next(batches)
+    distributed.mark("planning: steps")
+    ready_batches = itertools.repeat(one)
+    trial = _timed_steps(model, ready, plan, ready_batches, WARM_UP)[-1]
+    step = statistics.median(_timed_steps(model, ready, plan, ready_batches, _agreed(seconds / trial)))
+    distributed.mark("planning: loading")
+    batch = _loading_seconds(batches, loaders.train.num_workers, ready.device, seconds / 2)
+    workers = loaders.train.num_workers
+    distributed.mark("planning: steps with loading")
+    number = max(_agreed(2 * seconds / max(step, batch)), _agreed(2 * workers))
+    both = statistics.mean(_timed_steps(model, ready, plan, batches, number))
+    distributed.mark("planning: evaluation")
+    evaluation = _evaluation_seconds(ready, plan, logger)
+    every = distributed.gather_objects((step, batch, both, evaluation or 0.0))
+    step, batch, both, longest = (max(column) for column in zip(*every, strict=True))
+    return Speed(step, batch, max(both, step, batch), longest or None)
+
+
+def _agreed(number: float) -> int:
+    """A number of steps that is the same on every rank, within bounds."""
+    return min(MOST, max(FEWEST, int(distributed.gather_objects(number)[0])))
+
+
+def _endless(loaders: Any, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield from loaders.batches(start)
+        start = 0
+
+
+def _timed_steps(model: nn.Module, ready: Prepared, plan: StepPlan, batches: Iterable[tuple[Tensor, Tensor]], number: int) -> list[float]:
+    """Seconds of each of ``number`` steps through the real loop; the run's step count stays."""
+    state, times, first = ready.state, [], ready.state.step
+    then = time.perf_counter()
+
+    def after_step(*_: Any) -> None:
+        nonlocal then
+        synchronize(ready.device)
+        now = time.perf_counter()
+        times.append(now - then)
+        then = now
+
+    train_one_epoch(model, state, iter(batches), first + number, plan, Progress(ready.device), after_step)
+    state.step = first
+    return times
+
+
+def _loading_seconds(batches: Iterator[Any], workers: int, device: torch.device, least: float) -> float:
+    """Seconds of a batch when nothing else is done: over whole rounds of the loading processes, which finish together at first."""
+    for _ in range(1 + 3 * workers):  # what they had ready
+        next(batches)
+    begun, number = time.perf_counter(), 0
+    while number < MOST:
+        next(batches)
+        number += 1
+        if number % max(1, workers) == 0 and time.perf_counter() - begun > least:
+            break
+    synchronize(device)
+    return (time.perf_counter() - begun) / number
+
+
+def _evaluation_seconds(ready: Prepared, plan: StepPlan, logger: logging.Logger) -> float | None:
+    """Seconds of a whole evaluation, from a few batches of it; None where their number is unknown."""
+    loader, state = ready.loaders.val, ready.state
+    taken = min(len(loader) or 1, 1 + max(1, ready.loaders.val.num_workers))
+    arrived: list[float] = []
+
+    def timed() -> Iterator[Any]:
+        for item in itertools.islice(loader, taken):
+            arrived.append(time.perf_counter())
+            yield item
+
+    begun = time.perf_counter()
+    with contextlib.nullcontext() if state.ema is None else state.ema.on(ready.device) as average:
+        models = [state.model] if average is None else [state.model, average]
+        evaluate(models, track(timed(), taken, "evaluating", logger), ready.device, plan.precision)
+        synchronize(ready.device)
+    ended = time.perf_counter()
+    # the first batch is computed before the second is asked for, so the stretch from its arrival holds as many passes as batches
+    each = (ended - arrived[0]) / len(arrived)
+    return (arrived[0] - begun) + each * len(loader) if len(loader) else None

@@ -1,0 +1,100 @@
+"""The curves of one run or several, as data: what the report's page and the PNG plots both draw. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from utils.reporting.run_reader import Run
+from utils.reporting.svg import Line
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over one pair of axes, x from 0 on; ``name`` of its file, ``marks`` of (x, what happened there)."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    lines: list[Line]
+    marks: list[tuple[float, str]]
+
+
+def letters(runs: Sequence[Run]) -> list[str]:
+    """What runs are called beside each other: ``A``, ``B``; a single one needs no name."""
+    return [""] if len(runs) == 1 else [chr(ord("A") + number) if number < 26 else f"run {number + 1}" for number in range(len(runs))]
+
+
+def charts(runs: Sequence[Run]) -> list[Chart]:
+    """Loss, accuracy, learning rate, gradient norm, throughput and data wait, each where there are figures of it.
+
+    Over steps; over epochs where runs have epochs of different lengths.
+    """
+    lengths = [epoch_length(run) for run in runs]
+    by_epoch = len(set(lengths)) > 1 and all(lengths)
+    divisors = [length if by_epoch else 1 for length in lengths]
+    x_label = "epoch" if by_epoch else "step"
+    made = [_chart(runs, divisors, x_label, *what) for what in _CHARTS]
+    return [chart for chart in made if any(y is not None for line in chart.lines for y in line.ys)]
+
+
+def epoch_length(run: Run) -> int | None:
+    """Steps of an epoch, or None where nothing tells."""
+    told = [start["steps_per_epoch"] for start in run.starts if isinstance(start.get("steps_per_epoch"), int)]
+    return told[-1] if told else next((row["step"] // row["epoch"] for row in run.rows if row.get("epoch")), None)
+
+
+def marks(run: Run, letter: str = "") -> list[tuple[float, str]]:
+    """(step, sentence) of the restarts and rollbacks."""
+    found = []
+    for event in run.events:
+        if event.get("event") == "start" and event["step"] > 0:
+            again = f", {event['again']} steps done again" if event.get("again") else ""
+            found.append((event["step"], f"{letter} restarted at step {event['step']}{again}".strip()))
+        elif event.get("event") == "rollback":
+            found.append((event["step"], f"{letter} went back to the weights of step {event.get('to', '?')}".strip()))
+    return found
+
+
+# (label, rows, key, factor) of each of a chart's curves
+Series = list[tuple[str, list[dict[str, Any]], str, float]]
+
+
+def _one(key: str, factor: float = 1.0) -> Callable[[Run], Series]:
+    """A single curve, over the lines of the log where there are any."""
+    return lambda run: [("", run.steps or run.rows, key, factor)]
+
+
+def _losses(run: Run) -> Series:
+    train = ("train", run.steps, "loss", 1.0) if run.steps else ("train", run.rows, "train_loss", 1.0)
+    return [train, ("validation", run.rows, "val_loss", 1.0)]
+
+
+def _accuracies(run: Run) -> Series:
+    if not any("raw_top1" in row for row in run.rows):
+        return [("top-1", run.rows, "top1", 1.0)]
+    return [("averaged weights", run.rows, "top1", 1.0), ("raw weights", run.rows, "raw_top1", 1.0)]
+
+
+_CHARTS = [
+    ("loss", "Loss", "loss", _losses),
+    ("accuracy", "Accuracy on validation", "top-1 (%)", _accuracies),
+    ("lr", "Learning rate", "", _one("lr")),
+    ("grad_norm", "Gradient norm before clipping", "norm", _one("grad_norm")),
+    ("throughput", "Throughput", "images/s", _one("images_per_s")),
+    ("data_wait", "Time spent waiting for data", "share (%)", _one("data_share", 100.0)),
+]
+
+
+def _chart(runs: Sequence[Run], divisors: Sequence[float], x_label: str, name: str, title: str, y_label: str,
+           series: Callable[[Run], Series]) -> Chart:
+    lines, marked = [], []
+    for number, (run, letter, divisor) in enumerate(zip(runs, letters(runs), divisors, strict=True)):
+        for place, (label, rows, key, factor) in enumerate(series(run)):
+            ys = [row[key] * factor if isinstance(row.get(key), (int, float)) else None for row in rows]
+            lines.append(Line(f"{letter} {label}".strip(), [row["step"] / divisor for row in rows], ys, number if letter else place,
+                              dashed=bool(letter) and place > 0, dots=rows is run.rows and len(rows) <= 120))
+        marked += [(step / divisor, sentence) for step, sentence in marks(run, letter)]
+    return Chart(name, title, x_label, y_label, [line for line in lines if any(y is not None for y in line.ys)], marked)

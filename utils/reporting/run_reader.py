@@ -1,0 +1,228 @@
+"""A run as its folder tells it, for reports and comparisons. Imports no torch; what is missing or damaged is left out, and said."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from config import COMMAND_LINE, KEYS, ConfigError, of_the_command
+from utils.evaluation.predictions_file import FILE, Outcomes, OutcomesError
+from utils.loggers.metrics_files import CONFIG, EPOCHS, EVENTS, EVIDENCE, SOURCES, STEPS, read_rows
+
+_DEFAULTS = {key: default for key, default, *_ in KEYS}
+
+
+@dataclass
+class Run:
+    """A run folder's records.
+
+    Attributes:
+        name: MODEL.NAME/TAG, or the folder's.
+        config: values by dotted key; empty where there is no config.yaml.
+        sources: key -> [(source, value), ...] of those who set it, the last one counting (``config.history``).
+        rows: an epoch each; ``steps``: a line of the log each; ``events``: a start, rollback or end each; ``evidence``: a skipped
+            step each.
+        predictions: of the run's last evaluation, or None.
+        problems: sentences about what could not be read.
+    """
+
+    folder: str
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, list[tuple[str, Any]]] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    evidence: list[dict[str, Any]] = field(default_factory=list)
+    predictions: Outcomes | None = None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        """The starts, first one first."""
+        return [event for event in self.events if event.get("event") == "start"]
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The row of the best evaluation."""
+        judged = [row for row in self.rows if _is_number(row.get("top1"))]
+        return max(judged, key=lambda row: row["top1"]) if judged else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Time that the run's processes were at work, over all its starts; None where nothing tells."""
+        total, begun = 0.0, None
+        times = [event for event in self.events if _is_number(event.get("time"))]
+        if not times:
+            return sum(row.get("seconds") or 0 for row in self.rows) or None
+        for event in times:
+            if event.get("event") == "start":
+                if begun is not None and _is_number(event.get("before")):
+                    total += max(0.0, event["before"] - begun)
+                begun = event["time"]
+            elif begun is not None and event.get("event") != "rollback":
+                total, begun = total + event["time"] - begun, None
+        if begun is not None:
+            seen = max((row["time"] for row in self.steps if _is_number(row.get("time"))), default=begun)
+            total += max(0.0, seen - begun)
+        return total
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def read_run(folder: str) -> Run:
+    """The records in ``folder``.
+
+    Raises:
+        ConfigError: no such folder, or it holds no run.
+    """
+    folder = os.path.expanduser(folder)
+    if not os.path.isdir(folder):
+        raise ConfigError(f"{folder}: no such run folder; name the folder that holds config.yaml and metrics.jsonl")
+    if not any(os.path.exists(os.path.join(folder, name)) for name in (CONFIG, EPOCHS, STEPS)):
+        raise ConfigError(f"{folder}: holds no run ({CONFIG}, {EPOCHS}); runs lie in OUTPUT/MODEL.NAME/TAG")
+    run = Run(folder, os.path.basename(os.path.abspath(folder)))
+    if (text := _text(run, CONFIG)) is not None:
+        try:
+            run.config = flatten(yaml.safe_load(text) or {})
+            run.name = f"{run.config['MODEL.NAME']}/{run.config['TAG']}"
+        except (yaml.YAMLError, KeyError, AttributeError):
+            run.problems.append(f"{CONFIG} is damaged or of another program")
+    if (text := _text(run, SOURCES)) is not None:
+        try:
+            run.sources = {str(key): [(str(source), value) for source, value in entries] for key, entries in json.loads(text).items()}
+        except (ValueError, TypeError, AttributeError):
+            run.problems.append(f"{SOURCES} is damaged")
+    for name, rows in ((EPOCHS, run.rows), (STEPS, run.steps), (EVENTS, run.events), (EVIDENCE, run.evidence)):
+        rows += read_rows(os.path.join(folder, name))
+    if not run.rows and not run.steps:
+        run.problems.append(f"no figures yet ({EPOCHS} and {STEPS} are missing or empty)")
+    elif not run.steps:
+        run.problems.append(f"{STEPS} is missing: curves have a point an epoch")
+    try:
+        run.predictions = Outcomes.read(os.path.join(folder, FILE))
+    except OutcomesError as error:
+        missing = not os.path.exists(os.path.join(folder, FILE))
+        run.problems.append((f"{FILE} is missing" if missing else str(error)) + ": nothing about single classes and images; "
+                            f"main.py --eval --resume {os.path.join(folder, 'best.pth')} --opts TEST.PREDICTIONS "
+                            f"{os.path.join(folder, FILE)} makes it")
+    return run
+
+
+def _text(run: Run, name: str) -> str | None:
+    try:
+        with open(os.path.join(run.folder, name), encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError as error:
+        run.problems.append(f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}")
+        return None
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of settings by dotted key."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def source_of(run: Run, key: str) -> str:
+    """Where the value of ``key`` comes from, in words."""
+    return run.sources[key][-1][0] if run.sources.get(key) else "default" if run.sources else "not recorded"
+
+
+def beside_preset(run: Run) -> list[tuple[str, Any, Any, str]]:
+    """(key, value in the YAML file or default, value here, source) of what the run's command changed in its preset."""
+    changed = []
+    for key, entries in sorted(run.sources.items()):
+        source, value = entries[-1]
+        files = [entry for entry in entries if not _no_file(entry[0])]
+        preset = files[-1][1] if files else _DEFAULTS.get(key)
+        if _no_file(source) and source != "derived from MODEL.TYPE" and not of_the_command(key) and value != preset:
+            changed.append((key, preset, value, source))
+    return changed
+
+
+def _no_file(source: str) -> bool:
+    return source.startswith((COMMAND_LINE, "derived", "checkpoint"))
+
+
+def config_differences(configs: list[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
+    """(key, value in each) of the settings that are not alike in all; one command's own are left out. Absent ones are ``...``."""
+    keys = dict.fromkeys((*_DEFAULTS, *(key for config in configs for key in config)))
+    rows = [(key, [config.get(key, ...) for config in configs]) for key in keys if not of_the_command(key) and key != "BASE"]
+    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+
+
+def shown(value: Any) -> str:
+    """A setting as YAML writes it."""
+    if value is ...:
+        return "(absent)"
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def duration(seconds: float | None) -> str:
+    """``3 h 05 min``, ``12 min``, ``41 s``."""
+    if seconds is None:
+        return "unknown"
+    minutes = round(seconds) // 60
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {round(seconds) % 60:02d} s" if minutes else f"{seconds:.0f} s"
+
+
+def facts(run: Run) -> dict[str, str]:
+    """What a run came to, in words by name; of a checkpoint alone (``folder`` empty) only what it knows."""
+    if not run.folder:
+        return {"best top-1": f"{run.best['top1']:.2f} %", "best epoch": str(run.best.get("epoch", "?"))} if run.best else {}
+    best, last = run.best, next((row for row in reversed(run.rows) if _is_number(row.get("top1"))), None)
+    done, planned = (run.rows[-1].get("epoch", "?") if run.rows else 0), run.config.get("TRAIN.EPOCHS", "?")
+    speeds = sorted(row["images_per_s"] for row in run.steps or run.rows if _is_number(row.get("images_per_s")))
+    skipped = (row["skipped_steps"] for row in run.rows if _is_number(row.get("skipped_steps")))
+    found = {
+        "best top-1": f"{best['top1']:.2f} %" if best else "none yet",
+        "best epoch": str(best.get("epoch", "?")) if best else "none yet",
+        "last top-1": f"{last['top1']:.2f} %" if last else "none yet",
+        "last top-5": f"{last['top5']:.2f} %" if last and _is_number(last.get("top5")) else "none yet",
+        "epochs": f"{done} of {planned}",
+        "time at work": duration(run.seconds),
+        "images/s (median)": f"{speeds[len(speeds) // 2]:,.1f}" if speeds else "unknown",
+        "restarts": str(max(0, len(run.starts) - 1)),
+        "skipped steps": str(max(len({row["step"] for row in run.evidence}), sum(skipped))),
+    }
+    ends = [event for event in run.events if event.get("event") in ("finished", "stopped", "failed", "start")]
+    if ends:
+        found["state"] = {"start": "running, or killed"}.get(ends[-1]["event"], ends[-1]["event"])
+    return found
+
+
+def circumstances(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(name, value in each run) of what a run does not choose by its config: versions, device, commit, data."""
+    columns = [_surroundings(run) for run in runs]
+    return [(name, [column.get(name, "not recorded") for column in columns]) for name in dict.fromkeys(n for c in columns for n in c)]
+
+
+def _surroundings(run: Run) -> dict[str, str]:
+    start = run.starts[-1] if run.starts else {}
+    found = {name: str(version) for name, version in _mapping(start.get("versions")).items()}
+    for name, key in (("device", "device"), ("precision", "precision"), ("processes", "processes"),
+                      ("global batch", "global_batch"), ("steps an epoch", "steps_per_epoch")):
+        if start.get(key) not in (None, ""):
+            found[name] = str(start[key])
+    if start.get("git_commit"):
+        found["git commit"] = str(start["git_commit"])[:12]
+    for split, data in _mapping(start.get("data")).items():
+        found[f"{split} images"] = f"{_mapping(data).get('images', '?')} (fingerprint {_mapping(data).get('fingerprint', '?')})"
+    return found
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,43 @@
+"""Writes report.html and plots/*.png of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from config import ConfigError
+from utils.reporting.html_page import render
+from utils.reporting.run_reader import Run
+from utils.runtime.files import replace_file
+
+REPORT, COMPARISON = "report.html", "comparison.html"
+
+
+def write_report(runs: Sequence[Run], path: str = "") -> str:
+    """Write the report on ``runs``; its path, by default in the first one's folder.
+
+    Raises:
+        ConfigError: the report cannot be written.
+    """
+    path = path or os.path.join(runs[0].folder, REPORT if len(runs) == 1 else COMPARISON)
+    try:
+        replace_file(path, render(runs).encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise ConfigError(f"{path}: the report cannot be written ({error.strerror}); choose another place with --opts "
+                          "REPORT.FILE") from None
+    return path
+
+
+def write_plots(runs: Sequence[Run], beside: str) -> str:
+    """The curves of ``runs`` as PNG files in a folder of the folder ``beside``, where matplotlib is installed; a line that says so."""
+    try:
+        from utils.reporting.png_plots import plot
+    except ImportError as error:
+        return f"notice: no plots as PNG, the report has its own ({error.name or 'matplotlib'} is not installed)"
+    folder = os.path.join(beside, "plots" if len(runs) == 1 else "comparison-plots")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        names = plot(runs, folder)
+    except OSError as error:
+        return f"warning: {folder}: plots cannot be written ({error.strerror})"
+    return f"plots {folder}: {', '.join(names) or 'none, there are no figures'}"

@@ -1,0 +1,130 @@
+"""How much memory there is, and how much a piece of work takes."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from utils.runtime import distributed
+from utils.runtime.device import give_back_freed_memory, peak_memory_mib, synchronize
+
+HEADROOM = 0.95  # share of the memory that a choice may fill: allocators lose some between blocks, and runs last longer than trials
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: not enough memory" in str(error)
+
+
+def limit(device: torch.device, budget: int) -> int:
+    """Bytes that this process may use on ``device``.
+
+    Args:
+        budget: PLAN.MEMORY: for each GPU, or on a CPU for all processes of the machine; 0 is all there is.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        there = free + torch.cuda.memory_reserved(device)  # what others take is not to be had
+        return min(there, budget or total)
+    if device.type == "mps":
+        return budget or torch.mps.recommended_max_memory()
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    share = max(1, int(here) if here.isdigit() and distributed.world_size() > 1 else 1)
+    return (budget or _host_bytes()) // share
+
+
+def _host_bytes() -> int:
+    """Memory of this machine, or container, that is free or this process's own."""
+    sizes = [_status("/proc/meminfo", "MemAvailable") + _status("/proc/self/status", "VmRSS")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError), open(path) as file:
+            sizes.append(int(file.read()))
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min((size for size in sizes if size > 0), default=1 << 62)
+
+
+def _status(path: str, name: str) -> int:
+    """Bytes of a line such as ``VmRSS:  1234 kB``; 0 where there is none."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open(path) as file:
+        for line in file:
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes in use since ``reset_peak``: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return (_status("/proc/self/status", "VmHWM") if device.type == "cpu" else 0) or peak_memory_mib(device) << 20
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let ``peak`` begin anew, where the system can."""
+    gc.collect()
+    give_back_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def taken(work: Callable[[], None], device: torch.device) -> int | None:
+    """Bytes in use at the peak of ``work``, what lay there before included; None when memory did not suffice."""
+    reset_peak(device)
+    try:
+        work()
+        synchronize(device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        error.__traceback__ = None  # it holds the tensors
+        reset_peak(device)
+        return None
+    return peak(device)
+
+
+def expected(measured: Mapping[int, int | None], size: int) -> float:
+    """Bytes that ``size`` images will take, by the line through the two largest sizes measured; 0 before there are two."""
+    known = sorted((n, peak) for n, peak in measured.items() if peak is not None)[-2:]
+    if len(known) < 2:
+        return 0.0
+    (a, first), (b, second) = known
+    return second + max(0.0, (second - first) / (b - a)) * (size - b)
+
+
+def of_children() -> int:
+    """Bytes that this process's children (the loading processes) have for themselves; 0 where the system does not tell."""
+    total = 0
+    for child in _children():
+        total += _status(f"/proc/{child}/smaps_rollup", "Private_Clean") + _status(f"/proc/{child}/smaps_rollup", "Private_Dirty")
+    return total
+
+
+def _children() -> Iterator[int]:
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+        yield from map(int, file.read().split())
+
+
+@contextlib.contextmanager
+def allowed(device: torch.device, budget: int) -> Iterator[None]:
+    """Inside, a GPU's allocator gives no more than ``budget`` bytes, as a smaller GPU's would."""
+    if device.type != "cuda" or not budget:
+        yield
+        return
+    total = torch.cuda.mem_get_info(device)[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def shown(size: float) -> str:
+    """``1.2 GiB`` or ``350 MiB``."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

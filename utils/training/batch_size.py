@@ -1,0 +1,219 @@
+"""``--fit``: the largest micro-batch that memory holds; found by real steps on made-up images."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from config import ConfigError, image_size, with_values
+from data import build_loaders
+from data.loading.workers import worker_count
+from models import build_model, check_input_size
+from utils.checkpoints.state import TrainState
+from utils.loggers.progress import listing, periodic
+from utils.optim import optimizer as optim
+from utils.optim.ema import build_average
+from utils.optim.freeze import freeze
+from utils.optim.lr_schedule import build_schedule
+from utils.runtime import distributed, memory
+from utils.runtime.precision import choose_precision
+from utils.runtime.seed import make_deterministic, seed_initialisation
+from utils.tasks.classification import build_loss
+from utils.training.engine import StepPlan, backward
+from utils.training.resume import Start
+
+
+def recipe_batch(config: CfgNode, world_size: int) -> int:
+    """Images a step over all processes that the recipe is for: TRAIN.GLOBAL_BATCH, or what batch, accumulation and processes give."""
+    return config.TRAIN.GLOBAL_BATCH or config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world_size
+
+
+def local_batch(wanted: int, whose: str, world_size: int) -> int:
+    """Each process's part of a global batch.
+
+    Raises:
+        ConfigError: it cannot be shared evenly, with the numbers of processes that can.
+    """
+    if wanted % world_size:
+        near = sorted(divisors(wanted), key=lambda n: abs(n - world_size))[:4]
+        other = "begin anew with --pretrained" if whose == "the checkpoint's" else "state another with --global-batch"
+        raise ConfigError(f"{whose} global batch of {wanted} cannot be shared by {world_size} processes; "
+                          f"start {', '.join(map(str, sorted(near)))} processes, or {other}")
+    return wanted // world_size
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, rising."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def split_batch(config: CfgNode, local: int, micro: int, whose: str) -> CfgNode:
+    """The config with a process's batch of ``local`` images in micro-batches of ``micro``, a divisor."""
+    return with_values(config, {"DATA.BATCH_SIZE": micro, "TRAIN.ACCUMULATION_STEPS": local // micro},
+                       f"derived from {whose} global batch")
+
+
+STRETCH = 4  # on a CPU memory is not tried beyond: a process that takes too much is killed, so sizes grow by measured steps
+BATCHES_AHEAD = 3  # that a loading process holds, the one it works on included
+
+
+class Unfit(RuntimeError):
+    """Not even a single image fits into memory (exit status 1)."""
+
+
+def largest_micro_batch(config: CfgNode, local: int, outputs: int, device: torch.device) -> tuple[int, str]:
+    """(images of the largest micro-batch that fits on every process, a line on its memory).
+
+    Args:
+        local: images of a step on one process; the micro-batch divides it.
+        outputs: classes of the model.
+
+    Raises:
+        Unfit: a micro-batch of one image does not fit.
+    """
+    sizes = divisors(local)
+    most = int(memory.HEADROOM * memory.limit(device, config.PLAN.MEMORY)) - _of_loading(config, local, device)
+    with memory.allowed(device, config.PLAN.MEMORY):
+        found, measured = _try_sizes(Trial(config, local, outputs, device), sizes, most)
+    memory.reset_peak(device)  # gives back what the trial had
+    found = min(distributed.gather_objects(found))
+    if not found:
+        raise Unfit(f"a micro-batch of one image does not fit into {memory.shown(max(0, most))}; add --use-checkpoint, or take a smaller "
+                    "model or --img-size")
+    peak, beyond = measured.get(found), next((n for n in sizes if n > found), None)
+    return found, (f"{memory.shown(peak)} of " if peak else "") + memory.shown(most) + " are taken at the peak" + (
+        f", {beyond} images would not fit" if beyond is not None else "")
+
+
+def _try_sizes(trial: Trial, sizes: Sequence[int], most: int) -> tuple[int, dict[int, int | None]]:
+    """(the largest of ``sizes`` that takes no more than ``most`` bytes, bytes of those tried)."""
+    measured: dict[int, int | None] = {}
+
+    def fits(micro: int) -> bool:
+        measured[micro] = trial.peak(micro)
+        return measured[micro] is not None and measured[micro] <= most
+
+    return search(sizes, fits, measured if trial.plan.device.type == "cpu" else None, most), measured
+
+
+def search(sizes: Sequence[int], fits: Callable[[int], bool], measured: dict[int, int | None] | None, most: int) -> int:
+    """The largest of ``sizes`` (rising) that fits, by as few trials as bisection needs; 0 if none does.
+
+    Args:
+        measured: where given, the bytes that earlier trials took: sizes are then tried from below, and none that a straight
+            line through them puts beyond ``most``.
+    """
+    low, high = -1, len(sizes)
+    while high - low > 1:
+        at = high - 1 if measured is None and high == len(sizes) else (low + high) // 2
+        if measured is not None:
+            while at > low + 1 and (low < 0 or sizes[at] > STRETCH * sizes[low] or memory.expected(measured, sizes[at]) > most):
+                at -= 1
+            if memory.expected(measured, sizes[at]) > most:
+                high = at
+                continue
+        if fits(sizes[at]):
+            low = at
+        else:
+            high = at
+    return sizes[low] if low >= 0 else 0
+
+
+def _of_loading(config: CfgNode, local: int, device: torch.device) -> int:
+    """Bytes of the batches that loading processes hold ready; a matter of the CPU's memory alone."""
+    height, width = image_size(config)
+    return 0 if device.type != "cpu" else worker_count(config) * BATCHES_AHEAD * local * 3 * height * width * 4
+
+
+class Trial:
+    """A model in training as a run has it, for steps on made-up images."""
+
+    def __init__(self, config: CfgNode, local: int, outputs: int, device: torch.device):
+        precision = choose_precision(config, device)
+        make_deterministic(device)
+        seed_initialisation(config.SEED)
+        model = build_model(config, outputs)
+        check_input_size(model, config)
+        fixed = freeze(model, config)
+        model.to(device)
+        self.state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, build_average(config, model))
+        self.plan = StepPlan(build_schedule(config, 1, local), build_loss(config.MODEL.LABEL_SMOOTHING),
+                             lambda x, y, step: (x, y), precision, device, local, local, config.TRAIN.CLIP_GRAD or float("inf"),
+                             config.SEED, 0, 1, fixed)
+        self.shape, self.outputs, self.local, self.copies = (3, *image_size(config)), outputs, local, config.TRAIN.BACKGROUND_SAVE
+
+    def peak(self, micro: int) -> int | None:
+        """Bytes in use at the peak of training in micro-batches of ``micro`` images; None when memory did not suffice."""
+        return memory.taken(lambda: two_steps(self.state, self.plan, self.local, micro, self.shape, self.outputs, self.copies),
+                            self.plan.device)
+
+
+def two_steps(state: TrainState, plan: StepPlan, local: int, micro: int, shape: Sequence[int], outputs: int, copies: bool) -> None:
+    """Two optimizer steps of two micro-batches at most, while a whole batch and the next one lie ready: the memory of any other step.
+
+    Args:
+        shape: of an image, (3, H, W).
+        copies: whether a copy of the state lies beside it, as while a checkpoint is written in the background.
+    """
+    device = plan.device
+    batches = [torch.zeros(local, *shape, device=device).normal_() for _ in range(2)]  # this step's and the next one's
+    images = batches[0][:2 * micro]
+    targets = torch.full((len(images), outputs), 1 / outputs, device=device)
+    part = dataclasses.replace(plan, micro_batch=micro, images=len(images), world_size=1)
+    state.model.train()
+    for module in part.fixed:
+        module.eval()
+    parameters: list[nn.Parameter] = [p for p in state.model.parameters() if p.requires_grad]
+    kept = state.state_dict(copy=True) if copies and device.type == "cpu" else None
+    try:
+        for step in range(2):
+            backward(state.model, images, targets, part, step)
+            nn.utils.clip_grad_norm_(parameters, plan.clip)
+            for parameter in parameters:  # the step is for its memory; weights stay what they are, but for their decay
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            if state.ema is not None:
+                state.ema.update(1)
+    finally:
+        state.optimizer.zero_grad(set_to_none=True)
+        del kept, batches
+
+
+def keep_global_batch(config: CfgNode, wanted: int, whose: str, world_size: int, logger: logging.Logger) -> CfgNode:
+    """The config with batch and accumulation that give a global batch of ``wanted`` images on this many processes.
+
+    Args:
+        whose: of whom it is: ``the checkpoint's`` or ``the recipe's``.
+    """
+    micro = config.DATA.BATCH_SIZE
+    if micro * config.TRAIN.ACCUMULATION_STEPS * world_size == wanted:
+        return config
+    local = local_batch(wanted, whose, world_size)
+    micro = max(n for n in divisors(local) if n <= micro)
+    logger.info(f"notice: {whose} global batch of {wanted} is kept: {micro} images x {local // micro} accumulated x "
+                f"{world_size} processes")
+    return split_batch(config, local, micro, whose)
+
+
+def fit_micro_batch(config: CfgNode, start: Start, device: torch.device, world_size: int, logger: logging.Logger) -> CfgNode:
+    """The config with the largest micro-batch that memory holds; the global batch is the checkpoint's, or the recipe's."""
+    whose = "the recipe's" if start.content is None else "the checkpoint's"
+    wanted = recipe_batch(config, world_size) if start.content is None else start.content["global_batch"]
+    local = local_batch(wanted, whose, world_size)
+    distributed.mark("looking for the largest micro-batch")
+    outputs = config.MODEL.NUM_CLASSES or len((start.content or {}).get("classes", ()))
+    if not outputs:
+        with listing(functools.partial(periodic, logger)):
+            outputs = len(build_loaders(config, distributed.rank(), world_size, splits=("train",), device=device).classes)
+    micro, line = largest_micro_batch(config, local, outputs, device)
+    logger.info(f"fit: {micro} images x {local // micro} accumulated x {world_size} processes = {wanted}, {whose} global batch, so that "
+                f"learning rate and steps stay; {line}")
+    return split_batch(config, local, micro, whose)

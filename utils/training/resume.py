@@ -1,0 +1,96 @@
+"""Where training begins, and whether it may go on from there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from yacs.config import CfgNode
+
+from config import KEYS, ConfigError, config_from_text, lookup, of_the_command
+from models.safe_load import CheckpointError
+from utils.checkpoints.file_format import require_own
+from utils.checkpoints.folder import CheckpointFolder
+from utils.runtime import distributed
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training begins."""
+
+    kind: str  # auto-resume, resume, pretrained or scratch
+    path: str = ""
+    content: Any = None
+
+
+def choose_start(config: CfgNode, resume_content: Any, folder: str, logger: logging.Logger) -> Start:
+    """By precedence: the run folder's own newest checkpoint, then --resume, then --pretrained, then fresh weights."""
+    start, found = None, None
+    files = CheckpointFolder(folder)
+    if distributed.is_main() and (config.TRAIN.AUTO_RESUME or files.begun_by_this_job()):
+        found = files.newest()
+        for line in found[2] if found is not None else ():
+            logger.info(line)
+    # Rank 0 chooses: another machine may not see yet what was written a moment ago.
+    if (shared := files.share(found)) is not None:
+        start = Start("auto-resume", *shared)
+    if start is None and config.MODEL.RESUME:
+        start = Start("resume", config.MODEL.RESUME, require_own(resume_content, config.MODEL.RESUME))
+    if start is None:
+        start = Start("pretrained", os.path.expanduser(config.MODEL.PRETRAINED)) if config.MODEL.PRETRAINED else Start("scratch")
+    steps = distributed.gather_objects((start.content or {}).get("step"))
+    if any(step != steps[0] for step in steps):
+        raise CheckpointError(f"the processes would start from different steps ({', '.join(map(str, steps))}, by rank); "
+                              "put --output and what --resume names on a disk that all of them see")
+    logger.info(f"start: {start.kind}{' ' + start.path if start.path else ''} (the first there is of: auto-resume from {folder}, "
+                "--resume, --pretrained, scratch)")
+    return start
+
+
+# Keys that say where, how fast, how loud and how safely, not what is learned.
+_HARMLESS = ("BASE", "OUTPUT", "TAG", "DEVICE", "COMPILE", "SAVE_FREQ", "PRINT_FREQ", "DIST_TIMEOUT",
+             "DATA.DATA_PATH", "DATA.DATASET", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "DATA.CACHE_MODE",
+             "DATA.TIMEOUT", "DATA.READ_PATIENCE", "DATA.INDEX_CACHE", "DATA.CORRUPT_BUDGET",
+             "DATA.BATCH_SIZE", "MODEL.PRETRAINED", "MODEL.RESUME", "MODEL.NUM_CLASSES", "TRAIN.ACCUMULATION_STEPS",
+             "TRAIN.USE_CHECKPOINT", "TRAIN.CHECKPOINT_UNIT", "TRAIN.EMA_DEVICE", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.SAVE_EVERY_MINUTES",
+             "TRAIN.BACKGROUND_SAVE", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.CHECKPOINT_BUDGET", "TRAIN.SKIP_BUDGET",
+             "TRAIN.ROLLBACKS", "TRAIN.EVAL_FREQ", "TRAIN.REPORT", "TRAIN.TENSORBOARD_HISTOGRAMS", "TRACKER", "TRACKER_PROJECT",
+             "TRAIN.GLOBAL_BATCH", "TEST.BATCH_SIZE")
+
+
+def accept_changes(start: Start, config: CfgNode, logger: logging.Logger) -> None:
+    """Compare the recipe with that of the checkpoint a run continues from.
+
+    More epochs are taken as they are, the rule being said; any other change must be meant.
+
+    Raises:
+        ConfigError: the recipe differs and TRAIN.ACCEPT_CHANGES is not set.
+    """
+    try:
+        old = config_from_text(start.content["config"])
+    except ConfigError:
+        logger.info(f"notice: {start.path} was written with a config of another version; it is not compared")
+        return
+    pairs = [(key, lookup(old, key), lookup(config, key)) for key, *_ in KEYS if key not in _HARMLESS and not of_the_command(key)]
+    changes = {key: f"{key} changed from {before} to {now}" for key, before, now in pairs if before != now}
+    if (epochs := changes.pop("TRAIN.EPOCHS", None)) is not None:
+        logger.info(f"notice: {epochs} since {start.path} was written; from its step on the learning rate follows the longer or "
+                    "shorter schedule")
+    if changes and not config.TRAIN.ACCEPT_CHANGES:
+        raise ConfigError(f"the recipe is not that of {start.path}: {'; '.join(changes.values())}; go on with it by --accept-changes, "
+                          "or begin anew under another --tag")
+    for line in changes.values():
+        logger.info(f"notice: {line} since {start.path} was written")
+
+
+def _check_same_data(start: Start, classes: list[str], steps_per_epoch: int) -> None:
+    then = start.content["classes"]
+    if then != classes:
+        raise CheckpointError(f"{start.path}: was trained on {len(then)} classes ({', '.join(then[:3])}, ...), the data has "
+                              f"{len(classes)} ({', '.join(classes[:3])}, ...); to fine-tune on other classes, "
+                              f"use --pretrained {start.path}")
+    if start.content["steps_per_epoch"] != steps_per_epoch:
+        raise CheckpointError(f"{start.path}: its epochs had {start.content['steps_per_epoch']} steps, with this data they have "
+                              f"{steps_per_epoch}; the training images are others, use --pretrained {start.path} to start from it")

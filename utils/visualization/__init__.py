@@ -1,0 +1,1 @@
+"""Pictures of images, batches and attention, and curves for the terminal."""
