@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from config import KEYS, ConfigError, converted, get_config, lookup, takes_standard_output
+from data.messages import Notice
 from utils.cli.completion import SHELLS
 from utils.cli.parser import Formatter, Parser, Tell, metavar
 from utils.cli.suggestions import odd_opts, require_config_file, unknown
@@ -196,7 +197,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[str | None, list[str], lis
     for flag, key, _, line in OLD_FLAGS:
         if (value := given.get(flag[2:].replace("-", "_"))) is not None:
             opts += [key, value]
-            advice.append(f"notice: {line}")
+            advice.append(Notice(line))
     return given.get("cfg"), opts, advice
 
 
@@ -212,7 +213,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     # torch and timm take seconds to import: not before the command line has been understood.
     with _uncollected():
         from utils.commands.resolve_config import resolve_config
-        from utils.loggers.console import create_logger
+        from utils.loggers.console import create_logger, tell
         from utils.runtime import distributed
         from utils.runtime.device import choose_device, keep_freed_memory
         from utils.runtime.stop_signals import tidy_end
@@ -224,8 +225,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     device = choose_device(config.DEVICE, distributed.local_rank())
     distributed.init(device, config.DIST_TIMEOUT)
     logger = create_logger(distributed.is_main(), takes_standard_output(config))
-    for line in advice:
-        logger.info(line)
+    tell(logger, advice)
     _, module, function = _asked_for(MODES, config) or ("", "utils.commands.train", "train_run")
     with tidy_end():
         status = getattr(importlib.import_module(module), function)(config, content, device, logger)
@@ -252,11 +252,10 @@ def _asked_for(modes: Sequence[tuple[str, str, str]], config: Any) -> tuple[str,
 
 
 def _quick(mode: tuple[str, str, str], config: Any, advice: Sequence[str]) -> int:
-    from utils.loggers.console import create_logger
+    from utils.loggers.console import create_logger, tell
 
     logger = create_logger(True, takes_standard_output(config))
-    for line in advice:
-        logger.info(line)
+    tell(logger, advice)
     return getattr(importlib.import_module(mode[1]), mode[2])(config, logger)
 
 

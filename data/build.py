@@ -23,6 +23,7 @@ from data.loading.dataset import EvalImages, TrainImages
 from data.loading.loader import ImageLoader
 from data.loading.sampler import ShardSampler, StepSampler
 from data.loading.workers import LEAST_SHARED_MEMORY, _end_workers, _quiet_worker, free_shared_memory, needs_pipe, worker_count
+from data.messages import Notice
 from data.sources.base import Source
 from data.sources.classes import join
 from data.streaming.dataset import StreamEvalImages, StreamTrainImages
@@ -171,8 +172,8 @@ def _loading(config: CfgNode, train_way: Pipeline | None, val_way: Pipeline | No
     """How loading processes run: options of both loaders, whether batches go through pipes, and images of an evaluation batch."""
     workers, free = worker_count(config), free_shared_memory()
     if workers and free is not None and free < LEAST_SHARED_MEMORY:
-        notices.append(f"notice: /dev/shm has {free >> 10} KiB free, too little for loading processes; images are loaded without them "
-                       "(docker: --shm-size=8g)")
+        notices.append(Notice(f"/dev/shm has {free >> 10} KiB free, too little for loading processes; images are loaded without them "
+                       "(docker: --shm-size=8g)"))
         workers = 0
     train_batch, val_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS, config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
     pipe = _pipe_notice(max(_bytes(train_way, train_batch), _bytes(val_way, val_batch)), workers, notices)
@@ -191,7 +192,7 @@ def _stream_loaders(config: CfgNode, rank: int, world_size: int, streams: dict[s
         raise ConfigError(f"MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}, but {first.root} has {len(first.classes)} classes; "
                           "set it to 0 to take the stream's")
     if world_size > 1:
-        notices.append(f"notice: each of the {world_size} processes reads the whole stream and keeps its part")
+        notices.append(Notice(f"each of the {world_size} processes reads the whole stream and keeps its part"))
     common, pipe, val_batch = _loading(config, train_way, val_way, device, notices)
     workers, train, val = common["workers"], None, None
     if "train" in streams:
@@ -218,8 +219,8 @@ def _check_size(config: CfgNode, size: int, world_size: int, global_batch: int, 
     if size < world_size:
         raise ConfigError(f"{config.DATA.DATA_PATH} has {size} training images for {world_size} processes; start at most {size}")
     if size < global_batch:
-        notices.append(f"notice: the {size} training images are fewer than a global batch ({global_batch}); "
-                       f"every epoch is one step of {size}")
+        notices.append(Notice(f"the {size} training images are fewer than a global batch ({global_batch}); "
+                       f"every epoch is one step of {size}"))
 
 
 def _budget(config: CfgNode, size: int) -> int:

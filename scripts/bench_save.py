@@ -9,6 +9,7 @@ last line is ``ratio R``: the stall of waiting over that of the background save.
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import sys
 import tempfile
@@ -41,7 +42,7 @@ def build_state(cfg: str) -> TrainState:
 
 def stall(state: TrainState, folder: str, background: bool) -> tuple[float, float]:
     """Seconds until training may go on, and until the file is there."""
-    saver = Saver(CheckpointFolder(folder, keep=1), background, {}, print)
+    saver = Saver(CheckpointFolder(folder, keep=1), background, {}, logging.getLogger("trainer"))
     begun = time.perf_counter()
     saver.save(state, {"hvt_format": 1}, best=False)
     stood = time.perf_counter() - begun

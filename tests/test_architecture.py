@@ -28,7 +28,7 @@ FLOORS = (
     ("data.layouts", "data.transforms"),
     ("data.sources",),
     ("data.decoding",),
-    ("data.errors", "data.seeds"),
+    ("data.errors", "data.messages", "data.seeds"),
     ("models",),
     ("config",),
 )

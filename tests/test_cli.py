@@ -14,6 +14,7 @@ from conftest import ROOT, environment, write_images
 
 import main
 from config import ConfigError
+from data.messages import NOTICE
 
 
 def test_help_begins_with_commands_and_lists_every_flag() -> None:
@@ -116,7 +117,7 @@ def test_old_flags_are_accepted_with_one_line_of_advice(flags: str) -> None:
     from config import get_config
     _, opts, advice = main.parse(flags.split())
     get_config(None, opts)
-    assert len(advice) == 1 and advice[0].startswith("notice: --")
+    assert len(advice) == 1 and advice[0].level == NOTICE and advice[0].startswith("--")
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -55,7 +56,7 @@ WAYS = [("DATA.AUGMENT_ON", "worker"), ("DATA.AUGMENT_ON", "device"), ("DATA.DEC
 def test_bad_images_are_replaced_the_same_way_however_the_stream_is_read(spoiled: Path, way) -> None:
     whole, lines, failures = stream(spoiled, 0, 10, *way)
     assert sorted(os.path.relpath(f.path, spoiled) for f in failures) == ["train/a/3.png", "train/b/4.jpg", "train/b/5.png"]
-    assert len(lines) == 3 and all(line.startswith("warning: ") for line in lines)  # each once, though met in both epochs
+    assert len(lines) == 3 and all(line.level == logging.WARNING for line in lines)  # each once, though met in both epochs
     assert any("a/3.png: not a readable image (an empty file); another of its class" in line for line in lines)
     later = stream(spoiled, 4, 6, "DATA.NUM_WORKERS", 2, *way)[0]
     for (xa, ya), (xb, yb) in zip(whole[4:], later, strict=True):
@@ -145,7 +146,7 @@ def test_a_file_that_comes_back_is_waited_for(tmp_path: Path, monkeypatch) -> No
 HANG = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from data import folder
+from data.sources import folder
 fetch = folder.ImageFolder.fetch
 def slow(self, index):
     if self.path(index).endswith("a/7.png"):

@@ -16,10 +16,10 @@ import copy
 import torch
 from torch import nn
 from models.crossformer import CrossFormer
-from utils import compile, distributed
-from utils.engine import StepPlan, backward
-from utils.optim import build_loss
-from utils.device import Precision
+from utils.runtime import compile, distributed
+from utils.runtime.precision import Precision
+from utils.tasks.classification import build_loss
+from utils.training.engine import StepPlan, backward
 
 CPU = torch.device("cpu")
 distributed.init(CPU)

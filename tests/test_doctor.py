@@ -340,7 +340,7 @@ def test_a_process_of_its_own_needs_no_torch_and_ends_at_once(tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-c", code, "--doctor", "--data-path", root, *TINY], cwd=tmp_path, capture_output=True,
                           text=True, env=environment(PYTHONPATH=str(ROOT)), timeout=60, check=False)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    slow = ("import sys, time, main\nfrom data import crew\n"
+    slow = ("import sys, time, main\nfrom data.doctor import worker_pool as crew\n"
             "crew.examine = lambda *_: time.sleep(60)\nsys.exit(main.main(sys.argv[1:]))")
     process = subprocess.Popen([sys.executable, "-c", slow, "--doctor", "--data-path", root, *TINY], cwd=tmp_path, text=True,
                                env=environment(PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, start_new_session=True)

@@ -7,6 +7,7 @@ knowing.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import shlex
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from data.doctor.image_record import ALPHA, ANIMATED, BLANK, EXIF_TURNED, EXTENS
 from data.doctor.survey import Split, Survey, base_of
 
 HUGE_PIXELS = 20_000_000
+_FOUND_HERE = ("empty-classes", "missing-classes")  # codes of what listing the images has told already
 
 
 def findings(survey: Survey, distance: int) -> list[Finding]:
@@ -64,11 +66,9 @@ def _splits(survey: Survey) -> Iterator[Finding]:
     told = set()
     for split in survey.splits.values():
         for line in split.source.notices:
-            severity, _, sentence = line.partition(": ")
-            ours = "empty class folders" in line or "classes without a folder" in line
-            if not ours and sentence not in told:
-                told.add(sentence)
-                yield Finding("told", WARNING if severity == "warning" else NOTE, sentence, advice="training says the same")
+            if line.code not in _FOUND_HERE and line not in told:
+                told.add(line)
+                yield Finding("told", WARNING if line.level >= logging.WARNING else NOTE, line, advice="training says the same")
 
 
 def _classes(survey: Survey) -> Iterator[Finding]:

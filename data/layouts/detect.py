@@ -18,6 +18,7 @@ from config import ConfigError
 from data.errors import DataError
 from data.layouts import flat_labels as flat
 from data.layouts import splits as selection
+from data.messages import Notice
 from data.sources import archives, huggingface, lists
 from data.sources.base import Source
 from data.sources.folder import LAYOUT, VAL_NAMES, entries, scan_flat, scan_folder
@@ -260,7 +261,7 @@ def _bare(root: str, options: Options) -> Found | None:
 
     def scan() -> Source:
         source = scan_folder(root, cache=options.cache)
-        source.notices.insert(0, f"notice: {root}: has no val/; all of its class folders are evaluated")
+        source.notices.insert(0, Notice(f"{root}: has no val/; all of its class folders are evaluated"))
         return source
 
     return "class folders", scan

@@ -8,6 +8,7 @@ import re
 import numpy as np
 
 from data.errors import DataError
+from data.messages import Caution, Notice
 from data.sources.base import Source
 from data.sources.classes import numbered, plain_number, some
 from data.sources.folder import entries
@@ -77,9 +78,9 @@ def label_flat(source: Source, path: str) -> Source:
     source.classes = numbered([by_name[name] for name in names])
     position = {name: i for i, name in enumerate(source.classes)}
     source.targets = np.array([position[by_name[name]] for name in names], dtype=np.int64)
-    source.notices.append(f"notice: {source.root}: labels from {path}")
+    source.notices.append(Notice(f"{source.root}: labels from {path}"))
     if len(by_name) > len(names):
-        source.notices.append(f"warning: {path}: {len(by_name) - len(names)} of its images are not in {source.root}")
+        source.notices.append(Caution(f"{path}: {len(by_name) - len(names)} of its images are not in {source.root}"))
     return source
 
 

@@ -11,6 +11,7 @@ import os
 import numpy as np
 
 from data.errors import DataError
+from data.messages import Caution, Notice
 from data.sources.base import Source, View
 from data.sources.classes import some
 from data.sources.lists import read_text
@@ -28,7 +29,7 @@ def split(source: Source, fraction: float, part: str) -> Source:
     counts = np.bincount(source.targets, minlength=len(source.classes))
     wanted = np.clip(np.round(fraction * counts), np.minimum(1, counts // 2), np.maximum(counts - 1, 0)).astype(np.int64)
     chosen = _chosen(source, wanted, "split")
-    held = f"notice: {source.root}: no split of its own; {int(chosen.sum())} of {len(source)} images are for validation (DATA.VAL_FRACTION)"
+    held = Notice(f"{source.root}: no split of its own; {int(chosen.sum())} of {len(source)} images are for validation (DATA.VAL_FRACTION)")
     mask = chosen if part == "val" else ~chosen
     return _part(source, mask, [*source.notices, held])
 
@@ -38,7 +39,7 @@ def subset(source: Source, share: float, seed: int) -> Source:
     counts = np.bincount(source.targets, minlength=len(source.classes))
     wanted = np.minimum(counts, np.maximum(1, np.round(share * counts))).astype(np.int64)
     mask = _chosen(source, wanted, f"subset {seed}")
-    line = f"notice: {source.root}: {int(mask.sum())} of {len(source)} training images are used (DATA.SUBSET {share:g})"
+    line = Notice(f"{source.root}: {int(mask.sum())} of {len(source)} training images are used (DATA.SUBSET {share:g})")
     return _part(source, mask, [*source.notices, line])
 
 
@@ -97,7 +98,7 @@ def choose_classes(source: Source, path: str) -> Source:
         raise DataError(f"{path}: names none of the classes of {source.root} ({some(source.classes, 3)})")
     notices = list(source.notices)
     if left := len(source) - len(indices):
-        notices.append(f"notice: {source.root}: {left} images of classes that {path} does not name are left out")
+        notices.append(Notice(f"{source.root}: {left} images of classes that {path} does not name are left out"))
     if absent := [classes[i] for i in np.flatnonzero(np.bincount(targets[indices], minlength=len(classes)) == 0)]:
-        notices.append(f"warning: {source.root}: {len(absent)} classes of {path} have no images ({some(absent)})")
+        notices.append(Caution(f"{source.root}: {len(absent)} classes of {path} have no images ({some(absent)})"))
     return View(source, indices, classes, targets[indices], notices)

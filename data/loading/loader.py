@@ -18,6 +18,7 @@ from data.loading import device_prefetch as stream
 from data.loading.corrupt_images import Failure
 from data.loading.dataset import Batch, EvalImages, TrainImages
 from data.loading.workers import _PREFETCH
+from data.messages import Caution
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -148,7 +149,7 @@ class ImageLoader:
                                 f"({self.budget}); repair or remove them, or raise it")
             if self.report is not None:
                 instead = "another of its class stands in for it" if self.budget is not None else "it is not counted"
-                self.report(f"warning: {failure.path}: not a readable image ({failure.reason}); {instead}")
+                self.report(Caution(f"{failure.path}: not a readable image ({failure.reason}); {instead}"))
 
     def _hung(self) -> DataError:
         busy = [self.dataset.folder.path(i) for i in self.dataset.guard.reading.tolist() if i >= 0]

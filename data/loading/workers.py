@@ -9,6 +9,8 @@ import signal
 
 from yacs.config import CfgNode
 
+from data.messages import Notice
+
 
 def _end_workers() -> None:
     """At exit, end loading processes that nothing has shut down: they ignore the signal that multiprocessing would send."""
@@ -65,12 +67,12 @@ def needs_pipe(batch_bytes: int, workers: int) -> str:
         return ""
     free, needed = free_shared_memory(), batch_bytes * (_PREFETCH + 1) * workers
     if free is not None and free < needed:
-        return (f"notice: /dev/shm has {free / 2**20:.1f} MiB free and {workers} loading processes may need {needed / 2**20:.1f} MiB; "
-                "batches go through pipes, which is slower (docker: --shm-size=8g, or fewer --num-workers)")
+        return (Notice(f"/dev/shm has {free / 2**20:.1f} MiB free and {workers} loading processes may need {needed / 2**20:.1f} MiB; "
+                "batches go through pipes, which is slower (docker: --shm-size=8g, or fewer --num-workers)"))
     limit = _raise_file_limit(needed := _FILES_BESIDES + _FILES_OF_A_WORKER * workers)
     if limit < needed:
-        return (f"notice: only {limit} files may be open at a time and {workers} loading processes may need {needed}; batches go "
-                "through pipes, which is slower (ulimit -n 4096)")
+        return (Notice(f"only {limit} files may be open at a time and {workers} loading processes may need {needed}; batches go "
+                "through pipes, which is slower (ulimit -n 4096)"))
     return ""
 
 

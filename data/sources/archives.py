@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.errors import DataError, UnreadableImage
+from data.messages import Caution
 from data.sources.base import Source
 from data.sources.classes import numbered, plain_number, some
 from data.sources.index_cache import Index, cached, names_of, store_names
@@ -159,7 +160,7 @@ def members(path: str, notices: list[str]) -> Iterator[Member]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     for what, names in passed.items():
-        notices.append(f"warning: {path}: {len(names)} members {what} are passed over ({some(names, 3)})")
+        notices.append(Caution(f"{path}: {len(names)} members {what} are passed over ({some(names, 3)})"))
 
 
 def _tar_members(path: str, passed: dict[str, list[str]]) -> Iterator[Member]:
@@ -306,7 +307,8 @@ def scan_archives(files: Sequence[str], root: str, cache: str | None = None, spl
     targets, classes = index["targets"], list(names_of(index, "classes"))
     if not len(targets):
         raise DataError(f"{root}: holds no images" + (f" below {' or '.join(n + '/' for n in splits)}" if splits else ""))
-    found = ArchiveImages(root, files, names_of(index, "names"), index["place"], classes, targets, list(names_of(index, "notices")))
+    notices = [Caution(line) for line in names_of(index, "notices")]
+    found = ArchiveImages(root, files, names_of(index, "names"), index["place"], classes, targets, notices)
     if classes == [""] and len(files) > 1 or (classes == [""] and _is_class_file(files[0])):
         # a tar file a class, its images loose in it
         stems = [_stem(path) for path in files]

@@ -8,6 +8,7 @@ from importlib import resources
 import numpy as np
 
 from data.errors import DataError
+from data.messages import Caution, Notice
 from data.sources.base import Source
 from data.sources.packed_names import natural
 
@@ -24,8 +25,8 @@ def join(source: Source, classes: Sequence[str] | None) -> Source:
     if classes is None:
         if all(name.isdecimal() for name in source.classes) and source.classes != sorted(source.classes, key=natural) \
                 and source.classes == sorted(source.classes):
-            source.notices.append(f"notice: {source.root}: numeric class folders stand in the order of their letters, as torchvision has "
-                                  f"it ({', '.join(source.classes[:3])}, ...); timm counts them by number; DATA.CLASS_NAMES sets an order")
+            source.notices.append(Notice(f"{source.root}: numeric class folders stand in the order of their letters, as torchvision has "
+                                  f"it ({', '.join(source.classes[:3])}, ...); timm counts them by number; DATA.CLASS_NAMES sets an order"))
         return source
     names = list(classes)
     if names == source.classes:
@@ -33,7 +34,7 @@ def join(source: Source, classes: Sequence[str] | None) -> Source:
     found, number = source.classes, {name: i for i, name in enumerate(names)}
     unknown = sorted(set(found) - set(names))
     if len(unknown) == len(found) and all(name.isdecimal() and int(name) < len(names) for name in found):
-        source.notices.append(f"notice: {source.root}: its labels are numbers; they are taken for positions among the {len(names)} classes")
+        source.notices.append(Notice(f"{source.root}: its labels are numbers; they are taken for positions among the {len(names)} classes"))
         table = np.array([int(name) for name in found], dtype=np.int64)
     elif unknown:
         raise DataError(f"{source.root}: class {unknown[0]!r} is unknown to the training classes"
@@ -42,7 +43,7 @@ def join(source: Source, classes: Sequence[str] | None) -> Source:
         table = np.array([number[name] for name in found], dtype=np.int64)
     absent = [names[i] for i in sorted(set(range(len(names))) - set(table.tolist()))]
     if absent:
-        source.notices.append(f"warning: {source.root}: {len(absent)} classes without a folder ({some(absent)})")
+        source.notices.append(Caution(f"{source.root}: {len(absent)} classes without a folder ({some(absent)})", "missing-classes"))
     source.targets, source.classes = table[source.targets] if len(table) else source.targets, names
     return source
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from data.decoding.pillow import to_rgb
 from data.errors import DataError
+from data.messages import Caution
 from data.sources.base import Source
 from data.sources.classes import some
 from data.sources.index_cache import Index, cached, names_of, store_names
@@ -96,7 +97,7 @@ def scan_folder(root: str, cache: str | None = None) -> ImageFolder:
     index = cached(cache, "folder", [root], lambda: _index_folder(root))
     names, targets = list(names_of(index, "classes")), index["targets"]
     empty = [names[i] for i in np.flatnonzero(np.bincount(targets, minlength=len(names)) == 0)]
-    notices = [f"warning: {root}: {len(empty)} empty class folders ({some(empty)})"] if empty else []
+    notices = [Caution(f"{root}: {len(empty)} empty class folders ({some(empty)})", "empty-classes")] if empty else []
     return ImageFolder(root, names, names_of(index, "names"), targets, notices)
 
 

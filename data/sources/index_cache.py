@@ -21,7 +21,7 @@ import numpy as np
 
 from data.sources.packed_names import PackedNames
 
-_VERSION = 1
+_VERSION = 2
 _NAME = "hierarchical-transformers"
 WORTH_KEEPING = 10_000  # images; fewer are listed in no time
 _TICK = 2.0  # seconds within which a file system may give two changes the same time

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.errors import DataError
+from data.messages import Notice
 from data.sources.archives import ArchiveImages
 from data.sources.base import Source, View
 from data.sources.classes import numbered, plain_number
@@ -197,7 +198,7 @@ def mapped_archive(archive: ArchiveImages, path: str) -> Source:
     targets = np.array([position[row.label] for row in rows], dtype=np.int64)
     notices = archive.notices
     if len(rows) < len(archive):
-        notices = [*notices, f"notice: {path} lists {len(rows)} of the {len(archive)} images in {archive.files[0]}; the rest is left out"]
+        notices = [*notices, Notice(f"{path} lists {len(rows)} of the {len(archive)} images in {archive.files[0]}; the rest is left out")]
     return View(archive, indices, _named_by_folder(rows, numbers), targets, notices)
 
 

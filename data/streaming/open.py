@@ -9,6 +9,7 @@ from yacs.config import CfgNode
 from config import ConfigError
 from data.errors import DataError
 from data.layouts.detect import beside
+from data.messages import Notice
 from data.sources.classes import join
 from data.sources.lists import read_text
 from data.streaming.huggingface import _hub
@@ -57,6 +58,6 @@ def open_streams(config: CfgNode, splits: Sequence[str], classes: Sequence[str] 
             raise DataError(f"{stream.root}: holds no images; give another address")
         stream.target(first)
     if "train" in opened:
-        opened["train"].notices.append(f"notice: {root} is a stream: resume is exact to the epoch only (in its middle the images that were "
-                                       "seen are read past, which is exact if the stream still has the same order)")
+        opened["train"].notices.append(Notice(f"{root} is a stream: resume is exact to the epoch only (in its middle the images that were "
+                                       "seen are read past, which is exact if the stream still has the same order)"))
     return opened

@@ -22,6 +22,7 @@ from config import ConfigError
 from data.decoding import jpeg
 from data.decoding.pillow import decode
 from data.decoding.resize import MODES, needed, resize_crop, resize_window
+from data.messages import Notice
 from data.sources.base import Source
 from data.transforms import randaugment
 from data.transforms.build import build_eval_transform, build_train_transform, preprocessing
@@ -46,8 +47,8 @@ def train_pipeline(config: CfgNode, device: torch.device) -> tuple[Pipeline, lis
         if where == "device":
             raise ConfigError(f"DATA.AUGMENT_ON is device, which does not know this augmentation ({reason.args[0]}); "
                               "set it to auto, or take a rand- policy in AUG.AUTO_AUGMENT") from None
-        return PillowPipeline(transform), [f"notice: this augmentation ({reason.args[0]}) is timm's own on Pillow, about half as fast "
-                                           "as that of a rand- policy"]
+        return PillowPipeline(transform), [Notice(f"this augmentation ({reason.args[0]}) is timm's own on Pillow, about half as fast "
+                                           "as that of a rand- policy")]
     return TrainPipeline(recipe, where == "device" or (where == "auto" and device.type == "cuda")), []
 
 
@@ -59,7 +60,7 @@ def eval_pipeline(config: CfgNode, device: torch.device, published: bool) -> tup
     try:
         return EvalPipeline(transform, on_device=device.type == "cuda"), []
     except LookupError as reason:
-        return PillowPipeline(transform), [f"notice: evaluation images are prepared by Pillow ({reason.args[0]})"]
+        return PillowPipeline(transform), [Notice(f"evaluation images are prepared by Pillow ({reason.args[0]})")]
 
 
 class Decoder:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from utils.checkpoints.folder import CheckpointFolder
@@ -13,11 +13,11 @@ from utils.checkpoints.state import TrainState
 class Saver:
     """Saves one checkpoint after the other, in the background where asked; never two at once.
 
-    A save that fails (disk full) does not end training: ``warn`` is called, and ``failed`` says why until one succeeds.
+    A save that fails (disk full) does not end training: a warning is logged, and ``failed`` says why until one succeeds.
     """
 
-    def __init__(self, files: CheckpointFolder, background: bool, best: dict[str, float], warn: Callable[[str], None]):
-        self.files, self.background, self.warn = files, background, warn
+    def __init__(self, files: CheckpointFolder, background: bool, best: dict[str, float], logger: logging.Logger):
+        self.files, self.background, self.logger = files, background, logger
         self.failed, self._saved_best, self._lost_best = "", dict(best), False
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -65,7 +65,7 @@ class Saver:
         elif isinstance(error, OSError):
             self._lost_best |= self._best
             self.failed = f"{error.filename or self.files.folder}: {error.strerror or error}"
-            self.warn(f"warning: the checkpoint of step {content['step']} was not saved: {self.failed}; training goes on, what was "
+            self.logger.warning(f"the checkpoint of step {content['step']} was not saved: {self.failed}; training goes on, what was "
                       "saved before is intact")
         else:
             raise error

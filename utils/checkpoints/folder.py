@@ -15,6 +15,7 @@ import shutil
 import time
 from typing import Any
 
+from data.messages import Caution
 from models.safe_load import CheckpointError, read_file
 from models.weights import check_finite
 from utils.checkpoints.file_format import require_own, write_checkpoint
@@ -79,7 +80,7 @@ class CheckpointFolder:
             try:
                 content = require_own(read_file(path), path)
                 check_finite(content["model"], path)
-                return path, content, [f"warning: {line}; trying the one before" for line in damage]
+                return path, content, [Caution(f"{line}; trying the one before") for line in damage]
             except CheckpointError as error:
                 damage.append(str(error))
         if damage:

@@ -61,7 +61,7 @@ def require_room(config: CfgNode, folder: str, size: int, logger: logging.Logger
                           "free some space, or choose another --output")
     wanted = checkpoints_kept(config) * size
     if free < min(wanted, budget or wanted) and not CheckpointFolder(folder).steps():
-        logger.info(f"warning: {folder}: {free >> 20} MiB are free, the run's checkpoints will take {wanted >> 20} MiB; older ones are "
+        logger.warning(f"{folder}: {free >> 20} MiB are free, the run's checkpoints will take {wanted >> 20} MiB; older ones are "
                     "deleted to make room")
 
 

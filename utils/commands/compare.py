@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 
 from config import KEYS, ConfigError, config_from_text, lookup
 from data import DataError, preprocessing
+from data.messages import NOTICE
 from utils.checkpoints.file_format import is_own
 from utils.evaluation.data_messages import tell_uncounted
 from utils.evaluation.label_sets import Labels
@@ -99,7 +100,7 @@ def _in_one_pass(pairs: Sequence[Pair], labels: Labels, device: torch.device, pr
 
 def _in_two_passes(pairs: Sequence[Pair], labels: Labels, device: torch.device, precision: Precision,
                    logger: logging.Logger) -> list[Answers]:
-    logger.info("notice: the two prepare their images differently; two passes over the data")
+    logger.log(NOTICE, "the two prepare their images differently; two passes over the data")
     answers, classes = [], None
     for pair in pairs:
         loaders, allowed = _opened(pair, labels, device, logger, classes)

@@ -24,6 +24,7 @@ from utils.evaluation.setup import open_images, prepare
 from utils.evaluation.summary import describe
 from utils.inference.evaluation_models import judged_models
 from utils.inference.trained_model import weights_to_judge
+from utils.loggers.console import RESULT, tell
 from utils.loggers.progress import track
 from utils.runtime import distributed
 from utils.runtime.files import replace_file, require_place
@@ -66,8 +67,8 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
     except OSError as error:  # the figures are told all the same
         failure = error
     whose = "raw, all images and classes:" if label_set.headline else "raw"
-    for line in (*lines, *written, *(f"{whose} {other.line()}" for other in raw), last):
-        logger.info(line)
+    tell(logger, (*lines, *written, *(f"{whose} {other.line()}" for other in raw)))
+    logger.info(last, extra=RESULT)
     if failure is not None:
         raise failure
 

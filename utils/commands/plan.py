@@ -17,9 +17,11 @@ from yacs.config import CfgNode
 
 from config import ConfigError, image_size
 from data import preprocessing
+from data.messages import Notice
 from models.safe_load import read_file
 from utils.checkpoints.file_format import describe, write_checkpoint
 from utils.checkpoints.run_folder import checkpoints_kept, require_room
+from utils.loggers.console import tell
 from utils.loggers.progress import clock
 from utils.profiling.run_speed import Speed, _measure
 from utils.profiling.step_speed import multiply_adds
@@ -197,9 +199,9 @@ def _try_save(ready: Prepared, per_epoch: int, logger: logging.Logger) -> Save:
         try:
             save, line = _save_and_load(ready, per_epoch)
         except OSError as error:  # the disk of the run itself has been looked at
-            line = f"notice: no save was tried: {error.filename or 'the scratch folder'} cannot be written ({error.strerror or error}); " \
-                   "name another folder with --opts PLAN.SCRATCH"
-    logger.info(line)
+            line = Notice(f"no save was tried: {error.filename or 'the scratch folder'} cannot be written ({error.strerror or error}); "
+                          "name another folder with --opts PLAN.SCRATCH")
+    tell(logger, [line])
     return distributed.gather_objects(save)[0]
 
 

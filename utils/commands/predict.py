@@ -18,7 +18,7 @@ from utils.evaluation.setup import prepare
 from utils.inference.outputs import Console, CsvTable, Features, JsonLines, standard_output, text_file
 from utils.inference.predict import _require_features, predictions_of
 from utils.inference.trained_model import Trained, open_trained
-from utils.loggers.console import plain
+from utils.loggers.console import plain, tell
 from utils.loggers.progress import aside, track
 from utils.runtime.compile import compile_model
 from utils.runtime.files import require_place
@@ -45,8 +45,7 @@ def predict_run(config: CfgNode, content: Any, device: torch.device, logger: log
         _require_features(trained.model, config)
     precision = prepare(config, device, logger)
     loader, notices = build_given(config, given, device, trained.published)
-    for line in notices:
-        logger.info(line)
+    tell(logger, notices)
     logger.info(f"predicting {len(given)} image{'s' * (len(given) != 1)} by {trained.line()}, {len(trained.classes)} classes, on {device} "
                 f"in {precision.name}")
     with contextlib.closing(loader):
@@ -55,7 +54,7 @@ def predict_run(config: CfgNode, content: Any, device: torch.device, logger: log
     for path in files:
         logger.info(f"wrote {path}")
     if bad:
-        logger.info(f"warning: {bad} of {len(given)} could not be read")
+        logger.warning(f"{bad} of {len(given)} could not be read")
     return EXIT_UNREADABLE if bad else 0
 
 

@@ -7,6 +7,7 @@ import os
 
 from yacs.config import CfgNode
 
+from utils.loggers.console import tell
 from utils.reporting.run_reader import read_run
 from utils.reporting.write import write_plots, write_report
 
@@ -22,5 +23,5 @@ def report_runs(config: CfgNode, logger: logging.Logger) -> int:
     runs = [read_run(folder) for folder in config.REPORT.RUNS]
     path = write_report(runs, os.path.expanduser(config.REPORT.FILE))
     logger.info(f"report {path}")
-    logger.info(write_plots(runs, os.path.dirname(path) or "."))
+    tell(logger, [write_plots(runs, os.path.dirname(path) or ".")])
     return 0

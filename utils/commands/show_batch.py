@@ -14,6 +14,7 @@ from config import ConfigError
 from data import build_loaders, preprocessing
 from utils.checkpoints.file_format import is_own
 from utils.evaluation.data_messages import teller
+from utils.loggers.console import tell
 from utils.loggers.progress import listing, periodic
 from utils.runtime import distributed
 from utils.visualization.batch_grid import labels_of, sheet
@@ -39,8 +40,7 @@ def show_batch(config: CfgNode, content: Any, device: torch.device, logger: logg
     with listing(functools.partial(periodic, logger)):
         loaders = build_loaders(config, splits=("train",), classes=classes, device=device)
     loaders.tell(teller(logger))
-    for line in loaders.notices:
-        logger.info(line)
+    tell(logger, loaders.notices)
     with contextlib.closing(loaders):
         images, targets = next(loaders.batches())
     images, targets = loaders.mixup(images.to(device), targets.to(device), 0)

@@ -9,6 +9,7 @@ import torch
 from yacs.config import CfgNode
 
 from models import build_model, check_input_size
+from utils.loggers.console import tell
 from utils.optim import optimizer as optim
 from utils.profiling.step_speed import measure
 from utils.runtime.compile import require_compiler
@@ -19,9 +20,7 @@ from utils.runtime.seed import seed_initialisation
 def measure_throughput(config: CfgNode, content: Any, device: torch.device, logger: logging.Logger) -> None:
     """Images per second of the forward pass and of a training step, on made-up images."""
     precision = choose_precision(config, device)
-    for line in (precision.notice, *optim.apex_notices(config)):
-        if line:
-            logger.info(line)
+    tell(logger, (precision.notice, *optim.apex_notices(config)))
     require_compiler(device, config.COMPILE)
     seed_initialisation(config.SEED)
     model = build_model(config)

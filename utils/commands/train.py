@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
+from data.messages import NOTICE
 from utils.checkpoints.folder import CheckpointFolder
 from utils.checkpoints.run_folder import _open_run_folder, require_room
+from utils.loggers.console import RESULT, tell
 from utils.reporting.run_reader import read_run
 from utils.reporting.write import write_plots, write_report
 from utils.runtime import distributed
@@ -33,7 +35,7 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
     config, folder, start, loaders, state = ready.config, ready.folder, ready.start, ready.loaders, ready.state
     require_room(config, folder, state.size(), logger)
     if start.content is not None:
-        logger.info(f"resumed {start.path} at step {state.step}")
+        logger.info(f"resumed {start.path} at step {state.step}", extra=RESULT)
 
     distributed.mark("opening the run's folder")
     with _open_run_folder(folder, logger):
@@ -42,7 +44,7 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
         here = start.content is not None and files.holds(start.path)
         if distributed.is_main():
             if (aside := files.set_aside(state.step if here else -1)) is not None:
-                logger.info(f"notice: what an earlier run left here{f' beyond step {state.step}' if here else ''} is moved to {aside}")
+                logger.log(NOTICE, f"what an earlier run left here{f' beyond step {state.step}' if here else ''} is moved to {aside}")
             files.note_job()
             if here:
                 files.relink(start.content)
@@ -66,6 +68,6 @@ def _report(folder: str, plots: bool, logger: logging.Logger) -> None:
         runs = [read_run(folder)]
         logger.info(f"report {write_report(runs)}")
         if plots:
-            logger.info(write_plots(runs, folder))
+            tell(logger, [write_plots(runs, folder)])
     except Exception as error:  # the run stands, whatever becomes of its report
-        logger.info(f"warning: no report was written ({type(error).__name__}: {str(error)[:200]}); --report {folder} tries again")
+        logger.warning(f"no report was written ({type(error).__name__}: {str(error)[:200]}); --report {folder} tries again")

@@ -9,13 +9,14 @@ from typing import Any
 
 from data import DataError
 from utils.evaluation.loop import Evaluation
+from utils.loggers.console import tell
 from utils.runtime import distributed
 
 
 def teller(logger: logging.Logger) -> Callable[[str], None]:
     """Where lines about bad images go: rank 0's to the log, those of a rank that has none to standard error."""
     if distributed.is_main():
-        return logger.info
+        return lambda line: tell(logger, [line])
     return lambda line: print(f"{line} (rank {distributed.rank()})", file=sys.stderr, flush=True)
 
 
@@ -35,4 +36,4 @@ def tell_uncounted(loader: Any, result: Evaluation, logger: logging.Logger) -> N
     if bad and not result.total:
         raise DataError(f"{loader.dataset.folder.root}: none of its {bad} validation images can be read; the lines above say why")
     if bad:
-        logger.info(f"warning: {bad} of {result.total + bad} validation images could not be read and are not counted")
+        logger.warning(f"{bad} of {result.total + bad} validation images could not be read and are not counted")

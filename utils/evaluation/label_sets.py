@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 
 from config import ConfigError
 from data import DataError
+from data.messages import Caution
 from data.sources.base import Source
 from data.sources.classes import carried_by_timm, imagenet_classes, some
 from data.sources.lists import read_text
@@ -123,7 +124,7 @@ def _compare_with_list(name: str, present: Sequence[str], root: str) -> tuple[st
     listed = carried_by_timm(f"imagenet_{name}_synsets.txt")
     if listed is None or not all(re.fullmatch(r"n\d{8}", wnid) for wnid in present) or set(listed.split()) == set(present):
         return ()
-    return (f"warning: {root}: its {len(present)} classes are not the 200 of {_NAMES[name]}; answers are chosen from those {len(present)}",)
+    return (Caution(f"{root}: its {len(present)} classes are not the 200 of {_NAMES[name]}; answers are chosen from those {len(present)}"),)
 
 
 def _read_real(path: str) -> list[list[int]]:

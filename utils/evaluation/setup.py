@@ -15,6 +15,7 @@ from models.weights import unwrap_state_dict
 from utils.checkpoints.file_format import is_own
 from utils.evaluation.data_messages import teller
 from utils.evaluation.label_sets import Labels, LabelSet
+from utils.loggers.console import tell
 from utils.loggers.progress import listing, periodic
 from utils.runtime import distributed
 from utils.runtime.compile import require_compiler
@@ -30,8 +31,7 @@ def open_images(config: CfgNode, content: Any, labels: Labels, device: torch.dev
                                 classes=classes or _classes_of(content, labels), device=device, published=not is_own(content))
     loaders.tell(teller(logger))
     label_set = labels.on(loaders.val.dataset.folder, loaders.classes)
-    for line in (*loaders.notices, *label_set.notices):
-        logger.info(line)
+    tell(logger, (*loaders.notices, *label_set.notices))
     return loaders, label_set
 
 
@@ -46,8 +46,7 @@ def _classes_of(content: Any, labels: Labels) -> Any:
 def prepare(config: CfgNode, device: torch.device, logger: logging.Logger) -> Precision:
     """Precision and determinism of an evaluation."""
     precision = choose_precision(config, device)
-    if precision.notice:
-        logger.info(precision.notice)
+    tell(logger, [precision.notice])
     make_deterministic(device)
     require_compiler(device, config.COMPILE)
     return precision

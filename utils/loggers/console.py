@@ -5,16 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from typing import TextIO
 
 from termcolor import colored
 
+from data.messages import NOTICE
 from utils.loggers import progress
 
 QUICK = 1.0  # seconds between two lines of many alike, at least; log.txt has them all
 
-_COLOURS = (("error ", "red"), ("warning", "yellow"), ("notice", "cyan"), ("note ", "cyan"),
-            ("resumed", "green"), ("top1", "green"), ("finished", "green"))
+RESULT = {"result": True}  # ``extra`` of a line that says what has been reached; a terminal shows it in green
+_LEVELS = {NOTICE: ("notice", "cyan"), logging.WARNING: ("warning", "yellow"), logging.ERROR: ("error", "red")}
+
+
+class _Lines(logging.Formatter):
+    """The name of a line's level before it, but for what is merely said."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        name, _ = _LEVELS.get(record.levelno, ("", ""))
+        return f"{name}: {record.getMessage()}" if name else record.getMessage()
 
 
 class _Console(logging.Handler):
@@ -22,6 +32,7 @@ class _Console(logging.Handler):
 
     def __init__(self, to_error: bool) -> None:
         super().__init__()
+        self.setFormatter(_Lines())
         self.closed, self.said, self.to_error = False, 0.0, to_error
         self.colour = self.stream is not None and self.stream.isatty() and "NO_COLOR" not in os.environ
 
@@ -32,10 +43,10 @@ class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if self.closed or self.needless(record):
             return
-        line = printable(record.getMessage())
-        if self.colour:
-            tint = next((tint for word, tint in _COLOURS if line.startswith(word)), None)
-            line = colored(line, tint) if tint else line
+        line = printable(self.format(record))
+        _, tint = _LEVELS.get(record.levelno, ("", "green" if getattr(record, "result", False) else ""))
+        if self.colour and tint:
+            line = colored(line, tint)
         try:
             with progress.aside():
                 self.write(line)
@@ -71,6 +82,12 @@ def plain(text: object) -> str:
     return printable(str(text), kept="")
 
 
+def tell(logger: logging.Logger, lines: Iterable[str]) -> None:
+    """Log lines that were collected, each at its own level (``data.messages``); empty ones are passed over."""
+    for line in filter(None, lines):
+        logger.log(getattr(line, "level", logging.INFO), line)
+
+
 def create_logger(speaks: bool, to_error: bool = False) -> logging.Logger:
     """The program's logger; silent unless ``speaks`` (rank 0), on standard error with ``to_error``."""
     logger = logging.getLogger("trainer")
@@ -101,13 +118,13 @@ class _LogFile(logging.FileHandler):
         """A full disk must not stop training; the console goes on, and hears of it once."""
         if not self.warned:
             self.warned = True
-            logging.getLogger("trainer").warning(f"warning: {self.baseFilename}: cannot be written; the console alone has the lines")
+            logging.getLogger("trainer").warning(f"{self.baseFilename}: cannot be written; the console alone has the lines")
 
 
 def log_to_file(logger: logging.Logger, path: str) -> None:
     """Append every line to ``path`` as well, those said already first."""
     handler = _LogFile(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Lines())
     for kept in [h for h in logger.handlers if isinstance(h, _Kept)]:
         for record in kept.records:
             handler.handle(record)

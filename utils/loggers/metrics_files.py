@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
-from collections.abc import Callable
 from typing import Any
 
 from utils.runtime.files import replace_file
+
+LOGGER = logging.getLogger("trainer")
 
 # What lies in a run's folder beside checkpoints and log.
 CONFIG, SOURCES = "config.yaml", "sources.json"
@@ -25,9 +27,9 @@ class JsonLines:
         last: the last row that the file held when it was opened, cut off or not.
     """
 
-    def __init__(self, path: str, step: float, warn: Callable[[str], None] = print, sync: bool = True):
+    def __init__(self, path: str, step: float, logger: logging.Logger = LOGGER, sync: bool = True):
         """``sync``: every line reaches the disk before ``write`` returns."""
-        self.path, self.warn, self.sync = path, warn, sync
+        self.path, self.logger, self.sync = path, logger, sync
         self._waiting, self._failing = "", False
         text = _text(path)
         found = [(row, line) for line in text.splitlines() if (row := _row(line)) is not None]
@@ -51,7 +53,7 @@ class JsonLines:
                     raise
         except OSError as error:
             if not self._failing:
-                self.warn(f"warning: {self.path}: cannot be written ({error.strerror}); its lines are kept for later")
+                self.logger.warning(f"{self.path}: cannot be written ({error.strerror}); its lines are kept for later")
             self._failing = True
         else:
             self._waiting, self._failing = "", False
@@ -60,8 +62,8 @@ class JsonLines:
 class MetricsLog:
     """``metrics.jsonl``, a line an epoch, and the same rows in ``metrics.csv``, whose columns grow as needed."""
 
-    def __init__(self, folder: str, step: int, warn: Callable[[str], None] = print):
-        self.lines = JsonLines(os.path.join(folder, EPOCHS), step, warn)
+    def __init__(self, folder: str, step: int, logger: logging.Logger = LOGGER):
+        self.lines = JsonLines(os.path.join(folder, EPOCHS), step, logger)
         self.table, self.rows = os.path.join(folder, TABLE), read_rows(self.lines.path)
         self._columns: list[str] = []  # of the file as it stands; none: it must be written anew
 

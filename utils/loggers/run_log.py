@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -25,30 +26,30 @@ class Records:
     On resume, figures beyond the checkpoint's step are cut off, so that every step has one; events are all kept.
     """
 
-    def __init__(self, config: CfgNode, folder: str, step: int, evaluated: int, facts: dict[str, Any], say: Callable[[str], None]):
+    def __init__(self, config: CfgNode, folder: str, step: int, evaluated: int, facts: dict[str, Any], logger: logging.Logger):
         """
         Args:
             step: where training stands.
             evaluated: the step after which an epoch was last brought to its end.
             facts: of this start, as plain data: versions, device, data.
         """
-        self.config, self.folder, self.say = config, folder, say
+        self.config, self.folder, self.logger = config, folder, logger
         replace_file(os.path.join(folder, CONFIG), of_the_run(config).dump().encode())
         self._guarded(lambda: replace_file(os.path.join(folder, SOURCES), (json.dumps(history(config)) + "\n").encode()))
-        self.metrics = MetricsLog(folder, evaluated, say)
-        self.steps = JsonLines(os.path.join(folder, STEPS), step, say, sync=False)
-        self.events = JsonLines(os.path.join(folder, EVENTS), float("inf"), say)
+        self.metrics = MetricsLog(folder, evaluated, logger)
+        self.steps = JsonLines(os.path.join(folder, STEPS), step, logger, sync=False)
+        self.events = JsonLines(os.path.join(folder, EVENTS), float("inf"), logger)
         self._sent = [log.last["step"] if log.last is not None else -1 for log in (self.steps, self.metrics.lines)]
         before = self.steps.last or {}
         self.event("start", step, **facts, again=max(0, before.get("step", 0) - step) if step else 0, before=before.get("time"))
-        self.board = TensorBoard(folder, step, say)
-        self.tracker = Tracker(config, folder, say)
+        self.board = TensorBoard(folder, step, logger)
+        self.tracker = Tracker(config, folder, logger)
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
         except OSError as error:
-            self.say(f"warning: {error.filename or self.folder}: cannot be written ({error.strerror})")
+            self.logger.warning(f"{error.filename or self.folder}: cannot be written ({error.strerror})")
 
     def event(self, what: str, step: int, **facts: Any) -> None:
         """Note what happened to the run: start, rollback, finished, stopped, failed."""

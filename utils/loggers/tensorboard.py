@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,9 +13,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import KEYS, lookup, of_the_command
-
-Warn = Callable[[str], None]
-
+from data.messages import NOTICE
 
 _GRID_IMAGES, _GRID_SIDE = 16, 128  # images of the grid, and its images' longer side in pixels at most
 
@@ -30,13 +29,13 @@ class TensorBoard:
     A resumed run's curves go on where the checkpoint stands: what had been drawn beyond it is hidden.
     """
 
-    def __init__(self, folder: str, step: int, warn: Warn = print):
-        self.writer, self.warn = None, warn
+    def __init__(self, folder: str, step: int, logger: logging.Logger):
+        self.writer, self.logger = None, logger
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=step + 1 if step else None)
         except Exception as error:  # not installed, or its dependencies are broken
-            self.warn(f"notice: no TensorBoard curves ({type(error).__name__}: {_first_line(error)})")
+            self.logger.log(NOTICE, f"no TensorBoard curves ({type(error).__name__}: {_first_line(error)})")
 
     @contextlib.contextmanager
     def _writing(self) -> Any:
@@ -45,7 +44,7 @@ class TensorBoard:
             yield
         except Exception as error:
             self.writer = None
-            self.warn(f"warning: TensorBoard curves end here ({_first_line(error)}); metrics.jsonl goes on")
+            self.logger.warning(f"TensorBoard curves end here ({_first_line(error)}); metrics.jsonl goes on")
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Add what is a number, by its name such as ``val/top1``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import os
 import secrets
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from config import ConfigError
-from utils.loggers.tensorboard import Warn, _first_line, settings
+from utils.loggers.tensorboard import _first_line, settings
 from utils.runtime.files import replace_file
 
 IDENTITY = "tracker.json"
@@ -40,8 +41,8 @@ class Tracker:
     Whatever fails in it is told once and never stops the run.
     """
 
-    def __init__(self, config: CfgNode, folder: str, warn: Warn = print):
-        self.module, self.warn = None, warn  # the package, while a run is open there
+    def __init__(self, config: CfgNode, folder: str, logger: logging.Logger):
+        self.module, self.logger = None, logger  # the package, while a run is open there
         if config.TRACKER == "none":
             return
         self.name = config.TRACKER
@@ -63,7 +64,7 @@ class Tracker:
             yield
         except Exception as error:
             self.module = None
-            self.warn(f"warning: {self.name} gets no more figures of this run ({_first_line(error)}); metrics.jsonl goes on")
+            self.logger.warning(f"{self.name} gets no more figures of this run ({_first_line(error)}); metrics.jsonl goes on")
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Send what is a number."""

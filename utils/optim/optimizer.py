@@ -11,6 +11,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from config import ConfigError
+from data.messages import Notice
 
 # What the optimizer names of NVIDIA apex stand for here, and the torch form that replaces each.
 _APEX = {"fused_adam": ("FusedAdam", "adamw"), "fusedadam": ("FusedAdam", "adamw"), "fused_adamw": ("FusedAdam", "adamw"),
@@ -36,12 +37,12 @@ def apex_notices(config: CfgNode) -> list[str]:
     """A line for each thing asked of apex that torch does instead."""
     lines, name = [], config.TRAIN.OPTIMIZER.NAME.lower()
     if name in _APEX and apex_class(name) is None:
-        lines.append(f"notice: NVIDIA apex is not installed; {_APEX[name][1]} of torch takes the place of {name}")
+        lines.append(Notice(f"NVIDIA apex is not installed; {_APEX[name][1]} of torch takes the place of {name}"))
     if config.FUSED_LAYERNORM:
         try:
             from apex.normalization import FusedLayerNorm  # noqa: F401
         except ImportError:
-            lines.append("notice: NVIDIA apex is not installed; torch's layer norm takes the place of FUSED_LAYERNORM")
+            lines.append(Notice("NVIDIA apex is not installed; torch's layer norm takes the place of FUSED_LAYERNORM"))
     return lines
 
 

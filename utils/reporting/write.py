@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from config import ConfigError
+from data.messages import Caution, Notice
 from utils.reporting.html_page import render
 from utils.reporting.run_reader import Run
 from utils.runtime.files import replace_file
@@ -33,11 +34,11 @@ def write_plots(runs: Sequence[Run], beside: str) -> str:
     try:
         from utils.reporting.png_plots import plot
     except ImportError as error:
-        return f"notice: no plots as PNG, the report has its own ({error.name or 'matplotlib'} is not installed)"
+        return Notice(f"no plots as PNG, the report has its own ({error.name or 'matplotlib'} is not installed)")
     folder = os.path.join(beside, "plots" if len(runs) == 1 else "comparison-plots")
     try:
         os.makedirs(folder, exist_ok=True)
         names = plot(runs, folder)
     except OSError as error:
-        return f"warning: {folder}: plots cannot be written ({error.strerror})"
+        return Caution(f"{folder}: plots cannot be written ({error.strerror})")
     return f"plots {folder}: {', '.join(names) or 'none, there are no figures'}"

@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 from config import ConfigError, image_size, with_values
 from data import build_loaders
 from data.loading.workers import worker_count
+from data.messages import NOTICE
 from models import build_model, check_input_size
 from utils.checkpoints.state import TrainState
 from utils.loggers.progress import listing, periodic
@@ -198,7 +199,7 @@ def keep_global_batch(config: CfgNode, wanted: int, whose: str, world_size: int,
         return config
     local = local_batch(wanted, whose, world_size)
     micro = max(n for n in divisors(local) if n <= micro)
-    logger.info(f"notice: {whose} global batch of {wanted} is kept: {micro} images x {local // micro} accumulated x "
+    logger.log(NOTICE, f"{whose} global batch of {wanted} is kept: {micro} images x {local // micro} accumulated x "
                 f"{world_size} processes")
     return split_batch(config, local, micro, whose)
 

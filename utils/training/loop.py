@@ -25,6 +25,7 @@ from utils.evaluation.data_messages import decoding, tell_uncounted
 from utils.evaluation.loop import Evaluation, evaluate
 from utils.evaluation.predictions_file import FILE as PREDICTIONS
 from utils.evaluation.recorder import Recorder, recordable, write_outcomes
+from utils.loggers.console import RESULT
 from utils.loggers.metrics_files import EVIDENCE
 from utils.loggers.progress import SLOW, Line, clock, periodic, track
 from utils.loggers.run_log import Records
@@ -53,9 +54,9 @@ class Session:
         self.main = distributed.is_main()
         self.description = describe(config.dump(), loaders.classes, preprocessing(config), config.DATA.DATA_PATH,
                                                global_batch, self.steps_per_epoch)
-        self.saver = Saver(files, config.TRAIN.BACKGROUND_SAVE, state.best, logger.info)
+        self.saver = Saver(files, config.TRAIN.BACKGROUND_SAVE, state.best, logger)
         if self.main:
-            self.records = Records(config, self.folder, state.step, state.evaluated, self._facts(), logger.info)
+            self.records = Records(config, self.folder, state.step, state.evaluated, self._facts(), logger)
         self.begun = self.saved_at = time.perf_counter()
         self.first_step, self.saved_step, self.sound_step = state.step, state.step if saved else -1, -1
         self.loss = math.nan  # as in the last step line
@@ -127,7 +128,7 @@ class Session:
         if self.saver.failed:
             raise SaveError(f"training is done, but its last checkpoint was not saved: {self.saver.failed}; {self._newest()}")
         self.logger.info(f"finished {self.config.TRAIN.EPOCHS} epochs in {clock(time.perf_counter() - self.begun)}{best_line(state.best)}; "
-                         f"checkpoints in {self.folder}")
+                         f"checkpoints in {self.folder}", extra=RESULT)
         if self.main:
             self.records.finish(state.step, state.best)
 
@@ -240,12 +241,12 @@ class Session:
             try:
                 write_outcomes(answers, val, self.loaders.classes, os.path.join(self.folder, PREDICTIONS))
             except OSError as error:
-                self.logger.info(f"warning: {self.folder}: {PREDICTIONS} cannot be written ({error.strerror})")
+                self.logger.warning(f"{self.folder}: {PREDICTIONS} cannot be written ({error.strerror})")
         tell_uncounted(val, result, self.logger)
         for other in raw:
             self.logger.info(f"raw {other.line()}")
             row.update(raw_top1=other.top1, raw_top5=other.top5, raw_val_loss=_finite(other.loss))
-        self.logger.info(result.line())
+        self.logger.info(result.line(), extra=RESULT)
         row.update(top1=result.top1, top5=result.top5, val_loss=_finite(result.loss))
         return result
 
@@ -314,7 +315,7 @@ class Session:
             self._write_evidence(evidence, [self._describe_step(step, norm, [of_rank[i] for of_rank in losses])
                                             for i, (step, _, norm) in enumerate(bad)])
             for i, (step, _, norm) in enumerate(bad):
-                self.logger.info(f"warning: step {step + 1} was skipped, its update would not be finite (loss "
+                self.logger.warning(f"step {step + 1} was skipped, its update would not be finite (loss "
                                  f"{sum(of_rank[i] for of_rank in losses) / self.plan.images:g}, gradient norm {norm:g}); its images are "
                                  f"listed in {evidence}")
         if state.skipped > budget:
@@ -339,7 +340,7 @@ class Session:
             with open(path, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
         except OSError as error:
-            self.logger.info(f"warning: {path}: cannot be written ({error.strerror})")
+            self.logger.warning(f"{path}: cannot be written ({error.strerror})")
 
     def _advice(self, in_loss: bool) -> str:
         if self.plan.precision.name == "fp16":
@@ -383,7 +384,7 @@ class Session:
         state.skipped = 0
         state.step, state.rollbacks, state.evaluated, state.best = kept
         self.window = (time.perf_counter(), state.step, progress.data_seconds, progress.loss_sum.item(), progress.counted)
-        self.logger.info(f"warning: {error}: back to {path}, passing over the {back} steps since (rollback {state.rollbacks} of "
+        self.logger.warning(f"{error}: back to {path}, passing over the {back} steps since (rollback {state.rollbacks} of "
                          f"{self.config.TRAIN.ROLLBACKS})")
         if self.main:
             self.records.event("rollback", state.step, to=kept[0] - back)

@@ -10,9 +10,11 @@ from typing import Any
 from yacs.config import CfgNode
 
 from config import KEYS, ConfigError, config_from_text, lookup, of_the_command
+from data.messages import NOTICE
 from models.safe_load import CheckpointError
 from utils.checkpoints.file_format import require_own
 from utils.checkpoints.folder import CheckpointFolder
+from utils.loggers.console import tell
 from utils.runtime import distributed
 
 
@@ -31,8 +33,7 @@ def choose_start(config: CfgNode, resume_content: Any, folder: str, logger: logg
     files = CheckpointFolder(folder)
     if distributed.is_main() and (config.TRAIN.AUTO_RESUME or files.begun_by_this_job()):
         found = files.newest()
-        for line in found[2] if found is not None else ():
-            logger.info(line)
+        tell(logger, found[2] if found is not None else ())
     # Rank 0 chooses: another machine may not see yet what was written a moment ago.
     if (shared := files.share(found)) is not None:
         start = Start("auto-resume", *shared)
@@ -71,18 +72,18 @@ def accept_changes(start: Start, config: CfgNode, logger: logging.Logger) -> Non
     try:
         old = config_from_text(start.content["config"])
     except ConfigError:
-        logger.info(f"notice: {start.path} was written with a config of another version; it is not compared")
+        logger.log(NOTICE, f"{start.path} was written with a config of another version; it is not compared")
         return
     pairs = [(key, lookup(old, key), lookup(config, key)) for key, *_ in KEYS if key not in _HARMLESS and not of_the_command(key)]
     changes = {key: f"{key} changed from {before} to {now}" for key, before, now in pairs if before != now}
     if (epochs := changes.pop("TRAIN.EPOCHS", None)) is not None:
-        logger.info(f"notice: {epochs} since {start.path} was written; from its step on the learning rate follows the longer or "
+        logger.log(NOTICE, f"{epochs} since {start.path} was written; from its step on the learning rate follows the longer or "
                     "shorter schedule")
     if changes and not config.TRAIN.ACCEPT_CHANGES:
         raise ConfigError(f"the recipe is not that of {start.path}: {'; '.join(changes.values())}; go on with it by --accept-changes, "
                           "or begin anew under another --tag")
     for line in changes.values():
-        logger.info(f"notice: {line} since {start.path} was written")
+        logger.log(NOTICE, f"{line} since {start.path} was written")
 
 
 def _check_same_data(start: Start, classes: list[str], steps_per_epoch: int) -> None:

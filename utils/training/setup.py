@@ -13,12 +13,14 @@ from yacs.config import CfgNode
 
 from config import ConfigError
 from data import build_loaders
+from data.messages import NOTICE
 from data.transforms.mixup import build_mixup
 from models import build_model, check_input_size, load_pretrained
 from utils.checkpoints.folder import CheckpointFolder
 from utils.checkpoints.run_folder import _require_writable, run_folder
 from utils.checkpoints.state import TrainState
 from utils.evaluation.data_messages import teller
+from utils.loggers.console import tell
 from utils.loggers.progress import listing, periodic
 from utils.loggers.trackers import require_tracker
 from utils.optim import optimizer as optim
@@ -87,7 +89,7 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
         config = fit_micro_batch(config, start, device, world_size, logger)
     if start.content is not None:
         if config.TRAIN.GLOBAL_BATCH not in (0, start.content["global_batch"]):
-            logger.info(f"notice: TRAIN.GLOBAL_BATCH is {config.TRAIN.GLOBAL_BATCH}, but {start.path} has a global batch of "
+            logger.log(NOTICE, f"TRAIN.GLOBAL_BATCH is {config.TRAIN.GLOBAL_BATCH}, but {start.path} has a global batch of "
                         f"{start.content['global_batch']}, which is kept; another one needs a run of its own (--pretrained)")
         config = keep_global_batch(config, start.content["global_batch"], "the checkpoint's", world_size, logger)
     precision = choose_precision(config, device)
@@ -101,14 +103,12 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
     sampler = loaders.train.batch_sampler
     global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world_size
     steps_per_epoch, total_steps = sampler.steps_per_epoch, sampler.total_steps
-    for line in (*loaders.notices, *optim.apex_notices(config), precision.notice):
-        if line:
-            logger.info(line)
+    tell(logger, (*loaders.notices, *optim.apex_notices(config), precision.notice))
     require_agreement(config, loaders)
     if start.content is None:
         _require_steps(config, len(loaders.train.dataset.folder), world_size)
         if global_batch != recipe_batch(config, world_size):
-            logger.info(f"notice: the recipe's global batch is {config.TRAIN.GLOBAL_BATCH}, this one {global_batch}; the learning rate "
+            logger.log(NOTICE, f"the recipe's global batch is {config.TRAIN.GLOBAL_BATCH}, this one {global_batch}; the learning rate "
                         "follows it, results may not; --fit keeps the recipe's")
     else:
         _check_same_data(start, loaders.classes, steps_per_epoch)
@@ -129,7 +129,7 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
         if device.type == "cuda":
             model = distributed.sync_batch_norm(model)
         else:
-            logger.info("notice: SyncBN needs GPUs; batch norm stays each process's own")
+            logger.log(NOTICE, "SyncBN needs GPUs; batch norm stays each process's own")
     fixed = freeze(model, config)
     model.to(device)
     state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, build_average(config, model))

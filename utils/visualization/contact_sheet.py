@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data.errors import UnreadableImage
 from data.layouts.input_paths import GivenImages
+from data.messages import NOTICE
 from utils.inference.outputs import Prediction, short_name
 from utils.inference.trained_model import Trained
 from utils.runtime.files import write_atomically
@@ -51,7 +52,7 @@ class Sheet:
             self._write()
         shown = _PAGES * _COLUMNS * _ROWS
         if len(self.given) > shown:
-            self.logger.info(f"notice: the sheet shows the first {shown:,} of {len(self.given):,} images")
+            self.logger.log(NOTICE, f"the sheet shows the first {shown:,} of {len(self.given):,} images")
 
     def _write(self) -> None:
         columns = min(_COLUMNS, max(len(self.tiles), 1))
