@@ -156,6 +156,7 @@ KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
     ("OUTPUT", "output", _str, "folder of all runs; a run lives in OUTPUT/MODEL.NAME/TAG"),
     ("TAG", "default", _str, "name of the run"),
     ("SEED", 0, _int, "everything random derives from it: order, augmentation, mixup, dropout, initialisation"),
+    ("TASK", "classification", _str, "what is learned: classification"),
     ("DEVICE", "auto", _str, "auto, cpu, cuda, cuda:1, mps; auto takes CUDA, then MPS, then the CPU"),
     ("PRECISION", "auto", _str, "auto, fp32, bf16 or fp16; auto is bf16 where GPU or CPU compute it (fp16 on older GPUs), else fp32"),
     ("COMPILE", "off", _off_or, "torch.compile: off; blocks, each kind of block once; model, the whole (longest start, most speed)"),

@@ -49,6 +49,9 @@ if _what and os.environ.get("BREAK_RANK", os.environ.get("RANK")) == os.environ.
     elif _what == "loss":
         import torch.nn.functional as place
         place.cross_entropy = _broken(place.cross_entropy)
+    elif _what == "loss_of_color":
+        import torch.nn.functional as place
+        place.mse_loss = _broken(place.mse_loss)
     elif _what == "evaluation":
         import torch
         torch.Tensor.topk = _broken(torch.Tensor.topk)

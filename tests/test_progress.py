@@ -20,7 +20,7 @@ from conftest import ROOT, environment
 from data.sources.listing_progress import tick
 from utils.loggers import console as log
 from utils.loggers import progress
-from utils.training import loop as session
+from utils.training import step_log
 
 
 class Terminal(io.StringIO):
@@ -100,7 +100,7 @@ def test_a_run_on_a_terminal_redraws_one_line_and_keeps_the_others_whole(tiny_cf
 
 
 def test_a_pipe_has_plain_lines_and_slow_steps_are_heard_of(tiny_cfg: Path, program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "SLOW", -1.0)
+    monkeypatch.setattr(step_log, "SLOW", -1.0)
     done = program("--cfg", tiny_cfg, "--epochs", 1, "--opts", "PRINT_FREQ", 1000)
     assert done.returncode == 0 and not {"\r", "\x1b"} & set(done.stdout + done.stderr)
     assert done.stderr == ""

@@ -47,6 +47,11 @@ class CheckpointFolder:
         names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
         return sorted((int(match[1]) for match in map(_NAME.fullmatch, names) if match), reverse=True)
 
+    def newest_in_words(self) -> str:
+        """For the end of a sentence that says what could not be saved."""
+        steps = self.steps()
+        return f"the newest checkpoint is {self.path(steps[0])}" if steps else f"{self.folder} holds no checkpoint"
+
     def path(self, step: int) -> str:
         return os.path.join(self.folder, f"ckpt_{step:08d}.pth")
 

@@ -28,6 +28,7 @@ from models import architecture
 from utils.inference.exporters import LIMIT, _onnx_runner, _quiet, difference, require_packages, trace, trace_onnx
 from utils.inference.trained_model import Trained, open_trained
 from utils.runtime.files import TEMPORARY, open_atomically, replace_file, require_place
+from utils.tasks.build import build_task
 
 _CHECKED = (1, 2, 5)  # batch sizes
 
@@ -72,7 +73,7 @@ def export_run(config: CfgNode, content: Any, device: torch.device, logger: logg
         _require_folder(path, config)
     else:
         require_place(path)
-    trained = open_trained(config, content, "--export")
+    trained = open_trained(build_task(config), config, content, "--export")
     model = trained.model.requires_grad_(False)
     if config.EXPORT.PREPROCESS:
         prepare = preprocessing(config)

@@ -23,13 +23,12 @@ from utils.checkpoints.file_format import describe, write_checkpoint
 from utils.checkpoints.run_folder import checkpoints_kept, require_room
 from utils.loggers.console import tell
 from utils.loggers.progress import clock
-from utils.profiling.run_speed import Speed, _measure
+from utils.profiling.run_speed import Speed, measure
 from utils.profiling.step_speed import multiply_adds
 from utils.runtime import distributed, memory
 from utils.runtime.files import free_bytes
 from utils.runtime.stop_signals import StopRequest
 from utils.training.batch_size import Unfit, two_steps
-from utils.training.engine import StepPlan
 from utils.training.setup import Prepared, prepare
 from utils.visualization import terminal_chart as curve
 
@@ -64,7 +63,7 @@ def _plan(ready: Prepared, logger: logging.Logger) -> None:
     Raises:
         Unsuited: memory or disk do not suffice.
     """
-    config, start, state, plan = ready.config, ready.start, ready.state, ready.step_plan()
+    config, start, state = ready.config, ready.start, ready.state
     sampler, world = ready.loaders.train.batch_sampler, distributed.world_size()
     per_epoch, total = sampler.steps_per_epoch, sampler.total_steps
     logger.info(_model_line(ready))
@@ -75,8 +74,8 @@ def _plan(ready: Prepared, logger: logging.Logger) -> None:
     for line in _curve_lines(ready):
         logger.info(line)
     _require_disk(ready, logger)
-    _require_memory(ready, plan)
-    speed = _measure(ready, plan, logger)
+    _require_memory(ready)
+    speed = measure(ready, logger)
     _say_speed(ready, speed, logger)
     save = _try_save(ready, per_epoch, logger)
     _require_used_memory(ready, logger)
@@ -93,11 +92,11 @@ def _model_line(ready: Prepared) -> str:
         gmacs = multiply_adds(model, (height, width)) / 1e9
     parameters = sum(p.numel() for p in model.parameters())
     return (f"model: {ready.config.MODEL.NAME}, {parameters / 1e6:.2f} M parameters, {gmacs:.3g} GMACs an image "
-            f"of {height} x {width}, on {ready.device} in {ready.precision.name}")
+            f"of {height} x {width}, on {ready.device} in {ready.plan.precision.name}")
 
 
 def _curve_lines(ready: Prepared) -> list[str]:
-    schedule, columns = ready.schedule, CURVE[0]
+    schedule, columns = ready.plan.schedule, CURVE[0]
     total = max(1, schedule.total_steps)
     # the last step in each column, so that the end is the end
     values = [schedule.lr_at(min(total - 1, max(0, round((i + 1) * total / columns) - 1))) for i in range(columns)]
@@ -123,10 +122,10 @@ def _require_disk(ready: Prepared, logger: logging.Logger) -> None:
 # Memory
 # --------------------------------------------------------------------------------------------------
 
-def _require_memory(ready: Prepared, plan: StepPlan) -> None:
-    """Two steps of this process alone on made-up images: whoever lacks memory here would leave the others waiting in an exchange."""
+def _require_memory(ready: Prepared) -> None:
+    """Two steps of this process alone on synthetic images: whoever lacks memory here would leave the others waiting in an exchange."""
     config, sampler = ready.config, ready.loaders.train.batch_sampler
-    local, outputs = sampler.local_images(), len(ready.loaders.classes)
+    local, num_classes = sampler.local_images(), len(ready.loaders.classes)
     most = memory.limit(ready.device, config.PLAN.MEMORY)
     sizes = [config.DATA.BATCH_SIZE]
     if ready.device.type == "cpu":  # a process that takes too much is killed: small ones foretell what the whole takes
@@ -137,8 +136,7 @@ def _require_memory(ready: Prepared, plan: StepPlan) -> None:
         if len(measured) == 2 and (foretold := memory.expected(measured, micro)) > 1.1 * most:
             peak = int(foretold)
             break
-        peak = memory.taken(lambda micro=micro: two_steps(ready.state, plan, local, micro, (3, *image_size(config)), outputs,
-                                                          config.TRAIN.BACKGROUND_SAVE), ready.device)
+        peak = memory.taken(lambda micro=micro: two_steps(ready.state, ready.plan, config, local, micro, num_classes), ready.device)
         if peak is None or peak > most:
             break
         measured[micro] = peak

@@ -17,6 +17,7 @@ from utils.evaluation.data_messages import teller
 from utils.loggers.console import tell
 from utils.loggers.progress import listing, periodic
 from utils.runtime import distributed
+from utils.tasks.build import build_task
 from utils.visualization.batch_grid import labels_of, sheet
 from utils.visualization.drawing import (
     require_png,
@@ -43,7 +44,8 @@ def show_batch(config: CfgNode, content: Any, device: torch.device, logger: logg
     tell(logger, loaders.notices)
     with contextlib.closing(loaders):
         images, targets = next(loaders.batches())
-    images, targets = loaders.mixup(images.to(device), targets.to(device), 0)
+    transform = build_task(config).batch_transform(config, len(loaders.classes), rank=0)
+    images, targets = transform((images.to(device), targets.to(device)), 0)
     if len(images) == 0:
         raise ConfigError(f"{config.DATA.DATA_PATH}: the first batch holds no image")
     labels = labels_of(targets.cpu(), config.MODEL.LABEL_SMOOTHING)

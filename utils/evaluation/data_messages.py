@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from data import DataError
-from utils.evaluation.loop import Evaluation
+from utils.evaluation.metrics import Evaluation
 from utils.loggers.console import tell
 from utils.runtime import distributed
 
@@ -33,7 +33,7 @@ def tell_uncounted(loader: Any, result: Evaluation, logger: logging.Logger) -> N
         DataError: none could be read.
     """
     bad = sum(distributed.gather_objects(loader.met))
-    if bad and not result.total:
+    if bad and not result.samples:
         raise DataError(f"{loader.dataset.folder.root}: none of its {bad} validation images can be read; the lines above say why")
     if bad:
-        logger.warning(f"{bad} of {result.total + bad} validation images could not be read and are not counted")
+        logger.warning(f"{bad} of {result.samples + bad} validation images could not be read and are not counted")

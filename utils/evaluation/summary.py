@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from utils.evaluation.loop import Evaluation
 from utils.evaluation.per_class import PerClass
 from utils.evaluation.recorder import Answers
 from utils.evaluation.statistics import bootstrap_interval, expected_calibration_error
 from utils.loggers.console import plain
 
 
-def describe(answers: Answers, table: PerClass, names: Sequence[str], result: Evaluation) -> list[str]:
+def describe(answers: Answers, table: PerClass, names: Sequence[str]) -> list[str]:
     """Lines on how sure, how calibrated and how even the figures are."""
-    low, high = bootstrap_interval(result.correct, result.total)
     counted = answers.target >= 0
     confidence, right = answers.confidence[counted], answers.right[counted]
+    low, high = bootstrap_interval(int(right.sum()), len(right))
     recall, precision, f1 = table.macro()
     lines = [f"interval of top1: {100 * low:.2f} to {100 * high:.2f} (95 %, bootstrap over the images)",
              f"calibration: ECE {100 * expected_calibration_error(confidence, right):.2f} % (15 bins), mean confidence "
