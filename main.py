@@ -216,7 +216,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         from utils.loggers.console import create_logger, tell
         from utils.runtime import distributed
         from utils.runtime.device import choose_device, keep_freed_memory
-        from utils.runtime.stop_signals import tidy_end
+        from utils.runtime.stop_signals import exit_from_within
 
     config, content = resolve_config(cfg_file, opts)
     if mode := _asked_for(QUICK_MODES, config):
@@ -227,7 +227,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     logger = create_logger(distributed.is_main(), takes_standard_output(config))
     tell(logger, advice)
     _, module, function = _asked_for(MODES, config) or ("", "utils.commands.train", "train_run")
-    with tidy_end():
+    with exit_from_within():
         status = getattr(importlib.import_module(module), function)(config, content, device, logger)
     distributed.shutdown()
     return status or 0
@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run(argv)
         finally:
             if progress := sys.modules.get("utils.loggers.progress"):
-                progress.end()  # what is said next begins on a clean line
+                progress.clear_live_line()  # what is said next begins on a clean line
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except ConfigError as error:

@@ -27,6 +27,8 @@ from PIL import Image, ImageDraw
 from torch.utils.data import default_collate
 from torchvision.datasets import ImageFolder
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
 from config import get_config
 from data import build_loaders
 from data.decoding.jpeg import LIBRARY
@@ -36,7 +38,6 @@ from data.transforms.build import build_eval_transform, build_train_transform, p
 from data.transforms.pipeline import eval_pipeline
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 
 BATCH = 20

@@ -35,6 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import models  # noqa: F401  registers the families with timm
 from config import ConfigError
 from models import crossformer
@@ -43,9 +45,6 @@ from utils.runtime import memory
 from utils.runtime.compile import compile_model
 from utils.runtime.device import choose_device, keep_freed_memory, synchronize
 from utils.runtime.precision import Precision
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 
 CLIP, LR, DECAY = 5.0, 1e-4, 0.05
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

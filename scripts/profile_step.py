@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from config import ConfigError, get_config
 from data import DataError
 from utils.runtime.compile import require_compiler
@@ -34,9 +36,6 @@ from utils.runtime.precision import choose_precision
 from utils.tasks.build import build_task
 from utils.training.assembly import synthetic_step
 from utils.training.engine import Progress, train_one_epoch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 
 WARM_UP = 3
 _WAITING = "waiting for data"

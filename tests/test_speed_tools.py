@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import bench_step
 import profile_step
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
 
 from config import get_config
@@ -20,9 +18,6 @@ from utils.runtime.precision import Precision
 from utils.tasks.build import build_task
 from utils.training.assembly import synthetic_step
 from utils.training.engine import Progress, train_one_epoch
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
 
 CPU = torch.device("cpu")
 

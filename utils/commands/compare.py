@@ -16,12 +16,12 @@ from config import KEYS, ConfigError, config_from_text, lookup
 from data import DataError, preprocessing
 from data.messages import NOTICE
 from utils.checkpoints.file_format import is_own
-from utils.evaluation.data_messages import tell_uncounted
+from utils.evaluation.data_messages import tell_unreadable
 from utils.evaluation.label_sets import Labels
 from utils.evaluation.loop import evaluate
 from utils.evaluation.paired_test import report as paired_report
 from utils.evaluation.recorder import Answers, Recorder
-from utils.evaluation.setup import open_images, prepare
+from utils.evaluation.setup import open_loaders, prepare
 from utils.inference.evaluation_models import evaluation_models
 from utils.loggers.console import tell
 from utils.loggers.progress import track
@@ -77,7 +77,8 @@ def _opened(pair: Pair, labels: Labels, device: torch.device, logger: logging.Lo
             classes: Sequence[str] | None = None) -> tuple[Any, Any]:
     """(loaders, classes that answers are chosen from or None) for a file; its targets count ``classes``, else the file's own."""
     report = ClassificationReport(build_task(pair[0]), pair[0], labels)
-    loaders = open_images(report.task, *pair, classes or report.classes_wanted(pair[1]), device, logger)
+    loaders = open_loaders(report.task, pair[0], device, logger, splits=("val",), classes=classes or report.classes_wanted(pair[1]),
+                           published=not is_own(pair[1]))
     tell(logger, report.begin(loaders))
     return loaders, report.label_set.allowed if report.label_set.headline else None
 
@@ -103,7 +104,7 @@ def _in_one_pass(pairs: Sequence[Pair], labels: Labels, device: torch.device, pr
     with contextlib.closing(loaders):
         images = track(loaders.val, len(loaders.val), "comparing", logger)
         result = evaluate(build_task(pairs[0][0]), [first, second], images, device, precision, record=record)[-1]
-        tell_uncounted(loaders.val, result, logger)
+        tell_unreadable(loaders.val, result, logger)
     return [_of(recorder, loaders.val, allowed) for recorder in recorders]
 
 
@@ -119,7 +120,7 @@ def _in_two_passes(pairs: Sequence[Pair], labels: Labels, device: torch.device, 
             models = [_last_model(pair, loaders.classes, device)]
             result = evaluate(build_task(pair[0]), models, images, device, precision,
                               record=lambda logits, batch, recorder=recorder: recorder(logits, batch[1]))[-1]
-            tell_uncounted(loaders.val, result, logger)
+            tell_unreadable(loaders.val, result, logger)
         classes = loaders.classes
         answers.append(_of(recorder, loaders.val, allowed))
     a, b = (found.target for found in answers)

@@ -10,9 +10,9 @@ import torch
 from yacs.config import CfgNode
 
 from utils.checkpoints.file_format import is_own
-from utils.evaluation.data_messages import decoding, tell_uncounted
+from utils.evaluation.data_messages import decoding, tell_unreadable
 from utils.evaluation.loop import evaluate
-from utils.evaluation.setup import open_images, prepare
+from utils.evaluation.setup import open_loaders, prepare
 from utils.inference.evaluation_models import evaluation_models
 from utils.inference.trained_model import weights_to_evaluate
 from utils.loggers.console import RESULT, tell
@@ -27,7 +27,8 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
     report = task.evaluation_report(config)
     path, content = weights_to_evaluate(config, content, "--eval")
     precision = prepare(config, device, logger)
-    loaders = open_images(task, config, content, report.classes_wanted(content), device, logger)
+    loaders = open_loaders(task, config, device, logger, splits=("val",), classes=report.classes_wanted(content),
+                           published=not is_own(content))
     tell(logger, report.begin(loaders))
     models = evaluation_models(task, config, path, content, loaders.classes, device)
     logger.info(f"evaluating {path}" + (f" (step {content['step']})" if is_own(content) else "")
@@ -37,7 +38,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
     with contextlib.closing(loaders):
         images = track(loaders.val, len(loaders.val), "evaluating", logger)
         *raw, result = evaluate(task, models, images, device, precision, record=report.record)
-        tell_uncounted(loaders.val, result, logger)
+        tell_unreadable(loaders.val, result, logger)
     logger.info(f"images {decoding(loaders.val)}")
     *lines, last = report.lines(result, raw)
     written, failure = [], None

@@ -19,7 +19,7 @@ from utils.inference.outputs import Console, CsvTable, Features, JsonLines, Pred
 from utils.inference.predict import predictions_of, require_features
 from utils.inference.trained_model import Trained, open_trained
 from utils.loggers.console import plain, tell
-from utils.loggers.progress import aside, track
+from utils.loggers.progress import live_line_hidden, track
 from utils.runtime.compile import compile_model
 from utils.runtime.files import require_place
 from utils.runtime.precision import Precision
@@ -84,7 +84,7 @@ def _predict(config: CfgNode, task: Task, trained: Trained, form: PredictionForm
             for prediction in predictions:
                 if prediction.fault:
                     bad += 1
-                    with aside():
+                    with live_line_hidden():
                         print(f"warning: {plain(prediction.path)}: {plain(prediction.fault)}", file=sys.stderr, flush=True)
                 for output in outputs:
                     output.add(prediction)

@@ -57,7 +57,7 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
         with contextlib.closing(loaders):
             train(run, distributed.wrap(state.model, device, config.TRAIN.ACCUMULATION_STEPS, config.TRAIN.GRAD_COMPRESSION))
         if distributed.is_main() and config.TRAIN.REPORT != "none":
-            distributed.unwatched()  # the report may take long
+            distributed.stop_watching()  # the report may take long
             _report(folder, config.TRAIN.REPORT == "png", logger)
 
 

@@ -13,7 +13,7 @@ from utils.loggers.console import tell
 from utils.runtime import distributed
 
 
-def teller(logger: logging.Logger) -> Callable[[str], None]:
+def unreadable_image_reporter(logger: logging.Logger) -> Callable[[str], None]:
     """Where lines about bad images go: rank 0's to the log, those of a rank that has none to standard error."""
     if distributed.is_main():
         return lambda line: tell(logger, [line])
@@ -26,7 +26,7 @@ def decoding(loader: Any) -> str:
     return loader.dataset.pipeline.summary(fast, odd)
 
 
-def tell_uncounted(loader: Any, result: Evaluation, logger: logging.Logger) -> None:
+def tell_unreadable(loader: Any, result: Evaluation, logger: logging.Logger) -> None:
     """Say how many images of an evaluation could not be read, over all ranks.
 
     Raises:

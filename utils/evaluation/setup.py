@@ -10,10 +10,9 @@ import torch
 from yacs.config import CfgNode
 
 from data import Loaders
-from utils.checkpoints.file_format import is_own
-from utils.evaluation.data_messages import teller
+from utils.evaluation.data_messages import unreadable_image_reporter
 from utils.loggers.console import tell
-from utils.loggers.progress import listing, periodic
+from utils.loggers.progress import listing_shown, log_periodic
 from utils.runtime import distributed
 from utils.runtime.compile import require_compiler
 from utils.runtime.precision import Precision, choose_precision
@@ -23,17 +22,15 @@ if TYPE_CHECKING:
     from utils.tasks.base import Task
 
 
-def open_images(task: Task, config: CfgNode, content: Any, classes: Any, device: torch.device, logger: logging.Logger) -> Loaders:
-    """The loaders of the validation images for a file of weights.
+def open_loaders(task: Task, config: CfgNode, device: torch.device, logger: logging.Logger, **options: Any) -> Loaders:
+    """The task's loaders for this process, their notices told; unreadable images will be told as they are met.
 
     Args:
-        content: of the file.
-        classes: what the targets count, as of ``data.build_loaders``.
+        options: as of ``data.build_loaders``: splits, classes, published, or another rank and world size.
     """
-    with listing(functools.partial(periodic, logger)):
-        loaders = task.build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",), classes=classes,
-                                     device=device, published=not is_own(content))
-    loaders.tell(teller(logger))
+    with listing_shown(functools.partial(log_periodic, logger)):
+        loaders = task.build_loaders(config, **dict(rank=distributed.rank(), world_size=distributed.world_size(), device=device) | options)
+    loaders.tell(unreadable_image_reporter(logger))
     tell(logger, loaders.notices)
     return loaders
 

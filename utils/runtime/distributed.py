@@ -247,7 +247,7 @@ def sync_batch_norm(model: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def unwatched() -> None:
+def stop_watching() -> None:
     """What follows is this process's own business: nobody waits for it, so that it may take its time."""
     if _group.heartbeat is not None:
         _group.heartbeat.stop()

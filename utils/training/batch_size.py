@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -15,7 +14,7 @@ from config import ConfigError, image_size, with_values
 from data.loading.workers import worker_count
 from data.messages import NOTICE
 from utils.checkpoints.state import TrainState
-from utils.loggers.progress import listing, periodic
+from utils.evaluation.setup import open_loaders
 from utils.runtime import distributed, memory
 from utils.runtime.precision import choose_precision
 from utils.runtime.seed import make_deterministic
@@ -197,8 +196,7 @@ def fit_micro_batch(config: CfgNode, task: Task, start: Start, device: torch.dev
     distributed.mark("looking for the largest micro-batch")
     num_classes = config.MODEL.NUM_CLASSES or len((start.content or {}).get("classes", ()))
     if not num_classes:
-        with listing(functools.partial(periodic, logger)):
-            num_classes = len(task.build_loaders(config, distributed.rank(), world_size, splits=("train",), device=device).classes)
+        num_classes = len(open_loaders(task, config, device, logger, splits=("train",)).classes)
     micro, line = largest_micro_batch(config, task, local, num_classes, device)
     logger.info(f"fit: {micro} images x {local // micro} accumulated x {world_size} processes = {wanted}, {whose} global batch, so that "
                 f"learning rate and steps stay; {line}")

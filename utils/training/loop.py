@@ -18,7 +18,7 @@ from utils.checkpoints.background_saver import Saver
 from utils.checkpoints.file_format import describe
 from utils.checkpoints.folder import CheckpointFolder
 from utils.checkpoints.state import TrainState
-from utils.evaluation.data_messages import decoding, tell_uncounted
+from utils.evaluation.data_messages import decoding, tell_unreadable
 from utils.evaluation.loop import evaluate
 from utils.evaluation.metrics import Evaluation
 from utils.loggers.console import RESULT
@@ -223,7 +223,7 @@ def after_step(run: Run, progress: Progress, first_step: int) -> None:
         run.log.at(within or run.steps_per_epoch)
         if line_due:
             run.log.write(progress, run.guard.norm, last)
-        stop.look = run.log.is_silent()
+        stop.log_due = run.log.is_silent()
         minutes = config.TRAIN.SAVE_EVERY_MINUTES
         if minutes and time.perf_counter() - run.saved_at > 60 * minutes:
             stop.save = True
@@ -298,7 +298,7 @@ def evaluate_epoch(run: Run, row: dict[str, Any], progress: Progress, final: boo
             record.write(run.files.folder)
         except OSError as error:
             logger.warning(f"{error.filename or run.files.folder}: cannot be written ({error.strerror})")
-    tell_uncounted(val, result, logger)
+    tell_unreadable(val, result, logger)
     for other in raw:
         logger.info(f"raw {other.line}")
         row.update({f"raw_{name}": finite_or_none(value) for name, value in other.values.items()})

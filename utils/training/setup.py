@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,8 @@ from models import load_pretrained
 from utils.checkpoints.folder import CheckpointFolder
 from utils.checkpoints.run_folder import _require_writable, run_folder
 from utils.checkpoints.state import TrainState
-from utils.evaluation.data_messages import teller
+from utils.evaluation.setup import open_loaders
 from utils.loggers.console import tell
-from utils.loggers.progress import listing, periodic
 from utils.loggers.trackers import require_tracker
 from utils.optim import optimizer as optim
 from utils.optim.lr_schedule import lr_scale
@@ -76,13 +74,11 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
     require_compiler(device, config.COMPILE)
 
     distributed.mark("indexing the images")
-    with listing(functools.partial(periodic, logger)):
-        loaders = task.build_loaders(config, rank, world_size, device=device)
-    loaders.tell(teller(logger))
+    loaders = open_loaders(task, config, device, logger)
     sampler = loaders.train.batch_sampler
     global_batch = nominal_global_batch(config, world_size)
     steps_per_epoch, total_steps = sampler.steps_per_epoch, sampler.total_steps
-    tell(logger, (*loaders.notices, *optim.apex_notices(config), precision.notice))
+    tell(logger, (*optim.apex_notices(config), precision.notice))
     require_agreement(config, loaders)
     if start.content is None:
         _require_steps(config, len(loaders.train.dataset.folder), world_size)

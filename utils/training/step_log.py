@@ -7,7 +7,7 @@ import math
 import time
 
 from utils.checkpoints.state import TrainState
-from utils.loggers.progress import SLOW, Line, clock, periodic
+from utils.loggers.progress import SLOW, LiveLine, clock, log_periodic
 from utils.loggers.run_log import Records
 from utils.runtime.device import peak_memory_mib
 from utils.training.engine import Progress, StepPlan
@@ -33,10 +33,10 @@ class StepLog:
         self.started = self._said_at = time.perf_counter()
         self._first_step = state.step
         self._loss = math.nan  # as in the last line
-        self._live: Line | None = None
+        self._live: LiveLine | None = None
 
     def begin_epoch(self, progress: Progress) -> None:
-        self._live = Line(self.steps_per_epoch, self._live_parts, self.state.step % self.steps_per_epoch)
+        self._live = LiveLine(self.steps_per_epoch, self._live_parts, self.state.step % self.steps_per_epoch)
         self._said_at = time.perf_counter()
         self.begin_window(progress)
 
@@ -51,7 +51,7 @@ class StepLog:
     def at(self, step_in_epoch: int) -> None:
         """Move the live line."""
         if self._live is not None:
-            self._live.at(step_in_epoch)
+            self._live.update(step_in_epoch)
 
     def is_silent(self) -> bool:
         """Whether so much time has passed since the last line that one is due, whatever PRINT_FREQ says."""
@@ -79,7 +79,7 @@ class StepLog:
         line = (f"epoch {epoch}/{self.epochs} step {within}/{self.steps_per_epoch} lr {lr:.3e} loss {loss:.4f} grad {norm:.3f} "
                 f"{speed:.0f} images/s data {100 * waiting / seconds:.0f}% mem {peak_memory_mib(plan.device)} MiB "
                 f"eta {clock(pace * (self.steps_per_epoch - within))} epoch, {clock(pace * (self.total_steps - state.step))} run")
-        self.logger.info(line) if last else periodic(self.logger, line)
+        self.logger.info(line) if last else log_periodic(self.logger, line)
         self._said_at = now
         if self.records is not None:
             self.records.step(state.step, finite_or_none(loss), finite_or_none(norm), lr, speed, waiting / seconds)
