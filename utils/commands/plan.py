@@ -152,7 +152,8 @@ def _require_memory(ready: Prepared) -> None:
 
 def _require_used_memory(ready: Prepared, logger: logging.Logger) -> None:
     """What the real steps, the evaluation and the save took, loading processes included."""
-    own, workers = memory.peak(ready.device), memory.of_children() if ready.device.type == "cpu" else 0
+    own, has_workers = memory.peak(ready.device), ready.device.type == "cpu" and ready.loaders.train.num_workers > 0
+    workers = memory.of_children() if has_workers else 0
     most = memory.limit(ready.device, ready.config.PLAN.MEMORY)
     every = distributed.gather_objects((own, workers, most))
     own, workers, most = max(every, key=lambda used: (used[0] + used[1]) / used[2])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils.evaluation.predictions_file import Outcomes
-from utils.evaluation.recorder import Answers
 from utils.evaluation.statistics import bootstrap_difference, bootstrap_interval, mcnemar
+
+if TYPE_CHECKING:
+    from utils.evaluation.recorder import Answers
 
 
 def report(names: Sequence[str], a: Answers, b: Answers) -> list[str]:
@@ -19,8 +22,8 @@ def report(names: Sequence[str], a: Answers, b: Answers) -> list[str]:
     lines = []
     for letter, name, answers in zip("AB", names, (a, b), strict=True):
         result = answers.evaluation(counted)
-        low, high = bootstrap_interval(result.correct, total)
-        lines.append(f"{letter} {name}: {result.line()}, 95 % interval {100 * low:.2f} to {100 * high:.2f}")
+        low, high = bootstrap_interval(int((answers.right & counted).sum()), total)
+        lines.append(f"{letter} {name}: {result.line}, 95 % interval {100 * low:.2f} to {100 * high:.2f}")
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     both = int((right_a & right_b).sum())
     low, high = bootstrap_difference(only_a, only_b, total)
