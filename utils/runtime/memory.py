@@ -9,10 +9,24 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from utils.runtime import distributed
+from config import ProgramError
+from utils.runtime import distributed, launcher
 from utils.runtime.device import give_back_freed_memory, peak_memory_mib, synchronize
 
 HEADROOM = 0.95  # share of the memory that a choice may fill: allocators lose some between blocks, and runs last longer than trials
+
+
+class OutOfMemory(ProgramError):
+    """Memory did not suffice for a step."""
+
+    any_rank = True
+
+
+def out_of_memory(error: Exception) -> OutOfMemory | None:
+    """The error of ours for one that torch raised for lack of memory; None for any other error."""
+    if not is_out_of_memory(error):
+        return None
+    return OutOfMemory("out of memory; add --fit, which takes a smaller micro-batch and keeps the recipe, or --use-checkpoint")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -31,9 +45,7 @@ def limit(device: torch.device, budget: int) -> int:
         return min(there, budget or total)
     if device.type == "mps":
         return budget or torch.mps.recommended_max_memory()
-    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    share = max(1, int(here) if here.isdigit() and distributed.world_size() > 1 else 1)
-    return (budget or _host_bytes()) // share
+    return (budget or _host_bytes()) // (launcher.local_world_size() if distributed.world_size() > 1 else 1)
 
 
 def _host_bytes() -> int:
