@@ -278,7 +278,7 @@ def test_comparison_is_paired_and_exact(world: Path, program) -> None:
     content["classes"] = [*NAMES[:-1], "other"]
     write_checkpoint(str(program.folder / "other.pth"), content)
     assert "has other classes" in program("--compare", world / "b.pth", "other.pth").stderr
-    assert "two checkpoints are compared" in program("--compare", world / "b.pth").stderr
+    assert "COMPARE.FILES" in program("--compare", world / "b.pth").stderr
     assert "no such checkpoint file" in program("--compare", world / "b.pth", "absent.pth").stderr
 
 
@@ -347,4 +347,4 @@ def test_names_of_classes_stay_on_their_line() -> None:
     table = PerClass.of(answers.target, answers.top1, 2)
     names = ["a\ntop1 99.99", "b\udcff"]
     told = describe(answers, table, names)
-    assert all("\n" not in line for line in told) and r"a\ntop1 99.99: 0 of 1 right, mostly taken for b\udcff" in told[-1]
+    assert all("\n" not in line for line in told) and r"a\ntop1 99.99: 0 of 1 right, mostly confused with b\udcff" in told[-1]

@@ -43,7 +43,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file() and path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file() and not path.name.startswith(".lock")}
 
 
 def same(a: Path, b: Path) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils.evaluation.predictions_file import Outcomes
-from utils.evaluation.statistics import bootstrap_difference, bootstrap_interval, mcnemar
+from utils.evaluation.statistics import accuracy_interval, bootstrap_difference, mcnemar
 
 if TYPE_CHECKING:
     from utils.evaluation.recorder import Answers
@@ -22,7 +22,7 @@ def report(names: Sequence[str], a: Answers, b: Answers) -> list[str]:
     lines = []
     for letter, name, answers in zip("AB", names, (a, b), strict=True):
         result = answers.evaluation(counted)
-        low, high = bootstrap_interval(int((answers.right & counted).sum()), total)
+        low, high = accuracy_interval(int((answers.right & counted).sum()), total)
         lines.append(f"{letter} {name}: {result.line}, 95 % interval {100 * low:.2f} to {100 * high:.2f}")
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     both = int((right_a & right_b).sum())
@@ -46,9 +46,9 @@ class Paired:
     """Two classifiers on the same images.
 
     Attributes:
-        images: that both were judged on.
-        accuracies: share right of each.
-        only_first, only_second: images that one alone recognised.
+        images: that both were evaluated on.
+        accuracies: of each, between 0 and 1.
+        only_first, only_second: images that one alone predicts rightly.
         p: two-sided p value of McNemar's exact test: of so uneven a split, or a more uneven one, were both equally good.
         interval: 95 % bootstrap interval of the second's accuracy minus the first's.
     """
