@@ -15,6 +15,27 @@ import timm.models.pvt_v2 as timm_pvt_v2
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
+_STAGE_PARTS = (
+    (re.compile(r"^patch_embed1\."), "patch_embed."),
+    (re.compile(r"^patch_embed(\d+)\."), "stages.{}.downsample."),
+    (re.compile(r"^block(\d+)\.(?=\d)"), "stages.{}.blocks."),
+    (re.compile(r"^norm(\d+)\."), "stages.{}.norm."),
+)
+
+
+def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Published names to timm's; timm's own files pass as they are."""
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, replacement in _STAGE_PARTS:
+            if match := pattern.match(name):
+                stage = int(match.group(1)) - 1 if match.groups() else 0
+                name = replacement.format(stage) + name[match.end():].replace("mlp.dwconv.dwconv.", "mlp.dwconv.")
+                break
+        renamed[name] = tensor
+    return renamed
+
+
 _COMMON = dict(embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1))
 
 # The repository's presets and drop path rates.
@@ -47,24 +68,3 @@ def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> nn.Mo
         timm_pvt_v2.PyramidVisionTransformerV2, name, False, pretrained_cfg=timm_pvt_v2._cfg(crop_pct=224 / 256),
         pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=dict(flatten_sequential=True, out_indices=tuple(range(stages))),
         **kwargs)
-
-
-_STAGE_PARTS = (
-    (re.compile(r"^patch_embed1\."), "patch_embed."),
-    (re.compile(r"^patch_embed(\d+)\."), "stages.{}.downsample."),
-    (re.compile(r"^block(\d+)\.(?=\d)"), "stages.{}.blocks."),
-    (re.compile(r"^norm(\d+)\."), "stages.{}.norm."),
-)
-
-
-def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Published names to timm's; timm's own files pass as they are."""
-    renamed = {}
-    for name, tensor in state.items():
-        for pattern, replacement in _STAGE_PARTS:
-            if match := pattern.match(name):
-                stage = int(match.group(1)) - 1 if match.groups() else 0
-                name = replacement.format(stage) + name[match.end():].replace("mlp.dwconv.dwconv.", "mlp.dwconv.")
-                break
-        renamed[name] = tensor
-    return renamed
