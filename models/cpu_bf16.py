@@ -1,6 +1,6 @@
 """What torch and oneDNN get wrong in bf16 on a CPU, done right; and linears, which they compute right but slowly.
 
-tests/test_ops.py runs every operation of every family beside itself in fp64; what failed there is here.
+tests/models/test_ops.py runs every operation of every family beside itself in fp64; what failed there is here.
 A GPU computes all of it well, and so does the code that ``torch.compile`` makes.
 """
 

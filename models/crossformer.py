@@ -10,7 +10,7 @@ group sizes that grow with depth (PGS) and amplitude cooling layers (ACL).
 
 Parameter names are those of the published files. Beyond the official code, which takes square sizes whose maps stay
 even, any input works: the image is padded to whole tokens and a map of odd size by one row or column before merging.
-Parity: tests/test_crossformer.py compares logits, features, stages and an epsilon probe with reference outputs.
+Parity: tests/models/test_families.py compares logits, features, stages and an epsilon probe with reference outputs.
 
 Shapes: B batch, H W map, C channels, h heads, d head width, G group size, I interval, N = G*G tokens of a group.
 """

@@ -8,7 +8,7 @@ values strided; a class token joins in the last stage and alone goes to the clas
 
 Parameter names are those of the published files. Beyond the official code, a batch of one keeps its axis, an image too
 small for the first kernel is padded to it, and the mean of the last map can take the class token's place (``avg``).
-Parity: tests/test_cvt.py compares logits, features, stages and an epsilon probe with reference outputs.
+Parity: tests/models/test_families.py compares logits, features, stages and an epsilon probe with reference outputs.
 
 Shapes: B batch, H W map, C channels, h heads, d head width, N tokens: H*W, one more with the class token in front.
 """

@@ -12,7 +12,7 @@ Swin-S with the attention exchanged, and so without its output projection.
 
 Differences from the official attention: the dropout of K^T V acts in training only, where the official function drops
 half of it in evaluation too; heads are normed in one call instead of one by one.
-Parity: tests/test_galerkin.py compares the attention, as a function and as a module, with reference outputs.
+Parity: tests/models/test_galerkin.py compares the attention, as a function and as a module, with reference outputs.
 
 Any input works: the image is padded to whole tokens and a map of odd size by one row or column before merging.
 

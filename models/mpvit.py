@@ -11,7 +11,7 @@ of the keys, then two products of the size of a head, so the cost is linear in t
 
 Parameter names are those of the published files; the encodings that layers share appear there under every owner's name,
 and so they do here. The official code takes any size, and so does this one: every convolution pads.
-Parity: tests/test_mpvit.py compares logits, features, stages and an epsilon probe with reference outputs.
+Parity: tests/models/test_families.py compares logits, features, stages and an epsilon probe with reference outputs.
 
 Shapes: B batch, H W map, N = H*W tokens, C channels, h heads, d head width.
 """

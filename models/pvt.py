@@ -10,7 +10,7 @@ Parameter names are those of the published files. As in the official code, a pat
 is left out. Beyond it, any input works: tables are resized to the map whenever it is not the one they were made for (the
 official test compares token counts with the first stage's, and so fails at twice the built size and keeps a table for a
 map of another shape but equal count), and a map smaller than a convolution's kernel is padded to one patch.
-Parity: tests/test_pvt.py compares logits, features, stages and an epsilon probe with reference outputs.
+Parity: tests/models/test_families.py compares logits, features, stages and an epsilon probe with reference outputs.
 
 Shapes: B batch, H W map, N = H*W tokens (one more with the class token), M reduced tokens, C channels, h heads.
 """

@@ -3,7 +3,7 @@
 Paper: "PVT v2: Improved Baselines with Pyramid Vision Transformer" (Computational Visual Media 2022). Nothing of the
 model is ours; this file maps config keys to timm's arguments and the published files' names to timm's. timm registers
 the variants under the official names already (``timm.create_model("pvt_v2_b2")``).
-Parity: tests/test_pvt_v2.py compares logits, features, stages and an epsilon probe with reference outputs.
+Parity: tests/models/test_families.py compares logits, features, stages and an epsilon probe with reference outputs.
 """
 
 from __future__ import annotations

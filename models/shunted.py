@@ -9,7 +9,7 @@ Every stage ends in a norm, whose output is the stage's feature map; the last on
 
 Parameter names are those of the published files. Beyond the official code, which fails where a map is smaller than its
 merging kernel, such a map is padded with zeros to the kernel; elsewhere rows and columns left over by a kernel stay
-unseen, as there. Parity: tests/test_shunted.py compares logits, features, stages and an epsilon probe with reference
+unseen, as there. Parity: tests/models/test_families.py compares logits, features, stages and an epsilon probe with reference
 outputs.
 
 Shapes: B batch, H W map, C channels, h heads, d head width, R merging rate.
