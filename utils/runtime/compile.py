@@ -13,7 +13,7 @@ from timm.layers import DropPath as TimmDropPath
 from torch import nn
 
 from config import ConfigError
-from models.base import DropPath
+from models.layers import DropPath
 
 SMALLEST_SHARE = 0.1  # of the parameters, for a class of blocks to be worth a graph
 
