@@ -180,7 +180,7 @@ def test_numbered_folders_are_positions_whatever_their_order_as_text(world: Path
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_split_is_not_taken_for_a_set_of_its_own(split: str, world: Path, program) -> None:
-    """Or the training images would be judged where the data's folder was meant."""
+    """Or the training images would be evaluated where the data's folder was meant."""
     done = program("--eval", "--resume", world / "a.pth", "--data-path", world / "data" / split)
     assert done.returncode == 3 and "looks like one split" in done.stderr
 

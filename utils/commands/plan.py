@@ -232,9 +232,9 @@ def _say_time(ready: Prepared, speed: Speed, save: Save, logger: logging.Logger)
         saving += sampler.steps_per_epoch / config.TRAIN.SAVE_EVERY_STEPS * (save.copy if config.TRAIN.BACKGROUND_SAVE else saving / 2)
     epoch = training + evaluation / config.TRAIN.EVAL_FREQ + saving
     epochs = (sampler.total_steps - ready.state.step) / sampler.steps_per_epoch
-    judging = f"{_seconds(evaluation / config.TRAIN.EVAL_FREQ)} evaluation" if speed.evaluation is not None else \
+    evaluation = f"{_seconds(evaluation / config.TRAIN.EVAL_FREQ)} evaluation" if speed.evaluation is not None else \
         "an evaluation of unknown length"
-    logger.info(f"epoch: {clock(epoch)} = {_seconds(training)} training + {judging} + {_seconds(saving)} saving")
+    logger.info(f"epoch: {clock(epoch)} = {_seconds(training)} training + {evaluation} + {_seconds(saving)} saving")
     hours, unit = epoch * epochs * distributed.world_size() / 3600, "GPU" if ready.device.type == "cuda" else "process"
     logger.info(f"run: {clock(epoch * epochs)} for {epochs:.4g} epochs, {hours:.3g} {unit} hours")
 

@@ -101,7 +101,7 @@ class Labels:
         absent = sorted(set(range(len(classes))) - set(present.tolist()))
         if self.name in ("imagenet", "sketch", "v2") and absent:
             raise DataError(f"{source.root}: lacks {len(absent)} of the classifier's {len(classes)} classes "
-                            f"({some([classes[i] for i in absent], 3)}); leave --labels out to judge among those that are there")
+                            f"({some([classes[i] for i in absent], 3)}); leave --labels out to evaluate among those that are there")
         if self.name in ("a", "r"):
             if not absent:
                 raise DataError(f"{source.root}: holds all of the classifier's {len(classes)} classes, {_NAMES[self.name]} has 200; "

@@ -74,7 +74,7 @@ def init(device: torch.device, minutes: float = 20.0) -> None:
                 raise ConfigError(f"DEVICE is {device} for every process; with {group.world_size} of them use DEVICE cuda")
         wait = timedelta(minutes=minutes + 1)
         try:
-            # torchrun's store outlives the processes it starts anew, who would read the addresses of those before them (seen
+            # torchrun's store outlives the processes it starts again, who would read the addresses of those before them (seen
             # with torch 2.15 and gloo): so each attempt has names of its own there.
             store = _launcher_store(wait) if launcher.has_torchruns_store() else None
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=wait, store=store,

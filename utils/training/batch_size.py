@@ -37,7 +37,7 @@ def local_batch(wanted: int, whose: str, world_size: int) -> int:
     """
     if wanted % world_size:
         near = sorted(divisors(wanted), key=lambda n: abs(n - world_size))[:4]
-        other = "begin anew with --pretrained" if whose == "the checkpoint's" else "state another with --global-batch"
+        other = "start again with --pretrained" if whose == "the checkpoint's" else "state another with --global-batch"
         raise ConfigError(f"{whose} global batch of {wanted} cannot be shared by {world_size} processes; "
                           f"start {', '.join(map(str, sorted(near)))} processes, or {other}")
     return wanted // world_size

@@ -70,7 +70,7 @@ def accept_changes(start: Start, config: CfgNode, logger: logging.Logger) -> Non
                     "shorter schedule")
     if changes and not config.TRAIN.ACCEPT_CHANGES:
         raise ConfigError(f"the recipe is not that of {start.path}: {'; '.join(changes.values())}; go on with it by --accept-changes, "
-                          "or begin anew under another --tag")
+                          "or start again under another --tag")
     for line in changes.values():
         logger.log(NOTICE, f"{line} since {start.path} was written")
 
