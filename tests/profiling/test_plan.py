@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import load, torchrun
+from conftest import ROOT, load, torchrun
 
 from config import ConfigError, get_config
 from utils.commands import plan
@@ -114,7 +114,7 @@ def test_fit_keeps_the_global_batch_and_the_checkpoints_on_resume(tiny_cfg: Path
 def test_the_recipe_says_its_global_batch_where_it_is_not_kept(tiny_cfg: Path, program) -> None:
     done = program("--cfg", tiny_cfg, "--plan", "--global-batch", 1024, "--opts", *QUICK)
     assert "notice: the recipe's global batch is 1024, this one 8; " in done.stdout and "--fit keeps the recipe's" in done.stdout
-    config = get_config(str(Path(__file__).parent.parent / "configs/crossformer_t.yaml"), ["DATA.BATCH_SIZE", "4"])
+    config = get_config(str(ROOT / "configs/crossformer_t.yaml"), ["DATA.BATCH_SIZE", "4"])
     assert recipe_batch(config, 1) == 1024 == recipe_batch(config, 8)
 
 
