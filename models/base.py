@@ -6,106 +6,23 @@ Shapes: B batch, H W map, C channels. A stage output is a map, channels last (B,
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
-from models import cpu_bf16 as bf16
-from models.cpu_bf16 import Linear
-from models.weights import load_pretrained_file
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., ECCV 2016): a residual branch left out whole, sample by sample, in training.
-
-    What is kept is scaled by 1/(1 - rate). The rate lives in a tensor, unlike in timm's: ``torch.compile`` takes a number for
-    a constant and would compile every block anew. It is in no state dict.
-    """
-
-    keep: Tensor
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.drop_prob = rate
-        self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) -> the same."""
-        if not self.training:
-            return x
-        return x * self.factor(x)
-
-    def factor(self, x: Tensor) -> Tensor:
-        """What each sample of ``x`` (B, ...) is multiplied by: 0 or 1/(1 - rate), (B, 1, ...)."""
-        kept = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) < self.keep
-        return (kept / self.keep).to(x.dtype)
-
-
-def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
-    """``x + drop_path(branch)``, in one pass over the maps where there is something to drop."""
-    if isinstance(drop_path, DropPath) and drop_path.training:
-        return torch.addcmul(x, branch, drop_path.factor(branch))
-    return x + drop_path(branch)
-
-
-class Mlp(nn.Module):
-    """Two linears with a GELU between. (.., C) -> the same."""
-
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0):
-        super().__init__()
-        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
-        self.act, self.drop = nn.GELU(), nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
-
-
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *context: Any, unit: str) -> Tensor:
-    """``x`` through the blocks of a stage, each called with ``context`` too.
-
-    Args:
-        unit: what the backward pass computes again: of a block, whose input alone is kept until then, of a whole stage, or nothing
-            ("", see ``HierarchicalModel.recomputed``).
-    """
-    members = list(blocks)
-    if not unit:
-        return _in_turn(members, x, *context)
-    for part in [members] if unit == "stage" else [[block] for block in members]:
-        # A graph of the whole model notes the statistics in its forward pass alone, and takes no such context.
-        once = {} if torch.compiler.is_compiling() else dict(context_fn=partial(_recomputation, part))
-        x = checkpoint(partial(_in_turn, part), x, *context, use_reentrant=False, **once)
-    return x
-
-
-def _recomputation(blocks: Sequence[nn.Module]) -> tuple[Any, Any]:
-    return contextlib.nullcontext(), _statistics_kept(blocks)
-
-
-@contextlib.contextmanager
-def _statistics_kept(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Batch norms of ``blocks`` come out with the running statistics they had: they have counted the batch already."""
-    norms = [module for block in blocks for module in block.modules() if isinstance(module, _BatchNorm)]
-    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, values in before:
-            buffer.data.copy_(values)  # .data: autograd would take it for a change of what it has saved
-
-
-def _in_turn(blocks: Sequence[nn.Module], x: Tensor, *context: Any) -> Tensor:
-    for block in blocks:
-        x = block(x, *context)
-    return x
+from models import cpu_bf16
+from models.checkpointing import run_blocks
+from models.layers import make_head
+from models.weights import FilterFn, load_pretrained_file
 
 
 class HierarchicalModel(nn.Module):
@@ -240,14 +157,64 @@ class HierarchicalModel(nn.Module):
             raise ValueError(f"global_pool is {global_pool!r}; choose {', '.join(filter(None, self.pools))}, or '' for none")
 
 
-def make_head(width: int, num_classes: int) -> nn.Module:
-    """The classifier: linear with weights normal(0, 0.02) and no bias at first, or nothing for 0 classes."""
-    if num_classes == 0:
-        return nn.Identity()
-    head = nn.Linear(width, num_classes)
-    nn.init.trunc_normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
-    return head
+class Stage(nn.Module):
+    """Blocks, and the merging of tokens that leads to the next stage, in Swin's layout."""
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None):
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        if downsample is not None:
+            self.downsample = downsample
+
+
+class MergingModel(HierarchicalModel):
+    """Base of models in Swin's layout: ``patch_embed``, then ``layers``, each a ``Stage``, its output taken before the merging."""
+
+    layers: nn.ModuleList
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Image (B, 3, H, W) to tokens (B, H/patch, W/patch, C)."""
+        raise NotImplementedError
+
+    def forward_stages(self, x: Tensor, last: int) -> list[Tensor]:
+        """(B, 3, H, W) -> outputs of stages 0..last, (B, H/patch, W/patch, C) first, each before its merging."""
+        x = self.embed(x)
+        outputs: list[Tensor] = []
+        for index, stage in enumerate(self.layers[:last + 1]):
+            if index:
+                x = self.layers[index - 1].downsample(x)
+            x = run_blocks(stage.blocks, x, unit=self.recomputed)
+            outputs.append(x)
+        return outputs
+
+    def stage_modules(self) -> nn.ModuleList:
+        return self.layers
+
+    def drop_after_stage(self, index: int) -> None:
+        if hasattr(self.layers[index], "downsample"):
+            del self.layers[index].downsample
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return dict(
+            stem=r"^patch_embed|^absolute_pos_embed",
+            blocks=r"^layers\.(\d+)" if coarse else [
+                (r"^layers\.(\d+)\.downsample", (0,)), (r"^layers\.(\d+)\.\w+\.(\d+)", None), (r"^norm", (99999,))])
+
+
+def check_stages(depths: Sequence[int], **per_stage: Sequence[Any]) -> None:
+    """Raise ``ValueError`` unless every argument has an entry for each stage."""
+    for name, value in per_stage.items():
+        if len(value) != len(depths):
+            raise ValueError(f"{name} has {len(value)} entries for {len(depths)} stages (depths {list(depths)})")
+
+
+def check_heads(widths: Sequence[int], num_heads: Sequence[int], least: int = 1) -> None:
+    """Raise ``ValueError`` unless the heads of every stage share its width in equal parts of at least ``least`` channels."""
+    for width, heads in zip(widths, num_heads, strict=True):
+        if width % heads or width // heads < least:
+            raise ValueError(f"a stage of width {width} cannot have {heads} heads; the width must be a multiple of the heads"
+                             + (f" and at least {least} times as many" if least > 1 else ""))
 
 
 def default_cfg(**overrides: Any) -> dict[str, Any]:
@@ -258,8 +225,8 @@ def default_cfg(**overrides: Any) -> dict[str, Any]:
     ), **overrides)
 
 
-def create(model_cls: type[nn.Module], variant: str, pretrained: bool, variant_kwargs: dict[str, Any],
-           filter_fn: Any, **kwargs: Any) -> nn.Module:
+def create(model_cls: type[nn.Module], variant: str, pretrained: bool, variant_kwargs: Mapping[str, Any],
+           filter_fn: FilterFn | None, **kwargs: Any) -> nn.Module:
     """Build a registered variant through timm, with weights read safely and checked key by key.
 
     timm alone loads a file without strictness once the class count differs or features are wanted; a file named by
@@ -271,15 +238,55 @@ def create(model_cls: type[nn.Module], variant: str, pretrained: bool, variant_k
         overlay["custom_load"] = True
     model_args = dict(variant_kwargs, **{k: v for k, v in kwargs.items() if v is not None})
     out_indices = model_args.pop("out_indices", tuple(range(len(model_args["depths"]))))
-    return build_model_with_cfg(
-        _with_loader(model_cls, filter_fn), variant, pretrained, pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=filter_fn, feature_cfg=dict(out_indices=out_indices, feature_cls="getter"), **model_args)
 
-
-def _with_loader(model_cls: type[nn.Module], filter_fn: Any) -> Any:
-    def build(**kwargs: Any) -> nn.Module:
-        model = bf16.mended(model_cls(**kwargs))
+    def build(**model_args: Any) -> nn.Module:
+        model = cpu_bf16.replace_layers(model_cls(**model_args))
         # timm calls this for a named file (custom_load).
         model.load_pretrained = partial(load_pretrained_file, model, filter_fn=filter_fn)
         return model
+
+    return build_model_with_cfg(
+        build, variant, pretrained, pretrained_cfg_overlay=overlay, pretrained_filter_fn=filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"), **model_args)
+
+
+def register_variants(module: str, model_cls: type[nn.Module], variants: Mapping[str, Mapping[str, Any]], filter_fn: FilterFn | None = None,
+                      cfg: Mapping[str, Any] | None = None, cfgs: Mapping[str, Mapping[str, Any]] | None = None,
+                      descriptions: Mapping[str, str] | None = None) -> Callable[[str, dict[str, Any], tuple[int, int]], nn.Module]:
+    """Register every variant of a family with timm, as a function of the variant's name in the family's module.
+
+    Args:
+        module: ``__name__`` of the family's module.
+        variants: arguments of ``model_cls`` by variant.
+        filter_fn: the family's ``checkpoint_filter_fn``.
+        cfg: what the family's ``default_cfg`` overrides.
+        cfgs: what a variant's overrides beside, by variant.
+        descriptions: docstrings of the functions, by variant.
+
+    Returns:
+        ``build(name, kwargs, img_size)``: a variant, or under any other name the model of ``kwargs`` alone. ``img_size`` (height,
+        width) goes to a class that takes it.
+    """
+    home, cfg, cfgs = sys.modules[module], cfg or {}, cfgs or {}
+    home.default_cfgs = generate_default_cfgs({name: default_cfg(**{**cfg, **cfgs.get(name, {})}) for name in variants})
+    for variant in variants:
+        setattr(home, variant, _register(module, model_cls, variant, variants[variant], filter_fn, (descriptions or {}).get(variant)))
+    takes_size = "img_size" in inspect.signature(model_cls).parameters
+
+    def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> nn.Module:
+        kwargs = dict(kwargs, img_size=img_size) if takes_size else kwargs
+        if name in variants:
+            return timm.create_model(name, **kwargs)
+        return create(model_cls, name, False, kwargs, filter_fn, pretrained_cfg=default_cfg(**cfg))
     return build
+
+
+def _register(module: str, model_cls: type[nn.Module], variant: str, variant_kwargs: Mapping[str, Any], filter_fn: FilterFn | None,
+              description: str | None) -> Callable[..., nn.Module]:
+    def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create(model_cls, variant, pretrained, variant_kwargs, filter_fn, **kwargs)
+
+    # timm lists a model under its function's name and module, and looks there for its default_cfgs.
+    entry_point.__module__, entry_point.__name__, entry_point.__qualname__ = module, variant, variant
+    entry_point.__doc__ = description
+    return register_model(entry_point)

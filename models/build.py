@@ -7,7 +7,6 @@ import difflib
 import inspect
 import logging
 import sys
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -17,14 +16,23 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import ConfigError, image_size
-from models import cpu_bf16 as bf16
-from models import crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin
+from models import cpu_bf16, crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin
 from models.base import HierarchicalModel
 from models.safe_load import CheckpointError
-from models.weights import LoadReport, check_fits, classifier_prefixes, fit_pretrained, load_pretrained_file, read_class_map, translate
+from models.weights import (
+    FilterFn,
+    LoadReport,
+    check_fits,
+    classifier_prefixes,
+    fit_pretrained,
+    load_pretrained_file,
+    read_class_map,
+    translate,
+)
 
-# A family module gives VARIANTS (name -> kwargs), build(name, kwargs), NODE_KEYS (config key -> kwarg) and
-# checkpoint_filter_fn; REQUIRED are the numbers without which a label is not a model.
+# A family's module gives VARIANTS (name -> arguments), build(name, arguments, img_size), checkpoint_filter_fn, NODE_KEYS (config key
+# -> argument, which arguments() may adjust), ONLY (keys that take one value) and REQUIRED, the numbers without which a name of one's
+# own is no model.
 _FAMILIES: dict[str, ModuleType] = {
     "crossformer": crossformer, "swin": swin, "cvt": cvt, "shunted": shunted, "mpvit": mpvit, "pvt": pvt, "pvt_v2": pvt_v2,
     "galerkin": galerkin}
@@ -54,7 +62,7 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
         _checkpoint_activations(model, config)
     if config.FUSED_LAYERNORM:
         _fuse_layer_norms(model)
-    return bf16.mended(model)
+    return cpu_bf16.replace_layers(model)
 
 
 def _checkpoint_activations(model: nn.Module, config: CfgNode) -> None:
@@ -72,7 +80,7 @@ def _checkpoint_activations(model: nn.Module, config: CfgNode) -> None:
                           "set it to False") from None
 
 
-def _translation(model: nn.Module, config: CfgNode) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
+def _filter_fn(model: nn.Module, config: CfgNode) -> FilterFn | None:
     """What turns published names and sizes into the model's own: the family's, or that of the timm model's file."""
     home: Any = _FAMILIES.get(config.MODEL.TYPE) or sys.modules.get(type(model).__module__)
     return getattr(home, "checkpoint_filter_fn", None)
@@ -91,7 +99,7 @@ def load_pretrained(model: nn.Module, path: str, config: CfgNode) -> LoadReport:
         CheckpointError: unreadable, unsafe or other weights, or the hub cannot be reached.
         ConfigError: ``hub`` for a model that timm has no weights of.
     """
-    filter_fn = _translation(model, config)
+    filter_fn = _filter_fn(model, config)
     class_map = read_class_map(config.MODEL.CLASS_MAP) if config.MODEL.CLASS_MAP else None
     if path == "hub":
         return fit_pretrained(model, _hub_weights(config), "hub", filter_fn, class_map)
@@ -116,14 +124,14 @@ def load_state(model: nn.Module, state: dict[str, Tensor], config: CfgNode, path
     """Load weights that must fit ``model`` entirely, ours or published ones (whose names the family translates)."""
     own = model.state_dict()
     if state.keys() != own.keys() or any(own[n].shape != state[n].shape for n in own):
-        state = translate(state, model, path, _translation(model, config))
+        state = translate(state, model, path, _filter_fn(model, config))
     check_fits(model, state, path)
     model.load_state_dict(state)
 
 
 def classifier_rows(model: nn.Module, state: dict[str, Tensor], config: CfgNode, path: str) -> int:
     """Classes that published weights for ``model`` tell apart, whatever the model's own number; 0 where they hold no classifier."""
-    state = translate(state, model, path, _translation(model, config))
+    state = translate(state, model, path, _filter_fn(model, config))
     own, heads = model.state_dict(), tuple(head + "." for head in classifier_prefixes(model))
     rows = [len(state[name]) for name in own if name.startswith(heads) and name in state and own[name].ndim]
     return rows[-1] if rows else 0
@@ -142,16 +150,13 @@ def architecture(config: CfgNode, num_classes: int) -> tuple[str, dict[str, Any]
     family = _FAMILIES[kind]
     with torch.device("meta"):  # only its class is asked for
         parameters = inspect.signature(type(build_model(config, num_classes)).__init__).parameters
-    arguments = _given(family, config)
+    arguments = _node_arguments(family, config)
     if name not in family.VARIANTS:
         name = next(iter(family.VARIANTS))
         arguments = {key: parameters[key].default for key in family.VARIANTS[name] if key in parameters} | arguments
     elif not timm.is_model(name):  # timm's Swin bears other names
         arguments = family.VARIANTS[name] | arguments
-    adjust = getattr(family, "arguments", None)
-    if adjust is not None:
-        arguments = adjust(arguments, image_size(config))
-    elif "img_size" in parameters:
+    if "img_size" in parameters:
         arguments["img_size"] = image_size(config)
     arguments = {key: value for key, value in arguments.items() if value is not None and key not in ("drop_rate", "drop_path_rate")}
     return _HUB.get(name, name), _plain(dict(arguments, num_classes=num_classes))
@@ -193,7 +198,7 @@ def _build_family(config: CfgNode, common: dict[str, Any]) -> nn.Module:
     for leaf, accepted in family.ONLY.items():
         if node[leaf] is not None and node[leaf] != accepted:
             raise ConfigError(f"{key}.{leaf} is {node[leaf]}; only {accepted} is supported here, no published model uses another")
-    given = _given(family, config)
+    given = _node_arguments(family, config)
     if name not in family.VARIANTS:
         # A label, as in the repositories' files: the node's numbers make the model.
         missing = [f"{key}.{leaf}" for leaf in family.REQUIRED if node[leaf] is None]
@@ -208,10 +213,11 @@ def _build_family(config: CfgNode, common: dict[str, Any]) -> nn.Module:
         raise ConfigError(f"MODEL.NAME {name}: {error or 'these sizes make no model'}") from None
 
 
-def _given(family: ModuleType, config: CfgNode) -> dict[str, Any]:
+def _node_arguments(family: ModuleType, config: CfgNode) -> dict[str, Any]:
     """The model's arguments that the family's config node sets."""
     node = config.MODEL[config.MODEL.TYPE.upper()]
-    return {kwarg: node[leaf] for leaf, kwarg in family.NODE_KEYS.items() if node[leaf] is not None}
+    given = {argument: node[key] for key, argument in family.NODE_KEYS.items() if node[key] is not None}
+    return family.arguments(given) if hasattr(family, "arguments") else given
 
 
 def _create_timm(config: CfgNode, common: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -244,7 +250,7 @@ def _fuse_layer_norms(model: nn.Module) -> None:
         return  # main.py has told the user (utils.optim.apex_notices)
     for module in list(model.modules()):
         for child_name, child in list(module.named_children()):
-            if type(child) in (nn.LayerNorm, bf16.LayerNorm):
+            if type(child) in (nn.LayerNorm, cpu_bf16.LayerNorm):
                 fused = FusedLayerNorm(child.normalized_shape, eps=child.eps, elementwise_affine=child.elementwise_affine)
                 fused.load_state_dict(child.state_dict())
                 setattr(module, child_name, fused)

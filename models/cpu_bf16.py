@@ -1,6 +1,6 @@
 """What torch and oneDNN get wrong in bf16 on a CPU, done right; and linears, which they compute right but slowly.
 
-tests/test_ops.py runs every operation of every family beside itself in fp64; what failed there is here.
+tests/models/test_ops.py runs every operation of every family beside itself in fp64; what failed there is here.
 A GPU computes all of it well, and so does the code that ``torch.compile`` makes.
 """
 
@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def mended(model: nn.Module) -> nn.Module:
-    """``model`` itself, its layer norms, linears and doubtful convolutions of the classes below; names and weights stay."""
+def replace_layers(model: nn.Module) -> nn.Module:
+    """Turn the layer norms, linears and doubtful convolutions of ``model`` into the classes below; names and weights stay."""
     for module in model.modules():
-        kind = _MENDED.get(type(module))
-        if kind is not None and (kind is not Conv2d or doubtful(module.weight)):
+        kind = _REPLACEMENTS.get(type(module))
+        if kind is not None and (kind is not Conv2d or onednn_may_fail(module.weight)):
             module.__class__ = kind
     return model
 
 
-def computed_in(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The type that a product with ``x`` is computed in: autocast's, or without it its own."""
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # meta knows no autocast
@@ -49,7 +49,7 @@ class LayerNorm2d(LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def sum_of_rows(x: Tensor) -> Tensor:
+def sum_rows(x: Tensor) -> Tensor:
     """(n, p) -> (p,), as a product with ones, which in bf16 on a CPU is faster than a sum (1.5 to 2 times)."""
     return (x.new_ones(1, len(x)) @ x)[0]
 
@@ -77,7 +77,7 @@ class _LayerNormInBf16(torch.autograd.Function):
             # x minus its mean is exact to what rounding has left of x.
             apart = (torch.sub(x, mean.to(x.dtype)) * grad).flatten(0, -2)
             to_weight = (rstd.view(1, -1).to(x.dtype) @ apart)[0].to(weight.dtype)
-            to_bias = None if bias is None else sum_of_rows(grad.flatten(0, -2)).to(bias.dtype)
+            to_bias = None if bias is None else sum_rows(grad.flatten(0, -2)).to(bias.dtype)
         return to_x, to_weight, to_bias, None
 
 
@@ -130,7 +130,7 @@ class _LinearInBf16(torch.autograd.Function):
         rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
         to_x = grad @ weight if ctx.needs_input_grad[0] else None
         to_weight = _transposed_product(grads, rows) if ctx.needs_input_grad[1] else None
-        to_bias = sum_of_rows(grads) if ctx.needs_input_grad[2] else None
+        to_bias = sum_rows(grads) if ctx.needs_input_grad[2] else None
         return to_x, to_weight, to_bias
 
 
@@ -149,24 +149,24 @@ def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Conv2d(nn.Conv2d):
-    """``nn.Conv2d`` by ``convolve``."""
+    """``nn.Conv2d`` by ``conv2d``."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding_mode != "zeros":
             return super()._conv_forward(x, weight, bias)
-        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any, **more: Any) -> Tensor:
-    """``F.conv2d`` of the same arguments, on a CPU in bf16 computed in fp32 where it is ``doubtful``."""
-    dtype = computed_in(x)
-    if x.device.type != "cpu" or dtype != torch.bfloat16 or not doubtful(weight):
-        return F.conv2d(x, weight, bias, *how, **more)
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+    """``F.conv2d`` of the same arguments, on a CPU in bf16 computed in fp32 where ``onednn_may_fail``."""
+    dtype = compute_dtype(x)
+    if x.device.type != "cpu" or dtype != torch.bfloat16 or not onednn_may_fail(weight):
+        return F.conv2d(x, weight, bias, *args, **kwargs)
     with torch.autocast("cpu", enabled=False):
-        return F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), *how, **more).to(dtype)
+        return F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), *args, **kwargs).to(dtype)
 
 
-def doubtful(weight: Tensor) -> bool:
+def onednn_may_fail(weight: Tensor) -> bool:
     """Whether oneDNN 3.13 may answer a convolution by ``weight`` (C', C, k, k) with numbers that have nothing to do with it.
 
     With AMX it does so, or even writes where it must not, for some even C below 32 and k of 4 and more: 12 channels under a
@@ -176,5 +176,5 @@ def doubtful(weight: Tensor) -> bool:
     return weight.shape[1] < 32 and weight.shape[1] % 2 == 0 and weight.shape[3] >= 4
 
 
-_MENDED = {nn.LayerNorm: LayerNorm, timm.layers.LayerNorm: LayerNorm, timm.layers.LayerNorm2d: LayerNorm2d, nn.Conv2d: Conv2d,
+_REPLACEMENTS = {nn.LayerNorm: LayerNorm, timm.layers.LayerNorm: LayerNorm, timm.layers.LayerNorm2d: LayerNorm2d, nn.Conv2d: Conv2d,
            nn.Linear: Linear}

@@ -8,7 +8,7 @@ values strided; a class token joins in the last stage and alone goes to the clas
 
 Parameter names are those of the published files. Beyond the official code, a batch of one keeps its axis, an image too
 small for the first kernel is padded to it, and the mean of the last map can take the class token's place (``avg``).
-Parity: tests/test_cvt.py compares logits, features, stages and an epsilon probe with reference outputs.
+Parity: tests/models/test_families.py compares logits, features, stages and an epsilon probe with reference outputs.
 
 Shapes: B batch, H W map, C channels, h heads, d head width, N tokens: H*W, one more with the class token in front.
 """
@@ -19,17 +19,18 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, add_branch, create, default_cfg, make_head, run_blocks
+from models.attention import attention
+from models.base import HierarchicalModel, check_heads, check_stages, register_variants
+from models.checkpointing import run_blocks
 from models.cpu_bf16 import Linear, linear
-from models.ops import DepthwiseConv2d, attend, channels_last, conv_norm
+from models.layers import DropPath, add_branch, init_linear, make_head
+from models.ops import DepthwiseConv2d, channels_last, conv_norm, pad_to
 
 
 class ConvEmbedding(nn.Module):
@@ -42,10 +43,7 @@ class ConvEmbedding(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        pad_h, pad_w = max(0, self.least - x.shape[2]), max(0, self.least - x.shape[3])
-        if pad_h or pad_w:
-            x = F.pad(x, (0, pad_w, 0, pad_h))
-        return self.norm(self.proj(channels_last(x)).permute(0, 2, 3, 1))
+        return self.norm(self.proj(channels_last(pad_to(x, self.least))).permute(0, 2, 3, 1))
 
 
 class Attention(nn.Module):
@@ -81,8 +79,8 @@ class Attention(nn.Module):
             y = linear(y if token is None else torch.cat([token, y], dim=1))
             return y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
-        x = attend(heads(self.conv_proj_q, self.proj_q), heads(self.conv_proj_k, self.proj_k),
-                   heads(self.conv_proj_v, self.proj_v), self.scale, self.attn_drop)
+        x = attention(heads(self.conv_proj_q, self.proj_q), heads(self.conv_proj_k, self.proj_k),
+                      heads(self.conv_proj_v, self.proj_v), self.scale, self.attn_drop)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, dim)))
 
 
@@ -170,14 +168,9 @@ class CvT(HierarchicalModel):
                  drop_rate: float = 0.0, attn_drop_rate: float = 0.0, drop_path_rate: float = 0.1):
         super().__init__()
         self.num_stages = len(depths)
-        for name, value in (("embed_dims", embed_dims), ("num_heads", num_heads), ("mlp_ratios", mlp_ratios),
-                            ("patch_sizes", patch_sizes), ("patch_strides", patch_strides),
-                            ("patch_paddings", patch_paddings), ("kv_strides", kv_strides)):
-            if len(value) != len(depths):
-                raise ValueError(f"{name} has {len(value)} entries for {len(depths)} stages (depths {list(depths)})")
-        for width, heads in zip(embed_dims, num_heads, strict=True):
-            if width % heads:
-                raise ValueError(f"a stage of width {width} cannot have {heads} heads; the width must be a multiple of the heads")
+        check_stages(depths, embed_dims=embed_dims, num_heads=num_heads, mlp_ratios=mlp_ratios, patch_sizes=patch_sizes,
+                     patch_strides=patch_strides, patch_paddings=patch_paddings, kv_strides=kv_strides)
+        check_heads(embed_dims, num_heads)
         reductions = [patch_strides[0]]
         for stride in patch_strides[1:]:
             reductions.append(reductions[-1] * stride)
@@ -270,12 +263,9 @@ def join_tokens(token: Tensor | None, y: Tensor) -> Tensor:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Linears and class token normal(0, 0.02), biases 0; norms 1 and 0; convolutions keep torch's default."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, Stage) and module.cls_token is not None:
+    """As ``init_linear``; class token normal(0, 0.02)."""
+    init_linear(module)
+    if isinstance(module, Stage) and module.cls_token is not None:
         trunc_normal_(module.cls_token, std=0.02)
 
 
@@ -305,41 +295,11 @@ ONLY: dict[str, Any] = {}
 REQUIRED = ("EMBED_DIMS", "DEPTHS", "NUM_HEADS")
 
 
-def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> CvT:
-    """The model of a variant's or a config node's numbers; nothing in it depends on ``img_size``."""
-    if name in VARIANTS:
-        return timm.create_model(name, **kwargs)
-    return create(CvT, name, False, kwargs, checkpoint_filter_fn, pretrained_cfg=_cfg())
-
-
-def _cfg(**overrides: Any) -> dict[str, Any]:
-    return default_cfg(**dict(dict(pool_size=(14, 14), first_conv="stage0.patch_embed.proj"), **overrides))
-
-
-default_cfgs = generate_default_cfgs({
-    "cvt_13": _cfg(),
-    "cvt_21": _cfg(),
-    "cvt_w24": _cfg(input_size=(3, 384, 384), pool_size=(24, 24), crop_pct=1.0, crop_mode="squash"),
-})
-
-
-def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> CvT:
-    return create(CvT, variant, pretrained, VARIANTS[variant], checkpoint_filter_fn, **kwargs)
-
-
-@register_model
-def cvt_13(pretrained: bool = False, **kwargs: Any) -> CvT:
-    """CvT-13: 20.0 M parameters, 4.6 GMACs at 224, 16.3 at 384."""
-    return _create("cvt_13", pretrained, **kwargs)
-
-
-@register_model
-def cvt_21(pretrained: bool = False, **kwargs: Any) -> CvT:
-    """CvT-21: 31.6 M parameters, 7.2 GMACs at 224, 24.8 at 384."""
-    return _create("cvt_21", pretrained, **kwargs)
-
-
-@register_model
-def cvt_w24(pretrained: bool = False, **kwargs: Any) -> CvT:
-    """CvT-W24: 277.2 M parameters, 194.2 GMACs at 384."""
-    return _create("cvt_w24", pretrained, **kwargs)
+build = register_variants(
+    __name__, CvT, VARIANTS, checkpoint_filter_fn, cfg=dict(pool_size=(14, 14), first_conv="stage0.patch_embed.proj"),
+    cfgs={"cvt_w24": dict(input_size=(3, 384, 384), pool_size=(24, 24), crop_pct=1.0, crop_mode="squash")},
+    descriptions={
+        "cvt_13": "CvT-13: 20.0 M parameters, 4.6 GMACs at 224, 16.3 at 384.",
+        "cvt_21": "CvT-21: 31.6 M parameters, 7.2 GMACs at 224, 24.8 at 384.",
+        "cvt_w24": "CvT-W24: 277.2 M parameters, 194.2 GMACs at 384.",
+    })

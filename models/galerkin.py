@@ -12,7 +12,7 @@ Swin-S with the attention exchanged, and so without its output projection.
 
 Differences from the official attention: the dropout of K^T V acts in training only, where the official function drops
 half of it in evaluation too; heads are normed in one call instead of one by one.
-Parity: tests/test_galerkin.py compares the attention, as a function and as a module, with reference outputs.
+Parity: tests/models/test_galerkin.py compares the attention, as a function and as a module, with reference outputs.
 
 Any input works: the image is padded to whole tokens and a map of odd size by one row or column before merging.
 
@@ -24,15 +24,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, Mlp, add_branch, create, default_cfg, make_head, run_blocks
+from models.base import MergingModel, Stage, check_heads, check_stages, register_variants
 from models.cpu_bf16 import Linear
+from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
+from models.ops import pad_to_even, pad_to_multiple
 
 
 def galerkin_attention(q: Tensor, k: Tensor, v: Tensor, k_weight: Tensor | None = None, k_bias: Tensor | None = None,
@@ -154,12 +154,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not -size % patch: torch.compile with dynamic sizes cannot bound the remainder of a negative number.
-        patch = self.patch_size
-        pad_h, pad_w = (patch - x.shape[2] % patch) % patch, (patch - x.shape[3] % patch) % patch
-        if pad_h or pad_w:
-            x = F.pad(x, (0, pad_w, 0, pad_h))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(pad_to_multiple(x, self.patch_size)).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):
@@ -171,25 +166,13 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        pad_h, pad_w = x.shape[1] % 2, x.shape[2] % 2
-        if pad_h or pad_w:
-            x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+        x = pad_to_even(x)
         batch, height, width, dim = x.shape
         x = x.view(batch, height // 2, 2, width // 2, 2, dim).permute(0, 1, 3, 4, 2, 5).flatten(3)
         return self.reduction(self.norm(x))
 
 
-class Stage(nn.Module):
-    """Blocks, and the merging that leads to the next stage."""
-
-    def __init__(self, blocks: Sequence[Block], downsample: PatchMerging | None):
-        super().__init__()
-        self.blocks = nn.Sequential(*blocks)
-        if downsample is not None:
-            self.downsample = downsample
-
-
-class GalerkinTransformer(HierarchicalModel):
+class GalerkinTransformer(MergingModel):
     """Galerkin classifier and backbone.
 
     Args:
@@ -209,15 +192,11 @@ class GalerkinTransformer(HierarchicalModel):
                  drop_path_rate: float = 0.1):
         super().__init__()
         stages = len(depths)
-        if len(num_heads) != stages:
-            raise ValueError(f"num_heads has {len(num_heads)} entries for {stages} stages (depths {list(depths)})")
+        check_stages(depths, num_heads=num_heads)
         if patch_size < 1:
             raise ValueError(f"patch_size is {patch_size}; it must be at least 1 (the variants have 4 or 2)")
         widths = [embed_dim * 2 ** i for i in range(stages)]
-        for width, heads in zip(widths, num_heads, strict=True):
-            if width % heads or width // heads < 2:
-                raise ValueError(f"a stage of width {width} (from embed_dim {embed_dim}) cannot have {heads} heads; "
-                                 "the width must be a multiple of the heads and at least twice as many")
+        check_heads(widths, num_heads, least=2)
         self.init_protocol(num_classes, in_chans, global_pool, drop_rate, widths, [patch_size * 2 ** i for i in range(stages)],
                            [f"layers.{i}" for i in range(stages)])
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, patch_norm)
@@ -233,40 +212,16 @@ class GalerkinTransformer(HierarchicalModel):
         self.head = make_head(widths[-1], num_classes)
         self.apply(init_weights)
 
-    def stage_modules(self) -> nn.ModuleList:
-        return self.layers
-
-    def drop_after_stage(self, index: int) -> None:
-        if hasattr(self.layers[index], "downsample"):
-            del self.layers[index].downsample
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        return dict(
-            stem=r"^patch_embed",
-            blocks=r"^layers\.(\d+)" if coarse else [
-                (r"^layers\.(\d+)\.downsample", (0,)), (r"^layers\.(\d+)\.\w+\.(\d+)", None), (r"^norm", (99999,))])
-
-    def forward_stages(self, x: Tensor, last: int) -> list[Tensor]:
-        """(B, 3, H, W) -> outputs of stages 0..last, (B, H/patch, W/patch, C) first, each before its merging."""
-        x = self.pos_drop(self.patch_embed(x))
-        outputs: list[Tensor] = []
-        for index, stage in enumerate(self.layers[:last + 1]):
-            if index:
-                x = self.layers[index - 1].downsample(x)
-            x = run_blocks(stage.blocks, x, unit=self.recomputed)
-            outputs.append(x)
-        return outputs
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, H/patch, W/patch, C), rounded up."""
+        return self.pos_drop(self.patch_embed(x))
 
 
 def init_weights(module: nn.Module) -> None:
-    """Linears normal(0, 0.02), biases 0; norms 1 and 0; convolutions keep torch's default. The projections to queries,
-    keys and values start near a hundredth of the identity, as the paper's layers do: xavier-uniform of gain 0.01 on top."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, GalerkinAttention):  # apply() comes to a module after its children
+    """As ``init_linear``, but the projections to queries, keys and values start near a hundredth of the identity, as the paper's
+    layers do: xavier-uniform of gain 0.01 on top."""
+    init_linear(module)
+    if isinstance(module, GalerkinAttention):  # apply() comes to a module after its children
         dim = module.qkv.in_features
         for weight in module.qkv.weight.detach().split(dim):
             nn.init.xavier_uniform_(weight, gain=0.01)
@@ -292,38 +247,11 @@ ONLY: dict[str, Any] = {}
 REQUIRED = ("EMBED_DIM", "DEPTHS", "NUM_HEADS")
 
 
-def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> GalerkinTransformer:
-    """The model of a variant's or a config node's numbers; it takes images of any size."""
-    if name in VARIANTS:
-        return timm.create_model(name, **kwargs)
-    return create(GalerkinTransformer, name, False, kwargs, checkpoint_filter_fn, pretrained_cfg=_cfg())
-
-
-def _cfg(patch_size: int = 4) -> dict[str, Any]:
-    side = 224 // (patch_size * 8)
-    return default_cfg(first_conv="patch_embed.proj", pool_size=(side, side))
-
-
-default_cfgs = generate_default_cfgs({name: _cfg(kwargs["patch_size"]) for name, kwargs in VARIANTS.items()})
-
-
-def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> GalerkinTransformer:
-    return create(GalerkinTransformer, variant, pretrained, VARIANTS[variant], checkpoint_filter_fn, **kwargs)
-
-
-@register_model
-def galerkin_tiny(pretrained: bool = False, **kwargs: Any) -> GalerkinTransformer:
-    """Galerkin-T: 26.1 M parameters, 4.1 GMACs at 224."""
-    return _create("galerkin_tiny", pretrained, **kwargs)
-
-
-@register_model
-def galerkin_small(pretrained: bool = False, **kwargs: Any) -> GalerkinTransformer:
-    """Galerkin-S: 45.7 M parameters, 8.0 GMACs at 224."""
-    return _create("galerkin_small", pretrained, **kwargs)
-
-
-@register_model
-def galerkin_base(pretrained: bool = False, **kwargs: Any) -> GalerkinTransformer:
-    """Galerkin-B: 63.4 M parameters, 42.0 GMACs at 224 (patch 2, so four times the tokens)."""
-    return _create("galerkin_base", pretrained, **kwargs)
+build = register_variants(
+    __name__, GalerkinTransformer, VARIANTS, checkpoint_filter_fn, cfg=dict(first_conv="patch_embed.proj"),
+    cfgs={"galerkin_base": dict(pool_size=(14, 14))},
+    descriptions={
+        "galerkin_tiny": "Galerkin-T: 26.1 M parameters, 4.1 GMACs at 224.",
+        "galerkin_small": "Galerkin-S: 45.7 M parameters, 8.0 GMACs at 224.",
+        "galerkin_base": "Galerkin-B: 63.4 M parameters, 42.0 GMACs at 224 (patch 2, so four times the tokens).",
+    })

@@ -11,7 +11,7 @@ of the keys, then two products of the size of a head, so the cost is linear in t
 
 Parameter names are those of the published files; the encodings that layers share appear there under every owner's name,
 and so they do here. The official code takes any size, and so does this one: every convolution pads.
-Parity: tests/test_mpvit.py compares logits, features, stages and an epsilon probe with reference outputs.
+Parity: tests/models/test_families.py compares logits, features, stages and an epsilon probe with reference outputs.
 
 Shapes: B batch, H W map, N = H*W tokens, C channels, h heads, d head width.
 """
@@ -22,14 +22,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
-from timm.layers import calculate_drop_path_rates, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, Mlp, add_branch, create, default_cfg, make_head, run_blocks
+from models.base import HierarchicalModel, check_heads, check_stages, register_variants
+from models.checkpointing import run_blocks
 from models.cpu_bf16 import Linear
+from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
 from models.ops import DepthwiseConv2d, channels_last, concatenate, conv_norm
 
 
@@ -129,12 +129,12 @@ class FactorizedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        y = attend(q, k, v, self.num_heads, self.scale)
+        y = factorized_attention(q, k, v, self.num_heads, self.scale)
         # The relative term is not scaled.
         return self.proj_drop(self.proj(y + q * self.crpe(v)))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
+def factorized_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
     """scale q (softmax(k)^T v) in each head for (B, H, W, C), the softmax over the tokens, the queries as they are.
 
     No N x N matrix arises, so there is no fused kernel to prefer on a GPU.
@@ -233,18 +233,14 @@ class MPViT(HierarchicalModel):
                  drop_rate: float = 0.0, drop_path_rate: float = 0.0):
         super().__init__()
         stages = len(depths)
-        for name, value in (("embed_dims", embed_dims), ("num_paths", num_paths), ("num_heads", num_heads),
-                            ("mlp_ratios", mlp_ratios)):
-            if len(value) != stages:
-                raise ValueError(f"{name} has {len(value)} entries for {stages} stages (depths {list(depths)})")
+        check_stages(depths, embed_dims=embed_dims, num_paths=num_paths, num_heads=num_heads, mlp_ratios=mlp_ratios)
+        check_heads(embed_dims, num_heads)
         if min(num_paths) < 1:
             raise ValueError(f"num_paths is {list(num_paths)}; every stage needs a path")
         if any(len(window) != 2 or window[0] % 2 == 0 for window in crpe_windows):
             raise ValueError(f"crpe_windows is {crpe_windows}; give pairs of an odd kernel and its heads")
         served = sum(heads for _, heads in crpe_windows)
-        for width, heads in zip(embed_dims, num_heads, strict=True):
-            if width % heads:
-                raise ValueError(f"a stage of width {width} cannot have {heads} heads; the width must be a multiple of them")
+        for heads in num_heads:
             if served != heads:
                 raise ValueError(f"crpe_windows serves {served} heads of {heads}; its second numbers must add up to num_heads")
         out_dims = [*embed_dims[1:], embed_dims[-1]]
@@ -308,13 +304,10 @@ class MPViT(HierarchicalModel):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Linears normal(0, 0.02), biases 0; norms 1 and 0; convolutions followed by a batch norm, which are those without
-    bias, normal(0, sqrt(2 / (kernel area * outputs))), depthwise ones too; the position encodings keep torch's default."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d) and module.bias is None:
+    """As ``init_linear``; convolutions followed by a batch norm, which are those without bias, normal(0, sqrt(2 / (kernel area *
+    outputs))), depthwise ones too; the position encodings keep torch's default."""
+    init_linear(module)
+    if isinstance(module, nn.Conv2d) and module.bias is None:
         nn.init.normal_(module.weight, std=math.sqrt(2 / (module.kernel_size[0] * module.kernel_size[1] * module.out_channels)))
 
 
@@ -339,43 +332,11 @@ ONLY: dict[str, Any] = {}
 REQUIRED = ("EMBED_DIMS", "DEPTHS", "NUM_PATHS", "NUM_HEADS", "MLP_RATIOS")
 
 
-def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> MPViT:
-    """The model of a variant's or a config node's numbers; it takes images of any size."""
-    if name in VARIANTS:
-        return timm.create_model(name, **kwargs)
-    return create(MPViT, name, False, kwargs, checkpoint_filter_fn, pretrained_cfg=_cfg())
-
-
-def _cfg() -> dict[str, Any]:
-    return default_cfg(first_conv="stem.0.conv", classifier="cls_head.cls")
-
-
-default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
-
-
-def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> MPViT:
-    return create(MPViT, variant, pretrained, VARIANTS[variant], checkpoint_filter_fn, **kwargs)
-
-
-@register_model
-def mpvit_tiny(pretrained: bool = False, **kwargs: Any) -> MPViT:
-    """MPViT-T: 5.8 M parameters, 1.6 GMACs at 224."""
-    return _create("mpvit_tiny", pretrained, **kwargs)
-
-
-@register_model
-def mpvit_xsmall(pretrained: bool = False, **kwargs: Any) -> MPViT:
-    """MPViT-XS: 10.6 M parameters, 3.0 GMACs at 224."""
-    return _create("mpvit_xsmall", pretrained, **kwargs)
-
-
-@register_model
-def mpvit_small(pretrained: bool = False, **kwargs: Any) -> MPViT:
-    """MPViT-S: 22.9 M parameters, 4.8 GMACs at 224."""
-    return _create("mpvit_small", pretrained, **kwargs)
-
-
-@register_model
-def mpvit_base(pretrained: bool = False, **kwargs: Any) -> MPViT:
-    """MPViT-B: 74.8 M parameters, 16.4 GMACs at 224."""
-    return _create("mpvit_base", pretrained, **kwargs)
+build = register_variants(
+    __name__, MPViT, VARIANTS, checkpoint_filter_fn, cfg=dict(first_conv="stem.0.conv", classifier="cls_head.cls"),
+    descriptions={
+        "mpvit_tiny": "MPViT-T: 5.8 M parameters, 1.6 GMACs at 224.",
+        "mpvit_xsmall": "MPViT-XS: 10.6 M parameters, 3.0 GMACs at 224.",
+        "mpvit_small": "MPViT-S: 22.9 M parameters, 4.8 GMACs at 224.",
+        "mpvit_base": "MPViT-B: 74.8 M parameters, 16.4 GMACs at 224.",
+    })

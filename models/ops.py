@@ -1,6 +1,6 @@
-"""Operations whose fastest form depends on the device and the precision, the result being the same.
+"""Padding, and operations whose fastest form depends on the device and the precision, the result being the same.
 
-Shapes: B batch, H W map, C channels, h heads, d head width, N queries, M keys.
+Shapes: B batch, H W map, C channels.
 """
 
 from __future__ import annotations
@@ -12,22 +12,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.cpu_bf16 import computed_in, linear
+from models.cpu_bf16 import compute_dtype, linear
 
 LARGE_MAP = 2 ** 19  # numbers of one sample, 1 MiB in bfloat16: two such maps leave a core's cache no room
 _FEW_CHANNELS = 64  # 128 bytes in bfloat16, two cache lines
-_MANY_KEYS = 512  # from here on the fused attention is no slower in any form, and holds no N*M logits
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: nn.Dropout) -> Tensor:
-    """softmax(scale q k^T) v for queries (B, h, N, d) and keys, values (B, h, M, d), by the fastest form; (B, h, N, d).
+def pad_to(x: Tensor, least: int) -> Tensor:
+    """(B, C, H, W) with zeros below and to the right so that no side is shorter than ``least``."""
+    pad_h, pad_w = max(0, least - x.shape[2]), max(0, least - x.shape[3])
+    return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
 
-    The fused form wins everywhere but in bfloat16 training on a CPU, where its backward takes 3 to 8 times as long as products.
-    """
-    if q.device.type != "cpu" or q.dtype == torch.float32 or k.shape[2] >= _MANY_KEYS or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=drop.p if drop.training else 0.0, scale=scale)
-    # The scale goes to the keys, which reduced maps make fewer than the queries.
-    return drop((q @ (k * scale).transpose(-2, -1)).softmax(dim=-1)) @ v
+
+def pad_to_multiple(x: Tensor, side: int) -> Tensor:
+    """(B, C, H, W) with zeros below and to the right up to the next multiple of ``side``."""
+    # Not -size % side: torch.compile with dynamic sizes cannot bound the remainder of a negative number.
+    pad_h, pad_w = (side - x.shape[2] % side) % side, (side - x.shape[3] % side) % side
+    return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
+
+
+def pad_to_even(x: Tensor) -> Tensor:
+    """(B, H, W, C) with a row and a column of zeros where the height or the width is odd."""
+    pad_h, pad_w = x.shape[1] % 2, x.shape[2] % 2
+    return F.pad(x, (0, 0, 0, pad_w, 0, pad_h)) if pad_h or pad_w else x
+
+
+def space_to_depth(x: Tensor, side: int) -> Tensor:
+    """(B, C, H, W) -> (B, H/side, W/side, C*side*side), a block's pixels in the order channel, row, column."""
+    wide = {8: torch.int64, 16: torch.complex128}.get(side * x.element_size())
+    if wide is None or x.requires_grad or x.device.type == "mps" or torch.compiler.is_compiling():
+        return x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    # A block's row moved as one number: four times as fast.
+    x, dtype = x.contiguous(), x.dtype
+    return x.view(wide).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3).contiguous().view(dtype).flatten(3)
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -47,7 +64,7 @@ class DepthwiseConv2d(nn.Conv2d):
         weight = self.weight
         if self.skip:
             weight = weight + F.pad(weight.new_ones(1, 1, 1, 1), (self.kernel_size[0] // 2,) * 4)
-        dtype = computed_in(x)
+        dtype = compute_dtype(x)
         if x.device.type != "cpu" or dtype != torch.bfloat16 or not torch.is_grad_enabled():
             return self._conv_forward(x, weight, self.bias)
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
@@ -141,7 +158,7 @@ class _Concatenate(torch.autograd.Function):
 def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """A convolution without bias, then batch norm; in evaluation one convolution. (B, C, H, W) -> (B, C', H', W').
 
-    The product with the norm is made anew each time, which costs next to nothing and can never be stale.
+    The product with the norm is computed each time, which costs next to nothing and can never be stale.
     """
     if norm.training:
         return norm(conv(x))

@@ -10,7 +10,7 @@ Parameter names are those of the published files. As in the official code, a pat
 is left out. Beyond it, any input works: tables are resized to the map whenever it is not the one they were made for (the
 official test compares token counts with the first stage's, and so fails at twice the built size and keeps a table for a
 map of another shape but equal count), and a map smaller than a convolution's kernel is padded to one patch.
-Parity: tests/test_pvt.py compares logits, features, stages and an epsilon probe with reference outputs.
+Parity: tests/models/test_families.py compares logits, features, stages and an epsilon probe with reference outputs.
 
 Shapes: B batch, H W map, N = H*W tokens (one more with the class token), M reduced tokens, C channels, h heads.
 """
@@ -20,23 +20,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, Mlp, add_branch, create, default_cfg, make_head, run_blocks
+from models.attention import attention
+from models.base import HierarchicalModel, check_heads, check_stages, register_variants
+from models.checkpointing import run_blocks
 from models.cpu_bf16 import Linear
-from models.ops import attend, merge_patches
-
-
-def pad_to_patch(x: Tensor, patch: int) -> Tensor:
-    """Zeros below and right of a map (B, C, H, W) that is smaller than one patch."""
-    pad_h, pad_w = max(0, patch - x.shape[2]), max(0, patch - x.shape[3])
-    return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
+from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
+from models.ops import merge_patches, pad_to
 
 
 class PatchEmbed(nn.Module):
@@ -49,7 +44,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(pad_to_patch(x, self.patch_size)).permute(0, 2, 3, 1))
+        return self.norm(self.proj(pad_to(x, self.patch_size)).permute(0, 2, 3, 1))
 
 
 class Attention(nn.Module):
@@ -74,10 +69,10 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         q = self.q(x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
         if self.sr_ratio > 1:
-            x = pad_to_patch(x.unflatten(1, grid).permute(0, 3, 1, 2), self.sr_ratio)
+            x = pad_to(x.unflatten(1, grid).permute(0, 3, 1, 2), self.sr_ratio)
             x = self.norm(merge_patches(self.sr, x.permute(0, 2, 3, 1)).flatten(1, 2))
         k, v = self.kv(x).view(batch, x.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        x = attend(q, k, v, self.scale, self.attn_drop)
+        x = attention(q, k, v, self.scale, self.attn_drop)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, dim)))
 
 
@@ -133,13 +128,8 @@ class PyramidVisionTransformer(HierarchicalModel):
                  drop_path_rate: float = 0.1):
         super().__init__()
         stages = len(depths)
-        for name, value in (("embed_dims", embed_dims), ("num_heads", num_heads), ("mlp_ratios", mlp_ratios),
-                            ("sr_ratios", sr_ratios)):
-            if len(value) != stages:
-                raise ValueError(f"{name} has {len(value)} entries for {stages} stages (depths {list(depths)})")
-        for width, heads in zip(embed_dims, num_heads, strict=True):
-            if width % heads:
-                raise ValueError(f"a stage of width {width} cannot have {heads} heads; the width must be a multiple of them")
+        check_stages(depths, embed_dims=embed_dims, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios)
+        check_heads(embed_dims, num_heads)
         if sr_ratios[-1] != 1:
             raise ValueError(f"sr_ratios ends with {sr_ratios[-1]}; the last stage has a class token and must not reduce (1)")
         strides = [patch_size * 2 ** i for i in range(stages)]
@@ -163,7 +153,7 @@ class PyramidVisionTransformer(HierarchicalModel):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dims[-1]))
         self.norm = nn.LayerNorm(embed_dims[-1], eps=1e-6)
         self.head = make_head(embed_dims[-1], num_classes)
-        self.apply(init_weights)
+        self.apply(init_linear)
         for parameter in self.parameters(recurse=False):  # the tables and the class token
             trunc_normal_(parameter, std=0.02)
 
@@ -262,14 +252,6 @@ class PyramidVisionTransformer(HierarchicalModel):
         return (self.norm(tokens) if len(stages) == final + 1 else stages[-1]), intermediates
 
 
-def init_weights(module: nn.Module) -> None:
-    """Linears normal(0, 0.02), biases 0; norms 1 and 0; convolutions keep torch's default."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 def checkpoint_filter_fn(state: dict[str, Tensor], model: PyramidVisionTransformer) -> dict[str, Tensor]:
     """Position tables of square images resized to the size that the model is laid out for."""
     state, last = dict(state), len(model.grids) - 1
@@ -300,44 +282,11 @@ ONLY: dict[str, Any] = {}
 REQUIRED = ("EMBED_DIMS", "DEPTHS", "NUM_HEADS")
 
 
-def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> PyramidVisionTransformer:
-    """The model of a variant's or a config node's numbers, its tables made for images of ``img_size`` (height, width)."""
-    kwargs = dict(kwargs, img_size=img_size)
-    if name in VARIANTS:
-        return timm.create_model(name, **kwargs)
-    return create(PyramidVisionTransformer, name, False, kwargs, checkpoint_filter_fn, pretrained_cfg=_cfg())
-
-
-def _cfg() -> dict[str, Any]:
-    return default_cfg(first_conv="patch_embed1.proj")
-
-
-default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
-
-
-def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
-    return create(PyramidVisionTransformer, variant, pretrained, VARIANTS[variant], checkpoint_filter_fn, **kwargs)
-
-
-@register_model
-def pvt_tiny(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
-    """PVT-Tiny: 13.2 M parameters, 1.9 GMACs at 224."""
-    return _create("pvt_tiny", pretrained, **kwargs)
-
-
-@register_model
-def pvt_small(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
-    """PVT-Small: 24.5 M parameters, 3.8 GMACs at 224."""
-    return _create("pvt_small", pretrained, **kwargs)
-
-
-@register_model
-def pvt_medium(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
-    """PVT-Medium: 44.2 M parameters, 6.7 GMACs at 224."""
-    return _create("pvt_medium", pretrained, **kwargs)
-
-
-@register_model
-def pvt_large(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
-    """PVT-Large: 61.4 M parameters, 9.8 GMACs at 224."""
-    return _create("pvt_large", pretrained, **kwargs)
+build = register_variants(
+    __name__, PyramidVisionTransformer, VARIANTS, checkpoint_filter_fn, cfg=dict(first_conv="patch_embed1.proj"),
+    descriptions={
+        "pvt_tiny": "PVT-Tiny: 13.2 M parameters, 1.9 GMACs at 224.",
+        "pvt_small": "PVT-Small: 24.5 M parameters, 3.8 GMACs at 224.",
+        "pvt_medium": "PVT-Medium: 44.2 M parameters, 6.7 GMACs at 224.",
+        "pvt_large": "PVT-Large: 61.4 M parameters, 9.8 GMACs at 224.",
+    })

@@ -3,7 +3,7 @@
 Paper: "PVT v2: Improved Baselines with Pyramid Vision Transformer" (Computational Visual Media 2022). Nothing of the
 model is ours; this file maps config keys to timm's arguments and the published files' names to timm's. timm registers
 the variants under the official names already (``timm.create_model("pvt_v2_b2")``).
-Parity: tests/test_pvt_v2.py compares logits, features, stages and an epsilon probe with reference outputs.
+Parity: tests/models/test_families.py compares logits, features, stages and an epsilon probe with reference outputs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,27 @@ from typing import Any
 import timm.models.pvt_v2 as timm_pvt_v2
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
+
+_STAGE_PARTS = (
+    (re.compile(r"^patch_embed1\."), "patch_embed."),
+    (re.compile(r"^patch_embed(\d+)\."), "stages.{}.downsample."),
+    (re.compile(r"^block(\d+)\.(?=\d)"), "stages.{}.blocks."),
+    (re.compile(r"^norm(\d+)\."), "stages.{}.norm."),
+)
+
+
+def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Published names to timm's; timm's own files pass as they are."""
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, replacement in _STAGE_PARTS:
+            if match := pattern.match(name):
+                stage = int(match.group(1)) - 1 if match.groups() else 0
+                name = replacement.format(stage) + name[match.end():].replace("mlp.dwconv.dwconv.", "mlp.dwconv.")
+                break
+        renamed[name] = tensor
+    return renamed
+
 
 _COMMON = dict(embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1))
 
@@ -47,24 +68,3 @@ def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> nn.Mo
         timm_pvt_v2.PyramidVisionTransformerV2, name, False, pretrained_cfg=timm_pvt_v2._cfg(crop_pct=224 / 256),
         pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=dict(flatten_sequential=True, out_indices=tuple(range(stages))),
         **kwargs)
-
-
-_STAGE_PARTS = (
-    (re.compile(r"^patch_embed1\."), "patch_embed."),
-    (re.compile(r"^patch_embed(\d+)\."), "stages.{}.downsample."),
-    (re.compile(r"^block(\d+)\.(?=\d)"), "stages.{}.blocks."),
-    (re.compile(r"^norm(\d+)\."), "stages.{}.norm."),
-)
-
-
-def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Published names to timm's; timm's own files pass as they are."""
-    renamed = {}
-    for name, tensor in state.items():
-        for pattern, replacement in _STAGE_PARTS:
-            if match := pattern.match(name):
-                stage = int(match.group(1)) - 1 if match.groups() else 0
-                name = replacement.format(stage) + name[match.end():].replace("mlp.dwconv.dwconv.", "mlp.dwconv.")
-                break
-        renamed[name] = tensor
-    return renamed

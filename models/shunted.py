@@ -9,7 +9,7 @@ Every stage ends in a norm, whose output is the stage's feature map; the last on
 
 Parameter names are those of the published files. Beyond the official code, which fails where a map is smaller than its
 merging kernel, such a map is padded with zeros to the kernel; elsewhere rows and columns left over by a kernel stay
-unseen, as there. Parity: tests/test_shunted.py compares logits, features, stages and an epsilon probe with reference
+unseen, as there. Parity: tests/models/test_families.py compares logits, features, stages and an epsilon probe with reference
 outputs.
 
 Shapes: B batch, H W map, C channels, h heads, d head width, R merging rate.
@@ -20,24 +20,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
-from models.base import DropPath, HierarchicalModel, add_branch, create, default_cfg, make_head, run_blocks
+from models.attention import attention
+from models.base import HierarchicalModel, check_heads, check_stages, register_variants
+from models.checkpointing import run_blocks
 from models.cpu_bf16 import Linear
-from models.ops import DepthwiseConv2d, attend, channels_last, merge_patches
+from models.layers import DropPath, add_branch, init_linear, make_head
+from models.ops import DepthwiseConv2d, channels_last, merge_patches, pad_to
 
 NORM_EPS = 1e-6  # of the blocks' and stages' norms; those of embeddings and merged maps have torch's 1e-5
-
-
-def pad_to(x: Tensor, least: int) -> Tensor:
-    """(B, C, H, W) with zeros below and to the right so that no side is shorter than ``least``."""
-    pad_h, pad_w = max(0, least - x.shape[2]), max(0, least - x.shape[3])
-    return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
 
 
 class Stem(nn.Module):
@@ -100,7 +95,7 @@ class ShuntedAttention(nn.Module):
         merged = merge_patches(merge, pad_to(x.permute(0, 3, 1, 2), merge.stride[0]).permute(0, 2, 3, 1))
         k, v = kv(F.gelu(norm(merged))).chunk(2, dim=-1)
         v = over_map(local, v)  # its skip included
-        return attend(q, split_heads(k, self.num_heads // 2), split_heads(v, self.num_heads // 2), self.scale, self.attn_drop)
+        return attention(q, split_heads(k, self.num_heads // 2), split_heads(v, self.num_heads // 2), self.scale, self.attn_drop)
 
 
 class PlainAttention(nn.Module):
@@ -119,7 +114,7 @@ class PlainAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         k, v = self.kv(x).chunk(2, dim=-1)
-        y = attend(*(split_heads(t, self.num_heads) for t in (self.q(x), k, v)), self.scale, self.attn_drop)
+        y = attention(*(split_heads(t, self.num_heads) for t in (self.q(x), k, v)), self.scale, self.attn_drop)
         return self.proj_drop(self.proj(join_heads(y, x) + over_map(self.local_conv, v)))
 
 
@@ -199,13 +194,9 @@ class ShuntedTransformer(HierarchicalModel):
                  attn_drop_rate: float = 0.0, drop_path_rate: float = 0.1):
         super().__init__()
         self.num_stages = len(depths)
-        for name, value in (("embed_dims", embed_dims), ("num_heads", num_heads), ("mlp_ratios", mlp_ratios),
-                            ("sr_ratios", sr_ratios)):
-            if len(value) != len(depths):
-                raise ValueError(f"{name} has {len(value)} entries for {len(depths)} stages (depths {list(depths)})")
-        for width, heads, rate in zip(embed_dims, num_heads, sr_ratios, strict=True):
-            if width % heads:
-                raise ValueError(f"a stage of width {width} cannot have {heads} heads; the width must be a multiple of the heads")
+        check_stages(depths, embed_dims=embed_dims, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios)
+        check_heads(embed_dims, num_heads)
+        for heads, rate in zip(num_heads, sr_ratios, strict=True):
             if rate != 1 and (rate < 1 or rate % 2 or heads % 2):
                 raise ValueError(f"a stage of {heads} heads cannot merge at rate {rate}; merging takes an even rate and an even "
                                  "number of heads, 1 is no merging")
@@ -252,16 +243,13 @@ class ShuntedTransformer(HierarchicalModel):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Linears normal(0, 0.02); convolutions normal(0, sqrt(2 / fan out)); biases 0; norms 1 and 0."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d):
+    """As ``init_linear``; convolutions normal(0, sqrt(2 / fan out)), biases 0."""
+    init_linear(module)
+    if isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-    else:
-        return
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -284,37 +272,10 @@ ONLY: dict[str, Any] = {}
 REQUIRED = ("EMBED_DIMS", "DEPTHS", "NUM_HEADS")
 
 
-def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> ShuntedTransformer:
-    """The model of a variant's or a config node's numbers; nothing in it depends on ``img_size``."""
-    if name in VARIANTS:
-        return timm.create_model(name, **kwargs)
-    return create(ShuntedTransformer, name, False, kwargs, checkpoint_filter_fn, pretrained_cfg=_cfg())
-
-
-def _cfg() -> dict[str, Any]:
-    return default_cfg(first_conv="patch_embed1.conv.0")
-
-
-default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
-
-
-def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> ShuntedTransformer:
-    return create(ShuntedTransformer, variant, pretrained, VARIANTS[variant], checkpoint_filter_fn, **kwargs)
-
-
-@register_model
-def shunted_t(pretrained: bool = False, **kwargs: Any) -> ShuntedTransformer:
-    """Shunted-T: 11.6 M parameters, 2.1 GMACs at 224."""
-    return _create("shunted_t", pretrained, **kwargs)
-
-
-@register_model
-def shunted_s(pretrained: bool = False, **kwargs: Any) -> ShuntedTransformer:
-    """Shunted-S: 22.4 M parameters, 5.0 GMACs at 224."""
-    return _create("shunted_s", pretrained, **kwargs)
-
-
-@register_model
-def shunted_b(pretrained: bool = False, **kwargs: Any) -> ShuntedTransformer:
-    """Shunted-B: 39.6 M parameters, 8.1 GMACs at 224."""
-    return _create("shunted_b", pretrained, **kwargs)
+build = register_variants(
+    __name__, ShuntedTransformer, VARIANTS, checkpoint_filter_fn, cfg=dict(first_conv="patch_embed1.conv.0"),
+    descriptions={
+        "shunted_t": "Shunted-T: 11.6 M parameters, 2.1 GMACs at 224.",
+        "shunted_s": "Shunted-S: 22.4 M parameters, 5.0 GMACs at 224.",
+        "shunted_b": "Shunted-B: 39.6 M parameters, 8.1 GMACs at 224.",
+    })

@@ -2,6 +2,7 @@
 
 Paper: "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows" (ICCV 2021). Nothing of the model is
 ours; this file maps config keys to timm's arguments and the published files' names to timm's.
+Parity: tests/models/test_families.py compares logits, features, stages and an epsilon probe with reference outputs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,12 @@ from typing import Any
 import timm.models.swin_transformer as timm_swin
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
+
+
+def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Published names to timm's; derived masks and indices left out; bias tables resized to the model's windows."""
+    return timm_swin.checkpoint_filter_fn(dict(state), model)
+
 
 # The repository's presets. Drop path rates are the recipes' (the paper's appendix A2.1).
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -32,8 +39,3 @@ def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> nn.Mo
     return build_model_with_cfg(
         timm_swin.SwinTransformer, name, False, pretrained_cfg=timm_swin._cfg(), pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(flatten_sequential=True, out_indices=tuple(range(len(kwargs["depths"])))), **kwargs)
-
-
-def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Published names to timm's; derived masks and indices left out; bias tables resized to the model's windows."""
-    return timm_swin.checkpoint_filter_fn(dict(state), model)

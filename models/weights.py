@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from models.safe_load import FORMAT_KEY, CheckpointError, read_file
 
+# A family's translation of published names and sizes to the model's own.
+FilterFn = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
+
 # --------------------------------------------------------------------------------------------------
 # From a file's content to a state dict
 # --------------------------------------------------------------------------------------------------
@@ -25,7 +28,7 @@ from models.safe_load import FORMAT_KEY, CheckpointError, read_file
 # In the order tried. timm evaluates the average where its file holds one; the DeiT lineage (PVT, Shunted, MPViT)
 # publishes the figures of the raw weights and keeps an average beside them.
 _WRAPPERS = ("state_dict_ema", "model", "state_dict", "model_ema", "ema", "module", "net")
-# This program's own checkpoints are judged by the average when there is one; an empty "ema" means none.
+# Of this program's own checkpoints the average is evaluated where there is one; an empty "ema" means none.
 _OWN_WRAPPERS = ("ema", "model")
 
 
@@ -150,8 +153,7 @@ def read_class_map(path: str) -> list[int]:
 
 
 def load_pretrained_file(model: nn.Module, path: str,
-                         filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
-                         class_map: list[int] | None = None) -> LoadReport:
+                         filter_fn: FilterFn | None = None, class_map: list[int] | None = None) -> LoadReport:
     """Start ``model`` from the weights in ``path``; every other tensor than classifier and input must fit exactly.
 
     The classifier is replaced by the model's fresh one where the class counts differ (and left out where the model
@@ -169,8 +171,7 @@ def load_pretrained_file(model: nn.Module, path: str,
 
 
 def fit_pretrained(model: nn.Module, source: dict[str, Tensor], path: str,
-                   filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
-                   class_map: list[int] | None = None) -> LoadReport:
+                   filter_fn: FilterFn | None = None, class_map: list[int] | None = None) -> LoadReport:
     """``load_pretrained_file`` of weights that are already read; ``path`` is what messages call them."""
     state = translate(source, model, path, filter_fn)
     check_finite(state, path)
@@ -213,7 +214,7 @@ def _derived(name: str) -> bool:
 
 
 def translate(source: dict[str, Tensor], model: nn.Module, path: str,
-              filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None) -> dict[str, Tensor]:
+              filter_fn: FilterFn | None) -> dict[str, Tensor]:
     """``source`` in the model's names and sizes.
 
     Raises:

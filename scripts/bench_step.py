@@ -4,10 +4,10 @@
     python scripts/bench_step.py --model crossformer_small --precision bf16 --against timm:swin_tiny_patch4_window7_224
     python scripts/bench_step.py --model crossformer_tiny --part embedding     # or update: clip, gradient norm and AdamW
 
-A training step is forward, soft-target cross-entropy, backward, clipping and AdamW, on images made up once. Ours and timm's models
-are stepped as utils/training/engine.py does it. ``textbook`` is CrossFormer written down as the paper has it, at the weights of ours (the
-logits of both are compared first), with the step that goes with such code: AdamW tensor by tensor, a number read from the device
-for each. Both sides take turns, round by round, in one process; times are medians over the rounds.
+A training step is forward, soft-target cross-entropy, backward, clipping and AdamW, on one batch of noise. Ours and timm's models
+are stepped as utils/training/engine.py does it. ``textbook`` is scripts/textbook_crossformer.py at the weights of ours (the logits of
+both are compared first), with the step that goes with such code: AdamW tensor by tensor, a number read from the device for each.
+Both sides take turns, round by round, in one process; times are medians over the rounds.
 
 ``--apart`` runs the other side in a process of its own with the system's allocator as it comes, as a script without main.py would;
 otherwise both have main.py's.
@@ -37,9 +37,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from textbook_crossformer import TextbookCrossFormer
+
 import models  # noqa: F401  registers the families with timm
 from config import ConfigError
-from models import crossformer
+from models.crossformer import CrossFormer
 from utils.profiling.step_speed import multiply_adds
 from utils.runtime import memory
 from utils.runtime.compile import compile_model
@@ -50,193 +52,21 @@ CLIP, LR, DECAY = 5.0, 1e-4, 0.05
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-# ---- CrossFormer as the paper writes it: modules and names of ours, every formula taken literally --------------------------------
-
-class TextbookEmbedding(nn.Module):
-    """Cross-scale embedding: one strided convolution a kernel, concatenated. (B, 3, H, W) -> (B, H/4 * W/4, C)."""
-
-    def __init__(self, ours: crossformer.CrossScaleEmbedding):
-        super().__init__()
-        self.projs = nn.ModuleList(like(proj) for proj in ours.projs)
-        self.norm = like(ours.norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(torch.cat([proj(x).flatten(2).transpose(1, 2) for proj in self.projs], dim=2))
-
-
-class TextbookMerging(nn.Module):
-    """Cross-scale embedding between stages. (B, H, W, C) -> (B, H/2 * W/2, 2C)."""
-
-    def __init__(self, ours: crossformer.PatchMerging):
-        super().__init__()
-        self.norm = like(ours.norm)
-        self.reductions = nn.ModuleList(like(reduction) for reduction in ours.reductions)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x).permute(0, 3, 1, 2)
-        return torch.cat([reduction(x).flatten(2).transpose(1, 2) for reduction in self.reductions], dim=2)
-
-
-class TextbookAttention(nn.Module):
-    """Attention in groups of (B*groups, N, C) with a dynamic position bias computed from its offsets each time."""
-
-    def __init__(self, ours: crossformer.Attention):
-        super().__init__()
-        self.heads, self.scale = ours.num_heads, ours.scale
-        self.qkv, self.proj = like(ours.qkv), like(ours.proj)
-        self.pos = crossformer.DynamicPositionBias(ours.pos.pos_proj.out_features, ours.num_heads)
-
-    def bias(self, group: int, device: torch.device) -> Tensor:
-        """(h, N, N)"""
-        side = torch.arange(1 - group, group, device=device)
-        offsets = torch.stack(torch.meshgrid(side, side, indexing="ij")).flatten(1).transpose(0, 1).float()
-        line = torch.arange(group, device=device)
-        places = torch.stack(torch.meshgrid(line, line, indexing="ij")).flatten(1)
-        apart = (places[:, :, None] - places[:, None, :]).permute(1, 2, 0) + group - 1
-        rows = apart[..., 0] * (2 * group - 1) + apart[..., 1]
-        bias = self.pos(offsets)[rows.view(-1)].view(group * group, group * group, -1)
-        return bias.permute(2, 0, 1).contiguous()
-
-    def forward(self, x: Tensor, group: int, mask: Tensor | None) -> Tensor:
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv[0], qkv[1], qkv[2]
-        logits = (q * self.scale) @ k.transpose(-2, -1)
-        logits = logits + self.bias(group, x.device).unsqueeze(0)
-        if mask is not None:  # (groups, N)
-            logits = logits.view(-1, len(mask), self.heads, tokens, tokens) + mask[None, :, None, None, :]
-            logits = logits.view(-1, self.heads, tokens, tokens)
-        x = (logits.softmax(dim=-1) @ v).transpose(1, 2).reshape(batch, tokens, dim)
-        return self.proj(x)
-
-
-class TextbookMlp(nn.Module):
-    def __init__(self, ours: nn.Module):
-        super().__init__()
-        self.fc1, self.fc2 = like(ours.fc1), like(ours.fc2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class TextbookBlock(nn.Module):
-    """Short or long distance attention and MLP beside skips, possibly amplitude cooling. (B, H*W, C) -> the same."""
-
-    def __init__(self, ours: crossformer.Block):
-        super().__init__()
-        self.group, self.interval = ours.group_size, ours.interval
-        self.norm1, self.norm2 = like(ours.norm1), like(ours.norm2)
-        self.attn, self.mlp = TextbookAttention(ours.attn), TextbookMlp(ours.mlp)
-        self.rate = getattr(ours.drop_path, "drop_prob", 0.0)
-        self.ex_conv = None if ours.ex_conv is None else like(ours.ex_conv)
-        self.ex_ln = None if ours.ex_ln is None else like(ours.ex_ln)
-
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        batch, _, dim = x.shape
-        y = self.norm1(x).view(batch, height, width, dim)
-        group, interval = self.group, self.interval
-        if min(height, width) <= group:
-            group, interval = min(height, width), 1
-        span, mask = group * interval, None
-        bottom, right = -height % span, -width % span
-        if bottom or right:
-            y = F.pad(y, (0, 0, 0, right, 0, bottom))
-            mask = F.pad(torch.zeros(1, height, width, 1, device=x.device), (0, 0, 0, right, 0, bottom), value=crossformer.PADDED_KEY)
-            mask = self.group_tokens(mask, group, interval).reshape(-1, group * group)
-        tall, wide = height + bottom, width + right
-        y = self.attn(self.group_tokens(y, group, interval).reshape(-1, group * group, dim), group, mask)
-        y = self.ungroup(y, batch, tall, wide, group, interval)[:, :height, :width].contiguous()
-        x = x + self.drop_path(y.view(batch, height * width, dim))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        if self.ex_conv is not None:
-            y = self.ex_conv(x.view(batch, height, width, dim).permute(0, 3, 1, 2))
-            x = self.ex_ln(y.permute(0, 2, 3, 1).reshape(batch, height * width, dim))
-        return x
-
-    @staticmethod
-    def group_tokens(x: Tensor, group: int, interval: int) -> Tensor:
-        batch, height, width, dim = x.shape
-        if interval == 1:  # neighbours
-            return x.reshape(batch, height // group, group, width // group, group, dim).permute(0, 1, 3, 2, 4, 5)
-        rows, columns = height // (group * interval), width // (group * interval)
-        x = x.reshape(batch, rows, group, interval, columns, group, interval, dim)
-        return x.permute(0, 1, 4, 3, 6, 2, 5, 7)
-
-    @staticmethod
-    def ungroup(x: Tensor, batch: int, height: int, width: int, group: int, interval: int) -> Tensor:
-        if interval == 1:
-            x = x.reshape(batch, height // group, width // group, group, group, -1).permute(0, 1, 3, 2, 4, 5)
-        else:
-            rows, columns = height // (group * interval), width // (group * interval)
-            x = x.reshape(batch, rows, columns, interval, interval, group, group, -1).permute(0, 1, 5, 3, 2, 6, 4, 7)
-        return x.reshape(batch, height, width, -1)
-
-    def drop_path(self, x: Tensor) -> Tensor:
-        if not self.rate or not self.training:
-            return x
-        keep = 1 - self.rate
-        return x.div(keep) * (keep + torch.rand(len(x), 1, 1, dtype=x.dtype, device=x.device)).floor()
-
-
-class TextbookStage(nn.Module):
-    def __init__(self, ours: crossformer.Stage):
-        super().__init__()
-        self.blocks = nn.ModuleList(TextbookBlock(block) for block in ours.blocks)
-        if hasattr(ours, "downsample"):
-            self.downsample = TextbookMerging(ours.downsample)
-
-
-class Textbook(nn.Module):
-    """The classifier, with the weights of ``ours``; for the published variants, at sizes that need no padding of tokens."""
-
-    def __init__(self, ours: crossformer.CrossFormer):
-        super().__init__()
-        self.stride = ours.patch_embed.stride
-        self.patch_embed = TextbookEmbedding(ours.patch_embed)
-        self.layers = nn.ModuleList(TextbookStage(stage) for stage in ours.layers)
-        self.norm, self.head = like(ours.norm), like(ours.head)
-        self.load_state_dict(ours.state_dict())
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2] // self.stride, x.shape[3] // self.stride
-        x = self.patch_embed(x)
-        for stage in self.layers:
-            for block in stage.blocks:
-                x = block(x, height, width)
-            if hasattr(stage, "downsample"):
-                x = stage.downsample(x.view(len(x), height, width, -1))
-                height, width = height // 2, width // 2
-        return self.head(self.norm(x).mean(dim=1))
-
-
-def like(module: nn.Module) -> nn.Module:
-    """A layer of torch's own with the sizes of ``module``."""
-    if isinstance(module, nn.Linear):
-        return nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-    if isinstance(module, nn.LayerNorm):
-        return nn.LayerNorm(module.normalized_shape, eps=module.eps)
-    if isinstance(module, nn.Conv2d):
-        return nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding, groups=module.groups)
-    return nn.Identity()
-
-
-# ---- one side of the comparison --------------------------------------------------------------------------------------------------
-
 @dataclass
 class Side:
     """A model and the work that is timed.
 
     Attributes:
         gmacs: multiply-adds of one image's forward pass, in 1e9.
-        memory: MiB that one round of the work takes at its peak beside what stays.
-        timed: one round of the work, its seconds.
+        peak: MiB that one round of the work takes at its peak beside what stays.
+        run: one round of the work; gives its seconds.
         seconds: of each round.
     """
 
     name: str
     gmacs: float
-    memory: float
-    timed: Callable[[], float]
+    peak: float
+    run: Callable[[], float]
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -244,17 +74,19 @@ class Side:
         return statistics.median(self.seconds)
 
 
-def groups_of(model: nn.Module) -> list[dict]:
+# ---- the work --------------------------------------------------------------------------------------------------------------------
+
+def parameter_groups(model: nn.Module) -> list[dict]:
     """Weight decay on everything but vectors."""
     parameters = list(model.parameters())
     return [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=DECAY),
             dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
 
 
-def our_update(model: nn.Module) -> Callable[[], None]:
+def engine_update(model: nn.Module) -> Callable[[], None]:
     """Clip and apply as utils/training/engine.py does on a CPU or a CUDA GPU."""
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(groups_of(model), lr=LR, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=LR, fused=True)
 
     def update() -> None:
         norm = nn.utils.clip_grad_norm_(parameters, CLIP, foreach=True)
@@ -266,7 +98,7 @@ def our_update(model: nn.Module) -> Callable[[], None]:
 def textbook_update(model: nn.Module) -> Callable[[], None]:
     """Clip, the norm for the log read from the device tensor by tensor, AdamW in a loop."""
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(groups_of(model), lr=LR, foreach=False, fused=False)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=LR, foreach=False, fused=False)
 
     def update() -> None:
         nn.utils.clip_grad_norm_(parameters, CLIP, foreach=False)
@@ -275,87 +107,95 @@ def textbook_update(model: nn.Module) -> Callable[[], None]:
     return update
 
 
-def training_step(model: nn.Module, update: Callable[[], None], images: Tensor, targets: Tensor, precision: str) -> Callable[[], None]:
+def training_step(model: nn.Module, update: Callable[[], None], images: Tensor, targets: Tensor, precision: Precision,
+                  ) -> Callable[[], None]:
     model.train()
 
-    def work() -> None:
-        with autocast(images.device, precision):
+    def step() -> None:
+        with precision.autocast():
             logits = model(images)
         F.cross_entropy(logits.float(), targets).backward()
         update()
         for parameter in model.parameters():
             parameter.grad = None
-    return work
+    return step
 
 
-def inference(model: nn.Module, images: Tensor, precision: str) -> Callable[[], None]:
+def inference(model: nn.Module, images: Tensor, precision: Precision) -> Callable[[], None]:
     model.eval()
 
     @torch.inference_mode()
-    def work() -> None:
-        with autocast(images.device, precision):
+    def forward() -> None:
+        with precision.autocast():
             model(images)
-    return work
+    return forward
 
 
-def embedding_step(model: nn.Module, images: Tensor, precision: str) -> Callable[[], None]:
+def embedding_step(model: nn.Module, images: Tensor, precision: Precision) -> Callable[[], None]:
+    """Forward and backward pass of the embedding alone."""
     embedding = model.train().patch_embed
-    with autocast(images.device, precision):
+    with precision.autocast():
         gradient = torch.randn_like(embedding(images))
 
-    def work() -> None:
-        with autocast(images.device, precision):
-            y = embedding(images)
-        y.backward(gradient)
+    def step() -> None:
+        with precision.autocast():
+            tokens = embedding(images)
+        tokens.backward(gradient)
         embedding.zero_grad(set_to_none=True)
-    return work
+    return step
 
 
-def update_only(model: nn.Module, update: Callable[[], None]) -> Callable[[], None]:
+def update_alone(model: nn.Module, update: Callable[[], None]) -> Callable[[], None]:
+    """The update, again and again with the same gradients."""
     for parameter in model.parameters():
         parameter.grad = 1e-3 * torch.randn_like(parameter)
     return update
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    return Precision(device, PRECISIONS[precision]).autocast()
-
+# ---- the two sides ---------------------------------------------------------------------------------------------------------------
 
 def build_side(args: argparse.Namespace, name: str, model: nn.Module, precision: str, compiled: str, device: torch.device) -> Side:
-    """The side's model on the device, compiled and warm, with its step as a function."""
+    """The side's model on the device, compiled and warm, with its work as a function."""
     gmacs = multiply_adds(model, (args.img_size, args.img_size)) / 1e9
     model.to(device)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(args.batch, 3, args.img_size, args.img_size, generator=generator).to(device)
     targets = torch.rand(args.batch, 1000, generator=generator).softmax(dim=1).to(device)
-    textbook = isinstance(model, Textbook)
-    update = textbook_update(model) if textbook else our_update(model)
+    update = textbook_update(model) if isinstance(model, TextbookCrossFormer) else engine_update(model)
+    arithmetic = Precision(device, PRECISIONS[precision])
     if args.part == "embedding":
-        work = embedding_step(model, images, precision)
+        work = embedding_step(model, images, arithmetic)
     elif args.part == "update":
-        work = update_only(model, update)
+        work = update_alone(model, update)
     else:
         compile_model(model, compiled)
-        work = inference(model, images, precision) if args.inference else training_step(model, update, images, targets, precision)
-    said = f"{name} {precision}" + (f" compile {compiled}" if compiled != "off" else "")
+        work = inference(model, images, arithmetic) if args.inference else training_step(model, update, images, targets, arithmetic)
     clock = time.perf_counter if args.clock == "wall" else time.process_time
 
-    def timed() -> float:
+    def run() -> float:
         synchronize(device)
-        begun = clock()
+        start = clock()
         work()
         synchronize(device)
-        return clock() - begun
+        return clock() - start
 
     work()  # compiles
-    peak = peak_of(work, device)
-    return Side(said, gmacs, peak, timed)
+    label = f"{name} {precision}" + (f" compile {compiled}" if compiled != "off" else "")
+    return Side(label, gmacs, peak_of(work, device), run)
 
 
-def their_model(args: argparse.Namespace, ours: nn.Module) -> nn.Module:
-    """The model to compare with; the textbook's has the weights of ``ours``."""
+def peak_of(work: Callable[[], None], device: torch.device) -> float:
+    """MiB that ``work`` takes at its peak beside what was there before; without CUDA only Linux tells."""
+    memory.reset_peak(device)
+    before = memory.peak(device)
+    work()
+    return (memory.peak(device) - before) / 2 ** 20
+
+
+def other_model(args: argparse.Namespace, model: nn.Module) -> nn.Module:
+    """The model to compare ``model`` with; the textbook's has its weights."""
     if args.against == "textbook":
-        return Textbook(ours)
+        return TextbookCrossFormer(model)
     return create(args.model if args.against == "self" else args.against.removeprefix("timm:"))
 
 
@@ -363,55 +203,52 @@ def other_side(args: argparse.Namespace, model: nn.Module, device: torch.device)
     return build_side(args, args.against, model, args.against_precision or args.precision, args.against_compile, device)
 
 
-def apart(args: argparse.Namespace) -> Side:
+def other_side_apart(args: argparse.Namespace) -> Side:
     """The other side in a process of its own, which works when asked."""
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    multiprocessing.get_context("spawn").Process(target=_work_apart, args=(there, args), daemon=True).start()
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=_work_apart, args=(there, args), daemon=True).start()
     name, gmacs, peak = here.recv()
 
-    def timed() -> float:
+    def run() -> float:
         here.send(True)
         return here.recv()
-    return Side(name, gmacs, peak, timed)
+    return Side(name, gmacs, peak, run)
 
 
 def _work_apart(connection: Connection, args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    side = other_side(args, their_model(args, create(args.model)), choose_device(args.device))
-    connection.send((f"{side.name}, apart", side.gmacs, side.memory))
+    side = other_side(args, other_model(args, create(args.model)), choose_device(args.device))
+    connection.send((f"{side.name}, apart", side.gmacs, side.peak))
     with contextlib.suppress(EOFError):  # the program has ended
         while connection.recv():
-            connection.send(side.timed())
+            connection.send(side.run())
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------------------
 
-def compare(ours: nn.Module, theirs: nn.Module, size: int) -> str:
-    """Both forms on the same images, in fp32 and both ways of evaluation and training without drop path."""
+def compare_logits(ours: nn.Module, textbook: nn.Module, size: int) -> str:
+    """Errors of both forms on the same images, relative to the largest logit of the textbook in fp32."""
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+    def error(logits: Tensor) -> float:
+        return float((logits - expected).abs().max() / expected.abs().max())
+
     with torch.no_grad():
-        expected, logits = theirs.eval()(images), ours.eval()(images)
-        off = float((logits - expected).abs().max() / expected.abs().max())
+        expected = textbook.eval()(images)
+        fp32 = error(ours.eval()(images))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            ours16, theirs16 = (float((model(images) - expected).abs().max() / expected.abs().max()) for model in (ours, theirs))
-    return (f"logits: fp32 apart by {off:.1e} of the largest; in bf16 from the textbook's fp32: ours {ours16:.1e}, textbook {theirs16:.1e}"
-            + ("" if off < 1e-4 else "  NOT EQUAL"))
+            ours_bf16, textbook_bf16 = error(ours(images)), error(textbook(images))
+    return (f"logits: fp32 apart by {fp32:.1e} of the largest; in bf16 from the textbook's fp32: ours {ours_bf16:.1e}, "
+            f"textbook {textbook_bf16:.1e}" + ("" if fp32 < 1e-4 else "  NOT EQUAL"))
 
 
 def measure(sides: list[Side], rounds: int) -> None:
-    """Both sides in turn, the first of a round changing."""
+    """Both sides in turn; which goes first alternates."""
     for number in range(rounds):
         for side in sides if number % 2 == 0 else sides[::-1]:
-            side.seconds.append(side.timed())
-
-
-def peak_of(work: Callable[[], None], device: torch.device) -> float:
-    """MiB that ``work`` takes at its peak beside what was there before; without CUDA a matter of Linux alone."""
-    memory.reset_peak(device)
-    before = memory.peak(device)
-    work()
-    return (memory.peak(device) - before) / 2 ** 20
+            side.seconds.append(side.run())
 
 
 def table(sides: list[Side], batch: int) -> Iterator[str]:
@@ -419,7 +256,7 @@ def table(sides: list[Side], batch: int) -> Iterator[str]:
     for side in sides:
         speed, spread = batch / side.median, (max(side.seconds) - min(side.seconds)) / side.median
         yield (f"{side.name:44} {1000 * side.median:9.1f} {spread:7.1%} {speed:9.2f} {side.gmacs:6.2f} {speed * side.gmacs:10.1f} "
-               f"{side.memory:9.0f}")
+               f"{side.peak:9.0f}")
 
 
 def create(name: str) -> nn.Module:
@@ -461,19 +298,19 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     ours = create(args.model)
     if args.against == "textbook":
-        if not isinstance(ours, crossformer.CrossFormer):
+        if not isinstance(ours, CrossFormer):
             raise ConfigError(f"the textbook form is CrossFormer's alone; for {args.model} use --against timm:NAME or self")
         if args.img_size % 32:
             raise ConfigError(f"--img-size is {args.img_size}; the textbook form takes multiples of 32")
-    theirs = their_model(args, ours)
+    other = other_model(args, ours)
     if args.against == "textbook":
-        print(compare(ours, theirs, args.img_size))
-    if args.part == "embedding" and not (hasattr(ours, "patch_embed") and hasattr(theirs, "patch_embed")):
+        print(compare_logits(ours, other, args.img_size))
+    if args.part == "embedding" and not (hasattr(ours, "patch_embed") and hasattr(other, "patch_embed")):
         raise ConfigError("--part embedding is for models with one patch_embed, such as CrossFormer's")
     sides = [build_side(args, args.model, ours, args.precision, args.compile, device),
-             apart(args) if args.apart else other_side(args, theirs, device)]
+             other_side_apart(args) if args.apart else other_side(args, other, device)]
     for side in sides * 2:  # memory grows to what both need
-        side.timed()
+        side.run()
     measure(sides, args.rounds)
     print("\n".join(table(sides, args.batch)))
     ratios = [b / a for a, b in zip(sides[0].seconds, sides[1].seconds, strict=True)]

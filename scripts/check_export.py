@@ -25,14 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import models  # noqa: E402, F401  registers
 from config import ConfigError  # noqa: E402
-from utils.inference.exporters import (  # noqa: E402
-    LIMIT,
-    difference,
-    require_packages,
-    run_onnx,
-    trace,
-    trace_onnx,
-)
+from utils.inference.exporters import LIMIT, difference, require_packages, run_onnx, trace, trace_onnx  # noqa: E402
 
 
 def check_compile(model: nn.Module, x: Tensor, backend: str) -> Tensor:

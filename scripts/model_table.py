@@ -15,10 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import (  # noqa: E402
-    get_config,
-    image_size,
-)
+from config import get_config, image_size  # noqa: E402
 from models import build_model  # noqa: E402
 from utils.profiling.step_speed import multiply_adds  # noqa: E402
 

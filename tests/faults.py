@@ -53,8 +53,8 @@ if _what and os.environ.get("BREAK_RANK", os.environ.get("RANK")) == os.environ.
         import torch.nn.functional as place
         place.mse_loss = _broken(place.mse_loss)
     elif _what == "evaluation":
-        import torch
-        torch.Tensor.topk = _broken(torch.Tensor.topk)
+        from utils.evaluation.metrics import SumEvaluator
+        SumEvaluator.update = _broken(SumEvaluator.update)
     elif _what == "save":
         import utils.checkpoints.folder as place
         place.write_checkpoint = _broken(place.write_checkpoint)

@@ -5,13 +5,12 @@ Every array is a standard normal stream whose seed is the CRC-32 of the array's 
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import timm
 import torch
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 PROBE_INPUT = 0.01  # factor on the images that go with ``eps_probe``
@@ -50,21 +49,28 @@ def eps_probe(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: (x.astype(np.float64) * factor(name, x)).astype(np.float32) for name, x in state.items()}
 
 
-def off(ours: Tensor, reference: np.ndarray) -> float:
+def relative_error(ours: Tensor, reference: np.ndarray | Tensor) -> float:
     """Largest difference over the reference's largest value."""
-    return float(np.abs(ours.numpy() - reference).max() / np.abs(reference).max())
+    reference = torch.as_tensor(reference)
+    return float((ours - reference).abs().max() / reference.abs().max())
 
 
-def check_names_and_counts(name: str, parameters: int, decayed: int, keys: int, digest: int) -> None:
-    """A variant's parameters, those that are decayed, and its state dict's keys with their shapes, of which ``digest`` is the CRC-32."""
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    state = model.state_dict()
-    assert len(state) == keys
-    assert zlib.crc32("".join(f"{key} {list(x.shape)}\n" for key, x in state.items()).encode()) == digest
-    plain, decay = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
-    assert plain["weight_decay"] == 0 and sum(p.numel() for p in plain["params"]) == parameters - decayed
-    assert sum(p.numel() for p in decay["params"]) == decayed
-    for module in (model.default_cfg["classifier"], model.default_cfg["first_conv"]):
-        assert isinstance(model.get_submodule(module), (nn.Linear, nn.Conv2d))
+def published_pvt_v2(name: str) -> str:
+    """The published name of a tensor of timm's PVTv2."""
+    name = re.sub(r"^patch_embed\.", "patch_embed1.", name)
+    name = re.sub(r"^stages\.(\d+)\.downsample\.", lambda m: f"patch_embed{int(m[1]) + 1}.", name)
+    name = re.sub(r"^stages\.(\d+)\.blocks\.", lambda m: f"block{int(m[1]) + 1}.", name)
+    name = re.sub(r"^stages\.(\d+)\.norm\.", lambda m: f"norm{int(m[1]) + 1}.", name)
+    return name.replace(".dwconv.", ".dwconv.dwconv.")
+
+
+def published_swin(name: str) -> str:
+    """The published name of a tensor of timm's Swin."""
+    name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.", name)
+    return name.replace("head.fc.", "head.")
+
+
+def published_state(model: nn.Module, family: str) -> dict[str, Tensor]:
+    """The state dict under the names of the family's published files."""
+    rename = dict(pvt_v2=published_pvt_v2, swin=published_swin).get(family, str)
+    return {rename(name): x for name, x in model.state_dict().items()}

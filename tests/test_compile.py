@@ -10,33 +10,13 @@ import pytest
 import timm
 import torch
 from conftest import differences, load
+from families import FAMILIES, tiny
 from torch import nn
 
 from config import get_config
 from models import build_model
 from utils.optim.ema import WeightAverage
 from utils.runtime import compile
-
-# The smallest that has all parts: two stages of two blocks.
-FAMILIES = {
-    "crossformer": "EMBED_DIM 16 DEPTHS [2,2] NUM_HEADS [1,2] GROUP_SIZE [4,4] INTERVAL [2,1] MERGE_SIZE [[2,4]]",
-    "swin": "EMBED_DIM 16 DEPTHS [2,2] NUM_HEADS [1,2] WINDOW_SIZE 4",
-    "cvt": "EMBED_DIMS [16,32] DEPTHS [2,2] NUM_HEADS [1,2] PATCH_SIZES [7,3] PATCH_STRIDES [4,2] PATCH_PADDINGS [2,1] "
-           "MLP_RATIOS [2,2] KV_STRIDES [2,2]",
-    "shunted": "EMBED_DIMS [16,32] DEPTHS [2,2] NUM_HEADS [2,2] MLP_RATIOS [2,2] SR_RATIOS [4,2] NUM_CONV 0",
-    "mpvit": "EMBED_DIMS [16,32] DEPTHS [2,2] NUM_PATHS [2,2] NUM_HEADS [8,8] MLP_RATIOS [2,2]",
-    "pvt": "EMBED_DIMS [16,32] DEPTHS [2,2] NUM_HEADS [1,2] MLP_RATIOS [2,2] SR_RATIOS [2,1]",
-    "pvt_v2": "EMBED_DIMS [16,32] DEPTHS [2,2] NUM_HEADS [1,2] MLP_RATIOS [2,2] SR_RATIOS [2,1]",
-    "galerkin": "EMBED_DIM 16 DEPTHS [2,2] NUM_HEADS [1,2]",
-}
-
-
-def tiny(family: str, *opts: object) -> nn.Module:
-    words = FAMILIES[family].split()
-    node = [x for key, value in zip(words[::2], words[1::2], strict=True) for x in (f"MODEL.{family.upper()}.{key}", value)]
-    torch.manual_seed(0)
-    return build_model(get_config(None, ["MODEL.TYPE", family, "MODEL.NAME", "tiny", "DATA.IMG_SIZE", "32", "MODEL.DROP_PATH_RATE", "0.2",
-                                         *node, *map(str, opts)]), 5)
 
 
 def epochs(model: nn.Module, average: nn.Module) -> list[int]:
@@ -49,9 +29,9 @@ def epochs(model: nn.Module, average: nn.Module) -> list[int]:
                 logits = model(images)
             logits.float().sum().backward()
         made.append(compile.compiled_graphs())
-        for judged in (model.eval(), average.eval()):
+        for evaluated in (model.eval(), average.eval()):
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-                judged(images)
+                evaluated(images)
             made.append(compile.compiled_graphs())
     return made
 
@@ -95,7 +75,7 @@ def plain_names(cfg: Path) -> set[str]:
 
 
 def test_a_compiled_run_resumes_to_the_same_bits(tiny_cfg: Path, program, quick: None) -> None:
-    """With accumulation, an average of weights and a last batch of evaluation that is not full; then judged, compiled."""
+    """With accumulation, an average of weights and a last batch of evaluation that is not full; then evaluated, compiled."""
     command = ("--cfg", tiny_cfg, "--compile", "blocks", "--batch-size", 4, "--accumulation-steps", 2,
                "--opts", "TRAIN.SAVE_EVERY_STEPS", 4, "TRAIN.KEEP_CHECKPOINTS", 0)
     whole = program(*command)
@@ -112,8 +92,8 @@ def test_a_compiled_run_resumes_to_the_same_bits(tiny_cfg: Path, program, quick:
     resumed = program(*command)
     assert resumed.returncode == 0 and "at step 4\n" in resumed.stdout, resumed.stderr
     assert differences(*[{k: s[k] for k in ("model", "ema", "optimizer")} for s in (straight, load(folder / "last.pth"))]) == []
-    judged = program("--eval", "--resume", folder / "last.pth")
-    assert re.findall(r"^top1 .*", judged.stdout, re.M) == re.findall(r"^top1 .*", whole.stdout, re.M)[-1:]
+    evaluated = program("--eval", "--resume", folder / "last.pth")
+    assert re.findall(r"^top1 .*", evaluated.stdout, re.M) == re.findall(r"^top1 .*", whole.stdout, re.M)[-1:]
 
 
 def test_a_model_that_breaks_the_graph_is_one_sentence(tiny_cfg: Path, program, quick: None, monkeypatch) -> None:

@@ -35,7 +35,7 @@ def test_a_plan_fits_and_leaves_nothing_behind(tiny_cfg: Path, program, monkeypa
     for pattern in (r"^model: tiny, 0\.04 M parameters, [\d.]+ GMACs an image of 32 x 32, on cpu in fp32$",
                     r"^batch: 8 images = 8 x 1 accumulated x 1 processes, 5 steps an epoch$", r"^steps: from the first of 10$",
                     r"^learning rate: \S+ rising to 7\.81e-04 over 2 steps, cosine to ", r"^disk: a checkpoint takes \d+ MiB, the 4 ",
-                    r"^speed: \d+ images/s of the step alone \(\d+ ms\), \d+ images/s of the loader alone \(0 loading processes\), \d+ ",
+                    r"^speed: \d+ images/s of the step alone \(\d+ ms\), \d+ images/s of the loader alone \(0 DataLoader workers\), \d+ ",
                     r"^bound: by ", r"^checkpoint: \d+ MiB copied in [\d.]+ s, written ", r"^memory: \S+ [MG]iB at the peak, of ",
                     r"^epoch: \d+:\d\d = [\d.]+ s training \+ [\d.]+ s evaluation \+ [\d.]+ s saving$", r"^run: \d+:\d\d for 2 epochs, "):
         assert re.search(pattern, done.stdout, re.M), (pattern, done.stdout)
@@ -99,12 +99,12 @@ def test_fit_keeps_the_global_batch_and_the_checkpoints_on_resume(tiny_cfg: Path
     assert "fit: 20 images x 1 accumulated x 1 processes = 20, the checkpoint's global batch" in again.stdout
     assert "TRAIN.GLOBAL_BATCH is 8, but" in again.stdout and "has a global batch of 20, which is kept" in again.stdout
     recorded = yaml.safe_load((program.folder / "output/tiny/small/config.yaml").read_text())
-    assert not recorded["PLAN"]["FIT"] and recorded["DATA"]["BATCH_SIZE"] == 20  # as --cfg it asks for no fitting anew
+    assert not recorded["PLAN"]["FIT"] and recorded["DATA"]["BATCH_SIZE"] == 20  # as --cfg it asks for no fitting again
     assert "would not fit" not in again.stdout and "epoch 3/3 step 2/2" in again.stdout
     before = stamps(program.folder)
     finished = program("--cfg", tiny_cfg, "--plan", "--fit", "--tag", "small", "--epochs", 3)
     assert finished.returncode == 0 and "finished already" in finished.stdout and finished.stdout.endswith("\nfits: yes\n")
-    assert stamps(program.folder) == before  # not even a link is made anew
+    assert stamps(program.folder) == before  # not even a link is made again
     path = program.folder / "output/tiny/small/ckpt_00000004.pth"
     planned = program("--plan", "--resume", path, "--restart", "--epochs", 5, "--opts", *QUICK)
     assert planned.returncode == 0 and f"\nsteps: continues {path} after step 4 of 10\n" in planned.stdout, planned

@@ -111,7 +111,8 @@ def test_what_is_no_image_is_named_with_the_reason() -> None:
     flipped[len(png) // 2] ^= 255
     rows = [(b"", "an empty file"), (b"<html>no such image</html>", "none of jpeg"), (jpg[:len(jpg) // 2], "truncated"),
             (png[:len(png) // 2], ""), (bytes(flipped), ""), (png_bomb(20000, 20000), "decompression bomb"),
-            (png_bomb(60000, 60000), "bomb"), (encoded(Image.fromarray(RAMP), "PCX"), "none of jpeg"), (b"GIF89a", ""), (b"II*\x00" + bytes(30), ""), (b"P6 9 9 255\n", "")]
+            (png_bomb(60000, 60000), "bomb"), (encoded(Image.fromarray(RAMP), "PCX"), "none of jpeg"), (b"GIF89a", ""),
+            (b"II*\x00" + bytes(30), ""), (b"P6 9 9 255\n", "")]
     for data, reason in rows:
         with pytest.raises(DataError, match="a/b.jpg: not a readable image") as caught:
             decode(data, "a/b.jpg")

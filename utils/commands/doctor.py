@@ -49,8 +49,6 @@ def examine_run(config: CfgNode, logger: logging.Logger) -> int:
     Raises:
         ConfigError: no data path, or the report cannot be written.
     """
-    if os.environ.get("RANK", "0") != "0":
-        return 0  # one process of a job is enough
     folder = report_folder(config)
     earlier = {name: found for name in ("train", "val") if (found := _read_manifest(os.path.join(folder, f"manifest-{name}.npz")))}
     progress = Progress()
@@ -63,7 +61,7 @@ def examine_run(config: CfgNode, logger: logging.Logger) -> int:
         with listing_shown(progress.say):
             diagnosis = diagnose(config, begun, progress, earlier)
     finally:
-        progress.clear_live_line()
+        progress.end()
     scripts = _write_scripts(diagnosis, folder)
     for name, content in manifests(diagnosis.survey).items():
         write_atomically(os.path.join(folder, f"manifest-{name}.npz"), lambda file, content=content: np.savez(file, **content))

@@ -22,7 +22,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError, config_from_text
+from config import ConfigError, ProgramError, config_from_text
 from data import preprocessing
 from models import architecture
 from utils.inference.exporters import LIMIT, _onnx_runner, _quiet, difference, require_packages, trace, trace_onnx
@@ -36,8 +36,8 @@ _CHECKED = (1, 2, 5)  # batch sizes
 _FORMS = "give FILE.onnx, FILE.pt2, or a folder (ending in /) or FILE.safetensors for timm's layout"
 
 
-class ExportError(RuntimeError):
-    """The model cannot be exported, or the export computes something else (exit status 1)."""
+class ExportError(ProgramError):
+    """The model cannot be exported, or the export computes something else."""
 
 
 class Normalised(nn.Module):

@@ -28,15 +28,11 @@ from utils.profiling.step_speed import multiply_adds
 from utils.runtime import distributed, memory
 from utils.runtime.files import free_bytes
 from utils.runtime.stop_signals import StopRequest
-from utils.training.batch_size import Unfit, two_steps
+from utils.training.batch_size import DoesNotFit, two_steps
 from utils.training.setup import Prepared, prepare
 from utils.visualization import terminal_chart as curve
 
 CURVE = (60, 6)  # columns and lines
-
-
-class Unsuited(Exception):
-    """The run does not fit; the message says why."""
 
 
 def plan_run(config: CfgNode, content: Any, device: torch.device, logger: logging.Logger) -> int:
@@ -50,7 +46,7 @@ def plan_run(config: CfgNode, content: Any, device: torch.device, logger: loggin
             if ready is not None:
                 with contextlib.closing(ready.loaders):
                     _plan(ready, logger)
-    except (Unsuited, Unfit) as error:
+    except DoesNotFit as error:
         logger.info(f"fits: no ({error})")
         return 1
     logger.info("fits: yes")
@@ -61,7 +57,7 @@ def _plan(ready: Prepared, logger: logging.Logger) -> None:
     """Print a line on each thing as it becomes known.
 
     Raises:
-        Unsuited: memory or disk do not suffice.
+        DoesNotFit: memory or disk do not suffice.
     """
     config, start, state = ready.config, ready.start, ready.state
     sampler, world = ready.loaders.train.batch_sampler, distributed.world_size()
@@ -115,7 +111,7 @@ def _require_disk(ready: Prepared, logger: logging.Logger) -> None:
     try:
         require_room(config, ready.folder, size, logger)
     except ConfigError as error:
-        raise Unsuited(str(error)) from None
+        raise DoesNotFit(str(error)) from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,30 +141,31 @@ def _require_memory(ready: Prepared) -> None:
     for rank, (taken, allowed) in enumerate(peaks):
         if taken is None or taken > allowed:
             where = f" on rank {rank}" if len(peaks) > 1 else ""
-            raise Unsuited(f"memory: a micro-batch of {config.DATA.BATCH_SIZE} images takes "
+            raise DoesNotFit(f"memory: a micro-batch of {config.DATA.BATCH_SIZE} images takes "
                            f"{'' if taken is None else memory.shown(taken) + ', '}more than {memory.shown(allowed)}{where}; --fit "
                            "finds one that fits and keeps the global batch")
 
 
 def _require_used_memory(ready: Prepared, logger: logging.Logger) -> None:
-    """What the real steps, the evaluation and the save took, loading processes included."""
-    own, workers = memory.peak(ready.device), memory.of_children() if ready.device.type == "cpu" else 0
+    """What the real steps, the evaluation and the save took, DataLoader workers included."""
+    own, has_workers = memory.peak(ready.device), ready.device.type == "cpu" and ready.loaders.train.num_workers > 0
+    workers = memory.of_children() if has_workers else 0
     most = memory.limit(ready.device, ready.config.PLAN.MEMORY)
     every = distributed.gather_objects((own, workers, most))
     own, workers, most = max(every, key=lambda used: (used[0] + used[1]) / used[2])
     logger.info(f"memory: {memory.shown(own)} at the peak"
-                + (f" and {memory.shown(workers)} in {ready.loaders.train.num_workers} loading processes" if workers else "")
+                + (f" and {memory.shown(workers)} in {ready.loaders.train.num_workers} DataLoader workers" if workers else "")
                 + f", of {memory.shown(most)}" + (" a process" if len(every) > 1 else ""))
     if own + workers > most:
-        raise Unsuited(f"memory: {memory.shown(own + workers)} are more than {memory.shown(most)}; --fit finds a micro-batch that fits and "
-                       "keeps the global batch, fewer --num-workers take less")
+        raise DoesNotFit(f"memory: {memory.shown(own + workers)} are more than {memory.shown(most)}; --fit finds a micro-batch that fits "
+                         "and keeps the global batch, fewer --num-workers take less")
 
 
 def _say_speed(ready: Prepared, speed: Speed, logger: logging.Logger) -> None:
     images, workers = ready.loaders.train.batch_sampler.images_per_step, ready.loaders.train.num_workers
     step, batch, both = (images / seconds for seconds in (speed.step, speed.batch, speed.both))
     logger.info(f"speed: {step:.0f} images/s of the step alone ({1000 * speed.step:.0f} ms), {batch:.0f} images/s of the loader alone "
-                f"({workers} loading processes), {both:.0f} images/s of both together")
+                f"({workers} DataLoader workers), {both:.0f} images/s of both together")
     if speed.batch > speed.step:
         logger.info(f"bound: by the data, {speed.batch / speed.step:.1f} times; more --num-workers or CPUs, smaller files "
                     "(scripts/resize_dataset.py) or a faster disk help, a faster device does not")
@@ -235,9 +232,9 @@ def _say_time(ready: Prepared, speed: Speed, save: Save, logger: logging.Logger)
         saving += sampler.steps_per_epoch / config.TRAIN.SAVE_EVERY_STEPS * (save.copy if config.TRAIN.BACKGROUND_SAVE else saving / 2)
     epoch = training + evaluation / config.TRAIN.EVAL_FREQ + saving
     epochs = (sampler.total_steps - ready.state.step) / sampler.steps_per_epoch
-    judging = f"{_seconds(evaluation / config.TRAIN.EVAL_FREQ)} evaluation" if speed.evaluation is not None else \
+    evaluation = f"{_seconds(evaluation / config.TRAIN.EVAL_FREQ)} evaluation" if speed.evaluation is not None else \
         "an evaluation of unknown length"
-    logger.info(f"epoch: {clock(epoch)} = {_seconds(training)} training + {judging} + {_seconds(saving)} saving")
+    logger.info(f"epoch: {clock(epoch)} = {_seconds(training)} training + {evaluation} + {_seconds(saving)} saving")
     hours, unit = epoch * epochs * distributed.world_size() / 3600, "GPU" if ready.device.type == "cuda" else "process"
     logger.info(f"run: {clock(epoch * epochs)} for {epochs:.4g} epochs, {hours:.3g} {unit} hours")
 

@@ -16,11 +16,7 @@ from utils.evaluation.setup import open_loaders
 from utils.runtime import distributed
 from utils.tasks.build import build_task
 from utils.visualization.batch_grid import labels_of, sheet
-from utils.visualization.drawing import (
-    require_png,
-    save,
-    to_image,
-)
+from utils.visualization.drawing import require_png, save, to_image
 
 MOST = 36  # images of a picture
 

@@ -142,7 +142,7 @@ def confused_pairs(cells: np.ndarray, most: int = 20) -> list[tuple[int, int, in
 
 
 def reliability(predictions: Outcomes, bins: int = BINS) -> tuple[list[tuple[int, float, float]], float]:
-    """([(images, mean confidence, share right) of each bin of confidence], expected calibration error in [0, 1])."""
+    """([(images, mean confidence, accuracy) of each bin of confidence], expected calibration error in [0, 1])."""
     place = bins_of(predictions.probability, bins)
     images = np.bincount(place, minlength=bins)
     divisor = np.maximum(images, 1)

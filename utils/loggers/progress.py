@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.sources.listing_progress import listening
+from utils.runtime import launcher
 
 FIRST, SLOW = 10.0, 60.0  # seconds until the first plain line of a piece of work, and between the next ones
 PATIENCE = 1.0  # seconds that listing files may take without a word
@@ -32,7 +33,7 @@ Compose = Callable[[int, float], tuple[str, Sequence[str]]]
 class _Drawn(tqdm):
     """A line of one's own wording: what it begins with, the bar, then what fits, in order of importance."""
 
-    monitor_interval = 0  # no thread beside the work: loading processes are forked
+    monitor_interval = 0  # no thread beside the work: DataLoader workers are forked
 
     def __init__(self, total: int | None, start: int, compose: Compose):
         self.compose, self.begun_at = compose, start
@@ -79,7 +80,7 @@ def _columns(stream: Any) -> int:
 
 def _can_be_live() -> bool:
     stream = sys.stderr
-    return (os.environ.get("RANK", "0") == "0" and os.environ.get("TERM", "") not in ("dumb", "unknown") and stream is not None
+    return (launcher.rank() == 0 and os.environ.get("TERM", "") not in ("dumb", "unknown") and stream is not None
             and not stream.closed and stream.isatty())
 
 

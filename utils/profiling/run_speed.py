@@ -89,7 +89,7 @@ def _timed_steps(model: nn.Module, ready: Prepared, batches: Iterable[Batch], nu
 
 
 def _loading_seconds(batches: Iterator[Any], workers: int, device: torch.device, least: float) -> float:
-    """Seconds of a batch when nothing else is done: over whole rounds of the loading processes, which finish together at first."""
+    """Seconds of a batch when nothing else is done: over whole rounds of the DataLoader workers, which finish together at first."""
     for _ in range(1 + 3 * workers):  # what they had ready
         next(batches)
     begun, number = time.perf_counter(), 0

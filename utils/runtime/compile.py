@@ -1,7 +1,7 @@
 """torch.compile, of the whole model or block by block (``COMPILE``).
 
 Modules are compiled in place: names, state dict, hooks and copies of a model stay those of the plain one. Every shape is static,
-and a graph break is an error, so a family trains in one graph (or one a kind of block) and is judged in another.
+and a graph break is an error, so a family trains in one graph (or one a kind of block) and is evaluated in another.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from timm.layers import DropPath as TimmDropPath
 from torch import nn
 
 from config import ConfigError
-from models.base import DropPath
+from models.layers import DropPath
 
 SMALLEST_SHARE = 0.1  # of the parameters, for a class of blocks to be worth a graph
 
@@ -103,12 +103,11 @@ def require_compiler(device: torch.device, how: str) -> None:
                           "(on Debian: apt-get install g++), or use --compile off") from None
 
 
-def compile_error(error: Exception) -> str | None:
-    """The sentence on an error that torch.compile raised when it met the model; None for any other error."""
-    module = type(error).__module__
-    if not module.startswith(("torch._dynamo.", "torch._inductor.")):
+def compile_error(error: Exception) -> ConfigError | None:
+    """The error of ours for one that torch.compile raised when it met the model; None for any other error."""
+    if not type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
         return None
-    return f"this model cannot be compiled ({_reason(error)}); use --compile off"
+    return ConfigError(f"this model cannot be compiled ({_reason(error)}); use --compile off")
 
 
 def _probe(x: torch.Tensor) -> torch.Tensor:

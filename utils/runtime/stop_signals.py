@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 
+from config import ProgramError
 from utils.runtime import distributed
 
 
-class Stopped(Exception):
-    """Training ended because a signal asked for it, with nothing lost (exit status 75)."""
+class Stopped(ProgramError):
+    """Training ended because a signal asked for it, with nothing lost: the same command continues."""
+
+    exit_status = 75
 
 
 @contextlib.contextmanager

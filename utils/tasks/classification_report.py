@@ -90,9 +90,9 @@ class ClassificationReport(EvaluationReport):
 
 
 def _real_line(real: Sequence[Sequence[int]], answers: Answers) -> str:
-    judged = [(label_list, answer) for label_list, answer, target in zip(real, answers.top1.tolist(), answers.target.tolist(), strict=True)
-              if target >= 0]
-    counted = [(label_list, answer) for label_list, answer in judged if label_list]
-    right = sum(answer in label_list for label_list, answer in counted)
-    return (f"top1 {100 * right / max(1, len(counted)):.2f} by ReaL labels ({right} of {len(counted)}; "
-            f"images without a label, left out: {len(judged) - len(counted)})")
+    rows = zip(real, answers.top1.tolist(), answers.target.tolist(), strict=True)
+    evaluated = [(labels, predicted) for labels, predicted, target in rows if target >= 0]
+    labelled = [(labels, predicted) for labels, predicted in evaluated if labels]
+    right = sum(predicted in labels for labels, predicted in labelled)
+    return (f"top1 {100 * right / max(1, len(labelled)):.2f} by ReaL labels ({right} of {len(labelled)}; "
+            f"images without a label, left out: {len(evaluated) - len(labelled)})")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from config import ConfigError, image_size, with_values
+from config import ConfigError, ProgramError, image_size, with_values
 from data.loading.workers import worker_count
 from data.messages import NOTICE
 from utils.checkpoints.state import TrainState
@@ -37,7 +37,7 @@ def local_batch(wanted: int, whose: str, world_size: int) -> int:
     """
     if wanted % world_size:
         near = sorted(divisors(wanted), key=lambda n: abs(n - world_size))[:4]
-        other = "begin anew with --pretrained" if whose == "the checkpoint's" else "state another with --global-batch"
+        other = "start again with --pretrained" if whose == "the checkpoint's" else "state another with --global-batch"
         raise ConfigError(f"{whose} global batch of {wanted} cannot be shared by {world_size} processes; "
                           f"start {', '.join(map(str, sorted(near)))} processes, or {other}")
     return wanted // world_size
@@ -55,11 +55,11 @@ def split_batch(config: CfgNode, local: int, micro: int, whose: str) -> CfgNode:
 
 
 STRETCH = 4  # on a CPU memory is not tried beyond: a process that takes too much is killed, so sizes grow by measured steps
-BATCHES_AHEAD = 3  # that a loading process holds, the one it works on included
+BATCHES_AHEAD = 3  # that a DataLoader worker holds, the one it works on included
 
 
-class Unfit(RuntimeError):
-    """Not even a single image fits into memory (exit status 1)."""
+class DoesNotFit(ProgramError):
+    """The run does not fit into memory or on the disk; the message says why."""
 
 
 def largest_micro_batch(config: CfgNode, task: Task, local: int, num_classes: int, device: torch.device) -> tuple[int, str]:
@@ -70,7 +70,7 @@ def largest_micro_batch(config: CfgNode, task: Task, local: int, num_classes: in
         num_classes: classes of the data.
 
     Raises:
-        Unfit: a micro-batch of one image does not fit.
+        DoesNotFit: a micro-batch of one image does not fit.
     """
     sizes = divisors(local)
     most = int(memory.HEADROOM * memory.limit(device, config.PLAN.MEMORY)) - _of_loading(config, local, device)
@@ -79,8 +79,8 @@ def largest_micro_batch(config: CfgNode, task: Task, local: int, num_classes: in
     memory.reset_peak(device)  # gives back what the trial had
     found = min(distributed.gather_objects(found))
     if not found:
-        raise Unfit(f"a micro-batch of one image does not fit into {memory.shown(max(0, most))}; add --use-checkpoint, or take a smaller "
-                    "model or --img-size")
+        raise DoesNotFit(f"a micro-batch of one image does not fit into {memory.shown(max(0, most))}; add --use-checkpoint, or take a "
+                         "smaller model or --img-size")
     peak, beyond = measured.get(found), next((n for n in sizes if n > found), None)
     return found, (f"{memory.shown(peak)} of " if peak else "") + memory.shown(most) + " are taken at the peak" + (
         f", {beyond} images would not fit" if beyond is not None else "")
@@ -121,7 +121,7 @@ def search(sizes: Sequence[int], fits: Callable[[int], bool], measured: dict[int
 
 
 def _of_loading(config: CfgNode, local: int, device: torch.device) -> int:
-    """Bytes of the batches that loading processes hold ready; a matter of the CPU's memory alone."""
+    """Bytes of the batches that DataLoader workers hold ready; a matter of the CPU's memory alone."""
     height, width = image_size(config)
     return 0 if device.type != "cpu" else worker_count(config.DATA.NUM_WORKERS) * BATCHES_AHEAD * local * 3 * height * width * 4
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from config import ProgramError
 from utils.checkpoints.state import TrainState
 from utils.optim.lr_schedule import Schedule, set_lr
 from utils.optim.optimizer import skips_on_device
@@ -19,8 +20,10 @@ from utils.runtime.seed import seed_micro_batch
 from utils.tasks.base import Batch, Task
 
 
-class NumericError(ArithmeticError):
-    """Loss, gradients or weights are no longer finite numbers, beyond what may be skipped (exit status 4)."""
+class NumericError(ProgramError, ArithmeticError):
+    """Loss, gradients or weights are no longer finite numbers, beyond what may be skipped."""
+
+    exit_status = 4
 
 
 SMALLEST_SCALE = 1.0  # fp16 gradients that overflow unscaled are not a matter of the scale

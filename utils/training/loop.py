@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from torch import nn
 from yacs.config import CfgNode
 
+from config import ProgramError
 from data import preprocessing
 from utils.checkpoints.background_saver import Saver
 from utils.checkpoints.file_format import describe
@@ -34,10 +35,8 @@ from utils.training.nonfinite import NonFiniteGuard
 from utils.training.step_log import StepLog, finite_or_none
 
 
-class SaveError(RuntimeError):
-    """The run ended, but its last checkpoint could not be written (exit status 1)."""
-
-    exit_status = 1
+class SaveError(ProgramError):
+    """The run ended, but its last checkpoint could not be written."""
 
 
 @dataclass

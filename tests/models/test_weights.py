@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from recipe import published_state
 from safetensors.torch import save_file
 from yacs.config import CfgNode
 
 import models  # noqa: F401  registers the families
 from config import get_config
-from models import build_model, load_pretrained
+from models import build_model, load_pretrained, load_state
 from models.crossformer import CrossFormer
 from models.safe_load import CheckpointError, read_file, verify_digest
 from models.weights import load_pretrained_file, read_state_dict
@@ -176,16 +177,9 @@ def test_timm_overlay_loads_the_repositorys_file_strictly(tmp_path: Path) -> Non
 
 
 def official_swin(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """timm's names to the Swin repository's, with the buffers that its files hold."""
-    renamed = {}
-    for key, value in model.state_dict().items():
-        parts = key.replace("head.fc.", "head.").split(".")
-        if "downsample" in parts:
-            parts[1] = str(int(parts[1]) - 1)
-        renamed[".".join(parts)] = value
-    renamed["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.int64)
-    renamed["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
-    return renamed
+    """The weights under the Swin repository's names, with the buffers that its files hold."""
+    return {**published_state(model, "swin"), "layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49),
+            "layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49, dtype=torch.int64)}
 
 
 def test_swins_published_names_and_windows(tmp_path: Path) -> None:
@@ -195,9 +189,10 @@ def test_swins_published_names_and_windows(tmp_path: Path) -> None:
     source = build_model(config, 6)
     path = str(tmp_path / "swin.pth")
     torch.save(swin_style(official_swin(source)), path)
-    same = build_model(config, 6)
-    load_pretrained(same, path, config)
-    assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), source.state_dict().values(), strict=True))
+    for load in (lambda model: load_pretrained(model, path, config), lambda model: load_state(model, official_swin(source), config, path)):
+        same = build_model(config, 6)
+        load(same)
+        assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), source.state_dict().values(), strict=True))
     larger = get_config(None, [*node, "12", "DATA.IMG_SIZE", "96"])
     model = build_model(larger, 3)
     line = load_pretrained(model, path, larger).summary(path)

@@ -9,34 +9,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from test_compile import FAMILIES, tiny
+from families import FAMILIES, tiny
+from gradients import close, gradients, in_bf16
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from config import get_config
-from models import build_model, ops
-from models import cpu_bf16 as bf16
-from models.crossformer import CrossScaleEmbedding, _TableInPairs, relative_index
-
-
-def gradients(f: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    """The output of ``f``, and the gradients of its inputs for a fixed gradient of the output."""
-    y = f(*inputs)
-    pull = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, inputs, pull)]
-
-
-def close(ours: list[Tensor], plain: list[Tensor], limit: float) -> bool:
-    return all(a.shape == b.shape and float((a.float() - b.float()).abs().max() / b.float().abs().max()) < limit
-               for a, b in zip(ours, plain, strict=True))
-
-
-def in_bf16(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(*inputs: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return f(*inputs)
-    return run
+from models import build_model, cpu_bf16, ops
 
 
 @pytest.mark.parametrize(("channels", "kernel"), [(12, 8), (4, 16), (8, 8), (3, 32), (16, 4), (24, 8), (48, 4)])
@@ -46,7 +26,7 @@ def test_convolutions_are_right_in_bf16(channels: int, kernel: int) -> None:
 
     for padding in (0, 1):
         def conv(*inputs: Tensor, padding: int = padding) -> Tensor:
-            return bf16.convolve(*inputs, stride=4, padding=padding)
+            return cpu_bf16.conv2d(*inputs, stride=4, padding=padding)
 
         assert in_bf16(conv)(x, weight, bias).dtype == torch.bfloat16
         assert close(gradients(in_bf16(conv), x, weight, bias), gradients(conv, x, weight, bias), 0.02), padding
@@ -54,10 +34,10 @@ def test_convolutions_are_right_in_bf16(channels: int, kernel: int) -> None:
 
 @pytest.mark.parametrize(("rows", "shape"), [
     (6, (32, 16)), (6, (16, 16)),
-    *((bf16.VERY_FEW_ROWS + 1, shape) for shape in ((32, 16), (16, 32), (16, 16))), (bf16.FEW_ROWS + 1, (16, 32))])
+    *((cpu_bf16.VERY_FEW_ROWS + 1, shape) for shape in ((32, 16), (16, 32), (16, 16))), (cpu_bf16.FEW_ROWS + 1, (16, 32))])
 def test_linear_in_bf16_has_torchs_gradients(rows: int, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    ours, torchs = bf16.Linear(*shape), nn.Linear(*shape)
+    ours, torchs = cpu_bf16.Linear(*shape), nn.Linear(*shape)
     torchs.load_state_dict(ours.state_dict())
     x, gradient = torch.randn(1, rows, shape[0]), torch.randn(1, rows, shape[1])
     found = []
@@ -77,9 +57,9 @@ def test_linear_in_bf16_has_torchs_gradients(rows: int, shape: tuple[int, int]) 
 @pytest.mark.parametrize("fused", [True, False])
 def test_linears_take_what_torch_takes(shape: tuple[int, ...], fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    layer, x = bf16.Linear(8, 5), torch.randn(shape, requires_grad=True)
+    layer, x = cpu_bf16.Linear(8, 5), torch.randn(shape, requires_grad=True)
     if not fused:
-        monkeypatch.setattr(bf16, "_has_fused_bias", lambda: False)
+        monkeypatch.setattr(cpu_bf16, "_has_fused_bias", lambda: False)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
         with torch.no_grad():
@@ -91,38 +71,11 @@ def test_linears_take_what_torch_takes(shape: tuple[int, ...], fused: bool, monk
 
 
 def test_linears_write_their_bias_with_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not bf16._has_fused_bias():
+    if not cpu_bf16._has_fused_bias():
         pytest.skip("this CPU has no bf16 of its own")
     monkeypatch.setattr(F, "linear", None)
     with torch.autocast("cpu", torch.bfloat16):
-        bf16.mended(nn.Sequential(nn.Linear(8, 5)))(torch.randn(2, 8))
-
-
-@pytest.mark.parametrize("group", [1, 2, 3, 7])
-def test_tables_in_pairs_have_the_gradient_of_a_selection(group: int) -> None:
-    index, tokens = relative_index(group, torch.device("cpu")), group * group
-
-    def select(table: Tensor) -> Tensor:
-        return table.index_select(0, index).view(tokens, tokens, -1).permute(2, 0, 1)
-
-    def pairs(table: Tensor) -> Tensor:
-        return _TableInPairs.apply(table, group, table.dtype)
-
-    table = torch.randn((2 * group - 1) ** 2, 3, dtype=torch.float64, requires_grad=True)
-    ours, plain = gradients(pairs, table), gradients(select, table)
-    assert torch.equal(ours[0], plain[0]) and torch.allclose(ours[1], plain[1])
-
-
-@pytest.mark.parametrize("kernels", [(2, 4, 8, 16), (4, 8, 16, 32)])
-@pytest.mark.parametrize("channels", [3, 4])
-def test_the_embedding_is_right_in_bf16(kernels: tuple[int, ...], channels: int) -> None:
-    torch.manual_seed(0)
-    embed, x = bf16.mended(CrossScaleEmbedding(32, kernels, channels)), torch.randn(2, channels, 32, 32)
-    weights = tuple(embed.parameters())
-    for mode in (True, False):
-        embed.train(mode)
-        plain, ours = (gradients(lambda *_, f=f: f(x), *weights) for f in (embed, in_bf16(embed)))
-        assert close(ours, plain, 0.05), mode
+        cpu_bf16.replace_layers(nn.Sequential(nn.Linear(8, 5)))(torch.randn(2, 8))
 
 
 class DriftOfSums(TorchDispatchMode):
@@ -174,7 +127,7 @@ def test_every_family_computes_and_learns_right_in_bf16(family: str) -> None:
 @pytest.mark.parametrize(("weight", "bias"), [(True, True), (False, True), (True, False)])
 def test_layer_norm_sums_its_gradients_in_fp32(weight: bool, bias: bool) -> None:
     torch.manual_seed(0)
-    norm, x = bf16.LayerNorm(24), (torch.randn(5, 41, 43, 24) + torch.randn(5, 41, 43, 1)).bfloat16()
+    norm, x = cpu_bf16.LayerNorm(24), (torch.randn(5, 41, 43, 24) + torch.randn(5, 41, 43, 1)).bfloat16()
     torch.nn.init.normal_(norm.weight)
     norm.weight.requires_grad_(weight), norm.bias.requires_grad_(bias)
     given = [p for p in norm.parameters() if p.requires_grad]
@@ -184,7 +137,7 @@ def test_layer_norm_sums_its_gradients_in_fp32(weight: bool, bias: bool) -> None
 
 
 def test_layer_norms_of_timm_are_ours() -> None:
-    for name, kind, number in (("vit_tiny_patch16_224", bf16.LayerNorm, 25), ("convnext_atto", bf16.LayerNorm2d, 17)):
+    for name, kind, number in (("vit_tiny_patch16_224", cpu_bf16.LayerNorm, 25), ("convnext_atto", cpu_bf16.LayerNorm2d, 17)):
         model = build_model(get_config(None, ["MODEL.TYPE", "timm", "MODEL.NAME", name]), 5)
         assert sum(type(module) is kind for module in model.modules()) == number
         assert not any(type(module) in (nn.LayerNorm, timm.layers.LayerNorm, timm.layers.LayerNorm2d) for module in model.modules())
@@ -225,22 +178,6 @@ def test_large_depthwise_maps_in_slices_of_channels(monkeypatch, kernel, stride)
     monkeypatch.setattr(ops, "LARGE_MAP", 100)
     monkeypatch.setattr(ops, "_FEW_CHANNELS", 4)
     test_depthwise_convolution(kernel, stride, (6, 9), torch.bfloat16, stride == 1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention(dtype):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 8, dtype=dtype, requires_grad=True) for n in (9, 5, 5))
-
-    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ((q.float() @ k.float().transpose(-2, -1) * 0.3).softmax(-1) @ v.float()).to(dtype)
-
-    drop = nn.Dropout(0.5).eval()
-    limit = 1e-5 if dtype == torch.float32 else 0.03
-    assert close(gradients(lambda *t: ops.attend(*t, 0.3, drop), q, k, v), gradients(plain, q, k, v), limit)
-    with torch.no_grad():
-        assert close([ops.attend(q, k, v, 0.3, drop)], [plain(q, k, v)], limit)
-    assert not torch.allclose(ops.attend(q, k, v, 0.3, drop.train()), plain(q, k, v), atol=0.1)
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 6), (6, 7)])  # whole patches, and a row or a column left over

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from conftest import differences
-from test_compile import FAMILIES, tiny
+from families import FAMILIES, tiny
 
 from config import ConfigError, get_config
 from models import build_model

@@ -1,0 +1,89 @@
+"""CrossFormer's cross-scale embedding layers (CEL): tokens sampled by convolutions of several sizes at one stride.
+
+Paper: "CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention" (ICLR 2022), section 3.1.
+
+Shapes: B batch, H W image or map, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.cpu_bf16 import compute_dtype, conv2d
+from models.ops import merge_patches, pad_to_even, pad_to_multiple, space_to_depth
+
+
+class CrossScaleEmbedding(nn.Module):
+    """CEL on the image: convolutions of growing kernels at one stride, concatenated (CrossFormer, section 3.1).
+
+    (B, 3, H, W) -> (B, H/4, W/4, C). Each kernel gets half the channels of the one before, the last as many as that one.
+    """
+
+    def __init__(self, dim: int, kernels: Sequence[int] = (4, 8, 16, 32), in_chans: int = 3, norm: bool = True):
+        super().__init__()
+        self.stride = kernels[0]
+        self.projs = nn.ModuleList(
+            nn.Conv2d(in_chans, width, kernel, stride=self.stride, padding=(kernel - self.stride) // 2)
+            for kernel, width in zip(kernels, split_channels(dim, len(kernels)), strict=True))
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pad_to_multiple(x, self.stride)
+        # The gradient of a large kernel over three channels is slow; the forward pass alone gains nothing.
+        sample = self.sample_in_blocks if self.training and self.stride % 2 == 0 else self.sample
+        return self.norm(torch.cat(sample(x), dim=-1))
+
+    def sample(self, x: Tensor) -> list[Tensor]:
+        """Each kernel's tokens, (B, H/4, W/4, width)."""
+        return [proj(x).permute(0, 2, 3, 1) for proj in self.projs]
+
+    def sample_in_blocks(self, x: Tensor) -> list[Tensor]:
+        """The same with the pixels of a 4x4 block as channels: a kernel of 4m pixels is one of m blocks at stride 1.
+
+        A token's kernel begins half a block off the image's blocks if m is even, so the blocks do; for an odd m (the smallest
+        kernel, one block) the kernel gets half a block of zeros around it.
+        """
+        x = x.to(compute_dtype(x))  # once, not in every convolution
+        half = self.stride // 2
+        blocks = space_to_depth(F.pad(x, (half,) * 4), self.stride).permute(0, 3, 1, 2)
+        tokens = []
+        for proj in self.projs:
+            across, rest = divmod(proj.kernel_size[0], self.stride)
+            if rest:
+                tokens.append(proj(x))
+                continue
+            kernel = proj.weight if across % 2 == 0 else F.pad(proj.weight, (half,) * 4)
+            weight = space_to_depth(kernel, self.stride).permute(0, 3, 1, 2)
+            tokens.append(conv2d(blocks, weight, proj.bias, padding=weight.shape[2] // 2 - 1))
+        return [token.permute(0, 2, 3, 1) for token in tokens]
+
+
+def split_channels(dim: int, parts: int) -> list[int]:
+    """Output widths of the embedding's kernels, from the smallest kernel: D/2, D/4, ..., the last one twice."""
+    widths = [dim // 2 ** (i + 1) for i in range(parts - 1)]
+    return [*widths, dim - sum(widths)]
+
+
+class CrossScaleMerging(nn.Module):
+    """CEL between stages: norm, then convolutions of stride 2, concatenated. (B, H, W, C) -> (B, H/2, W/2, 2C)."""
+
+    def __init__(self, dim: int, kernels: Sequence[int] = (2, 4)):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.reductions = nn.ModuleList(
+            nn.Conv2d(dim, width, kernel, stride=2, padding=(kernel - 2) // 2)
+            for kernel, width in zip(kernels, split_channels(2 * dim, len(kernels)), strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pad_to_even(self.norm(x))
+        return torch.cat([self.merge(reduction, x) for reduction in self.reductions], dim=-1)
+
+    @staticmethod
+    def merge(conv: nn.Conv2d, x: Tensor) -> Tensor:
+        if conv.kernel_size[0] == 2:
+            return merge_patches(conv, x)
+        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -1,0 +1,74 @@
+"""Layers that several families share, and how linears start.
+
+Shapes: B batch, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from models.cpu_bf16 import Linear
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., ECCV 2016): a residual branch left out whole, sample by sample, in training.
+
+    What is kept is scaled by 1/(1 - rate). The rate lives in a tensor, unlike in timm's: ``torch.compile`` takes a number for
+    a constant and would compile every block again. It is in no state dict.
+    """
+
+    keep: Tensor
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.drop_prob = rate
+        self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) -> the same."""
+        if not self.training:
+            return x
+        return x * self.factor(x)
+
+    def factor(self, x: Tensor) -> Tensor:
+        """What each sample of ``x`` (B, ...) is multiplied by: 0 or 1/(1 - rate), (B, 1, ...)."""
+        kept = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) < self.keep
+        return (kept / self.keep).to(x.dtype)
+
+
+def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
+    """``x + drop_path(branch)``, in one pass over the maps where there is something to drop."""
+    if isinstance(drop_path, DropPath) and drop_path.training:
+        return torch.addcmul(x, branch, drop_path.factor(branch))
+    return x + drop_path(branch)
+
+
+class Mlp(nn.Module):
+    """Two linears with a GELU between. (.., C) -> the same."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0):
+        super().__init__()
+        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
+        self.act, self.drop = nn.GELU(), nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+def init_linear(module: nn.Module) -> None:
+    """Linears normal(0, 0.02), biases 0; all else keeps torch's default, which for norms is 1 and 0."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def make_head(width: int, num_classes: int) -> nn.Module:
+    """The classifier, initialised as ``init_linear`` does, or nothing for 0 classes."""
+    if num_classes == 0:
+        return nn.Identity()
+    head = nn.Linear(width, num_classes)
+    init_linear(head)
+    return head

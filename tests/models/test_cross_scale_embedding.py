@@ -1,0 +1,62 @@
+"""CrossFormer's cross-scale embedding: what its kernels see, and its form in blocks of pixels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gradients import close, gradients, in_bf16
+from torch import nn
+
+from models import cpu_bf16
+from models.cross_scale_embedding import CrossScaleEmbedding
+from models.ops import space_to_depth
+
+
+@torch.no_grad()
+def test_embedding_kernels_see_the_same_centre() -> None:
+    """Each kernel of the cross-scale embedding is centred on the token's own patch."""
+    embedding = CrossScaleEmbedding(32, norm=False)
+    for p in embedding.parameters():
+        nn.init.ones_(p) if p.ndim > 1 else nn.init.zeros_(p)
+    image = torch.zeros(1, 3, 64, 64)
+    image[..., 33, 33] = 1  # inside patch (8, 8)
+    reached = embedding(image)[0, ..., [0, 16, 24, 28]] > 0
+    for scale, reach in enumerate((0, 1, 2, 4)):
+        ys = reached[..., scale].nonzero()[:, 0]
+        assert ys.min() >= 8 - reach and ys.max() <= 8 + reach and bool(reached[8, 8, scale])
+
+
+@pytest.mark.parametrize("kernels", [(4, 8, 16, 32), (4,), (4, 12, 16), (4, 8, 10), (2, 4)])
+@pytest.mark.parametrize("image_needs_gradient", [False, True])
+def test_embedding_in_blocks_is_the_convolutions(kernels: tuple[int, ...], image_needs_gradient: bool) -> None:
+    torch.manual_seed(0)
+    embedding = CrossScaleEmbedding(32, kernels, norm=False).double()
+    x = torch.randn(2, 3, 45, 38, dtype=torch.float64, requires_grad=image_needs_gradient)
+    found = []
+    for training in (True, False):
+        embedding.train(training)
+        y = embedding(x)
+        inputs = [*embedding.parameters(), *([x] if image_needs_gradient else [])]
+        found.append([y, *torch.autograd.grad((y * torch.arange(y.numel()).view_as(y).cos()).sum(), inputs)])
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kernels", [(2, 4, 8, 16), (4, 8, 16, 32)])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_the_embedding_is_right_in_bf16(kernels: tuple[int, ...], channels: int) -> None:
+    torch.manual_seed(0)
+    embed, x = cpu_bf16.replace_layers(CrossScaleEmbedding(32, kernels, channels)), torch.randn(2, channels, 32, 32)
+    weights = tuple(embed.parameters())
+    for mode in (True, False):
+        embed.train(mode)
+        plain, ours = (gradients(lambda *_, f=f: f(x), *weights) for f in (embed, in_bf16(embed)))
+        assert close(ours, plain, 0.05), mode
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_space_to_depth_by_rows(dtype: torch.dtype) -> None:
+    x = torch.arange(2 * 3 * 8 * 12).view(2, 3, 8, 12).to(dtype)
+    expected = space_to_depth(x.clone().requires_grad_(), 4)
+    assert torch.equal(space_to_depth(x, 4), expected)
+    assert torch.equal(space_to_depth(x.to(memory_format=torch.channels_last), 4), expected)
+    assert torch.equal(expected[1, 1, 2], x[1, :, 4:8, 8:12].flatten())
