@@ -36,7 +36,7 @@ from data.decoding.jpeg import LIBRARY
 from data.loading.dataset import EvalImages
 from data.sources.folder import scan_folder
 from data.transforms.build import build_eval_transform, build_train_transform, preprocessing
-from data.transforms.pipeline import eval_pipeline
+from data.transforms.pipeline import build_eval_pipeline
 
 BATCH = 20
 # ImageNet's sizes, roughly: width, height, share.
@@ -112,7 +112,7 @@ def training(root: str, name: str, where: str) -> Callable[[list[int]], object]:
 
 def evaluation(root: str, device: str) -> Callable[[list[int]], object]:
     config = configuration(root, "originals", "DATA.DECODER", "fast")
-    pipeline, _ = eval_pipeline(config, torch.device(device), published=False)
+    pipeline, _ = build_eval_pipeline(config, torch.device(device), published=False)
     return EvalImages(scan_folder(os.path.join(config.DATA.DATA_PATH, "val")), pipeline, BATCH).__getitems__
 
 

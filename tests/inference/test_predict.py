@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from config import ConfigError, get_config
-from data.layouts.input_paths import find_given
+from data.layouts.input_paths import find_input_images
 from models.crossformer import CrossFormer
 from utils.commands import predict
 from utils.inference.trained_model import describe_classes, open_trained
@@ -109,7 +109,7 @@ def test_lists_relative_to_the_current_folder_and_on_standard_input(program, tin
     shutil.copytree(images / "val/b", here / "b")
     (here / "lists").mkdir()
     (here / "lists/list.txt").write_text("b/0.jpg\nb/1.png\n")
-    assert list(find_given(["lists/list.txt"]).names) == ["b/0.jpg", "b/1.png"]
+    assert list(find_input_images(["lists/list.txt"]).names) == ["b/0.jpg", "b/1.png"]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"b/3.png\r\nb/2.jpg")))
     done = program("--predict", "-", "--resume", tiny_run, "--json", "-")
     assert [json.loads(line)["path"] for line in done.stdout.splitlines()] == ["b/3.png", "b/2.jpg"]

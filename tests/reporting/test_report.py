@@ -124,7 +124,7 @@ def test_images_of_all_ranks_keep_their_numbers(images: Path, tmp_path: Path, mo
         with monkeypatch.context() as patch:
             patch.setattr(distributed, "gather_objects", lambda own, kept=parts: kept.append(own) or kept)
             answers = record.answers(val)
-    write_outcomes(answers, val, val.dataset.folder.classes, str(tmp_path / "all.npz"))
+    write_outcomes(answers, val, val.dataset.source.classes, str(tmp_path / "all.npz"))
     made = Outcomes.read(str(tmp_path / "all.npz"))
     assert made.index.tolist() == [i for i in range(19) if i != 7] and "b/2.jpg" not in made.paths
     assert [path[0] for path in made.paths] == [made.classes[target] for target in made.target]

@@ -20,7 +20,7 @@ from data.doctor.diagnose import Diagnosis, diagnose, manifests
 from data.doctor.finding import Finding, Move
 from data.doctor.survey import Survey, base_of
 from data.sources.folder import ImageFolder
-from data.sources.index_cache import DAMAGED, Index
+from data.sources.index_cache import NPZ_ERRORS, Index
 from utils.loggers.console import plain
 from utils.loggers.progress import ProgressLines, is_live, listing_shown
 from utils.reporting.doctor_text import render
@@ -61,7 +61,7 @@ def examine_run(config: CfgNode, logger: logging.Logger) -> int:
         with listing_shown(progress.say):
             diagnosis = diagnose(config, begun, progress, earlier)
     finally:
-        progress.clear_live_line()
+        progress.end()
     scripts = _write_scripts(diagnosis, folder)
     for name, content in manifests(diagnosis.survey).items():
         write_atomically(os.path.join(folder, f"manifest-{name}.npz"), lambda file, content=content: np.savez(file, **content))
@@ -110,7 +110,7 @@ def _read_manifest(path: str) -> Index | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in ("names.blob", "names.ends", "sha256")}
-    except DAMAGED:
+    except NPZ_ERRORS:
         return None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data.sources.index_cache import DAMAGED
+from data.sources.index_cache import NPZ_ERRORS
 from utils.evaluation.statistics import BINS, bins_of, expected_calibration_error
 from utils.runtime.files import write_atomically
 
@@ -82,7 +82,7 @@ class Outcomes:
             return made
         except FileNotFoundError:
             raise OutcomesError(f"{path}: no such file") from None
-        except DAMAGED as error:
+        except NPZ_ERRORS as error:
             raise OutcomesError(f"{path}: no file of predictions, or damaged ({type(error).__name__})") from None
 
     def check(self) -> None:

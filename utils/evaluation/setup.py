@@ -30,7 +30,7 @@ def open_loaders(task: Task, config: CfgNode, device: torch.device, logger: logg
     """
     with listing_shown(functools.partial(log_periodic, logger)):
         loaders = task.build_loaders(config, **dict(rank=distributed.rank(), world_size=distributed.world_size(), device=device) | options)
-    loaders.tell(unreadable_image_reporter(logger))
+    loaders.report_unreadable(unreadable_image_reporter(logger))
     tell(logger, loaders.notices)
     return loaders
 

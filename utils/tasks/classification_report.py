@@ -49,7 +49,7 @@ class ClassificationReport(EvaluationReport):
         if self.config.TEST.PREDICTIONS and not recordable(loaders.val):
             raise ConfigError("TEST.PREDICTIONS: not for a stream, whose images have no numbers, nor beyond "
                               f"{MOST_IMAGES:,} images; leave it empty")
-        self.loaders, self.label_set = loaders, self.labels.on(loaders.val.dataset.folder, loaders.classes)
+        self.loaders, self.label_set = loaders, self.labels.on(loaders.val.dataset.source, loaders.classes)
         self._everything, self._chosen = Recorder(), Recorder(self.label_set.allowed)
         return list(self.label_set.notices)
 

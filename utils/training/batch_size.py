@@ -123,7 +123,7 @@ def search(sizes: Sequence[int], fits: Callable[[int], bool], measured: dict[int
 def _of_loading(config: CfgNode, local: int, device: torch.device) -> int:
     """Bytes of the batches that DataLoader workers hold ready; a matter of the CPU's memory alone."""
     height, width = image_size(config)
-    return 0 if device.type != "cpu" else worker_count(config) * BATCHES_AHEAD * local * 3 * height * width * 4
+    return 0 if device.type != "cpu" else worker_count(config.DATA.NUM_WORKERS) * BATCHES_AHEAD * local * 3 * height * width * 4
 
 
 class Trial:

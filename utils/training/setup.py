@@ -81,7 +81,7 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
     tell(logger, (*optim.apex_notices(config), precision.notice))
     require_agreement(config, loaders)
     if start.content is None:
-        _require_steps(config, len(loaders.train.dataset.folder), world_size)
+        _require_steps(config, len(loaders.train.dataset.source), world_size)
         if global_batch != recipe_batch(config, world_size):
             logger.log(NOTICE, f"the recipe's global batch is {config.TRAIN.GLOBAL_BATCH}, this one {global_batch}; the learning rate "
                         "follows it, results may not; --fit keeps the recipe's")
@@ -132,8 +132,8 @@ def introduce(ready: Prepared, logger: logging.Logger) -> None:
     part = f" ({trained / 1e6:.2f} M of them trained)" if trained < parameters else ""
     logger.info(f"model {config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters{part}, {len(loaders.classes)} classes, "
                 f"on {ready.device} in {plan.precision.name}, torch {torch.__version__}")
-    val, schedule = len(loaders.val.dataset.folder) or "an unknown number of", plan.schedule
-    logger.info(f"data {config.DATA.DATA_PATH} ({loaders.layout}): {len(loaders.train.dataset.folder)} training and {val} validation "
+    val, schedule = len(loaders.val.dataset.source) or "an unknown number of", plan.schedule
+    logger.info(f"data {config.DATA.DATA_PATH} ({loaders.layout}): {len(loaders.train.dataset.source)} training and {val} validation "
                 f"images, {loaders.train.batch_sampler.steps_per_epoch} steps an epoch, {loaders.train.num_workers} workers; "
                 f"{loaders.train.dataset.pipeline.description()}")
     logger.info(f"global batch {ready.global_batch} = {config.DATA.BATCH_SIZE} images x {config.TRAIN.ACCUMULATION_STEPS} accumulated x "
