@@ -15,7 +15,7 @@ from data.loading.workers import worker_count
 from data.messages import NOTICE
 from utils.checkpoints.state import TrainState
 from utils.evaluation.setup import open_loaders
-from utils.runtime import distributed, memory
+from utils.runtime import distributed, launcher, memory
 from utils.runtime.precision import choose_precision
 from utils.runtime.seed import make_deterministic
 from utils.tasks.base import Task
@@ -123,7 +123,9 @@ def search(sizes: Sequence[int], fits: Callable[[int], bool], measured: dict[int
 def _of_loading(config: CfgNode, local: int, device: torch.device) -> int:
     """Bytes of the batches that DataLoader workers hold ready; a matter of the CPU's memory alone."""
     height, width = image_size(config)
-    return 0 if device.type != "cpu" else worker_count(config.DATA.NUM_WORKERS) * BATCHES_AHEAD * local * 3 * height * width * 4
+    if device.type != "cpu":
+        return 0
+    return worker_count(config.DATA.NUM_WORKERS, launcher.local_world_size()) * BATCHES_AHEAD * local * 3 * height * width * 4
 
 
 class Trial:
