@@ -143,13 +143,13 @@ def test_measured_memory_is_that_of_the_work() -> None:
         torch.ones(mib << 18)
 
     keep_freed_memory()  # as main.py does: what an earlier piece of work left must not count for the next
-    large, small, again = (memory.taken(lambda mib=mib: work(mib), torch.device("cpu")) for mib in (256, 64, 256))
+    large, small, again = (memory.peak_of(lambda mib=mib: work(mib), torch.device("cpu")) for mib in (256, 64, 256))
     assert abs(large - small - (192 << 20)) < 20 << 20 and abs(again - large) < 20 << 20
-    assert memory.limit(torch.device("cpu"), 123) == 123 and memory.limit(torch.device("cpu"), 0) > 100 << 20
+    assert memory.available(torch.device("cpu"), 123) == 123 and memory.available(torch.device("cpu"), 0) > 100 << 20
 
 
 def test_a_real_fit_stays_within_its_memory(tiny_cfg: Path, program) -> None:
-    here = memory.taken(lambda: None, torch.device("cpu"))
+    here = memory.peak_of(lambda: None, torch.device("cpu"))
     done = program("--cfg", tiny_cfg, "--plan", "--fit", "--global-batch", 64, "--opts", "PLAN.MEMORY", here + (600 << 20), *QUICK)
     assert done.returncode == 0 and done.stdout.endswith("\nfits: yes\n"), done
     assert re.search(r"^fit: \d+ images x \d+ accumulated x 1 processes = 64, .* are taken at the peak", done.stdout, re.M), done
