@@ -46,7 +46,7 @@ def show_attention(config: CfgNode, content: Any, device: torch.device, logger: 
     own, best = is_own(content), model(image).softmax(-1)[0]
     answer = int(best.argmax())
     name = content["classes"][answer] if own else f"class {answer}"
-    title = f"{os.path.basename(config.SHOW.ATTENTION)}: taken for {name} ({100 * float(best[answer]):.1f} %)"
+    title = f"{os.path.basename(config.SHOW.ATTENTION)}: predicted {name} ({100 * float(best[answer]):.1f} %)"
     shown = chosen(found)
     save(page(to_image(image[0], prepare["mean"], prepare["std"]), shown, len(model.layers), point, title,
               f"{config.MODEL.NAME}, weights {os.path.basename(weights)}; last block of each kind in a stage, mean of its heads"), path)

@@ -15,7 +15,7 @@ from utils.loggers import progress
 
 QUICK = 1.0  # seconds between two lines of many alike, at least; log.txt has them all
 
-RESULT = {"result": True}  # ``extra`` of a line that says what has been reached; a terminal shows it in green
+RESULT = {"colour": "green"}  # ``extra`` of a line that says what has been reached
 _LEVELS = {NOTICE: ("notice", "cyan"), logging.WARNING: ("warning", "yellow"), logging.ERROR: ("error", "red")}
 
 
@@ -44,7 +44,7 @@ class _Console(logging.Handler):
         if self.closed or self.is_redundant(record):
             return
         line = printable(self.format(record))
-        _, tint = _LEVELS.get(record.levelno, ("", "green" if getattr(record, "result", False) else ""))
+        _, tint = _LEVELS.get(record.levelno, ("", getattr(record, "colour", "")))
         if self.colour and tint:
             line = colored(line, tint)
         try:
