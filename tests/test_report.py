@@ -168,6 +168,18 @@ def test_facts_of_rows_with_gaps() -> None:
     assert (found["best top-1"], found["best epoch"], found["epochs"], found["skipped steps"]) == ("50.00 %", "?", "? of ?", "2")
 
 
+def test_facts_of_a_task_with_its_own_metrics() -> None:
+    metrics = [7, dict(label="no name"), dict(name="near"), dict(name="error", label="mean error", higher_is_better=False, digits=1)]
+    start = dict(event="start", step=0, task="regression", metrics=metrics, best="error")
+    rows = [dict(step=i, epoch=i, error=error, near=i / 3) for i, error in ((1, 0.5), (2, 0.25), (3, None), (4, 0.75))]
+    found = facts(Run("x", "x", rows=rows, events=[start, dict(event="start", step=2)]))
+    assert [*found.items()][:4] == [("best mean error", "0.2"), ("best epoch", "2"), ("last near", "1.3333"), ("last mean error", "0.8")]
+    # of a checkpoint, or a damaged start, the deciding metric's name alone is known
+    assert facts(Run("", "x", rows=[dict(error=0.5, epoch=3)], events=[dict(event="start", best="error")])) == {
+        "best error": "0.5000", "best epoch": "3"}
+    assert facts(Run("", "x", rows=[dict(top1=50, epoch=3)])) == {"best top-1": "50.00 %", "best epoch": "3"}
+
+
 @pytest.mark.parametrize("end", ["", "\n", '\n{"step": 2, "lo'])
 def test_lines_go_on_behind_what_a_kill_left(tmp_path: Path, end: str) -> None:
     path = tmp_path / "steps.jsonl"
