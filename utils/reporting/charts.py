@@ -1,14 +1,37 @@
-"""The curves of one run or several, as data: what the report's page and the PNG plots both draw. Imports no torch."""
+"""The curves of one run or several, as data: what plots.py draws. Imports neither torch nor matplotlib."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from utils.reporting.run_reader import ReportedMetric, Run
-from utils.reporting.svg import Line
+
+_POINTS = 400  # of a line at most; more steps share one
+
+
+@dataclass
+class Line:
+    """A curve: its values ``ys`` (None: there is none) over ``xs``, rising; ``color`` by number, ``dots`` marks every point."""
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float | None]
+    color: int = 0
+    dashed: bool = False
+    dots: bool = False
+
+    def thinned(self) -> np.ndarray:
+        """(x, mean, least, largest) of groups of neighbors, float64 (points, 4), at least one; what is not finite is left out."""
+        points = np.array([(x, np.nan if y is None else y) for x, y in zip(self.xs, self.ys, strict=True)], dtype=np.float64)
+        points = points[np.isfinite(points).all(axis=1)]
+        groups = np.array_split(points, min(len(points), _POINTS))
+        return np.array([(part[-1, 0], part[:, 1].mean(), part[:, 1].min(), part[:, 1].max()) for part in groups])
 
 
 @dataclass(frozen=True)
@@ -99,7 +122,7 @@ def _chart(runs: Sequence[Run], divisors: Sequence[float], x_label: str, name: s
     lines, marked = [], []
     for number, (run, letter, divisor) in enumerate(zip(runs, letters(runs), divisors, strict=True)):
         for place, (label, rows, key, factor) in enumerate(series(run)):
-            ys = [row[key] * factor if isinstance(row.get(key), (int, float)) else None for row in rows]
+            ys = [row[key] * factor if isinstance(row.get(key), (int, float)) and math.isfinite(row[key]) else None for row in rows]
             lines.append(Line(f"{letter} {label}".strip(), [row["step"] / divisor for row in rows], ys, number if letter else place,
                               dashed=bool(letter) and place > 0, dots=rows is run.rows and len(rows) <= 120))
         marked += [(step / divisor, sentence) for step, sentence in marks(run, letter)]

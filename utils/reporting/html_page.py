@@ -7,20 +7,21 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
 
 from utils.evaluation.paired_test import Paired, compare
 from utils.evaluation.per_class import PerClass
-from utils.evaluation.predictions_file import Outcomes, confused_pairs, confusion, reliability
+from utils.evaluation.predictions_file import Outcomes, confused_pairs, confusion
 from utils.evaluation.statistics import accuracy_interval
-from utils.reporting.charts import charts, letters, marks
+from utils.loggers.console import printable
+from utils.reporting import plots
+from utils.reporting.charts import letters, marks
 from utils.reporting.html_style import SCRIPT, STYLE
 from utils.reporting.run_reader import Run, beside_preset, circumstances, config_differences, facts, shown, source_of
-from utils.reporting.svg import COLOURS, confusion_matrix, line_chart, reliability_diagram, shortened, text_of
 
-MOST_CLASSES = 50  # of a confusion matrix that is drawn
 MOST_ROWS = 1000  # of the table of classes
 MISTAKES = 24
 
@@ -46,6 +47,10 @@ def _head(title: str) -> str:
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{text_of(title)}</title>'
             f"<style>{STYLE}</style></head><body>")
+
+
+def text_of(value: object) -> str:
+    return escape(printable(str(value)), quote=True)
 
 
 def _section(title: str, *parts: str) -> str:
@@ -89,13 +94,7 @@ def _problems(run: Run, letter: str = "") -> str:
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
-    figures = []
-    for chart in charts(runs):
-        labels = [line for line in chart.lines if line.label]
-        legend = "".join(f'<span class="c{line.colour % COLOURS}"><i class="key{" dashed" if line.dashed else ""}"></i>'
-                         f"{text_of(line.label)}</span>" for line in labels) if len(chart.lines) > 1 else ""
-        figures.append(f"<figure><figcaption><b>{text_of(chart.title)}</b><span class=legend>{legend}</span></figcaption>"
-                       f"{line_chart(chart.lines, chart.x_label, chart.y_label, chart.marks)}</figure>")
+    figures = [f"<figure>{plot.svg()}</figure>" for plot in plots.curves(runs)]
     happened = [sentence for run, letter in zip(runs, names, strict=True) for _, sentence in marks(run, letter)]
     told = "; ".join(happened[:12]) + (" …" if len(happened) > 12 else "")
     note = f"<p class=soft>Upright dashed lines: {text_of(told)}.</p>" if happened else ""
@@ -183,18 +182,15 @@ def _classes(predictions: Outcomes, lead: str) -> str:
     cut = f"<p class=soft>The {MOST_ROWS:,} worst of {len(worst):,} classes.</p>" if len(worst) > MOST_ROWS else ""
     pairs = [[classes[a], classes[b], (times, f"{times:,}"), _percent(times / figures.images[a])] for a, b, times in confused_pairs(cells)]
     pair_table = _table(["true", "taken for", "times", "of the class (%)"], pairs, numeric=(2, 3), sortable=True)
-    bins, error = reliability(predictions)
-    wide = " class=row" if len(classes) > 12 else ""
-    matrix = (f"<figure{wide}><figcaption><b>Confusion: true classes in rows, predictions in columns</b></figcaption>"
-              f"<div class=wide>{confusion_matrix(cells, classes)}</div></figure>" if len(classes) <= MOST_CLASSES else "")
+    figures = []
+    for plot in plots.of_predictions(predictions):
+        row = " class=row" if not plot.scales and len(classes) > 12 else ""
+        figures.append(f"<figure{row}><div{'' if plot.scales else ' class=wide'}>{plot.svg()}</div></figure>")
     summary = (f"<p>{100 * predictions.right.mean():.2f} % of {len(predictions.target):,} images of the last evaluation are recognised "
                f"(95 % interval {low:.2f} to {high:.2f}, bootstrap).</p>")
-    diagram = (f"<figure><figcaption><b>Reliability: expected calibration error {100 * error:.2f} %</b></figcaption>"
-               f"{reliability_diagram(bins)}<p class=soft>Bars: share right among images of that confidence, darker where there are many; "
-               "short lines: their mean confidence; equal on the dashed diagonal.</p></figure>")
     confused = f"<div><b>Most confused pairs</b>{pair_table}</div>" if pairs else "<p>No image was mistaken.</p>"
     return (_section(f"{lead}Classes", summary, f'<div class="tall">{table}</div>', cut)
-            + _section(f"{lead}Confusion and confidence", f"<div class=charts>{matrix}{diagram}{confused}</div>"))
+            + _section(f"{lead}Confusion and confidence", f"<div class=charts>{''.join(figures)}{confused}</div>"))
 
 
 def _mistakes(predictions: Outcomes, lead: str) -> str:
@@ -205,7 +201,7 @@ def _mistakes(predictions: Outcomes, lead: str) -> str:
         picture = (f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(blob).decode()}">' if blob
                    else "<div class=blank>not kept</div>")
         cards.append(f'<figure class=card title="{text_of(predictions.paths[position])}">{picture}<figcaption>'
-                     f"<b>{text_of(shortened(true, 40))}</b><span>taken for {text_of(shortened(taken, 40))}</span>"
+                     f"<b>{text_of(plots.shortened(true, 40))}</b><span>taken for {text_of(plots.shortened(taken, 40))}</span>"
                      f"<span class=soft>{100 * predictions.probability[position]:.1f} % sure, "
                      f"{100 * predictions.correct_probability[position]:.1f} % for the right one</span>"
                      f"<span class=path>{text_of(predictions.paths[position])}</span></figcaption></figure>")

@@ -14,25 +14,15 @@ h1{font-size:1.6rem;line-height:1.25;margin:0;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:36px 0 12px;padding-top:14px;border-top:1px solid var(--line);overflow-wrap:anywhere}
 h3{font-size:1rem;margin:18px 0 8px}
 p{margin:8px 0}.soft{color:var(--soft);font-size:.87rem;overflow-wrap:anywhere}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));gap:10px;margin:20px 0}
-.tile{background:var(--panel);border-radius:8px;padding:10px 14px}.tile b{display:block;font-size:1.05rem;white-space:nowrap}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(124px,1fr));gap:10px;margin:20px 0}
+.tile{background:var(--panel);border-radius:8px;padding:10px 14px}.tile b{display:block;font-size:1.05rem}
 .tile span{color:var(--soft);font-size:.85rem}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:22px 28px;align-items:start}
 .charts>*{min-width:0}.row{grid-column:1/-1}
 figure{margin:0}figcaption{display:flex;flex-wrap:wrap;gap:2px 14px;align-items:baseline}
-.legend{display:flex;flex-wrap:wrap;gap:2px 12px;font-size:.84rem;color:var(--soft)}
-.key{display:inline-block;width:18px;border-top:2.5px solid var(--c);margin-right:5px;vertical-align:middle}
-.key.dashed{border-top-style:dashed}
 svg{display:block;width:100%;height:auto;max-width:100%}
 .wide{overflow-x:auto}.wide svg{max-width:none}
-svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
-.c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}
-.grid{stroke:var(--line)}.line{fill:none;stroke:var(--c);stroke-width:1.7;stroke-linejoin:round}.line.dashed{stroke-dasharray:6 4}
-.band{fill:var(--c);fill-opacity:.16}circle{fill:var(--c)}
-.mark line{stroke:var(--soft);stroke-dasharray:3 3}.diagonal{stroke:var(--soft);stroke-dasharray:5 4}
-.bar{fill:var(--c0)}.expected{stroke:var(--fg);stroke-width:2}
-.right{fill:var(--c0)}.wrong{fill:var(--c1)}.frame{fill:none;stroke:var(--line)}
-.wide g text{fill:var(--fg);pointer-events:none}
+svg *{stroke-linejoin:round;stroke-linecap:butt;font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 .scroll{overflow-x:auto}.tall{max-height:480px;overflow:auto;border:1px solid var(--line);border-radius:8px}
 .tall .scroll{overflow-x:visible}.tall thead th{position:sticky;top:0;background:var(--panel)}
 table{border-collapse:collapse;font-size:.9rem;min-width:min(100%,320px)}.tall table{width:100%}
