@@ -55,6 +55,7 @@ class Plot:
         label: what it shows, for who cannot see it.
         tips: gid of an artist -> what is told of it where the pointer rests, or of each of its markers.
         scales: whether the page may draw it smaller or larger.
+        caption, note: what the page says above and below it.
     """
 
     name: str
@@ -62,6 +63,8 @@ class Plot:
     figure: Figure
     tips: dict[str, str | list[str]] = field(default_factory=dict)
     scales: bool = True
+    caption: str = ""
+    note: str = ""
 
     def tip(self, text: str | list[str]) -> str:
         """The gid for an artist of which ``text`` is told."""
@@ -185,13 +188,17 @@ def _confusion(cells: np.ndarray, classes: Sequence[str]) -> Plot:
     font = min(12, side - 2)
     labels = [shortened(plain(name)) for name in classes]
     room = 0.62 * font * max(map(len, labels)) + 14
-    size = room + count * side + 2
+    size = room + count * side + 20  # beside it is what rows and columns are
     figure = Figure(figsize=(size / 72, size / 72))
-    plot = Plot("confusion", "confusion matrix: rows are true classes, columns predictions", figure, scales=False)
-    axes = figure.add_axes((room / size, 2 / size, count * side / size, count * side / size))
+    plot = Plot("confusion", "confusion matrix: rows are true classes, columns predictions", figure, scales=False,
+                caption="Confusion: true classes in rows, predictions in columns")
+    axes = figure.add_axes((room / size, 20 / size, count * side / size, count * side / size))
     axes.grid(False)
     axes.spines[:].set_visible(True)
     axes.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5))
+    axes.set_xlabel("predicted", labelpad=2)
+    axes.set_ylabel("true", labelpad=2)
+    axes.yaxis.set_label_position("right")
     axes.tick_params(length=0, labelcolor=_TEXT, labelsize=font, labeltop=True, labelbottom=False)
     axes.set_xticks(range(count), labels, rotation=90)
     axes.set_yticks(range(count), labels)
@@ -210,6 +217,8 @@ def _confusion(cells: np.ndarray, classes: Sequence[str]) -> Plot:
 def _reliability(bins: Sequence[tuple[int, float, float]], error: float) -> Plot:
     """Accuracy over confidence, a bar a bin of (images, confidence, accuracy), against the line where the two are equal."""
     plot, axes = _axes("reliability", f"Reliability: expected calibration error {100 * error:.2f} %", "confidence", "accuracy")
+    plot.note = ("Bars: accuracy on images of that confidence, darker where there are many; short lines: their mean confidence; equal on "
+                 "the dashed diagonal.")
     axes.set(xlim=(0, 1), ylim=(0, 1))
     width, most = 1 / len(bins), max(images for images, *_ in bins)
     for place, (images, confidence, accuracy) in enumerate(bins):
