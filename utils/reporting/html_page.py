@@ -93,7 +93,7 @@ def _comparison(first: Run, second: Run, a: str, b: str) -> dict[str, Any]:
 def _paired(paired: Paired, a: str, b: str) -> Table:
     difference = 100 * (paired.accuracies[1] - paired.accuracies[0])
     low, high = (100 * bound for bound in paired.interval)
-    verdict = "no difference that could not be chance" if paired.p >= 0.05 else f"{b if difference > 0 else a} is better, beyond chance"
+    verdict = "no significant difference" if paired.p >= 0.05 else f"{b if difference > 0 else a} is significantly better"
     return Table(["", ""], [
         [f"top-1 of {a}, {b}", f"{100 * paired.accuracies[0]:.2f} %, {100 * paired.accuracies[1]:.2f} %"],
         [f"{b} minus {a}", f"{difference:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f} (bootstrap)"],

@@ -249,7 +249,7 @@ def facts(run: Run) -> dict[str, str]:
     skipped = (row["skipped_steps"] for row in run.rows if _is_number(row.get("skipped_steps")))
     found |= {
         "epochs": f"{done} of {planned}",
-        "time at work": duration(run.seconds),
+        "training time": duration(run.seconds),
         "images/s (median)": f"{speeds[len(speeds) // 2]:,.1f}" if speeds else "unknown",
         "restarts": str(max(0, len(run.starts) - 1)),
         "skipped steps": str(max(len({row["step"] for row in run.evidence}), sum(skipped))),
