@@ -74,7 +74,7 @@ class Loaders:
 
 def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: Sequence[str] = ("train", "val"),
                   classes: Sequence[str] | ClassResolver | None = None, device: torch.device | str = "cpu",
-                  published: bool = False) -> Loaders:
+                  published: bool = False, local_world_size: int = 1) -> Loaders:
     """Loaders of the splits asked for; the files of other splits are not touched.
 
     Args:
@@ -85,6 +85,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
             evaluation data.
         device: where batches arrive.
         published: the weights to evaluate were published by others; they are given Pillow's pixels, as their authors did.
+        local_world_size: processes of the run on this machine, which share its CPUs, shared memory and open files.
 
     Raises:
         DataError: the data is missing, damaged or not laid out as expected.
@@ -116,7 +117,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     if layout == "stream" and world_size > 1:
         notices.append(Notice(f"each of the {world_size} processes reads the whole stream and keeps its part"))
 
-    options, pipe = _loader_options(config, pipelines, device, notices)
+    options, pipe = _loader_options(config, pipelines, device, local_world_size, notices)
     workers, train, val = options["workers"], None, None
     if "train" in sources:
         source, kind = sources["train"], StreamTrainImages if layout == "stream" else TrainImages
@@ -144,7 +145,7 @@ def build_prediction_loader(config: CfgNode, images: InputImages, device: torch.
     """
     pipeline, notices = build_eval_pipeline(config, device, published)
     images.configure(config.DATA.EXIF, config.DATA.READ_PATIENCE)
-    options, pipe = _loader_options(config, {"val": pipeline}, device, notices)
+    options, pipe = _loader_options(config, {"val": pipeline}, device, 1, notices)
     batch = min(_val_batch(config), len(images))
     sampler = ShardSampler(len(images), batch)
     options["workers"] = min(options["workers"], len(sampler)) if len(sampler) > 1 else 0  # one batch is as fast without workers
@@ -194,26 +195,20 @@ def _val_batch(config: CfgNode) -> int:
     return config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
 
 
-def _loader_options(config: CfgNode, pipelines: Mapping[str, Pipeline], device: torch.device,
+def _loader_options(config: CfgNode, pipelines: Mapping[str, Pipeline], device: torch.device, local_world_size: int,
                     notices: list[str]) -> tuple[dict[str, Any], bool]:
     """(what all loaders of a process have in common, whether batches must go through pipes)."""
-    workers, free = worker_count(config.DATA.NUM_WORKERS), free_shared_memory()
+    workers, free = worker_count(config.DATA.NUM_WORKERS, local_world_size), free_shared_memory()
     if workers and free is not None and free < MIN_SHARED_MEMORY:
         notices.append(Notice(f"/dev/shm has {free >> 10} KiB free, too little for DataLoader workers; images are loaded without them "
                               "(docker: --shm-size=8g)"))
         workers = 0
     images = dict(train=config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS, val=_val_batch(config))
     batch_bytes = max(images[split] * math.prod(p.shape) * p.dtype.itemsize for split, p in pipelines.items())
-    pipe = _pipe_notice(batch_bytes, workers, notices)
+    reason = pipe_reason(batch_bytes, workers * local_world_size)
+    notices += [reason] if reason else []
     return dict(workers=workers, timeout=config.DATA.TIMEOUT, device=device, pin_memory=config.DATA.PIN_MEMORY,
-                worker_init_fn=ignore_signals), pipe
-
-
-def _pipe_notice(batch_bytes: int, workers: int, notices: list[str]) -> bool:
-    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    line = pipe_reason(batch_bytes, workers * (int(here) if here.isdigit() else 1))
-    notices += [line] if line else []
-    return bool(line)
+                worker_init_fn=ignore_signals), bool(reason)
 
 
 atexit.register(kill_workers)

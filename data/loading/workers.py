@@ -43,12 +43,13 @@ def usable_cpus() -> int:
     return cpus
 
 
-def worker_count(requested: int) -> int:
-    """DataLoader workers of this process: ``requested`` (DATA.NUM_WORKERS), or for -1 its share of the CPUs, 8 at most."""
-    if requested >= 0:
-        return requested
-    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, min(8, usable_cpus() // max(1, int(here) if here.isdigit() else 1)))
+def worker_count(requested: int, local_world_size: int = 1) -> int:
+    """DataLoader workers of this process: ``requested`` (DATA.NUM_WORKERS), or for -1 its share of the CPUs, 8 at most.
+
+    Args:
+        local_world_size: processes of the run on this machine, which share its CPUs.
+    """
+    return requested if requested >= 0 else max(1, min(8, usable_cpus() // local_world_size))
 
 
 def pipe_reason(batch_bytes: int, workers: int) -> str:

@@ -128,8 +128,7 @@ def test_config_and_data_are_checked_against_each_other(images: Path) -> None:
 
 def test_worker_count_follows_the_machine(monkeypatch) -> None:
     monkeypatch.setattr("data.loading.workers.usable_cpus", lambda: 6)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert worker_count(-1) == 3 and worker_count(5) == 5
+    assert worker_count(-1, 2) == 3 and worker_count(5, 2) == 5 and worker_count(-1, 64) == 1
 
 
 def test_batches_of_a_worker_lie_in_shared_memory_at_once(images: Path) -> None:

@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 from config import ConfigError
 from data.doctor.diagnose import Diagnosis, diagnose, manifests
-from data.doctor.finding import Finding, Move
+from data.doctor.finding import ERROR, NOTE, WARNING, Finding, Move
 from data.doctor.survey import Survey, base_of
 from data.sources.folder import ImageFolder
 from data.sources.index_cache import NPZ_ERRORS, Index
@@ -27,6 +27,7 @@ from utils.reporting.doctor_text import render
 from utils.runtime.files import replace_file, write_atomically
 
 EXIT_GRAVE = 3
+_COLOURS = {ERROR: "red", WARNING: "yellow", NOTE: "cyan"}
 _HEAD = """#!/bin/sh
 # {title}
 # Written by main.py --doctor. What is taken out goes to the folder below; nothing is deleted, nothing is overwritten.
@@ -74,7 +75,7 @@ def examine_run(config: CfgNode, logger: logging.Logger) -> int:
         _to_standard_output(diagnosis, scripts)
     else:
         for line in lines:
-            logger.info(line)
+            logger.info(line, extra={"colour": _COLOURS.get(getattr(line, "severity", ""), "")})
     return EXIT_GRAVE if diagnosis.grave else 0
 
 

@@ -54,7 +54,7 @@ class Answers:
         return Answers(np.where(np.isin(self.target, classes), self.target, -1), self.top1, self.in5, self.confidence, self.loss)
 
 
-class Recorder:
+class PredictionRecorder:
     """Keeps the answers of a pass on the device: ``evaluate`` may be given one as ``record``.
 
     Args:

@@ -17,7 +17,7 @@ from utils.evaluation.label_sets import Labels, LabelSet
 from utils.evaluation.metrics import Evaluation
 from utils.evaluation.per_class import PerClass
 from utils.evaluation.predictions_file import MOST_IMAGES
-from utils.evaluation.recorder import Answers, Recorder, recordable, write_outcomes
+from utils.evaluation.recorder import Answers, PredictionRecorder, recordable, write_outcomes
 from utils.evaluation.summary import describe
 from utils.runtime.files import replace_file, require_place
 from utils.tasks.base import Batch, EvaluationReport, Task
@@ -50,7 +50,7 @@ class ClassificationReport(EvaluationReport):
             raise ConfigError("TEST.PREDICTIONS: not for a stream, whose images have no numbers, nor beyond "
                               f"{MOST_IMAGES:,} images; leave it empty")
         self.loaders, self.label_set = loaders, self.labels.on(loaders.val.dataset.source, loaders.classes)
-        self._everything, self._chosen = Recorder(), Recorder(self.label_set.allowed)
+        self._everything, self._chosen = PredictionRecorder(), PredictionRecorder(self.label_set.allowed)
         return list(self.label_set.notices)
 
     def record(self, outputs: Tensor, batch: Batch) -> None:

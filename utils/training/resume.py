@@ -75,7 +75,7 @@ def accept_changes(start: Start, config: CfgNode, logger: logging.Logger) -> Non
         logger.log(NOTICE, f"{line} since {start.path} was written")
 
 
-def _check_same_data(start: Start, classes: list[str], steps_per_epoch: int) -> None:
+def check_same_data(start: Start, classes: list[str], steps_per_epoch: int) -> None:
     then = start.content["classes"]
     if then != classes:
         raise CheckpointError(f"{start.path}: was trained on {len(then)} classes ({', '.join(then[:3])}, ...), the data has "

@@ -106,7 +106,7 @@ def test_images_of_all_ranks_keep_their_numbers(images: Path, tmp_path: Path, mo
     import torch
 
     from data import build_loaders
-    from utils.evaluation.recorder import Recorder, recordable, write_outcomes
+    from utils.evaluation.recorder import PredictionRecorder, recordable, write_outcomes
     from utils.runtime import distributed
     root = tmp_path / "images"
     shutil.copytree(images, root)
@@ -116,7 +116,7 @@ def test_images_of_all_ranks_keep_their_numbers(images: Path, tmp_path: Path, mo
     parts = []
     for rank in (0, 1):
         val = build_loaders(config, rank, 2, splits=("val",)).val
-        record = Recorder()
+        record = PredictionRecorder()
         assert recordable(val)
         for _, targets in val:
             logits = torch.nn.functional.one_hot((targets.clamp(min=0) + (targets == 3)) % 4, 4).float()  # d is taken for a
