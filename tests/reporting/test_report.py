@@ -10,6 +10,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from utils.evaluation.per_class import PerClass
 from utils.evaluation.predictions_file import Outcomes, OutcomesError, confused_pairs, confusion, reliability
 from utils.evaluation.statistics import mcnemar
 from utils.loggers.metrics_files import JsonLines, MetricsLog
+from utils.reporting.charts import charts
 from utils.reporting.run_reader import Run, facts, read_run
 
 RUN = "output/tiny/a"
@@ -65,7 +67,9 @@ class Page(HTMLParser):
         links = [value for _, attrs in self.tags for name, value in attrs.items() if name in ("src", "href", "data", "action")]
         handlers = [name for _, attrs in self.tags for name in attrs if name.startswith("on")]
         scripts = [tag for tag, _ in self.tags if tag in ("script", "iframe", "object", "embed", "link")]
-        return all(link.startswith("data:image/jpeg;base64,") for link in links) and not handlers and scripts == ["script"]
+        inner = [value for _, attrs in self.tags for name, value in attrs.items() if name == "xlink:href"]
+        return (all(link.startswith("data:image/jpeg;base64,") for link in links) and all(link.startswith("#") for link in inner)
+                and not handlers and scripts == ["script"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -166,6 +170,18 @@ def test_time_at_work_leaves_out_the_time_between_starts() -> None:
 def test_facts_of_rows_with_gaps() -> None:
     found = facts(Run("x", "x", rows=[dict(step=1, top1=50.0, skipped_steps=2), dict(step=2, top1=None, skipped_steps=None)]))
     assert (found["best top-1"], found["best epoch"], found["epochs"], found["skipped steps"]) == ("50.00 %", "?", "? of ?", "2")
+
+
+def test_facts_of_a_task_with_its_own_metrics() -> None:
+    metrics = [7, dict(label="no name"), dict(name="near"), dict(name="error", label="mean error", higher_is_better=False, digits=1)]
+    start = dict(event="start", step=0, task="regression", metrics=metrics, best="error")
+    rows = [dict(step=i, epoch=i, error=error, near=i / 3) for i, error in ((1, 0.5), (2, 0.25), (3, None), (4, 0.75))]
+    found = facts(Run("x", "x", rows=rows, events=[start, dict(event="start", step=2)]))
+    assert [*found.items()][:4] == [("best mean error", "0.2"), ("best epoch", "2"), ("last near", "1.3333"), ("last mean error", "0.8")]
+    # of a checkpoint, or a damaged start, the deciding metric's name alone is known
+    assert facts(Run("", "x", rows=[dict(error=0.5, epoch=3)], events=[dict(event="start", best="error")])) == {
+        "best error": "0.5000", "best epoch": "3"}
+    assert facts(Run("", "x", rows=[dict(top1=50, epoch=3)])) == {"best top-1": "50.00 %", "best epoch": "3"}
 
 
 @pytest.mark.parametrize("end", ["", "\n", '\n{"step": 2, "lo'])
@@ -314,26 +330,51 @@ def test_report_asked_for_where_there_is_none(finished: Path, program) -> None:
 
 
 def test_a_report_that_fails_does_not_fail_the_run(tiny_cfg: Path, program, monkeypatch) -> None:
-    from utils.reporting import write
+    from utils.reporting import html_page
     from utils.runtime import distributed
     watched = [True]
     monkeypatch.setattr(distributed, "stop_watching", watched.clear)  # no limit of time holds for what nobody waits for
-    monkeypatch.setattr(write, "render", lambda runs: 1 / len(watched))
+    monkeypatch.setattr(html_page, "render", lambda runs: 1 / len(watched))
     done = program("--cfg", tiny_cfg, "--epochs", 1)
     assert done.returncode == 0 and done.stdout.count("warning: no report was written (ZeroDivisionError") == 1
 
 
-def test_plots_where_matplotlib_is(finished: Path, program, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for module in [name for name in sys.modules if name.startswith("matplotlib.") or name == "utils.reporting.png_plots"]:
-        monkeypatch.delitem(sys.modules, module)
+def test_plots_beside_the_report(finished: Path, program) -> None:
     done = program("--report", finished / RUN)
-    assert done.returncode == 0 and "no plots as PNG" in done.stdout and not (finished / RUN / "plots").exists()
-    monkeypatch.undo()
-    pytest.importorskip("matplotlib")
+    assert done.returncode == 0 and f"plots {finished / RUN / 'plots'}: loss.png, accuracy.png" in done.stdout
     from utils.reporting.write import write_plots
     assert "loss.png" in write_plots([read_run(str(finished / RUN))], str(program.folder))
     assert {path.name for path in (program.folder / "plots").iterdir()} >= {"loss.png", "accuracy.png", "confusion.png", "reliability.png"}
+    assert all(path.read_bytes() == (finished / RUN / "plots" / path.name).read_bytes() for path in (program.folder / "plots").iterdir())
+    write_plots([read_run(str(finished / RUN))] * 2, str(program.folder))
+    assert {path.name for path in (program.folder / "comparison-plots").iterdir()} >= {"loss.png", "accuracy.png", "lr.png"}
+
+
+def test_a_chart_shows_the_figures_in_the_pages_colors() -> None:
+    from utils.reporting.plots import curves
+    rows = [dict(step=step, epoch=step, top1=top1, lr=None) for step, top1 in ((1, 10.0), (2, float("nan")), (3, None), (4, 60.0))]
+    start = [dict(event="start", step=0), dict(event="start", step=3)]
+    plots = curves([Run("x", "x", rows=rows, events=start)])
+    assert [plot.name for plot in plots] == ["accuracy"]
+    drawn = [plots[0].svg(), curves([Run("x", "x", rows=rows, events=start)])[0].svg()]
+    assert drawn[0] == drawn[1]  # the same again
+    svg = ElementTree.fromstring(drawn[0])
+    assert [title.text for title in svg.iter("{http://www.w3.org/2000/svg}title")] == [
+        "top-1 at 1: 10", "top-1 at 4: 60", "restarted at step 3"]
+    styles = " ".join(element.get("style", "") for element in svg.iter())
+    assert "var(--c0)" in styles and "var(--fg)" in styles and "#" not in styles and "font-family" not in styles
+    texts = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"Accuracy on validation", "top-1 (%)", "step", "0", "60"} <= set(texts)
+
+
+def test_a_long_curve_is_thinned_and_a_spike_does_not_flatten_it() -> None:
+    from utils.reporting.plots import curves
+    steps = [dict(step=step, loss=30.0 if step == 777 else 2 + 0.1 * (-1) ** step) for step in range(1, 40_001)]
+    thinned = charts([Run("x", "x", steps=steps)])[0].lines[0].thinned()
+    assert thinned.shape == (400, 4) and thinned[-1].tolist() == pytest.approx([40_000, 2, 1.9, 2.1])
+    assert thinned[:, 3].max() == 30
+    plot = curves([Run("x", "x", steps=steps)])[0]
+    assert len(plot.svg()) < 40_000 and 2.2 < plot.figure.axes[0].get_ylim()[1] < 3
 
 
 # --------------------------------------------------------------------------------------------------

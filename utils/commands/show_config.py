@@ -79,6 +79,7 @@ def describe(path: str) -> Run:
     content = require_own(read_file(path), path)
     start = dict(event="start", **{key: content.get(key) for key in ("step", "versions", "git_commit", "global_batch", "steps_per_epoch")})
     best = content.get("best") or {}
+    start["best"] = next((key for key in best if key not in ("epoch", "step")), None)
     rows = [dict(best)] if best else []
     return Run("", path, flatten(yaml.safe_load(content["config"])), rows=rows, events=[start])
 

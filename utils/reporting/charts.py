@@ -1,13 +1,37 @@
-"""The curves of one run or several, as data: what the report's page and the PNG plots both draw. Imports no torch."""
+"""The curves of one run or several, as data: what plots.py draws. Imports neither torch nor matplotlib."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.reporting.run_reader import Run
-from utils.reporting.svg import Line
+import numpy as np
+
+from utils.reporting.run_reader import ReportedMetric, Run
+
+_POINTS = 400  # of a line at most; more steps share one
+
+
+@dataclass
+class Line:
+    """A curve: its values ``ys`` (None: there is none) over ``xs``, rising; ``color`` by number, ``dots`` marks every point."""
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float | None]
+    color: int = 0
+    dashed: bool = False
+    dots: bool = False
+
+    def thinned(self) -> np.ndarray:
+        """(x, mean, least, largest) of groups of neighbors, float64 (points, 4), at least one; what is not finite is left out."""
+        points = np.array([(x, np.nan if y is None else y) for x, y in zip(self.xs, self.ys, strict=True)], dtype=np.float64)
+        points = points[np.isfinite(points).all(axis=1)]
+        groups = np.array_split(points, min(len(points), _POINTS))
+        return np.array([(part[-1, 0], part[:, 1].mean(), part[:, 1].min(), part[:, 1].max()) for part in groups])
 
 
 @dataclass(frozen=True)
@@ -28,7 +52,7 @@ def letters(runs: Sequence[Run]) -> list[str]:
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
-    """Loss, accuracy, learning rate, gradient norm, throughput and data wait, each where there are figures of it.
+    """Loss, the deciding metric, learning rate, gradient norm, throughput and data wait, each where there are figures of it.
 
     Over steps; over epochs where runs have epochs of different lengths.
     """
@@ -36,7 +60,8 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     by_epoch = len(set(lengths)) > 1 and all(lengths)
     divisors = [length if by_epoch else 1 for length in lengths]
     x_label = "epoch" if by_epoch else "step"
-    made = [_chart(runs, divisors, x_label, *what) for what in _CHARTS]
+    metrics = dict.fromkeys(run.deciding for run in runs)
+    made = [_chart(runs, divisors, x_label, *what) for what in (("loss", "Loss", "loss", _losses), *map(_of_metric, metrics), *_CHARTS)]
     return [chart for chart in made if any(y is not None for line in chart.lines for y in line.ys)]
 
 
@@ -72,15 +97,19 @@ def _losses(run: Run) -> Series:
     return [train, ("validation", run.rows, "val_loss", 1.0)]
 
 
-def _accuracies(run: Run) -> Series:
-    if not any("raw_top1" in row for row in run.rows):
-        return [("top-1", run.rows, "top1", 1.0)]
-    return [("averaged weights", run.rows, "top1", 1.0), ("raw weights", run.rows, "raw_top1", 1.0)]
+def _of_metric(metric: ReportedMetric) -> tuple[str, str, str, Callable[[Run], Series]]:
+    """The chart of a metric of evaluation."""
+    def series(run: Run) -> Series:
+        if not any(f"raw_{metric.name}" in row for row in run.rows):
+            return [(metric.label, run.rows, metric.name, 1.0)]
+        return [("averaged weights", run.rows, metric.name, 1.0), ("raw weights", run.rows, f"raw_{metric.name}", 1.0)]
+    y_label = f"{metric.label} ({metric.unit.strip()})" if metric.unit else metric.label
+    if metric.name == "top1":
+        return "accuracy", "Accuracy on validation", y_label, series
+    return re.sub(r"\W+", "_", f"val_{metric.name}"), f"{metric.label} on validation".capitalize(), y_label, series
 
 
 _CHARTS = [
-    ("loss", "Loss", "loss", _losses),
-    ("accuracy", "Accuracy on validation", "top-1 (%)", _accuracies),
     ("lr", "Learning rate", "", _one("lr")),
     ("grad_norm", "Gradient norm before clipping", "norm", _one("grad_norm")),
     ("throughput", "Throughput", "images/s", _one("images_per_s")),
@@ -93,7 +122,7 @@ def _chart(runs: Sequence[Run], divisors: Sequence[float], x_label: str, name: s
     lines, marked = [], []
     for number, (run, letter, divisor) in enumerate(zip(runs, letters(runs), divisors, strict=True)):
         for place, (label, rows, key, factor) in enumerate(series(run)):
-            ys = [row[key] * factor if isinstance(row.get(key), (int, float)) else None for row in rows]
+            ys = [row[key] * factor if isinstance(row.get(key), (int, float)) and math.isfinite(row[key]) else None for row in rows]
             lines.append(Line(f"{letter} {label}".strip(), [row["step"] / divisor for row in rows], ys, number if letter else place,
                               dashed=bool(letter) and place > 0, dots=rows is run.rows and len(rows) <= 120))
         marked += [(step / divisor, sentence) for step, sentence in marks(run, letter)]

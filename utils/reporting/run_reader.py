@@ -17,6 +17,26 @@ from utils.loggers.metrics_files import CONFIG, EPOCHS, EVENTS, EVIDENCE, SOURCE
 _DEFAULTS = {key: default for key, default, *_ in KEYS}
 
 
+@dataclass(frozen=True)
+class ReportedMetric:
+    """A metric as a run's start event tells of it (``utils.evaluation.metrics.Metric``, without its torch), and its unit."""
+
+    name: str
+    label: str
+    higher_is_better: bool = True
+    digits: int = 4
+    unit: str = ""
+
+    def shown(self, value: Any) -> str:
+        return f"{value:.{self.digits}f}{self.unit}" if _is_number(value) else "none yet"
+
+
+# Of runs of versions that did not record their metrics, and how these are spelled in reports.
+_CLASSIFICATION = {"top1": ReportedMetric("top1", "top-1", digits=2, unit=" %"),
+                   "top5": ReportedMetric("top5", "top-5", digits=2, unit=" %"),
+                   "val_loss": ReportedMetric("val_loss", "loss", higher_is_better=False)}
+
+
 @dataclass
 class Run:
     """A run folder's records.
@@ -48,10 +68,37 @@ class Run:
         return [event for event in self.events if event.get("event") == "start"]
 
     @property
+    def task(self) -> str:
+        """The name of what was trained for; classification where nothing tells."""
+        return str(self._told("task", "classification"))
+
+    @property
+    def metrics(self) -> list[ReportedMetric]:
+        """What an evaluation gives, in the task's order."""
+        told = self._told("metrics", None)
+        return [_metric(row) for row in told if _mapping(row).get("name")] if isinstance(told, list) else list(_CLASSIFICATION.values())
+
+    @property
+    def deciding(self) -> ReportedMetric:
+        """The metric that decides which evaluation is the best."""
+        name = str(self._told("best", "top1"))
+        return next((metric for metric in self.metrics if metric.name == name), ReportedMetric(name, name))
+
+    def _told(self, key: str, default: Any) -> Any:
+        """What the last start that tells of it says."""
+        return next((start[key] for start in reversed(self.starts) if start.get(key)), default)
+
+    @property
+    def evaluated(self) -> list[dict[str, Any]]:
+        """The rows of epochs that were evaluated."""
+        name = self.deciding.name
+        return [row for row in self.rows if _is_number(row.get(name))]
+
+    @property
     def best(self) -> dict[str, Any] | None:
-        """The row of the best evaluation."""
-        judged = [row for row in self.rows if _is_number(row.get("top1"))]
-        return max(judged, key=lambda row: row["top1"]) if judged else None
+        """The row of the best evaluation; the first of several."""
+        metric = self.deciding
+        return (max if metric.higher_is_better else min)(self.evaluated, key=lambda row: row[metric.name], default=None)
 
     @property
     def seconds(self) -> float | None:
@@ -71,6 +118,12 @@ class Run:
             seen = max((row["time"] for row in self.steps if _is_number(row.get("time"))), default=begun)
             total += max(0.0, seen - begun)
         return total
+
+
+def _metric(row: dict[str, Any]) -> ReportedMetric:
+    name, digits = str(row["name"]), row.get("digits")
+    return _CLASSIFICATION.get(name) or ReportedMetric(name, str(row.get("label", name)), bool(row.get("higher_is_better", True)),
+                                                       digits if digits in range(10) else 4)
 
 
 def _is_number(value: Any) -> bool:
@@ -110,6 +163,8 @@ def read_run(folder: str) -> Run:
         run.predictions = Outcomes.read(os.path.join(folder, FILE))
     except OutcomesError as error:
         missing = not os.path.exists(os.path.join(folder, FILE))
+        if missing and run.task != "classification":
+            return run
         run.problems.append((f"{FILE} is missing" if missing else str(error)) + ": nothing about single classes and images; "
                             f"main.py --eval --resume {os.path.join(folder, 'best.pth')} --opts TEST.PREDICTIONS "
                             f"{os.path.join(folder, FILE)} makes it")
@@ -181,19 +236,20 @@ def duration(seconds: float | None) -> str:
 
 def facts(run: Run) -> dict[str, str]:
     """What a run came to, in words by name; of a checkpoint alone (``folder`` empty) only what it knows."""
+    metric, best = run.deciding, run.best
+    found = {f"best {metric.label}": metric.shown(best[metric.name]) if best else "none yet",
+             "best epoch": str(best.get("epoch", "?")) if best else "none yet"}
     if not run.folder:
-        return {"best top-1": f"{run.best['top1']:.2f} %", "best epoch": str(run.best.get("epoch", "?"))} if run.best else {}
-    best, last = run.best, next((row for row in reversed(run.rows) if _is_number(row.get("top1"))), None)
+        return found if best else {}
+    last = run.evaluated[-1] if best else {}
+    # The loss of validation stands beside that of training among the curves.
+    found |= {f"last {metric.label}": metric.shown(last.get(metric.name)) for metric in run.metrics if metric.name != "val_loss"}
     done, planned = (run.rows[-1].get("epoch", "?") if run.rows else 0), run.config.get("TRAIN.EPOCHS", "?")
     speeds = sorted(row["images_per_s"] for row in run.steps or run.rows if _is_number(row.get("images_per_s")))
     skipped = (row["skipped_steps"] for row in run.rows if _is_number(row.get("skipped_steps")))
-    found = {
-        "best top-1": f"{best['top1']:.2f} %" if best else "none yet",
-        "best epoch": str(best.get("epoch", "?")) if best else "none yet",
-        "last top-1": f"{last['top1']:.2f} %" if last else "none yet",
-        "last top-5": f"{last['top5']:.2f} %" if last and _is_number(last.get("top5")) else "none yet",
+    found |= {
         "epochs": f"{done} of {planned}",
-        "time at work": duration(run.seconds),
+        "training time": duration(run.seconds),
         "images/s (median)": f"{speeds[len(speeds) // 2]:,.1f}" if speeds else "unknown",
         "restarts": str(max(0, len(run.starts) - 1)),
         "skipped steps": str(max(len({row["step"] for row in run.evidence}), sum(skipped))),

@@ -1,4 +1,4 @@
-"""Writes report.html and plots/*.png of a run."""
+"""Writes report.html and plots/*.png of a run. matplotlib and jinja2 are imported when that is asked for: training imports this module."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import os
 from collections.abc import Sequence
 
 from config import ConfigError
-from data.messages import Caution, Notice
-from utils.reporting.html_page import render
+from data.messages import Caution
 from utils.reporting.run_reader import Run
 from utils.runtime.files import replace_file
 
@@ -20,6 +19,7 @@ def write_report(runs: Sequence[Run], path: str = "") -> str:
     Raises:
         ConfigError: the report cannot be written.
     """
+    from utils.reporting.html_page import render
     path = path or os.path.join(runs[0].folder, REPORT if len(runs) == 1 else COMPARISON)
     try:
         replace_file(path, render(runs).encode("utf-8", "backslashreplace"))
@@ -30,15 +30,14 @@ def write_report(runs: Sequence[Run], path: str = "") -> str:
 
 
 def write_plots(runs: Sequence[Run], beside: str) -> str:
-    """The curves of ``runs`` as PNG files in a folder of the folder ``beside``, where matplotlib is installed; a line that says so."""
-    try:
-        from utils.reporting.png_plots import plot
-    except ImportError as error:
-        return Notice(f"no plots as PNG, the report has its own ({error.name or 'matplotlib'} is not installed)")
+    """The charts of ``runs``, and of a single one's predictions, as PNG files in a folder of the folder ``beside``; a line that says so."""
+    from utils.reporting import plots
     folder = os.path.join(beside, "plots" if len(runs) == 1 else "comparison-plots")
+    predictions = runs[0].predictions if len(runs) == 1 else None
+    drawn = plots.curves(runs) + (plots.of_predictions(predictions) if predictions is not None and len(predictions.target) else [])
     try:
         os.makedirs(folder, exist_ok=True)
-        names = plot(runs, folder)
+        names = [plot.png(folder) for plot in drawn]
     except OSError as error:
         return Caution(f"{folder}: plots cannot be written ({error.strerror})")
     return f"plots {folder}: {', '.join(names) or 'none, there are no figures'}"
