@@ -125,7 +125,8 @@ def _compare_with_list(name: str, present: Sequence[str], root: str) -> tuple[st
     listed = timm_label_file(f"imagenet_{name}_synsets.txt")
     if listed is None or not all(re.fullmatch(r"n\d{8}", wnid) for wnid in present) or set(listed.split()) == set(present):
         return ()
-    return (Caution(f"{root}: its {len(present)} classes are not the 200 of {_NAMES[name]}; predictions are chosen from those {len(present)}"),)
+    return (Caution(f"{root}: its {len(present)} classes are not the 200 of {_NAMES[name]}; predictions are chosen from those "
+                    f"{len(present)}"),)
 
 
 def _read_real(path: str) -> list[list[int]]:
