@@ -13,8 +13,8 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import yaml
 from yacs.config import CfgNode
@@ -22,8 +22,21 @@ from yacs.config import CfgNode
 PROGRAM_FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
-class ConfigError(ValueError):
-    """A configuration or usage mistake; the message is one sentence with the remedy (exit status 2)."""
+class ProgramError(Exception):
+    """A failure that is told in one sentence, with the exit status that it leads to.
+
+    Attributes:
+        any_rank: a single process of several may meet it, so that whoever does says it.
+    """
+
+    exit_status = 1
+    any_rank = False
+
+
+class ConfigError(ProgramError, ValueError):
+    """A configuration or usage mistake; the message is one sentence with the remedy."""
+
+    exit_status = 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -148,311 +161,555 @@ def _optional(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 # --------------------------------------------------------------------------------------------------
-# The tree. (key, default, kind, meaning); `None` under a model's node means the variant's own value.
+# What a key is: its default, its kind, what it means, what values it takes, and whose matter it is
 # --------------------------------------------------------------------------------------------------
 
-KEYS: list[tuple[str, Any, Callable[[Any], Any], str]] = [
-    ("BASE", [""], _base, "YAML files merged before this one, relative to it"),
-    ("OUTPUT", "output", _str, "folder of all runs; a run lives in OUTPUT/MODEL.NAME/TAG"),
-    ("TAG", "default", _str, "name of the run"),
-    ("SEED", 0, _int, "everything random derives from it: order, augmentation, mixup, dropout, initialisation"),
-    ("DEVICE", "auto", _str, "auto, cpu, cuda, cuda:1, mps; auto takes CUDA, then MPS, then the CPU"),
-    ("PRECISION", "auto", _str, "auto, fp32, bf16 or fp16; auto is bf16 where GPU or CPU compute it (fp16 on older GPUs), else fp32"),
-    ("COMPILE", "off", _off_or, "torch.compile: off; blocks, each kind of block once; model, the whole (longest start, most speed)"),
-    ("SAVE_FREQ", 1, _int, "save a checkpoint every so many epochs (the last epoch is always saved)"),
-    ("PRINT_FREQ", 10, _int, "log a line every so many steps"),
-    ("EVAL_MODE", False, _bool, "evaluate only (--eval)"),
-    ("THROUGHPUT_MODE", False, _bool, "measure speed only (--throughput)"),
-    ("DOCTOR_MODE", False, _bool, "read and judge the data only (--doctor)"),
-    ("AMP_ENABLE", True, _bool, "allow mixed precision; False is PRECISION fp32"),
-    ("AMP_OPT_LEVEL", "", _str, "apex's old spelling: O0 is fp32, O1 and O2 mixed precision"),
-    ("TRACKER", "none", _str, "none, trackio or wandb: where the curves of a run go besides its folder"),
-    ("TRACKER_PROJECT", "", _str, "project of the tracker; empty is the model's name"),
-    ("DIST_TIMEOUT", 20.0, _float, "minutes without progress after which a job of several processes ends, naming the one it waits for"),
-    ("LOCAL_RANK", 0, _int, "accepted from old files; the launcher's environment decides"),
-    ("FUSED_WINDOW_PROCESS", False, _bool, "accepted from old files; has no effect"),
-    ("FUSED_LAYERNORM", False, _bool, "use NVIDIA apex's fused layer norm when apex is installed"),
+class Rule(NamedTuple):
+    """What a value must fulfil; ``words`` say so behind «KEY is VALUE; »."""
 
-    ("DATA.DATA_PATH", "", _str, "folder with train/ and val/ (or validation/), each holding a folder a class, or another layout (README)"),
-    ("DATA.VAL_PATH", "", _str, "validation shards where DATA.DATA_PATH is a stream of WebDataset shards: file:///d/val-{00..04}.tar"),
-    ("DATA.STREAM_IMAGES", 0, _int, "training images of a stream that does not tell; 0 asks the stream"),
-    ("DATA.STREAM_BUFFER", 4096, _int, "encoded images held by each process to shuffle a stream of training images"),
-    ("DATA.DATASET", "imagenet", _str,
-     "imagenet looks what is there; folder, lists, zip, tar and huggingface look for that alone; digits are scikit-learn's"),
-    ("DATA.BATCH_SIZE", 128, _int, "images per process and micro-batch"),
-    ("DATA.IMG_SIZE", 224, _size, "input size in pixels: one number, or [height, width]"),
-    ("DATA.INTERPOLATION", None, _optional(_str),
-     "bicubic, bilinear, lanczos, nearest or random; None is the model's, else bicubic"),
-    ("DATA.MEAN", None, _optional(_floats), "channel means of the normalisation; None is the model's, else ImageNet's"),
-    ("DATA.STD", None, _optional(_floats), "channel deviations of the normalisation; None is the model's, else ImageNet's"),
-    ("DATA.REPEATED_AUG", 1, _int, "copies of an image in an epoch, each augmented differently (DeiT uses 3)"),
-    ("DATA.NUM_WORKERS", -1, _int, "loading processes per process; -1 chooses from the CPUs this process may use"),
-    ("DATA.PIN_MEMORY", True, _bool, "page-locked batches for faster copies to a GPU"),
-    ("DATA.DECODER", "auto", _str, "auto; pillow: every pixel as the papers had it; fast: also where published weights are judged"),
-    ("DATA.AUGMENT_ON", "auto", _str, "worker, device, or auto: on a GPU the GPU augments, else the loading processes do"),
-    ("DATA.VAL_FRACTION", 0.0, _float, "share of each class kept for validation where the data has no split of its own, e.g. 0.1"),
-    ("DATA.VAL_LABELS", "", _str, "file with the labels of a flat validation folder; empty looks for the usual ones"),
-    ("DATA.CLASS_NAMES", "", _str, "text file, a line a class in the classifier's order: a label, or label<TAB>class; others are left out"),
-    ("DATA.SUBSET", 1.0, _float, "share of each class's training images to use, chosen by the seed, e.g. 0.1"),
-    ("DATA.EXIF", False, _bool, "turn images upright as their EXIF block says (the papers, torchvision and timm do not)"),
-    ("DATA.CORRUPT_BUDGET", 0.001, _float, "unreadable training images to go on with: below 1 a share of them, else a number"),
-    ("DATA.READ_PATIENCE", 2.0, _float, "seconds that a failing read (file gone, share away) is tried again before the image is bad"),
-    ("DATA.TIMEOUT", 600.0, _float, "seconds without a batch after which loading counts as hung; 0 waits for ever"),
-    ("DATA.INDEX_CACHE", "auto", _str, "folder for the file lists of large data sets; auto is the user's cache folder, none keeps none"),
-    ("DATA.ZIP_MODE", False, _bool, "read train.zip and val.zip with their map files (train_map.txt), as Swin has them"),
-    ("DATA.CACHE_MODE", "part", _str, "accepted from old files; has no effect"),
+    holds: Callable[[Any], bool]
+    words: str
 
-    ("REPORT.RUNS", [], _strs, "run folders to report on (--report); several are compared"),
-    ("REPORT.FILE", "", _str, "where that report goes; empty is report.html (of several runs comparison.html) in the first run's folder"),
-    ("REPORT.DIFF", [], _strs, "two runs, checkpoints or YAML files to show the differences of (--diff)"),
-    ("REPORT.CONFIG", False, _bool, "print the config with the source of every value (--print-config)"),
 
-    ("DOCTOR.FOLDER", "", _str, "where the doctor writes its report, manifests and scripts; empty is OUTPUT/doctor/<name of the data>"),
-    ("DOCTOR.JSON", "", _str, "file for the doctor's report as JSON; - is standard output; empty is report.json in its folder"),
-    ("DOCTOR.NEAR", 8, _int,
-     "bits of 128 in which the fingerprints of a training and a validation image may differ to be compared closer (0 to 11; -1: none)"),
+RECIPE = "recipe"  # of what is learned: a run is not continued with another value unless that is meant
+RUN = "run"  # where, how fast, how loud and how safely: free to change when a run is continued
+PROCESS = "process"  # as RUN, and processes of one job may have different values
+COMMAND = "command"  # a matter of one command alone: the config in a checkpoint does not keep it
 
-    ("COMPARE.FILES", [], _strs, "two checkpoints to judge on the same images, with a paired test (--compare)"),
 
-    ("SHOW.BATCH", "", _str, "PNG file for the first training batch as the model sees it (--show-batch)"),
-    ("SHOW.ATTENTION", "", _str, "image on which a CrossFormer's attention is drawn (--show-attention)"),
-    ("SHOW.TOKEN", "", _str, "y,x in pixels of the model's input: the token whose attention is drawn; empty is the centre (--show-token)"),
-    ("SHOW.FILE", "attention.png", _str, "PNG file for the attention (--show-file)"),
+class Key(NamedTuple):
+    """A key of the tree.
 
-    ("PREDICT.PATHS", [], _strs,
-     "images to predict (--predict): files, folders, patterns, lists of them in .txt files; - is a list on standard input"),
-    ("PREDICT.TOPK", 5, _int, "classes told for an image, likeliest first"),
-    ("PREDICT.CSV", "", _str, "table of the predictions, a row an image; - is standard output"),
-    ("PREDICT.JSON", "", _str, "predictions as JSON, a line an image; - is standard output"),
-    ("PREDICT.FEATURES", "", _str, "pooled features before the classifier: FILE.npy or FILE.safetensors, with FILE.paths.json"),
-    ("PREDICT.SHEET", "", _str, "picture of the images with their classes, FILE.png; more pages are FILE-2.png and so on"),
+    Attributes:
+        kind: makes the value of what a YAML file or a command line holds; ``ValueError`` says what it should be.
+        rule: for values that are not None.
+        choices: the only values there are; ``words``: values worth offering where others are possible.
+        scope: RECIPE, RUN, PROCESS or COMMAND.
+    """
 
-    ("EXPORT.FILE", "", _str, "what --export writes: FILE.onnx, FILE.pt2, or a folder (or FILE.safetensors) as timm and its hub have it"),
-    ("EXPORT.OPSET", 18, _int, "ONNX operator set"),
-    ("EXPORT.PREPROCESS", False, _bool, "ONNX and pt2: normalise inside the model, which then takes pixels of 0 to 255"),
+    name: str
+    default: Any
+    kind: Callable[[Any], Any]
+    meaning: str
+    rule: Rule | None = None
+    choices: Sequence[str] = ()
+    words: Sequence[str] = ()
+    scope: str = RECIPE
 
-    ("PLAN.RUN", False, _bool, "dry run (--plan): a few steps, an evaluation batch, a save and a load; says what the run will take"),
-    ("PLAN.FIT", False, _bool, "train (or plan) with the largest micro-batch that memory holds, the global batch staying (--fit)"),
-    ("PLAN.MEMORY", 0, _bytes,
-     "memory that --plan and --fit may reckon with, e.g. 24GB, for each GPU, or on a CPU for all processes together; 0: all there is"),
-    ("PLAN.SECONDS", 4.0, _float, "about how long --plan measures each speed; longer is more exact"),
-    ("PLAN.SCRATCH", "", _str, "folder on whose disk --plan tries a save; empty is the system's folder for temporary files"),
+    @property
+    def explanation(self) -> str:
+        """The meaning, and the choices where there are any."""
+        told = [choice for choice in self.choices if choice]
+        return self.meaning + (f" ({', '.join(told)})" if told else "")
 
-    ("MODEL.TYPE", "crossformer", _str, "crossformer, swin, cvt, shunted, mpvit, pvt, pvt_v2, galerkin, or timm for any timm model"),
-    ("MODEL.NAME", "crossformer_tiny", _str, "variant of the family, or a label when the family's node gives the numbers"),
-    ("MODEL.NUM_CLASSES", 0, _int, "0 counts them in the data; another number must agree with the data"),
-    ("MODEL.PRETRAINED", "", _str, "file of weights to start from (head and sizes are adapted), or hub for timm's own"),
-    ("MODEL.CLASS_MAP", "", _str, "text file, a line a class: its row in the pretrained classifier (ImageNet-22k to 1k)"),
-    ("MODEL.RESUME", "", _str, "checkpoint to continue (training) or to judge (--eval)"),
-    ("MODEL.DROP_RATE", 0.0, _float, "dropout rate"),
-    ("MODEL.DROP_PATH_RATE", 0.1, _float, "stochastic depth: rate of the last block, growing linearly from 0"),
-    ("MODEL.LABEL_SMOOTHING", 0.1, _float, "label smoothing"),
 
-    ("MODEL.CROSSFORMER.EMBED_DIM", None, _optional(_int), "width of the first stage"),
-    ("MODEL.CROSSFORMER.DEPTHS", None, _optional(_ints), "blocks per stage"),
-    ("MODEL.CROSSFORMER.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    ("MODEL.CROSSFORMER.GROUP_SIZE", None, _optional(_ints), "group size per stage"),
-    ("MODEL.CROSSFORMER.INTERVAL", None, _optional(_ints), "interval of long-distance attention per stage"),
-    ("MODEL.CROSSFORMER.PATCH_SIZE", None, _optional(_int_or_list), "kernels of the image embedding, e.g. [4, 8, 16, 32]"),
-    ("MODEL.CROSSFORMER.MERGE_SIZE", None, _optional(_int_lists), "kernels of the embeddings between stages"),
-    ("MODEL.CROSSFORMER.MLP_RATIO", None, _optional(_number_or_list), "hidden width of the MLPs over their width"),
-    ("MODEL.CROSSFORMER.IN_CHANS", None, _optional(_int), "input channels"),
-    ("MODEL.CROSSFORMER.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    ("MODEL.CROSSFORMER.QK_SCALE", None, _optional(_float), "scale of the queries; None is head width ** -0.5"),
-    ("MODEL.CROSSFORMER.ATTENTION", None, _optional(_str), "lsda (short and long distance in turn), sda or lda alone"),
-    ("MODEL.CROSSFORMER.POSITION", None, _optional(_str), "position bias: dpb, dpb_residual, table (Swin's) or none"),
-    ("MODEL.CROSSFORMER.APE", None, _optional(_bool), "learned absolute position embedding on the tokens"),
-    ("MODEL.CROSSFORMER.PATCH_NORM", None, _optional(_bool), "layer norm after the image embedding"),
-    ("MODEL.CROSSFORMER.GROUP_TYPE", None, _optional(_str), "constant, linear, linear_div, alter or 7_14 (CrossFormer++)"),
-    ("MODEL.CROSSFORMER.USE_ACL", None, _optional(_bool), "amplitude cooling layers (CrossFormer++)"),
-    ("MODEL.CROSSFORMER.USE_CPE", None, _optional(_bool), "accepted from old files; only False"),
-    ("MODEL.CROSSFORMER.PAD_TYPE", None, _optional(_int), "accepted from old files; only 0"),
-    ("MODEL.CROSSFORMER.NO_MASK", None, _optional(_bool), "let attention see the padding"),
-    ("MODEL.CROSSFORMER.ADAPT_INTER", None, _optional(_bool), "accepted from old files; only False"),
+AT_LEAST_1 = Rule(lambda number: number >= 1, "it must be at least 1")
+NOT_NEGATIVE = Rule(lambda number: number >= 0, "it must not be negative")
+ABOVE_0 = Rule(lambda number: number > 0, "it must be above 0")
+UP_TO_1 = Rule(lambda number: 0 < number <= 1, "it must lie in (0, 1]")
+BELOW_1 = Rule(lambda number: 0 <= number < 1, "it must lie in [0, 1)")
+PROBABILITY = Rule(lambda number: 0 <= number <= 1, "a probability lies between 0 and 1")
+LEARNING_RATE = Rule(lambda rate: 0 < rate <= 1000, "a learning rate lies above 0, and no training survives one above 1000")
+PIXELS = Rule(lambda size: min(size if isinstance(size, list) else [size]) > 0, "it must be positive")
+SHARES = Rule(lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1, "two shares, rising, in (0, 1]")
+RISING = Rule(lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1], "two positive numbers, rising")
+PAIR = Rule(lambda paths: len(paths) in (0, 2), "two are compared")
+RGB = Rule(lambda channels: channels == 3, "images are read in RGB, so only 3 works here")
+RGB_NUMBERS = Rule(lambda values: len(values) == 3, "three numbers, one a channel")
+RGB_POSITIVE = Rule(lambda values: len(values) == 3 and min(values) > 0, "three numbers above 0, one a channel")
 
-    ("MODEL.SWIN.EMBED_DIM", None, _optional(_int), "width of the first stage"),
-    ("MODEL.SWIN.DEPTHS", None, _optional(_ints), "blocks per stage"),
-    ("MODEL.SWIN.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    ("MODEL.SWIN.WINDOW_SIZE", None, _optional(_int), "window size"),
-    ("MODEL.SWIN.PATCH_SIZE", None, _optional(_int), "patch size"),
-    ("MODEL.SWIN.IN_CHANS", None, _optional(_int), "input channels"),
-    ("MODEL.SWIN.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width"),
-    ("MODEL.SWIN.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    ("MODEL.SWIN.QK_SCALE", None, _optional(_float), "accepted from old files; only None"),
-    ("MODEL.SWIN.APE", None, _optional(_bool), "accepted from old files; only False"),
-    ("MODEL.SWIN.PATCH_NORM", None, _optional(_bool), "accepted from old files; only True"),
 
-    ("MODEL.CVT.EMBED_DIMS", None, _optional(_ints), "width per stage"),
-    ("MODEL.CVT.DEPTHS", None, _optional(_ints), "blocks per stage"),
-    ("MODEL.CVT.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    ("MODEL.CVT.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
-    ("MODEL.CVT.PATCH_SIZES", None, _optional(_ints), "kernels of the embeddings"),
-    ("MODEL.CVT.PATCH_STRIDES", None, _optional(_ints), "strides of the embeddings"),
-    ("MODEL.CVT.PATCH_PADDINGS", None, _optional(_ints), "paddings of the embeddings"),
-    ("MODEL.CVT.KV_STRIDES", None, _optional(_ints), "stride of the key and value projections per stage"),
-    ("MODEL.CVT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    ("MODEL.CVT.IN_CHANS", None, _optional(_int), "input channels"),
+def _names_a_folder(text: str) -> bool:
+    parts = text.replace("\\", "/").split("/")
+    return ".." not in parts and "." not in parts and all(part.strip() for part in parts)
 
-    ("MODEL.SHUNTED.EMBED_DIMS", None, _optional(_ints), "width per stage"),
-    ("MODEL.SHUNTED.DEPTHS", None, _optional(_ints), "blocks per stage"),
-    ("MODEL.SHUNTED.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    ("MODEL.SHUNTED.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
-    ("MODEL.SHUNTED.SR_RATIOS", None, _optional(_ints), "merging rate of keys and values per stage (even; 1 is none)"),
-    ("MODEL.SHUNTED.NUM_CONV", None, _optional(_int), "plain 3x3 convolutions in the image embedding"),
-    ("MODEL.SHUNTED.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    ("MODEL.SHUNTED.IN_CHANS", None, _optional(_int), "input channels"),
 
-    ("MODEL.MPVIT.EMBED_DIMS", None, _optional(_ints), "width per stage"),
-    ("MODEL.MPVIT.DEPTHS", None, _optional(_ints), "layers of each path's encoder per stage"),
-    ("MODEL.MPVIT.NUM_PATHS", None, _optional(_ints), "paths per stage"),
-    ("MODEL.MPVIT.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    ("MODEL.MPVIT.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
-    ("MODEL.MPVIT.CRPE_WINDOWS", None, _optional(_int_lists), "pairs of a kernel and the heads it serves, e.g. [[3, 2], [5, 3], [7, 3]]"),
-    ("MODEL.MPVIT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    ("MODEL.MPVIT.IN_CHANS", None, _optional(_int), "input channels"),
+FOLDER_NAME = Rule(_names_a_folder, "it names the run's folder, so it must not be empty, absolute or lead elsewhere")
 
-    ("MODEL.PVT.EMBED_DIMS", None, _optional(_ints), "width per stage"),
-    ("MODEL.PVT.DEPTHS", None, _optional(_ints), "blocks per stage"),
-    ("MODEL.PVT.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    ("MODEL.PVT.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
-    ("MODEL.PVT.SR_RATIOS", None, _optional(_ints), "reduction of keys and values per stage (1 in the last)"),
-    ("MODEL.PVT.PATCH_SIZE", None, _optional(_int), "patches of the first stage"),
-    ("MODEL.PVT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    ("MODEL.PVT.IN_CHANS", None, _optional(_int), "input channels"),
 
-    ("MODEL.PVT_V2.EMBED_DIMS", None, _optional(_ints), "width per stage"),
-    ("MODEL.PVT_V2.DEPTHS", None, _optional(_ints), "blocks per stage"),
-    ("MODEL.PVT_V2.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    ("MODEL.PVT_V2.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
-    ("MODEL.PVT_V2.SR_RATIOS", None, _optional(_ints), "reduction of keys and values per stage"),
-    ("MODEL.PVT_V2.LINEAR", None, _optional(_bool), "keys and values from a 7x7 pooled map in every stage (b2_li)"),
-    ("MODEL.PVT_V2.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    ("MODEL.PVT_V2.IN_CHANS", None, _optional(_int), "input channels"),
+def ends_in(*suffixes: str) -> Rule:
+    return Rule(lambda path: not path or path.endswith(suffixes), f"it ends in {' or '.join(suffixes)}")
 
-    ("MODEL.GALERKIN.EMBED_DIM", None, _optional(_int), "width of the first stage"),
-    ("MODEL.GALERKIN.DEPTHS", None, _optional(_ints), "blocks per stage"),
-    ("MODEL.GALERKIN.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    ("MODEL.GALERKIN.PATCH_SIZE", None, _optional(_int), "4 for strides 4 to 32, 2 for 2 to 16"),
-    ("MODEL.GALERKIN.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width"),
-    ("MODEL.GALERKIN.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    ("MODEL.GALERKIN.PATCH_NORM", None, _optional(_bool), "layer norm after the image embedding"),
-    ("MODEL.GALERKIN.NORM_EPS", None, _optional(_float), "eps of the norms of keys and values"),
-    ("MODEL.GALERKIN.OUT_PROJ", None, _optional(_bool), "a linear after the heads"),
-    ("MODEL.GALERKIN.POSITIONS", None, _optional(_bool), "give the attention the tokens' coordinates (implies OUT_PROJ)"),
-    ("MODEL.GALERKIN.IN_CHANS", None, _optional(_int), "input channels"),
 
-    ("TRAIN.EPOCHS", 300, _int, "passes over the training images"),
-    ("TRAIN.START_EPOCH", 0, _int, "accepted from old files; the checkpoint's step decides"),
-    ("TRAIN.WARMUP_EPOCHS", 20, _float, "epochs of linear warm-up"),
-    ("TRAIN.BASE_LR", 5e-4, _float, "peak learning rate for a global batch of LR_BATCH"),
-    ("TRAIN.WARMUP_LR", 5e-7, _float, "learning rate of the first step, likewise scaled"),
-    ("TRAIN.MIN_LR", 5e-6, _float, "learning rate at the end, likewise scaled"),
-    ("TRAIN.LR_BATCH", 512, _int, "global batch that the three rates are given for; 0 does not scale them"),
-    ("TRAIN.WEIGHT_DECAY", 0.05, _float, "weight decay; none on biases, 1-D parameters and what the model names"),
-    ("TRAIN.LAYER_DECAY", 1.0, _float, "factor on the learning rate per layer below the head (1: none)"),
-    ("TRAIN.CLIP_GRAD", 5.0, _float, "largest gradient norm; 0 does not clip"),
-    ("TRAIN.ACCUMULATION_STEPS", 1, _int, "micro-batches per optimizer step"),
-    ("TRAIN.GLOBAL_BATCH", 0, _int, "images a step over all processes that the recipe was made for, which --fit keeps; 0: whatever the "
-     "batch size, the accumulation and the processes give"),
-    ("TRAIN.USE_CHECKPOINT", False, _bool, "activation checkpointing: less memory, about a third more time"),
-    ("TRAIN.CHECKPOINT_UNIT", "block", _str, "what TRAIN.USE_CHECKPOINT keeps of the forward pass: block, the input of each block (least "
-     "memory); stage, that of each stage, all of whose activations are then there at once when it is computed again"),
-    ("TRAIN.GRAD_COMPRESSION", "off", _off_or, "of gradients between processes: off, or bf16 (half the traffic, another rounding)"),
-    ("TRAIN.AUTO_RESUME", True, _bool, "continue from the run folder's newest good checkpoint"),
-    ("TRAIN.SAVE_EVERY_STEPS", 0, _int, "also save every so many steps (0: at epochs only)"),
-    ("TRAIN.SAVE_EVERY_MINUTES", 0.0, _float, "also save when so many minutes have passed since the last save (0: never)"),
-    ("TRAIN.BACKGROUND_SAVE", True, _bool, "write checkpoints while training goes on (costs memory for one more copy of the state)"),
-    ("TRAIN.KEEP_CHECKPOINTS", 2, _int, "newest checkpoints kept beside the best one (0: all)"),
-    ("TRAIN.CHECKPOINT_BUDGET", 0, _bytes, "largest size of a run's checkpoints together, e.g. 20GB; older ones go first (0: no limit)"),
-    ("TRAIN.ACCEPT_CHANGES", False, _bool, "continue a run with a changed recipe (--accept-changes)"),
-    ("TRAIN.SKIP_BUDGET", 10, _int,
-     "steps whose loss or gradient is not finite that are skipped before the run gives up; one is forgiven every 100 steps"),
-    ("TRAIN.ROLLBACKS", 1, _int, "times a run then goes back to its last good checkpoint, passing over the data since, before it stops"),
-    ("TRAIN.EVAL_FREQ", 1, _int, "evaluate every so many epochs (and after the last)"),
-    ("TRAIN.EMA_DECAY", 0.0, _float, "decay of the averaged weights, e.g. 0.9999 (0: no average)"),
-    ("TRAIN.EMA_WARMUP", False, _bool, "let that decay grow from 0 over the first steps"),
-    ("TRAIN.EMA_DEVICE", "auto", _str,
-     "where that average lies: auto and model are the model's device; cpu saves the GPU's memory and costs a copy of the weights a step"),
-    ("TRAIN.FREEZE", [], _strs, "parameters left as they are: patterns of names, such as patch_embed.* layers.0.*"),
-    ("TRAIN.LINEAR_PROBE", False, _bool, "train the classifier alone; all else is fixed and computes as in evaluation"),
-    ("TRAIN.SYNC_BN", False, _bool, "batch norm over all GPUs instead of each one's own"),
-    ("TRAIN.REPORT", "png", _str, "what training writes of itself at its end: report.html (html), also plots/*.png (png), or none"),
-    ("TRAIN.TENSORBOARD_HISTOGRAMS", 0, _int, "epochs between histograms of the weights in TensorBoard (0: none)"),
-    ("TRAIN.LR_SCHEDULER.NAME", "cosine", _str, "cosine, linear, step or multistep"),
-    ("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", None, _optional(_bool),
-     "start the decay after the warm-up; None is the family's recipe (CrossFormer False, others True)"),
-    ("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 30.0, _float, "step: epochs between decays"),
-    ("TRAIN.LR_SCHEDULER.DECAY_RATE", 0.1, _float, "step: factor of each decay"),
-    ("TRAIN.LR_SCHEDULER.MULTISTEPS", [], _floats, "multistep: epochs of the decays"),
-    ("TRAIN.LR_SCHEDULER.GAMMA", 0.1, _float, "multistep: factor of each decay"),
-    ("TRAIN.OPTIMIZER.NAME", "adamw", _str, "adamw, sgd, any timm optimizer, or fused_adam of NVIDIA apex"),
-    ("TRAIN.OPTIMIZER.EPS", None, _optional(_float), "epsilon; None is the optimizer's own (AdamW 1e-8)"),
-    ("TRAIN.OPTIMIZER.BETAS", None, _optional(_floats), "betas; None is the optimizer's own (AdamW [0.9, 0.999])"),
-    ("TRAIN.OPTIMIZER.MOMENTUM", 0.9, _float, "momentum of SGD's kind"),
+MODEL_TYPES = ("crossformer", "swin", "cvt", "shunted", "mpvit", "pvt", "pvt_v2", "galerkin", "timm")
+LABEL_SETS = ("auto", "imagenet", "v2", "a", "r", "sketch", "real")
 
-    ("AUG.COLOR_JITTER", 0.4, _float, "colour jitter; used when AUTO_AUGMENT is none"),
-    ("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", _str, "timm's policy text, or none"),
-    ("AUG.SCALE", [0.08, 1.0], _floats, "range of the random crop's share of the image"),
-    ("AUG.RATIO", [3 / 4, 4 / 3], _floats, "range of the random crop's aspect ratio"),
-    ("AUG.HFLIP", 0.5, _float, "probability of a left-right flip"),
-    ("AUG.VFLIP", 0.0, _float, "probability of an up-down flip"),
-    ("AUG.REPROB", 0.25, _float, "probability of random erasing"),
-    ("AUG.REMODE", "pixel", _str, "random erasing's filling: const, rand or pixel"),
-    ("AUG.RECOUNT", 1, _int, "boxes of random erasing"),
-    ("AUG.MIXUP", 0.8, _float, "mixup alpha (0: off)"),
-    ("AUG.CUTMIX", 1.0, _float, "cutmix alpha (0: off)"),
-    ("AUG.CUTMIX_MINMAX", None, _optional(_floats), "range of cutmix's side lengths; replaces its alpha"),
-    ("AUG.MIXUP_PROB", 1.0, _float, "probability of mixing a batch"),
-    ("AUG.MIXUP_SWITCH_PROB", 0.5, _float, "probability of cutmix when both are on"),
-    ("AUG.MIXUP_MODE", "batch", _str, "mix per batch, pair or elem"),
+# --------------------------------------------------------------------------------------------------
+# The commands: one entry each. Parser, help, completion and dispatch come from here; so do the keys of each
+# --------------------------------------------------------------------------------------------------
 
-    ("TEST.CROP", True, _bool, "resize to 256/224 of the size (or as the timm model was) and crop the centre; False squashes"),
-    ("TEST.BATCH_SIZE", 0, _int, "images per process in evaluation; 0 is DATA.BATCH_SIZE"),
-    ("TEST.FLIP", "none", _str, "--eval: mean of an image and its mirror image: none, logits or probabilities, of which the mean is taken"),
-    ("TEST.LABELS", "auto", _str,
-     "--eval: label set: auto, imagenet, v2, a, r, sketch, real, or a text file of the classes that answers are chosen from, one a line"),
-    ("TEST.REAL_LABELS", "", _str, "--eval: real.json of the ReaL labels (a list of labels an image); empty is the one that timm carries"),
-    ("TEST.PER_CLASS", "", _str, "--eval: CSV file for each class's recall, precision, F1 and what it is mostly taken for"),
-    ("TEST.PREDICTIONS", "", _str, "file (.npz) for the prediction of every image under --eval; empty writes none"),
-    ("TEST.SEQUENTIAL", False, _bool, "accepted from old files; evaluation is always exact"),
-    ("TEST.SHUFFLE", False, _bool, "accepted from old files; has no effect"),
-]
+class Flag(NamedTuple):
+    """A flag of the command line, which sets a key.
 
-_KIND = {key: kind for key, _, kind, _ in KEYS}
-_SECTIONS = {key.rsplit(".", n)[0] for key in _KIND for n in range(1, key.count(".") + 1)}
+    Attributes:
+        help: the key's own explanation where empty.
+        fixed: the value it sets; None where it takes an argument.
+        several: it takes one argument or more.
+        metavar: the word for its argument in the help; by default the flag's last one.
+    """
+
+    name: str
+    key: str
+    help: str = ""
+    fixed: str | None = None
+    several: bool = False
+    metavar: str = ""
+
+
+class Command(NamedTuple):
+    """What the program does instead of training.
+
+    Attributes:
+        flag: what asks for it.
+        run: module and function in utils/commands, imported when it is run. It takes (config, content of the file that MODEL.RESUME
+            names or None, device, logger), or where ``light`` (config, logger), and returns an exit status, or None for 0.
+        keys: its own, ``scope`` COMMAND.
+        flags: further flags of it.
+        light: it needs neither a model nor a device, nor torch where MODEL.RESUME is empty; one process of a job runs it.
+        to_stdout: keys whose value ``-`` makes standard output this command's data.
+        beside: flags of other commands that may stand beside its own, without effect (as other trainers have it).
+    """
+
+    flag: Flag
+    run: str
+    keys: Sequence[Key] = ()
+    flags: Sequence[Flag] = ()
+    light: bool = False
+    to_stdout: Sequence[str] = ()
+    beside: Sequence[str] = ()
+
+
+COMMANDS: tuple[Command, ...] = (
+    Command(
+        Flag("--eval", "EVAL_MODE", "evaluate a checkpoint; with --resume nothing else is needed", "True"), "evaluate.evaluate_run",
+        keys=(
+        Key("EVAL_MODE", False, _bool, "evaluate only (--eval)"),
+        Key("TEST.FLIP", "none", _str,
+            "--eval: mean of an image and its mirror image, of logits or of probabilities", choices=("none", "logits", "probabilities")),
+        Key("TEST.LABELS", "auto", _str,
+            "--eval: label set: one of these, or a text file of the classes that predictions are chosen from, one a line",
+            words=LABEL_SETS),
+        Key("TEST.REAL_LABELS", "", _str,
+            "--eval: real.json of the ReaL labels (a list of labels an image); empty is the one that timm carries"),
+        Key("TEST.PER_CLASS", "", _str,
+            "--eval: CSV file for each class's recall, precision, F1 and the class it is most often confused with"),
+        Key("TEST.PREDICTIONS", "", _str, "file (.npz) for the prediction of every image under --eval; empty writes none"),
+        ),
+        flags=(
+            Flag("--labels", "TEST.LABELS", "ImageNet's variants: auto, imagenet, v2, a, r, sketch, real, or a file of classes",
+                 metavar="SET"),
+            Flag("--real-labels", "TEST.REAL_LABELS", "real.json, where another than timm's is to be used", metavar="FILE"),
+            Flag("--per-class", "TEST.PER_CLASS", "CSV file for the figures of each class", metavar="FILE"),
+            Flag("--test-flip", "TEST.FLIP", "evaluate the mean logits of each image and its mirror image", "logits"),
+        )),
+    Command(
+        Flag("--compare", "COMPARE.FILES", "evaluate two checkpoints on the same images, with a paired test", several=True, metavar="FILE"),
+        "compare.compare_run",
+        keys=(
+        Key("COMPARE.FILES", [], _strs, "two checkpoints to evaluate on the same images, with a paired test (--compare)", PAIR),
+        )),
+    Command(
+        Flag("--predict", "PREDICT.PATHS",
+             "classes of images: files, folders, 'patterns/*.png', lists in .txt files (a path a line, relative to the list), - for a list "
+             "on standard input; with --resume; status 3 if any cannot be read, after the others", several=True, metavar="PATH"),
+        "predict.predict_run",
+        keys=(
+        Key("PREDICT.PATHS", [], _strs,
+            "images to predict (--predict): files, folders, patterns, lists of them in .txt files; - is a list on standard input",
+            Rule(all, "a path must not be empty")),
+        Key("PREDICT.TOPK", 5, _int, "classes shown for an image, most probable first", AT_LEAST_1),
+        Key("PREDICT.CSV", "", _str, "table of the predictions, a row an image; - is standard output"),
+        Key("PREDICT.JSON", "", _str, "predictions as JSON, a line an image; - is standard output"),
+        Key("PREDICT.FEATURES", "", _str,
+            "pooled features before the classifier: FILE.npy or FILE.safetensors, with FILE.paths.json", ends_in(".npy", ".safetensors")),
+        Key("PREDICT.SHEET", "", _str,
+            "picture of the images with their classes, FILE.png; more pages are FILE-2.png and so on", ends_in(".png")),
+        ),
+        flags=(
+            Flag("--topk", "PREDICT.TOPK", "classes shown for an image (5)", metavar="NUMBER"),
+            Flag("--csv", "PREDICT.CSV", "file for the predictions as a table; - is standard output", metavar="FILE"),
+            Flag("--json", "PREDICT.JSON", "file for the predictions, a line of JSON an image; - is standard output", metavar="FILE"),
+            Flag("--features", "PREDICT.FEATURES", "file.npy or file.safetensors for the features before the classifier", metavar="FILE"),
+            Flag("--sheet", "PREDICT.SHEET", "file.png for a picture of the images and their classes", metavar="FILE"),
+        ),
+        to_stdout=("PREDICT.CSV", "PREDICT.JSON")),
+    Command(
+        Flag("--export", "EXPORT.FILE", "write the model as file.onnx, file.pt2, or a folder that timm opens; with --resume",
+             metavar="FILE"),
+        "export.export_run",
+        keys=(
+        Key("EXPORT.FILE", "", _str,
+            "what --export writes: FILE.onnx, FILE.pt2, or a folder (or FILE.safetensors) as timm and its hub have it"),
+        Key("EXPORT.OPSET", 18, _int,
+            "ONNX operator set", Rule(lambda number: number >= 18, "the exporter writes operator sets from 18 on")),
+        Key("EXPORT.PREPROCESS", False, _bool, "ONNX and pt2: normalise inside the model, which then takes pixels of 0 to 255"),
+        )),
+    Command(
+        Flag("--plan", "PLAN.RUN", "dry run: memory, speed, time and disk that the run will take; status 1: it does not fit", "True"),
+        "plan.plan_run",
+        keys=(
+        Key("PLAN.RUN", False, _bool, "dry run (--plan): a few steps, an evaluation batch, a save and a load; says what the run will take"),
+        Key("PLAN.FIT", False, _bool, "train (or plan) with the largest micro-batch that memory holds, the global batch staying (--fit)"),
+        Key("PLAN.MEMORY", 0, _bytes,
+            "memory that --plan and --fit may use, e.g. 24GB, for each GPU, or on a CPU for all processes together; 0: all there is"),
+        Key("PLAN.SECONDS", 4.0, _float, "about how long --plan measures each speed; longer is more exact", NOT_NEGATIVE),
+        Key("PLAN.SCRATCH", "", _str, "folder on whose disk --plan tries a save; empty is the system's folder for temporary files"),
+        )),
+    Command(
+        Flag("--doctor", "DOCTOR_MODE", "read all images, say what is wrong and how to mend it; status 3: errors", "True"),
+        "doctor.examine_run",
+        keys=(
+        Key("DOCTOR_MODE", False, _bool, "read and check the data only (--doctor)"),
+        Key("DOCTOR.FOLDER", "", _str,
+            "where the doctor writes its report, manifests and scripts; empty is OUTPUT/doctor/<name of the data>"),
+        Key("DOCTOR.JSON", "", _str, "file for the doctor's report as JSON; - is standard output; empty is report.json in its folder"),
+        Key("DOCTOR.NEAR", 8, _int,
+            "bits of 128 in which the fingerprints of a training and a validation image may differ to be compared closer (0 to 11; -1: "
+            "none)", Rule(lambda bits: -1 <= bits <= 11, "bits between 0 and 11, or -1 for none")),
+        ),
+        flags=(Flag("--doctor-json", "DOCTOR.JSON", "file for the doctor's report as JSON; - is standard output", metavar="FILE"),),
+        light=True, to_stdout=("DOCTOR.JSON",)),
+    Command(
+        Flag("--throughput", "THROUGHPUT_MODE", "measure speed and memory of the model, on synthetic images", "True"),
+        "throughput.measure_throughput",
+        keys=(
+        Key("THROUGHPUT_MODE", False, _bool, "measure speed only (--throughput)"),
+        ),
+        beside=("--eval",)),
+    Command(
+        Flag("--report", "REPORT.RUNS", "write a run folder's report.html; of several runs a comparison", several=True, metavar="RUN"),
+        "report.report_runs",
+        keys=(
+        Key("REPORT.RUNS", [], _strs, "run folders to report on (--report); several are compared"),
+        Key("REPORT.FILE", "", _str,
+            "where that report goes; empty is report.html (of several runs comparison.html) in the first run's folder"),
+        ),
+        light=True),
+    Command(
+        Flag("--diff", "REPORT.DIFF", "show how two runs, checkpoints or YAML files differ", several=True, metavar="RUN"),
+        "show_config.print_differences",
+        keys=(
+        Key("REPORT.DIFF", [], _strs, "two runs, checkpoints or YAML files to show the differences of (--diff)", PAIR),
+        ),
+        light=True),
+    Command(
+        Flag("--print-config", "REPORT.CONFIG", "print the config with the source of every value", "True"), "show_config.print_config",
+        keys=(
+        Key("REPORT.CONFIG", False, _bool, "print the config with the source of every value (--print-config)"),
+        ),
+        light=True),
+    Command(
+        Flag("--show-batch", "SHOW.BATCH", "PNG file: the first training batch with its labels, as the model sees it", metavar="FILE"),
+        "show_batch.show_batch",
+        keys=(
+        Key("SHOW.BATCH", "", _str, "PNG file for the first training batch as the model sees it (--show-batch)"),
+        )),
+    Command(
+        Flag("--show-attention", "SHOW.ATTENTION", "image: draw which tokens of it a CrossFormer's token attends to", metavar="IMAGE"),
+        "show_attention.show_attention",
+        keys=(
+        Key("SHOW.ATTENTION", "", _str, "image on which a CrossFormer's attention is drawn (--show-attention)"),
+        Key("SHOW.TOKEN", "", _str,
+            "y,x in pixels of the model's input: the token whose attention is drawn; empty is the centre (--show-token)"),
+        Key("SHOW.FILE", "attention.png", _str, "PNG file for the attention (--show-file)"),
+        ),
+        flags=(
+            Flag("--show-token", "SHOW.TOKEN", "y,x in pixels of the input: that token, not the central one", metavar="Y,X"),
+            Flag("--show-file", "SHOW.FILE", "PNG file for the attention; else attention.png", metavar="FILE"),
+        )),
+)
+
+# --------------------------------------------------------------------------------------------------
+# The tree. `None` under a model's node means the variant's own value
+# --------------------------------------------------------------------------------------------------
+
+KEYS: tuple[Key, ...] = (
+    Key("BASE", [""], _base, "YAML files merged before this one, relative to it", scope=RUN),
+    Key("OUTPUT", "output", _str, "folder of all runs; a run lives in OUTPUT/MODEL.NAME/TAG", scope=PROCESS),
+    Key("TAG", "default", _str, "name of the run", FOLDER_NAME, scope=RUN),
+    Key("SEED", 0, _int, "everything random derives from it: order, augmentation, mixup, dropout, initialisation", NOT_NEGATIVE),
+    Key("TASK", "classification", _str, "what is learned: classification"),
+    Key("DEVICE", "auto", _str,
+        "cuda:1 is the second GPU; auto takes CUDA, then MPS, then the CPU", words=("auto", "cpu", "cuda", "mps"), scope=PROCESS),
+    Key("PRECISION", "auto", _str,
+        "auto is bf16 where GPU or CPU compute it (fp16 on older GPUs), else fp32", choices=("auto", "fp32", "bf16", "fp16")),
+    Key("COMPILE", "off", _off_or,
+        "torch.compile: blocks, each kind of block once; model, the whole (longest start, most speed)",
+        choices=("off", "blocks", "model"), scope=RUN),
+    Key("SAVE_FREQ", 1, _int, "save a checkpoint every so many epochs (the last epoch is always saved)", AT_LEAST_1, scope=RUN),
+    Key("PRINT_FREQ", 10, _int, "log a line every so many steps", AT_LEAST_1, scope=RUN),
+    Key("AMP_ENABLE", True, _bool, "allow mixed precision; False is PRECISION fp32"),
+    Key("AMP_OPT_LEVEL", "", _str,
+        "apex's old spelling: O0 is fp32, O1 and O2 mixed precision; PRECISION is the newer key", choices=("", "O0", "O1", "O2")),
+    Key("TRACKER", "none", _str, "where the curves of a run go besides its folder", choices=("none", "trackio", "wandb"), scope=RUN),
+    Key("TRACKER_PROJECT", "", _str, "project of the tracker; empty is the model's name", scope=RUN),
+    Key("DIST_TIMEOUT", 20.0, _float,
+        "minutes without progress after which a job of several processes ends, naming the one it waits for", ABOVE_0, scope=RUN),
+    Key("LOCAL_RANK", 0, _int, "accepted from old files; the launcher's environment decides", scope=PROCESS),
+    Key("FUSED_WINDOW_PROCESS", False, _bool, "accepted from old files; has no effect"),
+    Key("FUSED_LAYERNORM", False, _bool, "use NVIDIA apex's fused layer norm when apex is installed"),
+
+    Key("DATA.DATA_PATH", "", _str,
+        "folder with train/ and val/ (or validation/), each holding a folder a class, or another layout (README)", scope=PROCESS),
+    Key("DATA.VAL_PATH", "", _str, "validation shards where DATA.DATA_PATH is a stream of WebDataset shards: file:///d/val-{00..04}.tar"),
+    Key("DATA.STREAM_IMAGES", 0, _int, "training images of a stream that does not tell; 0 asks the stream", NOT_NEGATIVE),
+    Key("DATA.STREAM_BUFFER", 4096, _int, "encoded images held by each process to shuffle a stream of training images", ABOVE_0),
+    Key("DATA.DATASET", "imagenet", _str,
+        "imagenet takes whatever layout it finds; folder, lists, zip, tar and huggingface look for that alone; digits are scikit-learn's",
+        choices=("imagenet", "imagenet22K", "folder", "lists", "zip", "tar", "huggingface", "digits"), scope=RUN),
+    Key("DATA.BATCH_SIZE", 128, _int, "images per process and micro-batch", AT_LEAST_1, scope=RUN),
+    Key("DATA.IMG_SIZE", 224, _size, "input size in pixels: one number, or [height, width]", PIXELS),
+    Key("DATA.INTERPOLATION", None, _optional(_str),
+        "of resizing; None is the model's, else bicubic", choices=("bicubic", "bilinear", "lanczos", "nearest", "random")),
+    Key("DATA.MEAN", None, _optional(_floats), "channel means of the normalisation; None is the model's, else ImageNet's", RGB_NUMBERS),
+    Key("DATA.STD", None, _optional(_floats),
+        "channel deviations of the normalisation; None is the model's, else ImageNet's", RGB_POSITIVE),
+    Key("DATA.REPEATED_AUG", 1, _int, "copies of an image in an epoch, each augmented differently (DeiT uses 3)", AT_LEAST_1),
+    Key("DATA.NUM_WORKERS", -1, _int,
+        "DataLoader workers of each process; -1 chooses from the CPUs this process may use",
+        Rule(lambda number: number >= -1, "it is a number of workers, or -1 to choose it"), scope=PROCESS),
+    Key("DATA.PIN_MEMORY", True, _bool, "page-locked batches for faster copies to a GPU", scope=RUN),
+    Key("DATA.DECODER", "auto", _str,
+        "pillow: every pixel as the papers had it; fast: also where published weights are evaluated", choices=("auto", "fast", "pillow")),
+    Key("DATA.AUGMENT_ON", "auto", _str,
+        "auto: on a GPU the GPU augments, else the DataLoader workers do", choices=("auto", "worker", "device")),
+    Key("DATA.VAL_FRACTION", 0.0, _float,
+        "share of each class kept for validation where the data has no split of its own, e.g. 0.1", BELOW_1),
+    Key("DATA.VAL_LABELS", "", _str, "file with the labels of a flat validation folder; empty looks for the usual ones"),
+    Key("DATA.CLASS_NAMES", "", _str,
+        "text file, a line a class in the classifier's order: a label, or label<TAB>class; others are left out"),
+    Key("DATA.SUBSET", 1.0, _float, "share of each class's training images to use, chosen by the seed, e.g. 0.1", UP_TO_1),
+    Key("DATA.EXIF", False, _bool, "turn images upright as their EXIF block says (the papers, torchvision and timm do not)"),
+    Key("DATA.CORRUPT_BUDGET", 0.001, _float,
+        "unreadable training images to go on with: below 1 a share of them, else a number", NOT_NEGATIVE, scope=RUN),
+    Key("DATA.READ_PATIENCE", 2.0, _float,
+        "seconds that a failing read (file gone, share away) is tried again before the image is bad", NOT_NEGATIVE, scope=RUN),
+    Key("DATA.TIMEOUT", 600.0, _float,
+        "seconds without a batch after which loading counts as hung; 0 waits for ever", NOT_NEGATIVE, scope=RUN),
+    Key("DATA.INDEX_CACHE", "auto", _str,
+        "folder for the file lists of large data sets; auto is the user's cache folder, none keeps none", scope=RUN),
+    Key("DATA.ZIP_MODE", False, _bool, "read train.zip and val.zip with their map files (train_map.txt), as Swin has them", scope=RUN),
+    Key("DATA.CACHE_MODE", "part", _str, "accepted from old files; has no effect", scope=RUN),
+
+    Key("MODEL.TYPE", "crossformer", _str, "family of the model; timm is any timm model", choices=MODEL_TYPES),
+    Key("MODEL.NAME", "crossformer_tiny", _str, "variant of the family, or a label when the family's node gives the numbers", FOLDER_NAME),
+    Key("MODEL.NUM_CLASSES", 0, _int, "0 counts them in the data; another number must agree with the data", NOT_NEGATIVE, scope=RUN),
+    Key("MODEL.PRETRAINED", "", _str, "file of weights to start from (head and sizes are adapted), or hub for timm's own", scope=RUN),
+    Key("MODEL.CLASS_MAP", "", _str, "text file, a line a class: its row in the pretrained classifier (ImageNet-22k to 1k)"),
+    Key("MODEL.RESUME", "", _str, "checkpoint to continue (training), or to evaluate, predict with or export", scope=RUN),
+    Key("MODEL.DROP_RATE", 0.0, _float, "dropout rate", BELOW_1),
+    Key("MODEL.DROP_PATH_RATE", 0.1, _float, "stochastic depth: rate of the last block, growing linearly from 0", BELOW_1),
+    Key("MODEL.LABEL_SMOOTHING", 0.1, _float, "label smoothing", BELOW_1),
+
+    Key("MODEL.CROSSFORMER.EMBED_DIM", None, _optional(_int), "width of the first stage"),
+    Key("MODEL.CROSSFORMER.DEPTHS", None, _optional(_ints), "blocks per stage"),
+    Key("MODEL.CROSSFORMER.NUM_HEADS", None, _optional(_ints), "heads per stage"),
+    Key("MODEL.CROSSFORMER.GROUP_SIZE", None, _optional(_ints), "group size per stage"),
+    Key("MODEL.CROSSFORMER.INTERVAL", None, _optional(_ints), "interval of long-distance attention per stage"),
+    Key("MODEL.CROSSFORMER.PATCH_SIZE", None, _optional(_int_or_list), "kernels of the image embedding, e.g. [4, 8, 16, 32]"),
+    Key("MODEL.CROSSFORMER.MERGE_SIZE", None, _optional(_int_lists), "kernels of the embeddings between stages"),
+    Key("MODEL.CROSSFORMER.MLP_RATIO", None, _optional(_number_or_list), "hidden width of the MLPs over their width"),
+    Key("MODEL.CROSSFORMER.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.CROSSFORMER.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
+    Key("MODEL.CROSSFORMER.QK_SCALE", None, _optional(_float), "scale of the queries; None is head width ** -0.5"),
+    Key("MODEL.CROSSFORMER.ATTENTION", None, _optional(_str), "lsda (short and long distance in turn), sda or lda alone"),
+    Key("MODEL.CROSSFORMER.POSITION", None, _optional(_str), "position bias: dpb, dpb_residual, table (Swin's) or none"),
+    Key("MODEL.CROSSFORMER.APE", None, _optional(_bool), "learned absolute position embedding on the tokens"),
+    Key("MODEL.CROSSFORMER.PATCH_NORM", None, _optional(_bool), "layer norm after the image embedding"),
+    Key("MODEL.CROSSFORMER.GROUP_TYPE", None, _optional(_str), "constant, linear, linear_div, alter or 7_14 (CrossFormer++)"),
+    Key("MODEL.CROSSFORMER.USE_ACL", None, _optional(_bool), "amplitude cooling layers (CrossFormer++)"),
+    Key("MODEL.CROSSFORMER.USE_CPE", None, _optional(_bool), "accepted from old files; only False"),
+    Key("MODEL.CROSSFORMER.PAD_TYPE", None, _optional(_int), "accepted from old files; only 0"),
+    Key("MODEL.CROSSFORMER.NO_MASK", None, _optional(_bool), "let attention see the padding"),
+    Key("MODEL.CROSSFORMER.ADAPT_INTER", None, _optional(_bool), "accepted from old files; only False"),
+
+    Key("MODEL.SWIN.EMBED_DIM", None, _optional(_int), "width of the first stage"),
+    Key("MODEL.SWIN.DEPTHS", None, _optional(_ints), "blocks per stage"),
+    Key("MODEL.SWIN.NUM_HEADS", None, _optional(_ints), "heads per stage"),
+    Key("MODEL.SWIN.WINDOW_SIZE", None, _optional(_int), "window size"),
+    Key("MODEL.SWIN.PATCH_SIZE", None, _optional(_int), "patch size"),
+    Key("MODEL.SWIN.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.SWIN.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width"),
+    Key("MODEL.SWIN.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
+    Key("MODEL.SWIN.QK_SCALE", None, _optional(_float), "accepted from old files; only None"),
+    Key("MODEL.SWIN.APE", None, _optional(_bool), "accepted from old files; only False"),
+    Key("MODEL.SWIN.PATCH_NORM", None, _optional(_bool), "accepted from old files; only True"),
+
+    Key("MODEL.CVT.EMBED_DIMS", None, _optional(_ints), "width per stage"),
+    Key("MODEL.CVT.DEPTHS", None, _optional(_ints), "blocks per stage"),
+    Key("MODEL.CVT.NUM_HEADS", None, _optional(_ints), "heads per stage"),
+    Key("MODEL.CVT.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
+    Key("MODEL.CVT.PATCH_SIZES", None, _optional(_ints), "kernels of the embeddings"),
+    Key("MODEL.CVT.PATCH_STRIDES", None, _optional(_ints), "strides of the embeddings"),
+    Key("MODEL.CVT.PATCH_PADDINGS", None, _optional(_ints), "paddings of the embeddings"),
+    Key("MODEL.CVT.KV_STRIDES", None, _optional(_ints), "stride of the key and value projections per stage"),
+    Key("MODEL.CVT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
+    Key("MODEL.CVT.IN_CHANS", None, _optional(_int), "input channels", RGB),
+
+    Key("MODEL.SHUNTED.EMBED_DIMS", None, _optional(_ints), "width per stage"),
+    Key("MODEL.SHUNTED.DEPTHS", None, _optional(_ints), "blocks per stage"),
+    Key("MODEL.SHUNTED.NUM_HEADS", None, _optional(_ints), "heads per stage"),
+    Key("MODEL.SHUNTED.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
+    Key("MODEL.SHUNTED.SR_RATIOS", None, _optional(_ints), "merging rate of keys and values per stage (even; 1 is none)"),
+    Key("MODEL.SHUNTED.NUM_CONV", None, _optional(_int), "plain 3x3 convolutions in the image embedding"),
+    Key("MODEL.SHUNTED.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
+    Key("MODEL.SHUNTED.IN_CHANS", None, _optional(_int), "input channels", RGB),
+
+    Key("MODEL.MPVIT.EMBED_DIMS", None, _optional(_ints), "width per stage"),
+    Key("MODEL.MPVIT.DEPTHS", None, _optional(_ints), "layers of each path's encoder per stage"),
+    Key("MODEL.MPVIT.NUM_PATHS", None, _optional(_ints), "paths per stage"),
+    Key("MODEL.MPVIT.NUM_HEADS", None, _optional(_ints), "heads per stage"),
+    Key("MODEL.MPVIT.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
+    Key("MODEL.MPVIT.CRPE_WINDOWS", None, _optional(_int_lists),
+        "pairs of a kernel and the heads it serves, e.g. [[3, 2], [5, 3], [7, 3]]"),
+    Key("MODEL.MPVIT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
+    Key("MODEL.MPVIT.IN_CHANS", None, _optional(_int), "input channels", RGB),
+
+    Key("MODEL.PVT.EMBED_DIMS", None, _optional(_ints), "width per stage"),
+    Key("MODEL.PVT.DEPTHS", None, _optional(_ints), "blocks per stage"),
+    Key("MODEL.PVT.NUM_HEADS", None, _optional(_ints), "heads per stage"),
+    Key("MODEL.PVT.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
+    Key("MODEL.PVT.SR_RATIOS", None, _optional(_ints), "reduction of keys and values per stage (1 in the last)"),
+    Key("MODEL.PVT.PATCH_SIZE", None, _optional(_int), "patches of the first stage"),
+    Key("MODEL.PVT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
+    Key("MODEL.PVT.IN_CHANS", None, _optional(_int), "input channels", RGB),
+
+    Key("MODEL.PVT_V2.EMBED_DIMS", None, _optional(_ints), "width per stage"),
+    Key("MODEL.PVT_V2.DEPTHS", None, _optional(_ints), "blocks per stage"),
+    Key("MODEL.PVT_V2.NUM_HEADS", None, _optional(_ints), "heads per stage"),
+    Key("MODEL.PVT_V2.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
+    Key("MODEL.PVT_V2.SR_RATIOS", None, _optional(_ints), "reduction of keys and values per stage"),
+    Key("MODEL.PVT_V2.LINEAR", None, _optional(_bool), "keys and values from a 7x7 pooled map in every stage (b2_li)"),
+    Key("MODEL.PVT_V2.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
+    Key("MODEL.PVT_V2.IN_CHANS", None, _optional(_int), "input channels", RGB),
+
+    Key("MODEL.GALERKIN.EMBED_DIM", None, _optional(_int), "width of the first stage"),
+    Key("MODEL.GALERKIN.DEPTHS", None, _optional(_ints), "blocks per stage"),
+    Key("MODEL.GALERKIN.NUM_HEADS", None, _optional(_ints), "heads per stage"),
+    Key("MODEL.GALERKIN.PATCH_SIZE", None, _optional(_int), "4 for strides 4 to 32, 2 for 2 to 16"),
+    Key("MODEL.GALERKIN.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width"),
+    Key("MODEL.GALERKIN.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
+    Key("MODEL.GALERKIN.PATCH_NORM", None, _optional(_bool), "layer norm after the image embedding"),
+    Key("MODEL.GALERKIN.NORM_EPS", None, _optional(_float), "eps of the norms of keys and values"),
+    Key("MODEL.GALERKIN.OUT_PROJ", None, _optional(_bool), "a linear after the heads"),
+    Key("MODEL.GALERKIN.POSITIONS", None, _optional(_bool), "give the attention the tokens' coordinates (implies OUT_PROJ)"),
+    Key("MODEL.GALERKIN.IN_CHANS", None, _optional(_int), "input channels", RGB),
+
+    Key("TRAIN.EPOCHS", 300, _int, "passes over the training images", AT_LEAST_1),
+    Key("TRAIN.START_EPOCH", 0, _int, "accepted from old files; the checkpoint's step decides"),
+    Key("TRAIN.WARMUP_EPOCHS", 20, _float, "epochs of linear warm-up", NOT_NEGATIVE),
+    Key("TRAIN.BASE_LR", 5e-4, _float, "peak learning rate for a global batch of LR_BATCH", LEARNING_RATE),
+    Key("TRAIN.WARMUP_LR", 5e-7, _float, "learning rate of the first step, likewise scaled", NOT_NEGATIVE),
+    Key("TRAIN.MIN_LR", 5e-6, _float, "learning rate at the end, likewise scaled", NOT_NEGATIVE),
+    Key("TRAIN.LR_BATCH", 512, _int, "global batch that the three rates are given for; 0 does not scale them", NOT_NEGATIVE),
+    Key("TRAIN.WEIGHT_DECAY", 0.05, _float, "weight decay; none on biases, 1-D parameters and what the model names", NOT_NEGATIVE),
+    Key("TRAIN.LAYER_DECAY", 1.0, _float, "factor on the learning rate per layer below the head (1: none)", UP_TO_1),
+    Key("TRAIN.CLIP_GRAD", 5.0, _float, "largest gradient norm; 0 does not clip", NOT_NEGATIVE),
+    Key("TRAIN.ACCUMULATION_STEPS", 1, _int, "micro-batches per optimizer step", AT_LEAST_1, scope=RUN),
+    Key("TRAIN.GLOBAL_BATCH", 0, _int,
+        "images a step over all processes that the recipe was made for, which --fit keeps; 0: whatever the batch size, the accumulation "
+        "and the processes give", NOT_NEGATIVE, scope=RUN),
+    Key("TRAIN.USE_CHECKPOINT", False, _bool, "activation checkpointing: less memory, about a third more time", scope=RUN),
+    Key("TRAIN.CHECKPOINT_UNIT", "block", _str,
+        "what TRAIN.USE_CHECKPOINT keeps of the forward pass: the input of each block (least memory), or that of each stage, all of "
+        "whose activations are then in memory at once when it is computed again", choices=("block", "stage"), scope=RUN),
+    Key("TRAIN.GRAD_COMPRESSION", "off", _off_or,
+        "of gradients between processes: bf16 is half the traffic and another rounding", choices=("off", "bf16")),
+    Key("TRAIN.AUTO_RESUME", True, _bool, "continue from the run folder's newest good checkpoint", scope=COMMAND),
+    Key("TRAIN.SAVE_EVERY_STEPS", 0, _int, "also save every so many steps (0: at epochs only)", NOT_NEGATIVE, scope=RUN),
+    Key("TRAIN.SAVE_EVERY_MINUTES", 0.0, _float,
+        "also save when so many minutes have passed since the last save (0: never)", NOT_NEGATIVE, scope=RUN),
+    Key("TRAIN.BACKGROUND_SAVE", True, _bool,
+        "write checkpoints while training goes on (costs memory for one more copy of the state)", scope=RUN),
+    Key("TRAIN.KEEP_CHECKPOINTS", 2, _int, "newest checkpoints kept beside the best one (0: all)", NOT_NEGATIVE, scope=RUN),
+    Key("TRAIN.CHECKPOINT_BUDGET", 0, _bytes,
+        "largest size of a run's checkpoints together, e.g. 20GB; older ones go first (0: no limit)", scope=RUN),
+    Key("TRAIN.ACCEPT_CHANGES", False, _bool, "continue a run with a changed recipe (--accept-changes)", scope=COMMAND),
+    Key("TRAIN.SKIP_BUDGET", 10, _int,
+        "steps whose loss or gradient is not finite that are skipped before the run gives up; one is forgiven every 100 steps",
+        NOT_NEGATIVE, scope=RUN),
+    Key("TRAIN.ROLLBACKS", 1, _int,
+        "times a run then goes back to its last good checkpoint, passing over the data since, before it stops", NOT_NEGATIVE, scope=RUN),
+    Key("TRAIN.EVAL_FREQ", 1, _int, "evaluate every so many epochs (and after the last)", AT_LEAST_1, scope=RUN),
+    Key("TRAIN.EMA_DECAY", 0.0, _float, "decay of the averaged weights, e.g. 0.9999 (0: no average)", BELOW_1),
+    Key("TRAIN.EMA_WARMUP", False, _bool, "let that decay grow from 0 over the first steps"),
+    Key("TRAIN.EMA_DEVICE", "auto", _str,
+        "where that average lies: auto and model are the model's device; cpu saves the GPU's memory and costs a copy of the weights a "
+        "step", choices=("auto", "model", "cpu"), scope=RUN),
+    Key("TRAIN.FREEZE", [], _strs, "parameters left as they are: patterns of names, such as patch_embed.* layers.0.*"),
+    Key("TRAIN.LINEAR_PROBE", False, _bool, "train the classifier alone; all else is fixed and computes as in evaluation"),
+    Key("TRAIN.SYNC_BN", False, _bool, "batch norm over all GPUs instead of each one's own"),
+    Key("TRAIN.REPORT", "png", _str,
+        "what training writes of itself at its end: report.html (html), plots/*.png too (png)", choices=("none", "html", "png"), scope=RUN),
+    Key("TRAIN.TENSORBOARD_HISTOGRAMS", 0, _int,
+        "epochs between histograms of the weights in TensorBoard (0: none)", NOT_NEGATIVE, scope=RUN),
+    Key("TRAIN.LR_SCHEDULER.NAME", "cosine", _str, "how the learning rate decays", choices=("cosine", "linear", "step", "multistep")),
+    Key("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", None, _optional(_bool),
+        "start the decay after the warm-up; None is the family's recipe (CrossFormer False, others True)"),
+    Key("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 30.0, _float, "step: epochs between decays", ABOVE_0),
+    Key("TRAIN.LR_SCHEDULER.DECAY_RATE", 0.1, _float, "step: factor of each decay", UP_TO_1),
+    Key("TRAIN.LR_SCHEDULER.MULTISTEPS", [], _floats, "multistep: epochs of the decays"),
+    Key("TRAIN.LR_SCHEDULER.GAMMA", 0.1, _float, "multistep: factor of each decay", UP_TO_1),
+    Key("TRAIN.OPTIMIZER.NAME", "adamw", _str, "adamw, sgd, any timm optimizer, or fused_adam of NVIDIA apex", words=("adamw", "sgd")),
+    Key("TRAIN.OPTIMIZER.EPS", None, _optional(_float), "epsilon; None is the optimizer's own (AdamW 1e-8)", ABOVE_0),
+    Key("TRAIN.OPTIMIZER.BETAS", None, _optional(_floats),
+        "betas; None is the optimizer's own (AdamW [0.9, 0.999])",
+        Rule(lambda betas: len(betas) >= 2 and all(0 <= b < 1 for b in betas), "two betas or more, in [0, 1)")),
+    Key("TRAIN.OPTIMIZER.MOMENTUM", 0.9, _float, "momentum of SGD's kind", BELOW_1),
+
+    Key("AUG.COLOR_JITTER", 0.4, _float, "colour jitter; used when AUTO_AUGMENT is none", NOT_NEGATIVE),
+    Key("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", _str, "timm's policy text, or none"),
+    Key("AUG.SCALE", [0.08, 1.0], _floats, "range of the random crop's share of the image", SHARES),
+    Key("AUG.RATIO", [3 / 4, 4 / 3], _floats, "range of the random crop's aspect ratio", RISING),
+    Key("AUG.HFLIP", 0.5, _float, "probability of a left-right flip", PROBABILITY),
+    Key("AUG.VFLIP", 0.0, _float, "probability of an up-down flip", PROBABILITY),
+    Key("AUG.REPROB", 0.25, _float, "probability of random erasing", PROBABILITY),
+    Key("AUG.REMODE", "pixel", _str, "what random erasing fills with", choices=("const", "rand", "pixel")),
+    Key("AUG.RECOUNT", 1, _int, "boxes of random erasing", AT_LEAST_1),
+    Key("AUG.MIXUP", 0.8, _float, "mixup alpha (0: off)", NOT_NEGATIVE),
+    Key("AUG.CUTMIX", 1.0, _float, "cutmix alpha (0: off)", NOT_NEGATIVE),
+    Key("AUG.CUTMIX_MINMAX", None, _optional(_floats), "range of cutmix's side lengths; replaces its alpha", SHARES),
+    Key("AUG.MIXUP_PROB", 1.0, _float, "probability of mixing a batch", PROBABILITY),
+    Key("AUG.MIXUP_SWITCH_PROB", 0.5, _float, "probability of cutmix when both are on", PROBABILITY),
+    Key("AUG.MIXUP_MODE", "batch", _str, "mix per batch, per pair or per element", choices=("batch", "pair", "elem")),
+
+    Key("TEST.CROP", True, _bool, "resize to 256/224 of the size (or as the timm model was) and crop the centre; False squashes"),
+    Key("TEST.BATCH_SIZE", 0, _int, "images per process in evaluation; 0 is DATA.BATCH_SIZE", NOT_NEGATIVE, scope=RUN),
+    Key("TEST.SEQUENTIAL", False, _bool, "accepted from old files; evaluation is always exact"),
+    Key("TEST.SHUFFLE", False, _bool, "accepted from old files; has no effect"),
+
+    *(key._replace(scope=COMMAND) for command in COMMANDS for key in command.keys),
+)
+
+KEY = {key.name: key for key in KEYS}
+_SECTIONS = {key.rsplit(".", n)[0] for key in KEY for n in range(1, key.count(".") + 1)}
 
 # Spellings of the CrossFormer repository.
 _SECTION_ALIASES = {"MODEL.CROS": "MODEL.CROSSFORMER"}
 _TYPE_ALIASES = {"cross-scale": "crossformer"}
 
-MODEL_TYPES = ("crossformer", "swin", "cvt", "shunted", "mpvit", "pvt", "pvt_v2", "galerkin", "timm")
-
 
 def default_config() -> CfgNode:
     """A fresh, unfrozen tree holding every default."""
     root = CfgNode()
-    for key, default, kind, _ in KEYS:
-        *sections, leaf = key.split(".")
+    for key in KEYS:
+        *sections, leaf = key.name.split(".")
         node = root
         for section in sections:
             if section not in node:
                 node[section] = CfgNode()
             node = node[section]
-        node[leaf] = kind(default)
+        node[leaf] = key.kind(key.default)
     return root
 
 
 def describe_keys() -> str:
-    """Every key with its default and meaning, a section a paragraph, for ``--help``."""
-    lines, section = [], None
-    for key, default, _, meaning in KEYS:
-        parent = key.rpartition(".")[0]
-        if parent != section:
-            section = parent
-            lines += ["", f"  {parent or 'general'}"]
-        shown = repr(default) if isinstance(default, str) else str(default)
-        lines.append(f"    {key} ({shown}): {meaning}")
-    return "\n".join(lines)
+    """Every key with its default and meaning, a section a paragraph, for ``--help-keys``."""
+    sections: dict[str, list[str]] = {}
+    for key in KEYS:
+        shown = repr(key.default) if isinstance(key.default, str) else str(key.default)
+        sections.setdefault(key.name.rpartition(".")[0], []).append(f"    {key.name} ({shown}): {key.explanation}")
+    return "\n".join(line for section, lines in sections.items() for line in ("", f"  {section or 'general'}", *lines))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -481,14 +738,14 @@ def _nearest(word: str, names: Iterable[str]) -> str:
 
 
 def _unknown(key: str, where: str) -> ConfigError:
-    near = _nearest(key, _KIND)
+    near = _nearest(key, KEY)
     return ConfigError(f"{where}: unknown key {key}" + (f"; did you mean {near}?" if near else "; see --help-keys for all keys"))
 
 
 def converted(key: str, raw: Any, what: str) -> Any:
     """The value of ``key`` that ``raw`` stands for; ``what`` names it in the ``ConfigError`` for another kind of value."""
     try:
-        return _KIND[key](raw)
+        return KEY[key].kind(raw)
     except ValueError as error:
         raise ConfigError(f"{what} takes {error}, not {raw!r}") from None
 
@@ -496,10 +753,10 @@ def converted(key: str, raw: Any, what: str) -> Any:
 def _set(root: CfgNode, key: str, raw: Any, where: str, source: str = "") -> None:
     """``where`` is said in messages; ``source``, or else ``where``, is remembered as the value's origin."""
     key = _canonical(key)
-    if key not in _KIND:
+    if key not in KEY:
         if key in _SECTIONS:
             raise ConfigError(f"{where}: {key} is a section; give one of its keys, such as "
-                              f"{next(k for k in _KIND if k.startswith(key + '.'))}")
+                              f"{next(k for k in KEY if k.startswith(key + '.'))}")
         raise _unknown(key, where)
     value = converted(key, raw, f"{where}: {key}")
     if key == "MODEL.TYPE":
@@ -542,7 +799,7 @@ def _walk(node: yaml.MappingNode, prefix: str, name: str, loader: yaml.Loader) -
                 yield from _walk(value_node, key + ".", name, loader)
             elif value_node.value not in ("", "null", "~"):
                 raise ConfigError(f"{where}: {key} is a section and takes keys below it, not a value")
-        elif canonical not in _KIND:
+        elif canonical not in KEY:
             raise _unknown(key, where)
         else:
             try:
@@ -589,7 +846,7 @@ def _merge_file(root: CfgNode, path: str, stack: tuple[str, ...] = ()) -> None:
     entries = _read_yaml(text, path)
     for key, value, _ in entries:
         if key == "BASE":
-            for base in (b for b in _KIND["BASE"](value) if b):
+            for base in (b for b in KEY["BASE"].kind(value) if b):
                 _merge_file(root, os.path.join(os.path.dirname(path), base), (*stack, real))
     for key, value, where in entries:
         if key != "BASE":
@@ -667,31 +924,33 @@ def lookup(config: CfgNode, key: str) -> Any:
     return node
 
 
-# What one command asks for; the config in a checkpoint that it left must not ask for it again, and no recipe depends on it.
-COMMAND_NODES = ("PREDICT", "EXPORT", "REPORT", "SHOW", "PLAN", "COMPARE", "DOCTOR")
-COMMAND_KEYS = ("TRAIN.AUTO_RESUME", "TRAIN.ACCEPT_CHANGES", "EVAL_MODE", "THROUGHPUT_MODE", "DOCTOR_MODE", "LOCAL_RANK",
-                "TEST.FLIP", "TEST.LABELS", "TEST.REAL_LABELS", "TEST.PER_CLASS", "TEST.PREDICTIONS")
-
-
-# Of these a command line asks for one; --throughput may stand beside --eval, as other trainers have it. (key, flag)
-COMMANDS = (("EVAL_MODE", "--eval"), ("COMPARE.FILES", "--compare"), ("SHOW.BATCH", "--show-batch"),
-            ("SHOW.ATTENTION", "--show-attention"), ("DOCTOR_MODE", "--doctor"), ("PREDICT.PATHS", "--predict"),
-            ("EXPORT.FILE", "--export"), ("REPORT.RUNS", "--report"), ("REPORT.DIFF", "--diff"), ("PLAN.RUN", "--plan"))
-
-
 def of_the_command(key: str) -> bool:
     """Whether ``key`` is a matter of one command alone, not of the run."""
-    return key in COMMAND_KEYS or key.partition(".")[0] in COMMAND_NODES
+    return key in KEY and KEY[key].scope == COMMAND
 
 
 def of_the_run(config: CfgNode) -> CfgNode:
     """``config`` without what one command alone asked for: as a file for ``--cfg`` it must not ask for that again."""
-    return with_values(config, {key: default for key, default, *_ in KEYS if of_the_command(key)}, "default")
+    return with_values(config, {key.name: key.default for key in KEYS if key.scope == COMMAND}, "default")
 
 
-def takes_standard_output(config: CfgNode) -> bool:
+def command_of(config: CfgNode) -> Command | None:
+    """The command that ``config`` asks for; None is training.
+
+    Raises:
+        ConfigError: it asks for more than one.
+    """
+    asked = [command for command in COMMANDS if lookup(config, command.flag.key)]
+    beside = {flag for command in asked for flag in command.beside}
+    asked = [command for command in asked if command.flag.name not in beside] or asked
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(command.flag.name for command in asked)} are commands of their own; give one of them")
+    return asked[0] if asked else None
+
+
+def takes_standard_output(config: CfgNode, command: Command | None) -> bool:
     """Whether standard output is a command's data; what the program says then goes to standard error."""
-    return "-" in (config.PREDICT.CSV, config.PREDICT.JSON) or (config.DOCTOR_MODE and config.DOCTOR.JSON == "-")
+    return command is not None and any(lookup(config, key) == "-" for key in command.to_stdout)
 
 
 def image_size(config: CfgNode) -> tuple[int, int]:
@@ -701,113 +960,34 @@ def image_size(config: CfgNode) -> tuple[int, int]:
 
 
 def check(config: CfgNode) -> None:
-    """Raise ``ConfigError`` for the first value that cannot work."""
-    def require(condition: bool, key: str, rule: str) -> None:
-        if not condition:
-            raise ConfigError(f"{key} is {lookup(config, key)}; {rule}")
-
-    def one_of(key: str, names: Sequence[str]) -> None:
-        value = lookup(config, key)
-        if value not in names:
-            near = difflib.get_close_matches(str(value), names, n=1)
-            raise ConfigError(f"{key} is {value!r}; choose from {', '.join(names)}"
+    """Raise ``ConfigError`` for the first value that cannot work: by the rule of its key, then by what ties keys together."""
+    for key in KEYS:
+        value = lookup(config, key.name)
+        if value is None:
+            continue
+        if key.choices and value not in key.choices:
+            near = difflib.get_close_matches(str(value), key.choices, n=1)
+            raise ConfigError(f"{key.name} is {value!r}; choose from {', '.join(filter(None, key.choices))}"
                               + (f" (did you mean {near[0]}?)" if near else ""))
-
-    train, schedule, aug = config.TRAIN, config.TRAIN.LR_SCHEDULER, config.AUG
-    one_of("MODEL.TYPE", MODEL_TYPES)
-    for key in ("MODEL.NAME", "TAG"):
-        parts = lookup(config, key).replace("\\", "/").split("/")
-        if ".." in parts or "." in parts or not all(part.strip() for part in parts):
-            raise ConfigError(f"{key} is {lookup(config, key)!r}; it names the run's folder, so it must not be empty, absolute "
-                              "or lead elsewhere")
-    one_of("PRECISION", ("auto", "fp32", "bf16", "fp16"))
-    one_of("COMPILE", ("off", "blocks", "model"))
-    one_of("TRAIN.CHECKPOINT_UNIT", ("block", "stage"))
-    one_of("TRAIN.GRAD_COMPRESSION", ("off", "bf16"))
-    one_of("TRAIN.EMA_DEVICE", ("auto", "model", "cpu"))
-    require(config.AMP_OPT_LEVEL in ("", "O0", "O1", "O2"), "AMP_OPT_LEVEL", "it is O0, O1 or O2; PRECISION is the newer key")
-    if config.DATA.INTERPOLATION is not None:
-        one_of("DATA.INTERPOLATION", ("bicubic", "bilinear", "lanczos", "nearest", "random"))
-    one_of("TEST.FLIP", ("none", "logits", "probabilities"))
-    require(len(config.COMPARE.FILES) in (0, 2), "COMPARE.FILES", "two checkpoints are compared")
-    one_of("DATA.DECODER", ("auto", "fast", "pillow"))
-    one_of("DATA.AUGMENT_ON", ("auto", "worker", "device"))
-    one_of("DATA.DATASET", ("imagenet", "imagenet22K", "folder", "lists", "zip", "tar", "huggingface", "digits"))
-    require(min(image_size(config)) > 0, "DATA.IMG_SIZE", "it must be positive")
-    for key in ("DATA.BATCH_SIZE", "DATA.REPEATED_AUG", "TRAIN.ACCUMULATION_STEPS", "TRAIN.EPOCHS", "TRAIN.EVAL_FREQ",
-                "SAVE_FREQ", "PRINT_FREQ", "AUG.RECOUNT"):
-        require(lookup(config, key) >= 1, key, "it must be at least 1")
-    for key in ("MODEL.NUM_CLASSES", "TRAIN.WARMUP_EPOCHS", "TRAIN.WEIGHT_DECAY", "TRAIN.CLIP_GRAD", "TRAIN.SAVE_EVERY_STEPS",
-                "TRAIN.KEEP_CHECKPOINTS", "TRAIN.LR_BATCH", "TRAIN.SAVE_EVERY_MINUTES", "TRAIN.SKIP_BUDGET", "TRAIN.ROLLBACKS",
-                "TRAIN.TENSORBOARD_HISTOGRAMS", "TRAIN.GLOBAL_BATCH", "TEST.BATCH_SIZE", "AUG.MIXUP", "AUG.CUTMIX",
-                "AUG.COLOR_JITTER", "SEED"):
-        require(lookup(config, key) >= 0, key, "it must not be negative")
-    for key in ("DATA.CORRUPT_BUDGET", "DATA.READ_PATIENCE", "DATA.TIMEOUT"):
-        require(lookup(config, key) >= 0, key, "it must not be negative")
-    require(-1 <= config.DOCTOR.NEAR <= 11, "DOCTOR.NEAR", "bits between 0 and 11, or -1 for none")
-    _check_commands(config, require)
-    require(0 <= config.DATA.VAL_FRACTION < 1, "DATA.VAL_FRACTION", "a share lies in [0, 1)")
-    require(0 < config.DATA.SUBSET <= 1, "DATA.SUBSET", "a share lies in (0, 1]")
-    require(config.DATA.STREAM_IMAGES >= 0, "DATA.STREAM_IMAGES", "it is a number of images, or 0 to ask the stream")
-    require(config.DATA.STREAM_BUFFER >= 1, "DATA.STREAM_BUFFER", "it must be positive")
-    require(config.DATA.NUM_WORKERS >= -1, "DATA.NUM_WORKERS", "it is a number of processes, or -1 to choose it")
-    require(not (config.PLAN.FIT and (config.EVAL_MODE or config.THROUGHPUT_MODE)), "PLAN.FIT",
-            "--fit chooses the micro-batch of training; leave it out with --eval and --throughput")
-    require(config.PLAN.SECONDS >= 0, "PLAN.SECONDS", "it must not be negative")
-    require(config.DIST_TIMEOUT > 0, "DIST_TIMEOUT", "it is a number of minutes above 0")
-    require(train.BASE_LR > 0, "TRAIN.BASE_LR", "a learning rate must be above 0")
-    require(train.BASE_LR <= 1000, "TRAIN.BASE_LR", "no training survives that learning rate")
-    require(train.WARMUP_LR >= 0, "TRAIN.WARMUP_LR", "it must not be negative")
-    require(0 <= train.MIN_LR <= train.BASE_LR, "TRAIN.MIN_LR", f"it must lie between 0 and TRAIN.BASE_LR ({train.BASE_LR})")
-    require(train.WARMUP_EPOCHS == 0 or train.WARMUP_EPOCHS < train.EPOCHS, "TRAIN.WARMUP_EPOCHS",
-            f"the warm-up must end before training does (TRAIN.EPOCHS is {train.EPOCHS})")
-    require(0 < train.LAYER_DECAY <= 1, "TRAIN.LAYER_DECAY", "it must lie in (0, 1]")
-    require(0 <= train.EMA_DECAY < 1, "TRAIN.EMA_DECAY", "it must lie in [0, 1)")
-    one_of("TRAIN.LR_SCHEDULER.NAME", ("cosine", "linear", "step", "multistep"))
-    require(schedule.DECAY_EPOCHS > 0, "TRAIN.LR_SCHEDULER.DECAY_EPOCHS", "it must be above 0")
-    require(0 < schedule.DECAY_RATE <= 1, "TRAIN.LR_SCHEDULER.DECAY_RATE", "it must lie in (0, 1]")
-    require(0 < schedule.GAMMA <= 1, "TRAIN.LR_SCHEDULER.GAMMA", "it must lie in (0, 1]")
-    if train.OPTIMIZER.BETAS is not None:
-        require(len(train.OPTIMIZER.BETAS) >= 2 and all(0 <= b < 1 for b in train.OPTIMIZER.BETAS), "TRAIN.OPTIMIZER.BETAS",
-                "two betas or more, in [0, 1)")
-    if train.OPTIMIZER.EPS is not None:
-        require(train.OPTIMIZER.EPS > 0, "TRAIN.OPTIMIZER.EPS", "it must be above 0")
-    for key in (key for key in _KIND if key.endswith(".IN_CHANS")):
-        require(lookup(config, key) in (None, 3), key, "images are read in RGB, so only 3 works here")
-    require(0 <= train.OPTIMIZER.MOMENTUM < 1, "TRAIN.OPTIMIZER.MOMENTUM", "it must lie in [0, 1)")
-    for key in ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "MODEL.LABEL_SMOOTHING"):
-        require(0 <= lookup(config, key) < 1, key, "it must lie in [0, 1)")
-    for key in ("AUG.HFLIP", "AUG.VFLIP", "AUG.REPROB", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB"):
-        require(0 <= lookup(config, key) <= 1, key, "a probability lies between 0 and 1")
-    require(len(aug.SCALE) == 2 and 0 < aug.SCALE[0] <= aug.SCALE[1] <= 1, "AUG.SCALE", "two shares of the image, rising, in (0, 1]")
-    require(len(aug.RATIO) == 2 and 0 < aug.RATIO[0] <= aug.RATIO[1], "AUG.RATIO", "two aspect ratios, rising")
-    one_of("TRAIN.REPORT", ("none", "html", "png"))
-    one_of("TRACKER", ("none", "trackio", "wandb"))
-    require(len(config.REPORT.DIFF) in (0, 2), "REPORT.DIFF", "two are compared: --diff A B")
-    one_of("AUG.REMODE", ("const", "rand", "pixel"))
-    one_of("AUG.MIXUP_MODE", ("batch", "pair", "elem"))
-    if aug.CUTMIX_MINMAX is not None:
-        require(len(aug.CUTMIX_MINMAX) == 2 and 0 < aug.CUTMIX_MINMAX[0] <= aug.CUTMIX_MINMAX[1] <= 1, "AUG.CUTMIX_MINMAX",
-                "two shares of the side, rising, in (0, 1]")
-    for key in ("DATA.MEAN", "DATA.STD"):
-        value = lookup(config, key)
-        require(value is None or (len(value) == 3 and (key == "DATA.MEAN" or min(value) > 0)), key, "three numbers, one a channel")
+        if key.rule is not None and not key.rule.holds(value):
+            raise ConfigError(f"{key.name} is {value!r}; {key.rule.words}" if isinstance(value, str) else
+                              f"{key.name} is {value}; {key.rule.words}")
+    for key, fault in _faults_between(config):
+        raise ConfigError(f"{key} is {lookup(config, key)}; {fault}")
 
 
-def _check_commands(config: CfgNode, require: Callable[[bool, str, str], None]) -> None:
-    """The keys of single commands."""
-    predict, export = config.PREDICT, config.EXPORT
-    require(predict.TOPK >= 1, "PREDICT.TOPK", "it must be at least 1")
-    require(all(predict.PATHS), "PREDICT.PATHS", "a path must not be empty")
-    require(predict.FEATURES.endswith((".npy", ".safetensors")) or not predict.FEATURES, "PREDICT.FEATURES",
-            "it ends in .npy or .safetensors")
-    require(predict.SHEET.endswith(".png") or not predict.SHEET, "PREDICT.SHEET", "it ends in .png")
+def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) where values that are possible do not go together."""
+    train, predict = config.TRAIN, config.PREDICT
+    if train.MIN_LR > train.BASE_LR:
+        yield "TRAIN.MIN_LR", f"it must lie between 0 and TRAIN.BASE_LR ({train.BASE_LR})"
+    if train.WARMUP_EPOCHS and train.WARMUP_EPOCHS >= train.EPOCHS:
+        yield "TRAIN.WARMUP_EPOCHS", f"the warm-up must end before training does (TRAIN.EPOCHS is {train.EPOCHS})"
+    if config.PLAN.FIT and (config.EVAL_MODE or config.THROUGHPUT_MODE):
+        yield "PLAN.FIT", "--fit chooses the micro-batch of training; leave it out with --eval and --throughput"
     outputs = [key for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET") if lookup(config, key)]
     for number, key in enumerate(outputs):
-        require(bool(predict.PATHS), key, "it goes with --predict, which says what images to predict")
-        require(lookup(config, key) not in [lookup(config, other) for other in outputs[:number]], key,
-                "another output goes there already")
-    require(export.OPSET >= 18, "EXPORT.OPSET", "the exporter writes operator sets from 18 on")
-    asked = [flag for key, flag in COMMANDS if lookup(config, key)]
-    if len(asked) > 1:
-        raise ConfigError(f"{' and '.join(asked)} are commands of their own; give one of them")
+        if not predict.PATHS:
+            yield key, "it goes with --predict, which says what images to predict"
+        if lookup(config, key) in [lookup(config, other) for other in outputs[:number]]:
+            yield key, "another output goes there already"

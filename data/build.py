@@ -30,7 +30,6 @@ from data.streaming.dataset import StreamEvalImages, StreamTrainImages
 from data.streaming.open import open_streams
 from data.streaming.sampler import StreamSampler, StreamShard
 from data.streaming.stream import Stream, is_stream
-from data.transforms.mixup import build_mixup
 from data.transforms.pipeline import Pipeline, eval_pipeline, train_pipeline
 
 Naming = Callable[[Sequence[str]], Sequence[str] | None]  # from the names of class folders to those of the classifier
@@ -44,7 +43,6 @@ class Loaders:
         train: yields an optimizer step's local batch, ``(images, targets)``, for each step of the whole run.
         val: yields ``(images, targets)``; the last batch is filled up to the static shape with rows of target -1.
         classes: class names, in the order of the classifier's outputs.
-        mixup: ``(images, targets, step) -> (images, targets)``.
         notices: lines the user should see.
         layout: what the data was recognised as.
     """
@@ -52,7 +50,6 @@ class Loaders:
     train: ImageLoader | None
     val: ImageLoader | None
     classes: list[str]
-    mixup: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
     notices: list[str] = field(default_factory=list)
     layout: str = ""
 
@@ -146,7 +143,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         shard = ShardSampler(len(val_folder), val_batch, rank, world_size)
         val = ImageLoader(EvalImages(val_folder, val_way, val_batch, workers, pipe), batch_sampler=shard,
                           persistent_workers=workers > 0, **common)  # evaluation comes again every epoch
-    return Loaders(train, val, list(names), build_mixup(config, len(names), rank), list(dict.fromkeys(notices)), layout.name)
+    return Loaders(train, val, list(names), list(dict.fromkeys(notices)), layout.name)
 
 
 def build_given(config: CfgNode, images: GivenImages, device: torch.device, published: bool = False) -> tuple[ImageLoader, list[str]]:
@@ -206,7 +203,7 @@ def _stream_loaders(config: CfgNode, rank: int, world_size: int, streams: dict[s
         images = StreamEvalImages(streams["val"], val_way, val_batch, workers, pipe)
         shard = StreamShard(streams["val"], val_batch, rank, world_size, workers > 0, data.TIMEOUT)
         val = ImageLoader(images, batch_sampler=shard, persistent_workers=workers > 0, **common)
-    return Loaders(train, val, list(first.classes), build_mixup(config, len(first.classes), rank), list(dict.fromkeys(notices)), "stream")
+    return Loaders(train, val, list(first.classes), list(dict.fromkeys(notices)), "stream")
 
 
 def _step_sampler(config: CfgNode, size: int, rank: int, world_size: int, notices: list[str]) -> StepSampler:

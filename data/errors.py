@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from config import ProgramError
 
-class DataError(RuntimeError):
-    """The data cannot be used; one sentence with the path and the remedy (exit status 3)."""
+
+class DataError(ProgramError, RuntimeError):
+    """The data cannot be used; one sentence with the path and the remedy."""
+
+    exit_status = 3
+    any_rank = True
+
+
+class WorkerDied(ProgramError, RuntimeError):
+    """A DataLoader worker was killed."""
+
+    any_rank = True
+
+    def __init__(self) -> None:
+        super().__init__("a DataLoader worker was killed, mostly for lack of memory or of /dev/shm (docker: --shm-size=8g); "
+                         "use fewer --num-workers")
 
 
 class UnreadableImage(DataError):

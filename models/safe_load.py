@@ -14,9 +14,14 @@ from typing import Any
 
 import torch
 
+from config import ProgramError
 
-class CheckpointError(RuntimeError):
-    """A file of weights is missing, damaged, unsafe or does not fit; one sentence (exit status 3)."""
+
+class CheckpointError(ProgramError, RuntimeError):
+    """A file of weights is missing, damaged, unsafe or does not fit; one sentence."""
+
+    exit_status = 3
+    any_rank = True
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,6 +21,9 @@ import tempfile
 import time
 from collections.abc import Callable
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy and torch are imported
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -34,10 +37,6 @@ from data.loading.dataset import EvalImages
 from data.sources.folder import scan_folder
 from data.transforms.build import build_eval_transform, build_train_transform, preprocessing
 from data.transforms.pipeline import eval_pipeline
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-
 
 BATCH = 20
 # ImageNet's sizes, roughly: width, height, share.

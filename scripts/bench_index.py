@@ -17,11 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from data.sources.archives import scan_archives
 from data.sources.base import Source
 from data.sources.folder import scan_folder
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def write_files(root: Path, files: int, classes: int) -> None:

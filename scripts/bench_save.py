@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from config import get_config
 from models import build_model
 from utils.checkpoints.background_saver import Saver
@@ -25,8 +27,6 @@ from utils.checkpoints.folder import CheckpointFolder
 from utils.checkpoints.state import TrainState
 from utils.optim.ema import WeightAverage
 from utils.optim.optimizer import build_optimizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def build_state(cfg: str) -> TrainState:

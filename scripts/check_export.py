@@ -20,19 +20,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import models  # noqa: F401  registers
-from config import ConfigError
-from utils.inference.exporters import (
-    LIMIT,
-    difference,
-    require_packages,
-    run_onnx,
-    trace,
-    trace_onnx,
-)
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import models  # noqa: E402, F401  registers
+from config import ConfigError  # noqa: E402
+from utils.inference.exporters import LIMIT, difference, require_packages, run_onnx, trace, trace_onnx  # noqa: E402
 
 
 def check_compile(model: nn.Module, x: Tensor, backend: str) -> Tensor:

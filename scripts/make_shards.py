@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from data.errors import DataError
 from data.layouts.detect import Options, recognise
 from data.sources.base import Source
 from data.sources.classes import join
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def shards_of(source: Source, seed: int, size: int) -> list[np.ndarray]:

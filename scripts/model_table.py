@@ -12,16 +12,12 @@ from pathlib import Path
 
 import torch
 
-from config import (
-    get_config,
-    image_size,
-)
-from models import build_model
-from utils.profiling.step_speed import multiply_adds
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from config import get_config, image_size  # noqa: E402
+from models import build_model  # noqa: E402
+from utils.profiling.step_speed import multiply_adds  # noqa: E402
 
 # Name shown and the authors' ImageNet-1k top-1 in percent; 22k: pre-trained on ImageNet-22k. None: nothing was published.
 PUBLISHED: dict[str, tuple[str, str | None]] = {

@@ -3,7 +3,7 @@
     python scripts/profile_step.py --cfg configs/crossformer_t.yaml --batch-size 16 --precision bf16
     python scripts/profile_step.py --cfg configs/swin_t.yaml --device cuda --compile blocks --trace step.json
 
-The step is that of training (mixup, forward, loss, backward, clipping, optimizer, average of weights) on made-up images, or with
+The step is that of training (mixup, forward, loss, backward, clipping, optimizer, average of weights) on synthetic images, or with
 --data on those of DATA.DATA_PATH, loaded as training loads them. Times are those of the operations themselves, on a GPU those of
 its kernels; what one operation spends in another counts for that other.
 """
@@ -25,19 +25,17 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from config import ConfigError, get_config
-from data import DataError, build_loaders
-from models import build_model
-from utils.profiling.step_speed import made_up_batch
+from data import DataError
 from utils.runtime.compile import require_compiler
 from utils.runtime.device import choose_device, synchronize
 from utils.runtime.files import require_place
 from utils.runtime.precision import choose_precision
+from utils.tasks.build import build_task
+from utils.training.assembly import synthetic_step
 from utils.training.engine import Progress, train_one_epoch
-from utils.training.setup import prepare_step
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 
 WARM_UP = 3
 _WAITING = "waiting for data"
@@ -102,12 +100,11 @@ def run(args: argparse.Namespace) -> None:
         import torch._inductor.config as inductor
         inductor.cpp.enable_kernel_profile = True  # or its kernels have no names
     with contextlib.ExitStack() as stack:
-        batches, classes = itertools.repeat(made_up_batch(config, device)), None
+        task, loaders = build_task(config), None
         if args.data:
-            loaders = stack.enter_context(contextlib.closing(build_loaders(config, splits=("train",), device=device)))
-            batches, classes = loaders.batches(0), len(loaders.classes)
-        model = build_model(config, classes).to(device)
-        state, plan = prepare_step(model, config, device, precision, classes)
+            loaders = stack.enter_context(contextlib.closing(task.build_loaders(config, splits=("train",), device=device)))
+        state, plan, batch = synthetic_step(config, task, device, precision, len(loaders.classes) if loaders else None)
+        model, batches = state.model, loaders.batches(0) if loaders else itertools.repeat(batch)
 
         def watched() -> Iterator[Any]:
             while True:
@@ -142,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", help="auto, fp32, bf16 or fp16")
     parser.add_argument("--compile", help="off, blocks or model")
     parser.add_argument("--batch-size", help="images of a step")
-    parser.add_argument("--data", action="store_true", help="load the images of DATA.DATA_PATH instead of making some up")
+    parser.add_argument("--data", action="store_true", help="load the images of DATA.DATA_PATH instead of synthetic ones")
     parser.add_argument("--steps", type=int, default=3, help="steps to profile")
     parser.add_argument("--top", type=int, default=12, help="operations to list")
     parser.add_argument("--trace", default="step_trace.json", help="file for the trace (.json or .json.gz)")

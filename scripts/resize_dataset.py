@@ -22,14 +22,13 @@ from pathlib import Path
 
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from data.decoding.pillow import decode
 from data.errors import DataError, UnreadableImage
 from data.layouts.detect import Options, recognise
 from data.sources.base import Source
 from data.sources.classes import join
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 
 MANIFEST, RECIPE = "manifest.jsonl", "recipe.json"
 _source: Source | None = None  # each process's own

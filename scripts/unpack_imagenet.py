@@ -18,14 +18,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from data.errors import DataError
 from data.layouts.detect import Options, recognise
 from data.layouts.flat_labels import find_label_file, label_flat
 from data.sources.archives import Member, members, read_at
 from data.sources.packed_names import is_image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 
 LISTS = ("ILSVRC2012_validation_ground_truth.txt", "meta.mat")
 

@@ -13,8 +13,10 @@ import pytest
 from conftest import ROOT, environment, write_images
 
 import main
-from config import ConfigError
+from config import COMMAND, COMMANDS, KEY, ConfigError, command_of, get_config
 from data.messages import NOTICE
+from utils.cli import parser
+from utils.cli.flags import all_flags
 
 
 def test_help_begins_with_commands_and_lists_every_flag() -> None:
@@ -26,9 +28,9 @@ def test_help_begins_with_commands_and_lists_every_flag() -> None:
     commands = [line.split() for line in done.stdout.split("options:")[0].splitlines() if "main.py --" in line and "usage" not in line]
     assert len(commands) >= 5
     for command in commands:
-        main.parse(command[command.index("main.py") + 1:])
-    for _, flag, *_ in main.FLAGS:
-        assert re.search(rf"^  {flag}\b", done.stdout, re.M), flag
+        parser.parse(command[command.index("main.py") + 1:])
+    for flag in all_flags():
+        assert re.search(rf"^  {flag.name}\b", done.stdout, re.M), flag
 
 
 def stopped(program, *arguments: str) -> str:
@@ -92,8 +94,8 @@ def test_completion_scripts_of_other_shells_are_sound(shell: str, program) -> No
 
 
 def test_no_flag_beats_the_yaml_unless_given() -> None:
-    assert main.parse([]) == (None, [], [])
-    cfg, opts, advice = main.parse(["--cfg", "a.yaml", "--opts", "TAG", "x", "--epochs", "3", "--disable_amp", "--tag", "y"])
+    assert parser.parse([]) == (None, [], [])
+    cfg, opts, advice = parser.parse(["--cfg", "a.yaml", "--opts", "TAG", "x", "--epochs", "3", "--disable_amp", "--tag", "y"])
     assert (cfg, advice) == ("a.yaml", [])
     assert opts == ["TAG", "x", "TAG", "y", "TRAIN.EPOCHS", "3", "AMP_ENABLE", "False"]
 
@@ -105,8 +107,7 @@ def test_no_flag_beats_the_yaml_unless_given() -> None:
     "--data-set imagenet",
 ])
 def test_flags_of_the_old_trainers(flags: str) -> None:
-    from config import get_config
-    _, opts, advice = main.parse(flags.split())
+    _, opts, advice = parser.parse(flags.split())
     get_config(None, opts)
     assert advice == []
 
@@ -114,8 +115,7 @@ def test_flags_of_the_old_trainers(flags: str) -> None:
 @pytest.mark.parametrize("flags", ["--amp-opt-level O1", "--zip", "--cache-mode part", "--local_rank 3", "--local-rank 3",
                                    "--fused_window_process", "--fused_layernorm"])
 def test_old_flags_are_accepted_with_one_line_of_advice(flags: str) -> None:
-    from config import get_config
-    _, opts, advice = main.parse(flags.split())
+    _, opts, advice = parser.parse(flags.split())
     get_config(None, opts)
     assert len(advice) == 1 and advice[0].level == NOTICE and advice[0].startswith("--")
 
@@ -150,17 +150,16 @@ def test_old_flags_are_accepted_with_one_line_of_advice(flags: str) -> None:
 ])
 def test_mistakes_name_what_was_meant(arguments: list[str], words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        main.parse(arguments)
+        parser.parse(arguments)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 def test_advice_names_flags_and_keys_that_exist() -> None:
-    from config import KEYS
     from utils.cli.suggestions import ELSEWHERE
-    flags = {flag for _, flag, *_ in main.FLAGS} | {"--cfg", "--opts"}
+    flags = {flag.name for flag in all_flags()} | {"--cfg", "--opts"}
     for words, advice in ELSEWHERE:
         assert set(re.findall(r"--[a-z][a-z-]+(?![a-z_])", advice.replace("--nproc_per_node", ""))) <= flags, advice
-        assert set(re.findall(r"\b[A-Z]+[._][A-Z_.]*[A-Z]\b", advice)) <= {key for key, *_ in KEYS}, advice
+        assert set(re.findall(r"\b[A-Z]+[._][A-Z_.]*[A-Z]\b", advice)) <= set(KEY), advice
         assert not any(f"--{word}" in flags for word in words.split()), words
 
 
@@ -246,3 +245,57 @@ def test_imports_go_by_without_the_garbage_collector(monkeypatch: pytest.MonkeyP
         assert not gc.isenabled()
         raise ImportError
     assert gc.isenabled()
+
+
+# --------------------------------------------------------------------------------------------------
+# Commands: one row of one table
+# --------------------------------------------------------------------------------------------------
+
+NEW_COMMAND = """
+import sys, types
+sys.path.insert(0, {root!r})
+import config
+count = config.Command(config.Flag("--count-keys", "COUNT.WORD", "count the keys that hold WORD", metavar="WORD"), "count_keys.count_keys",
+                       keys=(config.Key("COUNT.WORD", "", config._str, "what the keys must hold"),), light=True)
+place = types.ModuleType("utils.commands.count_keys")
+place.count_keys = lambda config_, logger: logger.info(f"{{sum(config_.COUNT.WORD in key for key in config.KEY)}} keys") or 0
+sys.modules[place.__name__] = place
+# What an additional row in the file does.
+config.COMMANDS = (*config.COMMANDS, count)
+config.KEYS = (*config.KEYS, *(key._replace(scope=config.COMMAND) for key in count.keys))
+config.KEY = {{key.name: key for key in config.KEYS}}
+config._SECTIONS.add("COUNT")
+import main
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_a_command_is_one_row(tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", NEW_COMMAND.format(root=str(ROOT)), *arguments], cwd=tmp_path, env=environment(),
+                              capture_output=True, text=True, timeout=60, check=False)
+
+    assert run("--count-keys", "MIXUP_").stdout == "3 keys\n"
+    assert re.search(r"^  --count-keys WORD +count the keys", run("--help").stdout, re.M)
+    assert "--count-keys" in run("--completion", "bash").stdout
+    both = run("--count-keys", "x", "--eval")
+    assert both.returncode == 2 and "--eval and --count-keys" in both.stderr
+    assert "write --count-keys" in run("count-keys").stderr
+    (tmp_path / "a.yaml").write_text("COUNT: {WORD: AUG.}\n")
+    assert run("--cfg", "a.yaml", "--print-config").returncode == 2  # two commands, one of them from the file
+
+
+@pytest.mark.parametrize(("opts", "asked"), [
+    (["EVAL_MODE", "True"], "--eval"), (["EVAL_MODE", "True", "THROUGHPUT_MODE", "True"], "--throughput"), ([], None)])
+def test_which_command_is_meant(opts: list[str], asked: str | None) -> None:
+    command = command_of(get_config(None, opts))
+    assert (command.flag.name if command is not None else None) == asked
+    with pytest.raises(ConfigError, match=r"--eval and --plan"):
+        command_of(get_config(None, ["EVAL_MODE", "True", "PLAN.RUN", "True"]))
+
+
+def test_what_is_of_a_command_is_no_part_of_the_recipe() -> None:
+    """A checkpoint written under one command must not ask for it again."""
+    assert all(KEY[key.name].scope == COMMAND for command in COMMANDS for key in command.keys)
+    assert {flag.key for flag in all_flags()} <= set(KEY)
+    assert not any(KEY[key].scope == COMMAND for key in ("TRAIN.EPOCHS", "DATA.BATCH_SIZE", "MODEL.NAME", "SEED"))

@@ -45,9 +45,9 @@ def test_dump_gives_the_same_config_back() -> None:
 def test_every_key_is_explained_in_help() -> None:
     from config import describe_keys
     text = describe_keys()
-    assert all(f"    {key} (" in text for key, *_ in KEYS)
-    assert all(len(meaning) > 5 for *_, meaning in KEYS)
-    assert {key for key, *_ in KEYS} == {key for key, *_ in KEYS if lookup(get_config(), key) is not Ellipsis}
+    assert all(f"    {key.name} (" in text and len(key.meaning) > 5 for key in KEYS)
+    assert len({key.name for key in KEYS}) == len(KEYS) and all(choice in text for key in KEYS for choice in key.choices)
+    assert all(lookup(get_config(), key.name) is not Ellipsis for key in KEYS)
 
 
 @pytest.mark.parametrize(("opts", "words"), [
@@ -66,7 +66,7 @@ def test_every_key_is_explained_in_help() -> None:
     (["DATA.IMG_SIZE", "0"], ["DATA.IMG_SIZE is 0"]),
     (["DATA.IMG_SIZE", "[1,2,3]"], ["a height and a width"]),
     (["AUG.MIXUP_PROB", "2"], ["between 0 and 1"]),
-    (["AMP_OPT_LEVEL", "O3"], ["O0, O1 or O2"]),
+    (["AMP_OPT_LEVEL", "O3"], ["O0, O1, O2"]),
     (["TRAIN.AUTO_RESUME", "maybe"], ["true or false"]),
     (["MODEL.NUM_CLASSES", "-1"], ["must not be negative"]),
     (["DATA.STD", "[1,1,0]"], ["three numbers"]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 
 import model_table
 import pytest
@@ -12,9 +11,6 @@ from conftest import ROOT
 
 from config import get_config
 from models import build_model
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
 
 # Exact parameter counts of the published variants.
 PARAMETERS = {

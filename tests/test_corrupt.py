@@ -17,7 +17,7 @@ from conftest import ROOT, TINY_MODEL, differences, environment, load, write_ima
 
 from config import get_config
 from data import DataError, build, build_loaders
-from data.loading import loader
+from data.loading import workers
 from data.sources.folder import scan_folder
 
 
@@ -187,7 +187,7 @@ def test_few_open_files_still_run(spoiled: Path) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_narrow_shared_memory_is_told_and_gone_round(spoiled: Path, monkeypatch, way) -> None:
-    for module in (loader, build):
+    for module in (workers, build):
         monkeypatch.setattr(module, "free_shared_memory", lambda: 2 << 20)
     opts = ("DATA.NUM_WORKERS", 2, "DATA.CORRUPT_BUDGET", 5, "TEST.BATCH_SIZE", 200, *way)
     loaders = build_loaders(config_for(spoiled, *opts))

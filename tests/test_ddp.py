@@ -15,10 +15,11 @@ sys.path.insert(0, {root!r})
 import copy
 import torch
 from torch import nn
+from config import get_config
 from models.crossformer import CrossFormer
 from utils.runtime import compile, distributed
 from utils.runtime.precision import Precision
-from utils.tasks.classification import build_loss
+from utils.tasks.classification import Classification
 from utils.training.engine import StepPlan, backward
 
 CPU = torch.device("cpu")
@@ -28,11 +29,11 @@ images, targets = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_s
 
 
 def gradients(model, x, y, world_size, micro):
-    plan = StepPlan(None, build_loss(0.1), None, Precision(CPU), CPU, micro, 8, 1.0, 0, 0, world_size)
+    plan = StepPlan(Classification(get_config()), None, None, Precision(CPU), CPU, micro, 8, 1.0, 0, 0, world_size)
     model.train()
     for step in range(2):  # a static graph is known from the second on
         model.zero_grad(set_to_none=True)
-        loss = backward(model, x, y, plan, step)
+        loss = backward(model, (x, y), plan, step)
     return torch.cat([p.grad.flatten() for p in model.parameters()]), loss
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from config import KEYS, get_config
-from main import build_parser, parse
+from utils.cli.parser import build_parser, parse
 
 ROOT = Path(__file__).parent.parent
 NODES = {key.partition(".")[0] for key, *_ in KEYS if "." in key}

@@ -27,6 +27,7 @@ from utils.evaluation.recorder import Answers, Recorder
 from utils.evaluation.statistics import bootstrap_difference, mcnemar
 from utils.evaluation.summary import describe
 from utils.runtime.precision import Precision
+from utils.tasks.build import build_task
 
 NAMES = [f"n{i:02d}" for i in range(12)]
 LAST = re.compile(r"^top1 (\S+) .*\((\d+) of (\d+)[;)]", re.M)
@@ -140,7 +141,7 @@ def test_the_table_by_hand() -> None:
     assert table.precision.tolist() == [0.5, 1.0, 0.0, 0.0] and table.worst() == [0, 1]
     assert table.macro() == pytest.approx(((1 / 3 + 1 / 2) / 2, 0.75, (2 / 5 + 2 / 3) / 2))
     assert table.csv(list("abcd"))[:].splitlines()[3] == "c,0,0,,0.000000,,2,,0"
-    assert answers.evaluation().line() == "top1 40.00 top5 40.00 loss 1.0000 (2 of 5)"
+    assert answers.evaluation().line == "top1 40.00 top5 40.00 loss 1.0000 (2 of 5)"
 
 
 def sorted_by_answer(world: Path, folder: Path, names: list[str]) -> list[int]:
@@ -196,10 +197,10 @@ def test_subsets_are_judged_among_their_classes_and_among_all(world: Path, progr
     command = ["--eval", "--resume", world / "a.pth", "--data-path", "few"]
     auto = program(*command)
     assert last(auto.stdout) == (unmasked, 9)
-    assert re.search(rf"^answers from the 3 classes with images alone: top1 .*\({masked} of 9\)$", auto.stdout, re.M)
+    assert re.search(rf"^predictions from the 3 classes with images alone: top1 .*\({masked} of 9\)$", auto.stdout, re.M)
     explicit = program(*command, "--labels", "r", "--per-class", "few.csv")
     assert last(explicit.stdout) == (masked, 9)
-    assert re.search(rf"^answers from all 12 classes: top1 .*\({unmasked} of 9\)$", explicit.stdout, re.M)
+    assert re.search(rf"^predictions from all 12 classes: top1 .*\({unmasked} of 9\)$", explicit.stdout, re.M)
     assert [row["class"] for row in csv.DictReader((program.folder / "few.csv").open())] == [NAMES[i] for i in chosen]
     (program.folder / "names.txt").write_text("".join(NAMES[i] + "\n" for i in chosen))
     listed = program("--eval", "--resume", world / "a.pth", "--labels", "names.txt")  # on all images: the others do not count
@@ -277,7 +278,7 @@ def test_comparison_is_paired_and_exact(world: Path, program) -> None:
     content["classes"] = [*NAMES[:-1], "other"]
     write_checkpoint(str(program.folder / "other.pth"), content)
     assert "has other classes" in program("--compare", world / "b.pth", "other.pth").stderr
-    assert "two checkpoints are compared" in program("--compare", world / "b.pth").stderr
+    assert "COMPARE.FILES" in program("--compare", world / "b.pth").stderr
     assert "no such checkpoint file" in program("--compare", world / "b.pth", "absent.pth").stderr
 
 
@@ -314,7 +315,8 @@ def test_the_answers_of_two_ranks_are_those_of_one(world: Path, monkeypatch: pyt
 
     def of_rank(rank: int, world_size: int) -> tuple[Recorder, object]:
         recorder, loader = Recorder(), build_loaders(config, rank, world_size, splits=("val",), classes=content["classes"]).val
-        evaluate([model], loader, torch.device("cpu"), Precision(torch.device("cpu")), record=recorder)
+        evaluate(build_task(config), [model], loader, torch.device("cpu"), Precision(torch.device("cpu")),
+                 record=lambda outputs, batch: recorder(outputs, batch[1]))
         return recorder, loader
 
     recorder, loader = of_rank(0, 1)
@@ -344,5 +346,5 @@ def test_names_of_classes_stay_on_their_line() -> None:
     answers = Answers(np.array([0, 1]), np.array([1, 1]), np.ones(2, bool), np.ones(2), np.ones(2))
     table = PerClass.of(answers.target, answers.top1, 2)
     names = ["a\ntop1 99.99", "b\udcff"]
-    told = describe(answers, table, names, answers.evaluation())
-    assert all("\n" not in line for line in told) and r"a\ntop1 99.99: 0 of 1 right, mostly taken for b\udcff" in told[-1]
+    told = describe(answers, table, names)
+    assert all("\n" not in line for line in told) and r"a\ntop1 99.99: 0 of 1 right, mostly confused with b\udcff" in told[-1]

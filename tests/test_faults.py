@@ -21,7 +21,7 @@ from faults import ends, fault, start, wait_for, waiting
 from models.safe_load import CheckpointError, read_file
 from utils.checkpoints.file_format import write_checkpoint
 from utils.runtime.precision import Precision
-from utils.tasks.classification import build_loss
+from utils.tasks.classification import Classification
 
 RUN = "output/tiny/default"
 OFTEN = ("--opts", "TRAIN.SAVE_EVERY_STEPS", "3")
@@ -43,7 +43,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file() and path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file() and not path.name.startswith(".lock")}
 
 
 def same(a: Path, b: Path) -> list[str]:
@@ -308,9 +308,8 @@ def test_beyond_the_budget_back_to_a_good_checkpoint_and_then_stop(tiny_cfg: Pat
 
 def test_fp16_overflow_lowers_the_scale_and_moves_nothing_else(tiny_cfg: Path, program, monkeypatch) -> None:
     """On the CPU with gradients of fp32 and a scale that overflows even those: the run is that without scaling, bit for bit."""
-    from utils.optim import optimizer as optim
-    loss = build_loss
-    monkeypatch.setattr(optim, "build_loss", lambda smoothing: lambda logits, targets: 8 * loss(smoothing)(logits, targets))
+    loss = Classification.loss
+    monkeypatch.setattr(Classification, "loss", lambda task, outputs, batch: 8 * loss(task, outputs, batch))
     assert program("--cfg", tiny_cfg, "--tag", "plain").returncode == 0
     built = Precision.__post_init__
 

@@ -9,16 +9,18 @@ import torch
 import torch.nn.functional as F
 from timm.scheduler import CosineLRScheduler
 
-import utils.optim.optimizer as optim
 from config import ConfigError, get_config
 from models.crossformer import CrossFormer
+from utils.optim import optimizer as optim
+from utils.optim.lr_schedule import Schedule, build_schedule, set_lr
+from utils.tasks.classification import Classification
 
 TINY = dict(embed_dim=16, depths=(1, 2), num_heads=(1, 2), group_size=(4, 4), interval=(2, 1), merge_size=((2, 4),), num_classes=3)
 
 
-def schedule(*opts: object, steps: int = 10, batch: int = 512) -> optim.Schedule:
+def schedule(*opts: object, steps: int = 10, batch: int = 512) -> Schedule:
     base = ["TRAIN.EPOCHS", "30", "TRAIN.WARMUP_EPOCHS", "5", "TRAIN.BASE_LR", "1.0", "TRAIN.WARMUP_LR", "0.01", "TRAIN.MIN_LR", "0.1"]
-    return optim.build_schedule(get_config(None, [*base, *map(str, opts)]), steps, batch)
+    return build_schedule(get_config(None, [*base, *map(str, opts)]), steps, batch)
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -67,7 +69,7 @@ def test_groups_without_decay() -> None:
 def test_layer_decay_scales_the_rate() -> None:
     model = CrossFormer(**TINY)
     optimizer = optim.build_optimizer(get_config(None, ["TRAIN.LAYER_DECAY", "0.5"]), model)
-    optim.set_lr(optimizer, 1.0)
+    set_lr(optimizer, 1.0)
     rate = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     assert rate[id(model.head.weight)] == 1.0 and rate[id(model.patch_embed.projs[0].weight)] == min(rate.values()) < 0.2
 
@@ -78,7 +80,7 @@ def test_optimizers_by_name_step(name: str) -> None:
     model = CrossFormer(**TINY)
     before = model.head.weight.clone()
     optimizer = optim.build_optimizer(get_config(None, ["TRAIN.OPTIMIZER.NAME", name]), model)
-    optim.set_lr(optimizer, 0.1)
+    set_lr(optimizer, 0.1)
     model(torch.randn(2, 3, 32, 32)).square().sum().backward()
     optimizer.step()
     assert not torch.equal(before, model.head.weight)
@@ -114,7 +116,7 @@ def test_the_indexs_apex_is_not_nvidias(tmp_path, monkeypatch) -> None:
 
 def test_loss_smooths_hard_targets_only() -> None:
     logits, hard = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
-    loss = optim.build_loss(0.1)
-    assert torch.allclose(loss(logits, hard), F.cross_entropy(logits, hard, label_smoothing=0.1) * 6)
+    task = Classification(get_config(None, ["MODEL.LABEL_SMOOTHING", "0.1"]))
+    assert torch.allclose(task.loss(logits, (None, hard)), F.cross_entropy(logits, hard, label_smoothing=0.1) * 6)
     soft = F.one_hot(hard, 4).float()
-    assert torch.allclose(loss(logits, soft), -(soft * logits.log_softmax(1)).sum())
+    assert torch.allclose(task.loss(logits, (None, soft)), -(soft * logits.log_softmax(1)).sum())

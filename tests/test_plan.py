@@ -35,7 +35,7 @@ def test_a_plan_fits_and_leaves_nothing_behind(tiny_cfg: Path, program, monkeypa
     for pattern in (r"^model: tiny, 0\.04 M parameters, [\d.]+ GMACs an image of 32 x 32, on cpu in fp32$",
                     r"^batch: 8 images = 8 x 1 accumulated x 1 processes, 5 steps an epoch$", r"^steps: from the first of 10$",
                     r"^learning rate: \S+ rising to 7\.81e-04 over 2 steps, cosine to ", r"^disk: a checkpoint takes \d+ MiB, the 4 ",
-                    r"^speed: \d+ images/s of the step alone \(\d+ ms\), \d+ images/s of the loader alone \(0 loading processes\), \d+ ",
+                    r"^speed: \d+ images/s of the step alone \(\d+ ms\), \d+ images/s of the loader alone \(0 DataLoader workers\), \d+ ",
                     r"^bound: by ", r"^checkpoint: \d+ MiB copied in [\d.]+ s, written ", r"^memory: \S+ [MG]iB at the peak, of ",
                     r"^epoch: \d+:\d\d = [\d.]+ s training \+ [\d.]+ s evaluation \+ [\d.]+ s saving$", r"^run: \d+:\d\d for 2 epochs, "):
         assert re.search(pattern, done.stdout, re.M), (pattern, done.stdout)

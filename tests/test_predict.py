@@ -25,6 +25,7 @@ from models.crossformer import CrossFormer
 from utils.commands import predict
 from utils.inference.trained_model import describe_classes, open_trained
 from utils.runtime import distributed
+from utils.tasks.build import build_task
 from utils.visualization.drawing import drawable, fitted, length
 
 
@@ -216,4 +217,4 @@ def test_mistakes_are_told_before_anything_is_done(program, tiny_cfg: Path, tiny
         assert all(word in lines[0] for word in words), (arguments, lines)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match="runs in one process"):
-        open_trained(get_config(), None, "--predict")
+        open_trained(build_task(get_config()), get_config(), None, "--predict")

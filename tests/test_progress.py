@@ -20,7 +20,7 @@ from conftest import ROOT, environment
 from data.sources.listing_progress import tick
 from utils.loggers import console as log
 from utils.loggers import progress
-from utils.training import loop as session
+from utils.training import step_log
 
 
 class Terminal(io.StringIO):
@@ -100,7 +100,7 @@ def test_a_run_on_a_terminal_redraws_one_line_and_keeps_the_others_whole(tiny_cf
 
 
 def test_a_pipe_has_plain_lines_and_slow_steps_are_heard_of(tiny_cfg: Path, program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "SLOW", -1.0)
+    monkeypatch.setattr(step_log, "SLOW", -1.0)
     done = program("--cfg", tiny_cfg, "--epochs", 1, "--opts", "PRINT_FREQ", 1000)
     assert done.returncode == 0 and not {"\r", "\x1b"} & set(done.stdout + done.stderr)
     assert done.stderr == ""
@@ -112,7 +112,7 @@ def test_many_lines_in_a_moment_are_one(capsys: pytest.CaptureFixture[str], tmp_
     logger = log.create_logger(True)
     log.log_to_file(logger, str(tmp_path / "log.txt"))
     for number in range(50):
-        progress.periodic(logger, f"step {number}")
+        progress.log_periodic(logger, f"step {number}")
     logger.info("the end")
     log.close_files(logger)
     assert capsys.readouterr().out.splitlines() == ["step 0", "the end"]
@@ -123,10 +123,10 @@ def test_many_lines_in_a_moment_are_one(capsys: pytest.CaptureFixture[str], tmp_
 def test_the_line_is_as_wide_as_the_terminal(make_terminal, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     terminal = make_terminal()
     monkeypatch.setenv("COLUMNS", str(columns))
-    line = progress.Line(300, lambda done, pace: (f"epoch 1/300 step {done}/1251", ["loss 1.2345", "99:12:03 left", "812 images/s"]))
+    line = progress.LiveLine(300, lambda done, pace: (f"epoch 1/300 step {done}/1251", ["loss 1.2345", "99:12:03 left", "812 images/s"]))
     monkeypatch.setattr(line._drawn, "mininterval", 0)
     for done in range(1, 301):
-        line.at(done)
+        line.update(done)
     drawn = [part for part in terminal.getvalue().split("\r") if part.strip()]
     assert len(drawn) > 300 and max(map(len, drawn)) < columns
     assert ("█" in drawn[-1], "812 images/s" in drawn[-1], "loss" in drawn[-1]) == (columns == 120, columns == 120, columns >= 40)
@@ -148,10 +148,10 @@ def test_lines_and_warnings_go_above_the_live_line(make_terminal) -> None:
     for item in progress.track(range(4), 4, "predicting", logger, unit="images"):
         if item == 1:
             logger.info("a line")
-            progress.periodic(logger, "what the live line says")
+            progress.log_periodic(logger, "what the live line says")
             warnings.showwarning(UserWarning("odd"), UserWarning, "x.py", 1)
             assert on_screen(terminal.getvalue())[-1].startswith("predicting 1/4")
-    progress.end()
+    progress.clear_live_line()
     shown = on_screen(terminal.getvalue())
     assert shown[0] == "a line" and shown[1] == "warning odd"
     assert not any("predicting" in line or "live line says" in line for line in shown)
@@ -188,7 +188,7 @@ def test_long_listings_are_shown(make_terminal, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(progress, "PATIENCE", -1.0)
     monkeypatch.setattr(progress, "FIRST", 0.0)
     said: list[str] = []
-    with progress.listing(said.append):
+    with progress.listing_shown(said.append):
         tick("a.tar", 0)
         tick("a.tar", 256)
         tick("b.tar", 256)
@@ -202,7 +202,7 @@ def test_many_short_listings_are_told_together(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(progress, "PATIENCE", -1.0)
     monkeypatch.setattr(progress, "FIRST", 0.03)
     said: list[str] = []
-    with progress.listing(said.append):
+    with progress.listing_shown(said.append):
         for number in range(5):
             tick(f"{number}.tar", 0)
             time.sleep(0.02)

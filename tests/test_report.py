@@ -317,7 +317,7 @@ def test_a_report_that_fails_does_not_fail_the_run(tiny_cfg: Path, program, monk
     from utils.reporting import write
     from utils.runtime import distributed
     watched = [True]
-    monkeypatch.setattr(distributed, "unwatched", watched.clear)  # no limit of time holds for what nobody waits for
+    monkeypatch.setattr(distributed, "stop_watching", watched.clear)  # no limit of time holds for what nobody waits for
     monkeypatch.setattr(write, "render", lambda runs: 1 / len(watched))
     done = program("--cfg", tiny_cfg, "--epochs", 1)
     assert done.returncode == 0 and done.stdout.count("warning: no report was written (ZeroDivisionError") == 1

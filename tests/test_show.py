@@ -14,6 +14,7 @@ import main
 from config import get_config
 from data import build_loaders, preprocessing
 from models.crossformer import CrossFormer
+from utils.tasks.classification import Classification
 from utils.visualization.attention_map import Attended, attended, chosen, page
 from utils.visualization.batch_grid import labels_of, sheet
 from utils.visualization.drawing import drawable, to_image
@@ -36,7 +37,7 @@ def test_batch_is_drawn_as_the_model_is_given_it(where: str, tiny_cfg: Path, pro
     assert done.returncode == 0 and "wrote batch.png: 8 images of 32 x 32 pixels" in done.stdout, done
     config = get_config(str(tiny_cfg), opts)
     loaders = build_loaders(config, splits=("train",))
-    images, targets = loaders.mixup(*next(loaders.batches()), 0)
+    images, targets = Classification(config).batch_transform(config, 4, rank=0)(next(loaders.batches()), 0)
     assert targets.shape == (8, 4)
     drawn = np.asarray(Image.open(program.folder / "batch.png"))
     side, step, prepare = 32 * 6, 32 * 6 + 14, preprocessing(config)

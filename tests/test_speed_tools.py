@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import bench_step
 import profile_step
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
 
 from config import get_config
-from models import build_model
 from utils.profiling.step_memory import StepMemory, measure_step
-from utils.profiling.step_speed import made_up_batch
 from utils.runtime.precision import Precision
+from utils.tasks.build import build_task
+from utils.training.assembly import synthetic_step
 from utils.training.engine import Progress, train_one_epoch
-from utils.training.setup import prepare_step
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
 
 CPU = torch.device("cpu")
 
@@ -32,14 +26,13 @@ def step_memory(*opts: object) -> tuple[StepMemory, nn.Module, torch.Tensor]:
     node = dict(EMBED_DIM=32, DEPTHS=[1, 2], NUM_HEADS=[1, 2], GROUP_SIZE=[4, 4], INTERVAL=[4, 2], MERGE_SIZE=[[2, 4]])
     config = get_config(None, ["DATA.BATCH_SIZE", "24", "DATA.IMG_SIZE", "64", "MODEL.NUM_CLASSES", "10", "MODEL.NAME", "tiny",
                                *(item for key, value in node.items() for item in (f"MODEL.CROSSFORMER.{key}", value)), *map(str, opts)])
-    model, batch = build_model(config), made_up_batch(config, CPU)
-    state, plan = prepare_step(model, config, CPU, Precision(CPU))
+    state, plan, batch = synthetic_step(config, build_task(config), CPU, Precision(CPU))
 
     def work(watched) -> None:
-        train_one_epoch(model, state, iter([batch]), state.step + 1, watched, Progress(CPU), lambda state, progress: None)
+        train_one_epoch(state.model, state, iter([batch]), state.step + 1, watched, Progress(CPU), lambda state, progress: None)
 
     work(plan)
-    return measure_step(state, plan, work, sum(t.nbytes for t in batch)), model, batch[0]
+    return measure_step(state, plan, work, sum(t.nbytes for t in batch)), state.model, batch[0]
 
 
 def kept_by_autograd(model: nn.Module, images: torch.Tensor) -> int:

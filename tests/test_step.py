@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import get_config
-from data.transforms.mixup import build_mixup
 from models.crossformer import CrossFormer
 from utils.checkpoints.state import TrainState
 from utils.optim import optimizer as optim
 from utils.optim.ema import WeightAverage
 from utils.optim.lr_schedule import build_schedule
+from utils.runtime import distributed
 from utils.runtime.precision import Precision
-from utils.tasks.classification import build_loss
+from utils.tasks.classification import Classification
 from utils.training.engine import Progress, StepPlan, train_one_epoch
-from utils.training.loop import Session
+from utils.training.loop import after_step
 
 TINY = dict(embed_dim=16, depths=(1, 2), num_heads=(1, 2), group_size=(4, 4), interval=(2, 1), merge_size=((2, 4),), num_classes=3,
             drop_path_rate=0.2)
@@ -55,8 +55,8 @@ def training(name: str = "adamw", *opts: object) -> tuple[TrainState, StepPlan]:
     model = CrossFormer(**TINY).to(DEVICE)
     precision = Precision(DEVICE)
     state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, WeightAverage(model, 0.9))
-    plan = StepPlan(build_schedule(config, 1, 4), build_loss(0.1), build_mixup(config, 3, 0), precision, DEVICE, 2, 4, 1.0,
-                    0, 0, 1)
+    task = Classification(config)
+    plan = StepPlan(task, build_schedule(config, 1, 4), task.batch_transform(config, 3, 0), precision, DEVICE, 2, 4, 1.0, 0)
     return state, plan
 
 
@@ -103,14 +103,16 @@ def test_the_counting_sees_what_waits() -> None:
 
 
 @pytest.mark.parametrize(("device", "looks"), [("cuda", 3), ("cpu", 6)])
-def test_the_session_looks_at_a_gpu_when_it_logs_alone(device: str, looks: int) -> None:
+def test_a_gpu_is_read_only_when_a_line_is_due(device: str, looks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the lines after steps 2 and 4 and at the epoch's end; on a CPU, where it costs nothing, after every step."""
     looked = []
-    session = SimpleNamespace(
-        config=get_config(None, ["PRINT_FREQ", "2"]), plan=SimpleNamespace(device=torch.device(device)), steps_per_epoch=6, main=False,
-        first_step=0, stop=SimpleNamespace(agreed=lambda: (False, False, False)), inspect=lambda progress: looked.append(1))
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    run = SimpleNamespace(
+        config=get_config(None, ["PRINT_FREQ", "2"]), plan=SimpleNamespace(device=torch.device(device)), steps_per_epoch=6,
+        stop=SimpleNamespace(agreed=lambda: (False, False, False)), guard=SimpleNamespace(inspect=lambda progress: looked.append(1)))
     for step in range(1, 7):
-        Session.after_step(session, SimpleNamespace(step=step), None)
+        run.state = SimpleNamespace(step=step)
+        after_step(run, None, first_step=0)
     assert len(looked) == looks
 
 

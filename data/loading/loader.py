@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.errors import DataError
+from data.errors import DataError, WorkerDied
 from data.loading import device_prefetch as stream
 from data.loading.corrupt_images import Failure
 from data.loading.dataset import Batch, EvalImages, TrainImages
@@ -122,14 +122,16 @@ class ImageLoader:
                     parts, failures, (fast, odd) = next(iterator)
             except StopIteration:
                 return
-            except DataError:
-                raise
+            except DataError as error:  # torch puts the traceback of a worker before the sentence
+                raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip()) from None
             except (ConnectionError, EOFError):  # killed while it handed a batch over
-                raise RuntimeError("DataLoader worker exited unexpectedly") from None
-            except RuntimeError as error:
-                if "timed out after" not in str(error):
-                    raise
-                raise self._hung() from None
+                raise WorkerDied from None
+            except RuntimeError as error:  # torch has no types for these
+                if "timed out after" in str(error):
+                    raise self._hung() from None
+                if "DataLoader worker" in str(error):
+                    raise WorkerDied from None
+                raise
             if failures:
                 self._account(failures)
             self.decoded = self.decoded[0] + fast, self.decoded[1] + odd

@@ -20,7 +20,8 @@ from models.safe_load import CheckpointError, read_file
 from models.weights import check_finite
 from utils.checkpoints.file_format import require_own, write_checkpoint
 from utils.checkpoints.state import _tensor_bytes
-from utils.runtime.distributed import gather_objects, restarts
+from utils.runtime import launcher
+from utils.runtime.distributed import gather_objects
 from utils.runtime.files import file_limit, free_bytes, link_atomically, replace_file
 
 _JOB = ".job"
@@ -46,6 +47,11 @@ class CheckpointFolder:
         """Steps of the checkpoints there are, newest first: by number, whatever the clock said."""
         names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
         return sorted((int(match[1]) for match in map(_NAME.fullmatch, names) if match), reverse=True)
+
+    def newest_in_words(self) -> str:
+        """For the end of a sentence that says what could not be saved."""
+        steps = self.steps()
+        return f"the newest checkpoint is {self.path(steps[0])}" if steps else f"{self.folder} holds no checkpoint"
 
     def path(self, step: int) -> str:
         return os.path.join(self.folder, f"ckpt_{step:08d}.pth")
@@ -154,13 +160,13 @@ class CheckpointFolder:
 
     def note_job(self) -> None:
         """Remember which job of a launcher has begun here, for when that starts its processes again."""
-        replace_file(os.path.join(self.folder, _JOB), _job().encode())
+        replace_file(os.path.join(self.folder, _JOB), launcher.job().encode())
 
     def begun_by_this_job(self) -> bool:
         """Whether this is a later attempt of the job that has begun here: --restart was obeyed then."""
         try:
             with open(os.path.join(self.folder, _JOB), encoding="utf-8") as file:
-                return restarts() > 0 and file.read() == _job()
+                return launcher.restarts() > 0 and file.read() == launcher.job()
         except OSError:
             return False
 
@@ -195,5 +201,3 @@ class CheckpointFolder:
                 break  # the disk does not give back what is deleted (yet): no more is given for nothing
 
 
-def _job() -> str:
-    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or ""

@@ -8,8 +8,8 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from typing import TextIO
 
+from filelock import FileLock
 from yacs.config import CfgNode
 
 from config import ConfigError
@@ -35,10 +35,10 @@ def _require_writable(folder: str, dry: bool) -> None:
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder}: cannot be written (no permission in {there}); choose another --output")
     if distributed.is_main() and not dry and os.path.exists(os.path.join(folder, ".lock")):
-        _lock(folder).close()
+        _lock(folder).release()
 
 
-def _lock(folder: str) -> TextIO:
+def _lock(folder: str) -> FileLock:
     try:
         return lock_folder(folder)
     except BlockingIOError as error:
@@ -90,4 +90,4 @@ def _open_run_folder(folder: str, logger: logging.Logger) -> Iterator[None]:
         yield
     finally:
         close_files(logger)
-        lock.close()
+        lock.release()

@@ -21,7 +21,7 @@ class TrainState:
 
     Attributes:
         step: optimizer steps done.
-        best: top-1, epoch and step of the best evaluation so far; empty before the first.
+        best: the best evaluation so far: the value of the task's metric under its name, epoch and step; empty before the first.
         loss_sums: per rank, the sum of the losses of the images seen in the current epoch, so that an epoch's mean
             loss comes out the same after a restart in its middle.
         loss_steps: steps of the current epoch that loss_sums holds.
@@ -57,6 +57,12 @@ class TrainState:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         weights, kept = _tensor_bytes(self.model.state_dict()), _tensor_bytes(self.optimizer.state)
         return weights * (1 if self.ema is None else 2) + (kept or 2 * _tensor_bytes(parameters)) + (1 << 16)
+
+    def own_loss_sum(self, rank: int, world_size: int) -> float:
+        """This rank's part of ``loss_sums``; with another number of processes than wrote them only the total matters."""
+        if len(self.loss_sums) == world_size:
+            return self.loss_sums[rank]
+        return sum(self.loss_sums) if rank == 0 else 0.0
 
     def load_state_dict(self, content: dict[str, Any], path: str) -> None:
         """Take over a checkpoint's state; raises ``CheckpointError`` naming what does not fit, before anything is changed."""

@@ -1,21 +1,22 @@
-"""``--completion SHELL``: a script that completes this program's command line, made from its parser. Imports no torch."""
+"""``--completion SHELL``: a script that completes this program's command line, made from its parser.
+
+Not by shtab, which completes a program called by its own name: this one is started by python and torchrun, and --opts takes keys and
+values in turn.
+"""
 
 from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 
-from config import KEYS, MODEL_TYPES
+from config import KEY, MODEL_TYPES
+from utils.cli.flags import all_flags
 from utils.cli.suggestions import primary
 
 SHELLS = ("bash", "zsh", "fish")
 
-# Words that a flag takes; all other flags with a value take files.
-WORDS: dict[str, tuple[str, ...]] = {
-    "--precision": ("auto", "fp32", "bf16", "fp16"), "--compile": ("off", "blocks", "model"), "--device": ("auto", "cpu", "cuda", "mps"),
-    "--data-set": ("imagenet", "folder", "lists", "zip", "tar", "huggingface", "digits"),
-    "--labels": ("auto", "imagenet", "v2", "a", "r", "sketch", "real"), "--completion": SHELLS, "--optim": ("adamw", "sgd")}
-_NO_FILES = ("EPOCHS", "LR", "DECAY", "STEPS", "SIZE", "WORKERS", "SEED", "TAG", "WORD", "Y,X", "LEVEL", "RANK", "MODE", "NUMBER", "BATCH")
+_FILES = ("FILE", "PATH", "FOLDER", "IMAGE", "RUN")  # arguments that are files; they are called so in the help
 
 
 def completion_text(parser: argparse.ArgumentParser, shell: str) -> str:
@@ -25,28 +26,35 @@ def completion_text(parser: argparse.ArgumentParser, shell: str) -> str:
 
 def _flags(parser: argparse.ArgumentParser) -> list[tuple[str, str, str]]:
     """(flag, what it takes: nothing, words, yaml, keys, files or text, meaning) of every flag, in the spelling with dashes."""
-    found = []
+    found, words = [], _words()
     for action in parser._actions:
         name = primary(action)
         if action.nargs == 0:
             kind = "nothing"
-        elif name in WORDS:
+        elif name in words:
             kind = "words"
         elif name in ("--cfg", "--opts"):
             kind = "yaml" if name == "--cfg" else "keys"
         else:
-            kind = "text" if str(action.metavar or "").endswith(_NO_FILES) else "files"
+            kind = "files" if action.metavar in _FILES else "text"
         found.append((name, kind, " ".join((action.help or "").split())))
     return found
 
 
+def _words() -> dict[str, Sequence[str]]:
+    """What may stand behind a flag, where its key knows."""
+    found = {flag.name: KEY[flag.key].choices or KEY[flag.key].words for flag in all_flags() if flag.fixed is None}
+    return {name: words for name, words in found.items() if words} | {"--completion": SHELLS}
+
+
 def _keys() -> str:
-    return " ".join(key for key, *_ in KEYS if key != "BASE")
+    return " ".join(key for key in KEY if key != "BASE")
 
 
 def _bash(flags: list[tuple[str, str, str]]) -> str:
+    words = _words()
     by_kind = {kind: "|".join(name for name, k, _ in flags if k == kind) for kind in ("yaml", "keys", "files")}
-    cases = "\n".join(f"        {name}) COMPREPLY=($(compgen -W {shlex.quote(' '.join(WORDS[name]))} -- \"$cur\"));;"
+    cases = "\n".join(f"        {name}) COMPREPLY=($(compgen -W {shlex.quote(' '.join(words[name]))} -- \"$cur\"));;"
                       for name, kind, _ in flags if kind == "words")
     return f"""\
 # Completion of main.py for bash; put it where bash reads it:
@@ -88,9 +96,10 @@ complete -o bashdefault -o default -F _trainer_main_py python python3 torchrun m
 
 
 def _zsh(flags: list[tuple[str, str, str]]) -> str:
+    words = _words()
     def spec(name: str, kind: str, meaning: str) -> str:
         shown = meaning.replace("\\", "").replace("[", "(").replace("]", ")").replace(":", "\\:").replace("%", "%%")
-        value = {"nothing": "", "words": f":word:({' '.join(WORDS.get(name, ()))})", "yaml": ':file:_files -g "*.(yaml|yml)"',
+        value = {"nothing": "", "words": f":word:({' '.join(words.get(name, ()))})", "yaml": ':file:_files -g "*.(yaml|yml)"',
                  "keys": f":key:({_keys()})", "files": ":file:_files", "text": ":value:"}[kind]
         return "        " + shlex.quote(f"*{name}[{shown}]{value}")
 
@@ -113,12 +122,13 @@ compdef _trainer_main_py python python3 torchrun main.py"""
 
 
 def _fish(flags: list[tuple[str, str, str]]) -> str:
+    words = _words()
     lines = ["# Completion of main.py for fish:",
              "#   python main.py --completion fish > ~/.config/fish/conf.d/trainer.fish",
              "function __trainer_main_py; string match -qr '(^|/)main\\.py$' -- (commandline -opc); end"]
     for command in ("python", "python3", "torchrun", "main.py"):
         for name, kind, meaning in flags:
-            value = {"nothing": "", "words": f" -x -a {shlex.quote(' '.join(WORDS.get(name, ())))}",
+            value = {"nothing": "", "words": f" -x -a {shlex.quote(' '.join(words.get(name, ())))}",
                      "yaml": " -r -k -a '(__fish_complete_suffix .yaml)'", "keys": f" -x -a {shlex.quote(_keys())}", "files": " -r -F",
                      "text": " -x"}[kind]
             shown = meaning if len(meaning) <= 80 else meaning[:77] + "..."

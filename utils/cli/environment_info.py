@@ -14,6 +14,8 @@ import shutil
 import sys
 from importlib import metadata
 
+import psutil
+
 from config import PROGRAM_FOLDER
 from data.loading.workers import usable_cpus
 from utils.runtime.provenance import output
@@ -108,11 +110,7 @@ def _cpu() -> str:
 
 def _memory() -> str:
     """Main memory, the container's limit, and shared memory."""
-    parts = []
-    try:
-        parts.append(f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB")
-    except (AttributeError, ValueError, OSError):
-        parts.append("unknown")
+    parts = [f"{psutil.virtual_memory().total / 2**30:.1f} GiB"]
     try:
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
             limit = file.read().strip()

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from config import KEYS, PROGRAM_FOLDER, ConfigError
+from config import COMMANDS, KEY, PROGRAM_FOLDER, ConfigError
 
 # What other trainers call it, and what to write here. (words without dashes, as they are typed there; advice)
 ELSEWHERE: list[tuple[str, str]] = [
@@ -21,7 +21,7 @@ ELSEWHERE: list[tuple[str, str]] = [
     ("dataset", "--data-set (or --data-path for the folder)"),
     ("input-size image-size imgsz size crop-size", "--img-size"),
     ("workers j num-worker", "--num-workers"),
-    ("checkpoint ckpt weights load initial-checkpoint", "--resume to continue or judge, --pretrained to start from weights"),
+    ("checkpoint ckpt weights load initial-checkpoint", "--resume to continue or evaluate, --pretrained to start from weights"),
     ("finetune fine-tune", "--pretrained FILE, which replaces the head where it does not fit"),
     ("model arch a name model-name", "--cfg configs/<model>.yaml, or --opts MODEL.TYPE timm MODEL.NAME <timm's name>"),
     ("config cfg-file config-file c", "--cfg"),
@@ -68,7 +68,7 @@ def unknown(word: str, parser: argparse.ArgumentParser) -> ConfigError:
     if f"--{name}" in shown:
         return ConfigError(f"unknown flag {flag}; did you mean {shown[f'--{name}']}?")
     key = name.replace("-", "_").upper()
-    if near := next((k for k, *_ in KEYS if key in (k, k.rpartition(".")[2]) or flag.lstrip("-").upper() == k), None):
+    if near := next((k for k in KEY if key in (k, k.rpartition(".")[2]) or flag.lstrip("-").upper() == k), None):
         return ConfigError(f"unknown flag {flag}; it is a key: --opts {near} {value or '...'}")
     close = difflib.get_close_matches(flag.replace("_", "-"), shown, n=4, cutoff=0.6)  # the closest first
     ratio = {option: difflib.SequenceMatcher(None, option, flag).ratio() for option in close}
@@ -81,19 +81,20 @@ def _stray(word: str) -> str:
     if word.lower().endswith((".yaml", ".yml")):
         return f"; a configuration file stands after its flag: --cfg {word}"
     if word.lower().endswith((".pth", ".pt", ".safetensors", ".bin", ".tar")):
-        return f"; weights stand after a flag: --resume {word} (continue, or with --eval judge) or --pretrained {word}"
-    if key.upper() in {k for k, *_ in KEYS} or re.fullmatch(r"(DATA|MODEL|TRAIN|AUG|TEST)\.[A-Za-z_.]+", key):
+        return f"; weights stand after a flag: --resume {word} (continue, or with --eval evaluate) or --pretrained {word}"
+    if key.upper() in KEY or re.fullmatch(r"(DATA|MODEL|TRAIN|AUG|TEST)\.[A-Za-z_.]+", key):
         return f"; keys and their values stand after --opts: --opts {key} {word.partition('=')[2] or '...'}"
     if word in ("train", "training", "fit"):
         return "; training is what is done without a flag such as --eval"
-    if word in ("eval", "test", "val", "predict", "help", "version", "doctor", "throughput", "compare", "plan", "export", "report"):
-        return f"; write --{'eval' if word in ('test', 'val') else word}"
+    flag = f"--{dict(test='eval', val='eval').get(word, word)}"
+    if flag in ("--help", "--version", *(command.flag.name for command in COMMANDS)):
+        return f"; write {flag}"
     if os.path.isdir(word):
         return f"; a folder of data stands after its flag: --data-path {word}"
     return "; see --help"
 
 
-def odd_opts(opts: Sequence[str]) -> None:
+def require_pairs(opts: Sequence[str]) -> None:
     """Raise ``ConfigError`` for ``KEY=VALUE`` where ``KEY VALUE`` is read, and for a key without a value."""
     joined = next((item for item in opts[::2] if "=" in item), None)
     if joined is not None:

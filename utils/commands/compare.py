@@ -16,15 +16,19 @@ from config import KEYS, ConfigError, config_from_text, lookup
 from data import DataError, preprocessing
 from data.messages import NOTICE
 from utils.checkpoints.file_format import is_own
-from utils.evaluation.data_messages import tell_uncounted
+from utils.evaluation.data_messages import tell_unreadable
 from utils.evaluation.label_sets import Labels
 from utils.evaluation.loop import evaluate
-from utils.evaluation.paired_test import report
+from utils.evaluation.paired_test import report as paired_report
 from utils.evaluation.recorder import Answers, Recorder
-from utils.evaluation.setup import open_images, prepare
-from utils.inference.evaluation_models import judged_models
+from utils.evaluation.setup import open_loaders, prepare
+from utils.inference.evaluation_models import evaluation_models
+from utils.loggers.console import tell
 from utils.loggers.progress import track
 from utils.runtime.precision import Precision
+from utils.tasks.base import Batch
+from utils.tasks.build import build_task
+from utils.tasks.classification_report import ClassificationReport
 
 Pair = tuple[CfgNode, Any]
 # What a file's own config says even here: its model, and how it wants its images. All else is the first file's, or the command's.
@@ -44,19 +48,22 @@ class _Overheard(nn.Module):
 
 
 def compare_run(config: CfgNode, content: Sequence[Pair], device: torch.device, logger: logging.Logger) -> None:
-    """Judge both files on the first one's data, in one pass where they prepare images alike, and print the paired test.
+    """Evaluate both files on the first one's data, in one pass where they prepare images alike, and print the paired test.
 
     Raises:
         ConfigError: a label set that images do not allow for here, or other classes.
     """
-    labels = Labels(config)
+    report = build_task(config).evaluation_report(config)
+    if not isinstance(report, ClassificationReport):
+        raise ConfigError(f"--compare counts right and wrong predictions; it is not supported for TASK {config.TASK}")
+    labels = report.labels
     if labels.name == "real":
         raise ConfigError("--compare counts one label an image; leave --labels real out")
     pairs = [content[0], (_on_the_data_of(config, content[1][0]), content[1][1])]
     precision = prepare(config, device, logger)
     alike = preprocessing(pairs[0][0]) == preprocessing(pairs[1][0]) and len({is_own(c) for _, c in pairs}) == 1
     answers = _in_one_pass(pairs, labels, device, precision, logger) if alike else _in_two_passes(pairs, labels, device, precision, logger)
-    for line in report(config.COMPARE.FILES, *answers):
+    for line in paired_report(config.COMPARE.FILES, *answers):
         logger.info(line)
 
 
@@ -69,8 +76,11 @@ def _on_the_data_of(first: CfgNode, own: CfgNode) -> CfgNode:
 def _opened(pair: Pair, labels: Labels, device: torch.device, logger: logging.Logger,
             classes: Sequence[str] | None = None) -> tuple[Any, Any]:
     """(loaders, classes that answers are chosen from or None) for a file; its targets count ``classes``, else the file's own."""
-    loaders, label_set = open_images(*pair, labels, device, logger, classes)
-    return loaders, label_set.allowed if label_set.headline else None
+    report = ClassificationReport(build_task(pair[0]), pair[0], labels)
+    loaders = open_loaders(report.task, pair[0], device, logger, splits=("val",), classes=classes or report.classes_wanted(pair[1]),
+                           published=not is_own(pair[1]))
+    tell(logger, report.begin(loaders))
+    return loaders, report.label_set.allowed if report.label_set.headline else None
 
 
 def _last_model(pair: Pair, classes: Sequence[str], device: torch.device) -> nn.Module:
@@ -78,7 +88,7 @@ def _last_model(pair: Pair, classes: Sequence[str], device: torch.device) -> nn.
     if is_own(content) and set(content["classes"]) != set(classes):
         raise ConfigError(f"{config.MODEL.RESUME}: has other classes ({len(content['classes'])}: {', '.join(content['classes'][:3])}, ...) "
                           f"than the file it is compared with ({len(classes)}: {', '.join(classes[:3])}, ...)")
-    return judged_models(config, config.MODEL.RESUME, content, classes, device)[-1]
+    return evaluation_models(build_task(config), config, config.MODEL.RESUME, content, classes, device)[-1]
 
 
 def _in_one_pass(pairs: Sequence[Pair], labels: Labels, device: torch.device, precision: Precision,
@@ -87,14 +97,14 @@ def _in_one_pass(pairs: Sequence[Pair], labels: Labels, device: torch.device, pr
     first, second = _Overheard(_last_model(pairs[0], loaders.classes, device)), _last_model(pairs[1], loaders.classes, device)
     recorders = Recorder(allowed), Recorder(allowed)
 
-    def record(logits: Tensor, targets: Tensor) -> None:
-        recorders[0](first.logits.float(), targets)
-        recorders[1](logits, targets)
+    def record(logits: Tensor, batch: Batch) -> None:
+        recorders[0](first.logits.float(), batch[1])
+        recorders[1](logits, batch[1])
 
     with contextlib.closing(loaders):
         images = track(loaders.val, len(loaders.val), "comparing", logger)
-        result = evaluate([first, second], images, device, precision, record=record)[-1]
-        tell_uncounted(loaders.val, result, logger)
+        result = evaluate(build_task(pairs[0][0]), [first, second], images, device, precision, record=record)[-1]
+        tell_unreadable(loaders.val, result, logger)
     return [_of(recorder, loaders.val, allowed) for recorder in recorders]
 
 
@@ -107,8 +117,10 @@ def _in_two_passes(pairs: Sequence[Pair], labels: Labels, device: torch.device, 
         recorder = Recorder(allowed)
         with contextlib.closing(loaders):
             images = track(loaders.val, len(loaders.val), "comparing", logger)
-            result = evaluate([_last_model(pair, loaders.classes, device)], images, device, precision, record=recorder)[-1]
-            tell_uncounted(loaders.val, result, logger)
+            models = [_last_model(pair, loaders.classes, device)]
+            result = evaluate(build_task(pair[0]), models, images, device, precision,
+                              record=lambda logits, batch, recorder=recorder: recorder(logits, batch[1]))[-1]
+            tell_unreadable(loaders.val, result, logger)
         classes = loaders.classes
         answers.append(_of(recorder, loaders.val, allowed))
     a, b = (found.target for found in answers)

@@ -22,7 +22,7 @@ from data.doctor.survey import Survey, base_of
 from data.sources.folder import ImageFolder
 from data.sources.index_cache import DAMAGED, Index
 from utils.loggers.console import plain
-from utils.loggers.progress import Shown, is_live, listing
+from utils.loggers.progress import ProgressLines, is_live, listing_shown
 from utils.reporting.doctor_text import render
 from utils.runtime.files import replace_file, write_atomically
 
@@ -49,8 +49,6 @@ def examine_run(config: CfgNode, logger: logging.Logger) -> int:
     Raises:
         ConfigError: no data path, or the report cannot be written.
     """
-    if os.environ.get("RANK", "0") != "0":
-        return 0  # one process of a job is enough
     folder = report_folder(config)
     earlier = {name: found for name in ("train", "val") if (found := _read_manifest(os.path.join(folder, f"manifest-{name}.npz")))}
     progress = Progress()
@@ -60,10 +58,10 @@ def examine_run(config: CfgNode, logger: logging.Logger) -> int:
         progress.begin(survey.images)
 
     try:
-        with listing(progress.say):
+        with listing_shown(progress.say):
             diagnosis = diagnose(config, begun, progress, earlier)
     finally:
-        progress.end()
+        progress.clear_live_line()
     scripts = _write_scripts(diagnosis, folder)
     for name, content in manifests(diagnosis.survey).items():
         write_atomically(os.path.join(folder, f"manifest-{name}.npz"), lambda file, content=content: np.savez(file, **content))
@@ -205,14 +203,14 @@ class Progress:
     """How far reading is; plain lines go to standard error too, standard output may be the report."""
 
     def __init__(self) -> None:
-        self.shown: Shown | None = None
+        self.shown: ProgressLines | None = None
 
     def begin(self, total: int) -> None:
-        self.shown = Shown(total, "reading", "images", self.say)
+        self.shown = ProgressLines(total, "reading", "images", self.say)
 
     def __call__(self, done: int) -> None:
         if self.shown is not None:
-            self.shown.at(done)
+            self.shown.update(done)
 
     def end(self) -> None:
         if self.shown is not None:

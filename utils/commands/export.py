@@ -22,12 +22,13 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError, config_from_text
+from config import ConfigError, ProgramError, config_from_text
 from data import preprocessing
 from models import architecture
 from utils.inference.exporters import LIMIT, _onnx_runner, _quiet, difference, require_packages, trace, trace_onnx
 from utils.inference.trained_model import Trained, open_trained
 from utils.runtime.files import TEMPORARY, open_atomically, replace_file, require_place
+from utils.tasks.build import build_task
 
 _CHECKED = (1, 2, 5)  # batch sizes
 
@@ -35,8 +36,8 @@ _CHECKED = (1, 2, 5)  # batch sizes
 _FORMS = "give FILE.onnx, FILE.pt2, or a folder (ending in /) or FILE.safetensors for timm's layout"
 
 
-class ExportError(RuntimeError):
-    """The model cannot be exported, or the export computes something else (exit status 1)."""
+class ExportError(ProgramError):
+    """The model cannot be exported, or the export computes something else."""
 
 
 class Normalised(nn.Module):
@@ -72,7 +73,7 @@ def export_run(config: CfgNode, content: Any, device: torch.device, logger: logg
         _require_folder(path, config)
     else:
         require_place(path)
-    trained = open_trained(config, content, "--export")
+    trained = open_trained(build_task(config), config, content, "--export")
     model = trained.model.requires_grad_(False)
     if config.EXPORT.PREPROCESS:
         prepare = preprocessing(config)

@@ -23,21 +23,16 @@ from utils.checkpoints.file_format import describe, write_checkpoint
 from utils.checkpoints.run_folder import checkpoints_kept, require_room
 from utils.loggers.console import tell
 from utils.loggers.progress import clock
-from utils.profiling.run_speed import Speed, _measure
+from utils.profiling.run_speed import Speed, measure
 from utils.profiling.step_speed import multiply_adds
 from utils.runtime import distributed, memory
 from utils.runtime.files import free_bytes
 from utils.runtime.stop_signals import StopRequest
-from utils.training.batch_size import Unfit, two_steps
-from utils.training.engine import StepPlan
+from utils.training.batch_size import DoesNotFit, two_steps
 from utils.training.setup import Prepared, prepare
 from utils.visualization import terminal_chart as curve
 
 CURVE = (60, 6)  # columns and lines
-
-
-class Unsuited(Exception):
-    """The run does not fit; the message says why."""
 
 
 def plan_run(config: CfgNode, content: Any, device: torch.device, logger: logging.Logger) -> int:
@@ -51,7 +46,7 @@ def plan_run(config: CfgNode, content: Any, device: torch.device, logger: loggin
             if ready is not None:
                 with contextlib.closing(ready.loaders):
                     _plan(ready, logger)
-    except (Unsuited, Unfit) as error:
+    except DoesNotFit as error:
         logger.info(f"fits: no ({error})")
         return 1
     logger.info("fits: yes")
@@ -62,9 +57,9 @@ def _plan(ready: Prepared, logger: logging.Logger) -> None:
     """Print a line on each thing as it becomes known.
 
     Raises:
-        Unsuited: memory or disk do not suffice.
+        DoesNotFit: memory or disk do not suffice.
     """
-    config, start, state, plan = ready.config, ready.start, ready.state, ready.step_plan()
+    config, start, state = ready.config, ready.start, ready.state
     sampler, world = ready.loaders.train.batch_sampler, distributed.world_size()
     per_epoch, total = sampler.steps_per_epoch, sampler.total_steps
     logger.info(_model_line(ready))
@@ -75,8 +70,8 @@ def _plan(ready: Prepared, logger: logging.Logger) -> None:
     for line in _curve_lines(ready):
         logger.info(line)
     _require_disk(ready, logger)
-    _require_memory(ready, plan)
-    speed = _measure(ready, plan, logger)
+    _require_memory(ready)
+    speed = measure(ready, logger)
     _say_speed(ready, speed, logger)
     save = _try_save(ready, per_epoch, logger)
     _require_used_memory(ready, logger)
@@ -93,11 +88,11 @@ def _model_line(ready: Prepared) -> str:
         gmacs = multiply_adds(model, (height, width)) / 1e9
     parameters = sum(p.numel() for p in model.parameters())
     return (f"model: {ready.config.MODEL.NAME}, {parameters / 1e6:.2f} M parameters, {gmacs:.3g} GMACs an image "
-            f"of {height} x {width}, on {ready.device} in {ready.precision.name}")
+            f"of {height} x {width}, on {ready.device} in {ready.plan.precision.name}")
 
 
 def _curve_lines(ready: Prepared) -> list[str]:
-    schedule, columns = ready.schedule, CURVE[0]
+    schedule, columns = ready.plan.schedule, CURVE[0]
     total = max(1, schedule.total_steps)
     # the last step in each column, so that the end is the end
     values = [schedule.lr_at(min(total - 1, max(0, round((i + 1) * total / columns) - 1))) for i in range(columns)]
@@ -116,17 +111,17 @@ def _require_disk(ready: Prepared, logger: logging.Logger) -> None:
     try:
         require_room(config, ready.folder, size, logger)
     except ConfigError as error:
-        raise Unsuited(str(error)) from None
+        raise DoesNotFit(str(error)) from None
 
 
 # --------------------------------------------------------------------------------------------------
 # Memory
 # --------------------------------------------------------------------------------------------------
 
-def _require_memory(ready: Prepared, plan: StepPlan) -> None:
-    """Two steps of this process alone on made-up images: whoever lacks memory here would leave the others waiting in an exchange."""
+def _require_memory(ready: Prepared) -> None:
+    """Two steps of this process alone on synthetic images: whoever lacks memory here would leave the others waiting in an exchange."""
     config, sampler = ready.config, ready.loaders.train.batch_sampler
-    local, outputs = sampler.local_images(), len(ready.loaders.classes)
+    local, num_classes = sampler.local_images(), len(ready.loaders.classes)
     most = memory.limit(ready.device, config.PLAN.MEMORY)
     sizes = [config.DATA.BATCH_SIZE]
     if ready.device.type == "cpu":  # a process that takes too much is killed: small ones foretell what the whole takes
@@ -137,8 +132,7 @@ def _require_memory(ready: Prepared, plan: StepPlan) -> None:
         if len(measured) == 2 and (foretold := memory.expected(measured, micro)) > 1.1 * most:
             peak = int(foretold)
             break
-        peak = memory.taken(lambda micro=micro: two_steps(ready.state, plan, local, micro, (3, *image_size(config)), outputs,
-                                                          config.TRAIN.BACKGROUND_SAVE), ready.device)
+        peak = memory.taken(lambda micro=micro: two_steps(ready.state, ready.plan, config, local, micro, num_classes), ready.device)
         if peak is None or peak > most:
             break
         measured[micro] = peak
@@ -147,30 +141,31 @@ def _require_memory(ready: Prepared, plan: StepPlan) -> None:
     for rank, (taken, allowed) in enumerate(peaks):
         if taken is None or taken > allowed:
             where = f" on rank {rank}" if len(peaks) > 1 else ""
-            raise Unsuited(f"memory: a micro-batch of {config.DATA.BATCH_SIZE} images takes "
+            raise DoesNotFit(f"memory: a micro-batch of {config.DATA.BATCH_SIZE} images takes "
                            f"{'' if taken is None else memory.shown(taken) + ', '}more than {memory.shown(allowed)}{where}; --fit "
                            "finds one that fits and keeps the global batch")
 
 
 def _require_used_memory(ready: Prepared, logger: logging.Logger) -> None:
-    """What the real steps, the evaluation and the save took, loading processes included."""
-    own, workers = memory.peak(ready.device), memory.of_children() if ready.device.type == "cpu" else 0
+    """What the real steps, the evaluation and the save took, DataLoader workers included."""
+    own, has_workers = memory.peak(ready.device), ready.device.type == "cpu" and ready.loaders.train.num_workers > 0
+    workers = memory.of_children() if has_workers else 0
     most = memory.limit(ready.device, ready.config.PLAN.MEMORY)
     every = distributed.gather_objects((own, workers, most))
     own, workers, most = max(every, key=lambda used: (used[0] + used[1]) / used[2])
     logger.info(f"memory: {memory.shown(own)} at the peak"
-                + (f" and {memory.shown(workers)} in {ready.loaders.train.num_workers} loading processes" if workers else "")
+                + (f" and {memory.shown(workers)} in {ready.loaders.train.num_workers} DataLoader workers" if workers else "")
                 + f", of {memory.shown(most)}" + (" a process" if len(every) > 1 else ""))
     if own + workers > most:
-        raise Unsuited(f"memory: {memory.shown(own + workers)} are more than {memory.shown(most)}; --fit finds a micro-batch that fits and "
-                       "keeps the global batch, fewer --num-workers take less")
+        raise DoesNotFit(f"memory: {memory.shown(own + workers)} are more than {memory.shown(most)}; --fit finds a micro-batch that fits "
+                         "and keeps the global batch, fewer --num-workers take less")
 
 
 def _say_speed(ready: Prepared, speed: Speed, logger: logging.Logger) -> None:
     images, workers = ready.loaders.train.batch_sampler.images_per_step, ready.loaders.train.num_workers
     step, batch, both = (images / seconds for seconds in (speed.step, speed.batch, speed.both))
     logger.info(f"speed: {step:.0f} images/s of the step alone ({1000 * speed.step:.0f} ms), {batch:.0f} images/s of the loader alone "
-                f"({workers} loading processes), {both:.0f} images/s of both together")
+                f"({workers} DataLoader workers), {both:.0f} images/s of both together")
     if speed.batch > speed.step:
         logger.info(f"bound: by the data, {speed.batch / speed.step:.1f} times; more --num-workers or CPUs, smaller files "
                     "(scripts/resize_dataset.py) or a faster disk help, a faster device does not")

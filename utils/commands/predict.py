@@ -15,14 +15,16 @@ from data.build import build_given
 from data.layouts.input_paths import GivenImages, find_given
 from data.loading.loader import ImageLoader
 from utils.evaluation.setup import prepare
-from utils.inference.outputs import Console, CsvTable, Features, JsonLines, standard_output, text_file
-from utils.inference.predict import _require_features, predictions_of
+from utils.inference.outputs import Console, CsvTable, Features, JsonLines, PredictionFormat, standard_output, text_file
+from utils.inference.predict import predictions_of, require_features
 from utils.inference.trained_model import Trained, open_trained
 from utils.loggers.console import plain, tell
-from utils.loggers.progress import aside, track
+from utils.loggers.progress import live_line_hidden, track
 from utils.runtime.compile import compile_model
 from utils.runtime.files import require_place
 from utils.runtime.precision import Precision
+from utils.tasks.base import Task
+from utils.tasks.build import build_task
 from utils.visualization.contact_sheet import Sheet
 
 EXIT_UNREADABLE = 3
@@ -40,16 +42,18 @@ def predict_run(config: CfgNode, content: Any, device: torch.device, logger: log
     for path in files:
         require_place(path)
     given = find_given(wanted.PATHS, getattr(sys.stdin, "buffer", None))
-    trained = open_trained(config, content, "--predict")
+    task = build_task(config)
+    trained = open_trained(task, config, content, "--predict")
+    form = task.prediction_format(config, trained)
     if wanted.FEATURES:
-        _require_features(trained.model, config)
+        require_features(trained.model, config)
     precision = prepare(config, device, logger)
     loader, notices = build_given(config, given, device, trained.published)
     tell(logger, notices)
     logger.info(f"predicting {len(given)} image{'s' * (len(given) != 1)} by {trained.line()}, {len(trained.classes)} classes, on {device} "
                 f"in {precision.name}")
     with contextlib.closing(loader):
-        bad = _predict(config, trained, given, loader, device, precision, logger)
+        bad = _predict(config, task, trained, form, given, loader, device, precision, logger)
     logger.info(f"images {loader.dataset.pipeline.summary(*loader.decoded)}")
     for path in files:
         logger.info(f"wrote {path}")
@@ -58,8 +62,8 @@ def predict_run(config: CfgNode, content: Any, device: torch.device, logger: log
     return EXIT_UNREADABLE if bad else 0
 
 
-def _predict(config: CfgNode, trained: Trained, given: GivenImages, loader: ImageLoader, device: torch.device, precision: Precision,
-             logger: logging.Logger) -> int:
+def _predict(config: CfgNode, task: Task, trained: Trained, form: PredictionFormat, given: GivenImages, loader: ImageLoader,
+             device: torch.device, precision: Precision, logger: logging.Logger) -> int:
     """Every prediction to every output; how many items could not be read."""
     wanted, bad = config.PREDICT, 0
     with contextlib.ExitStack() as stack:
@@ -67,20 +71,20 @@ def _predict(config: CfgNode, trained: Trained, given: GivenImages, loader: Imag
         for kind, path in ((CsvTable, wanted.CSV), (JsonLines, wanted.JSON)):
             if path:
                 file = standard_output() if path == "-" else stack.enter_context(text_file(os.path.expanduser(path)))
-                outputs.append(kind(file, trained, wanted.TOPK))
+                outputs.append(kind(file, form))
         if "-" not in (wanted.CSV, wanted.JSON):
-            outputs.append(Console(logger, trained))
+            outputs.append(Console(logger))
         if wanted.SHEET:
-            outputs.append(stack.enter_context(Sheet(os.path.expanduser(wanted.SHEET), given, trained, logger)))
+            outputs.append(stack.enter_context(Sheet(os.path.expanduser(wanted.SHEET), given, logger)))
         features = stack.enter_context(Features(os.path.expanduser(wanted.FEATURES))) if wanted.FEATURES else None
         model = trained.model.to(device)
         compile_model(model, config.COMPILE)
-        batches = predictions_of(model, loader, device, precision, wanted.TOPK, features is not None)
+        batches = predictions_of(task, model, form, loader, device, precision, features is not None)
         for predictions, vectors in track(batches, len(loader), "predicting", logger):
             for prediction in predictions:
                 if prediction.fault:
                     bad += 1
-                    with aside():
+                    with live_line_hidden():
                         print(f"warning: {plain(prediction.path)}: {plain(prediction.fault)}", file=sys.stderr, flush=True)
                 for output in outputs:
                     output.add(prediction)

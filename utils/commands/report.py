@@ -18,8 +18,6 @@ def report_runs(config: CfgNode, logger: logging.Logger) -> int:
     Raises:
         ConfigError: no such run, or the report cannot be written.
     """
-    if os.environ.get("RANK", "0") != "0":
-        return 0  # one process of a job is enough
     runs = [read_run(folder) for folder in config.REPORT.RUNS]
     path = write_report(runs, os.path.expanduser(config.REPORT.FILE))
     logger.info(f"report {path}")

@@ -18,7 +18,7 @@ from models import build_model, check_input_size, load_state
 from models.crossformer import CrossFormer
 from models.weights import check_finite, unwrap_state_dict
 from utils.checkpoints.file_format import is_own
-from utils.inference.trained_model import weights_to_judge
+from utils.inference.trained_model import weights_to_evaluate
 from utils.runtime import distributed
 from utils.visualization.attention_map import KINDS, _tokens, attended, chosen, page
 from utils.visualization.drawing import require_png, save, to_image
@@ -38,7 +38,7 @@ def show_attention(config: CfgNode, content: Any, device: torch.device, logger: 
     if not distributed.is_main():
         return
     picture = _read(os.path.expanduser(config.SHOW.ATTENTION), config)
-    weights, content = weights_to_judge(config, content, "--show-attention")
+    weights, content = weights_to_evaluate(config, content, "--show-attention")
     model = _load(config, weights, content)
     prepare = preprocessing(config)
     image = build_eval_transform(prepare)(picture)[None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from typing import Any
 
@@ -11,18 +10,13 @@ import torch
 from yacs.config import CfgNode
 
 from config import ConfigError
-from data import build_loaders, preprocessing
+from data import preprocessing
 from utils.checkpoints.file_format import is_own
-from utils.evaluation.data_messages import teller
-from utils.loggers.console import tell
-from utils.loggers.progress import listing, periodic
+from utils.evaluation.setup import open_loaders
 from utils.runtime import distributed
+from utils.tasks.build import build_task
 from utils.visualization.batch_grid import labels_of, sheet
-from utils.visualization.drawing import (
-    require_png,
-    save,
-    to_image,
-)
+from utils.visualization.drawing import require_png, save, to_image
 
 MOST = 36  # images of a picture
 
@@ -37,13 +31,12 @@ def show_batch(config: CfgNode, content: Any, device: torch.device, logger: logg
     if not distributed.is_main():
         return
     classes = content["classes"] if is_own(content) else None
-    with listing(functools.partial(periodic, logger)):
-        loaders = build_loaders(config, splits=("train",), classes=classes, device=device)
-    loaders.tell(teller(logger))
-    tell(logger, loaders.notices)
+    task = build_task(config)
+    loaders = open_loaders(task, config, device, logger, splits=("train",), classes=classes, rank=0, world_size=1)
     with contextlib.closing(loaders):
         images, targets = next(loaders.batches())
-    images, targets = loaders.mixup(images.to(device), targets.to(device), 0)
+    transform = task.batch_transform(config, len(loaders.classes), rank=0)
+    images, targets = transform((images.to(device), targets.to(device)), 0)
     if len(images) == 0:
         raise ConfigError(f"{config.DATA.DATA_PATH}: the first batch holds no image")
     labels = labels_of(targets.cpu(), config.MODEL.LABEL_SMOOTHING)

@@ -15,7 +15,7 @@ from utils.reporting.run_reader import Run, circumstances, config_differences, f
 
 def print_config(config: CfgNode, logger: logging.Logger) -> int:
     """The config as YAML that ``--cfg`` reads again, each value with its source as a comment; the exit status."""
-    for line in annotated(config) if os.environ.get("RANK", "0") == "0" else ():
+    for line in annotated(config):
         logger.info(line)
     return 0
 
@@ -53,8 +53,6 @@ def print_differences(config: CfgNode, logger: logging.Logger) -> int:
         ConfigError: one of them is no run, checkpoint or YAML file.
         CheckpointError: a checkpoint is damaged.
     """
-    if os.environ.get("RANK", "0") != "0":
-        return 0  # one process of a job is enough
     runs = [describe(path) for path in config.REPORT.DIFF]
     for line in differences(runs, config.REPORT.DIFF):
         logger.info(line)

@@ -18,8 +18,8 @@ from utils.reporting.run_reader import read_run
 from utils.reporting.write import write_plots, write_report
 from utils.runtime import distributed
 from utils.runtime.stop_signals import StopRequest
-from utils.training.loop import Session
-from utils.training.setup import _introduce, prepare
+from utils.training.loop import open_run, train
+from utils.training.setup import introduce, prepare
 
 
 def train_run(config: CfgNode, resume_content: Any, device: torch.device, logger: logging.Logger) -> None:
@@ -52,14 +52,12 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
                 state.best = {}  # its weights lie elsewhere, if anywhere: the best of this folder is still to come
         if start.content is not None:
             start.content.clear()  # a gigabyte that is no longer needed
-        plan = ready.step_plan()
-        _introduce(config, device, ready.precision, state.model, loaders, loaders.train.batch_sampler.steps_per_epoch, ready.global_batch,
-                   plan.schedule, logger)
-        session = Session(config, files, state, plan, loaders, ready.global_batch, stop, logger, saved=here)
+        introduce(ready, logger)
+        run = open_run(config, state, ready.plan, loaders, ready.global_batch, files, stop, logger, saved=here)
         with contextlib.closing(loaders):
-            session.train(distributed.wrap(state.model, device, config.TRAIN.ACCUMULATION_STEPS, config.TRAIN.GRAD_COMPRESSION))
+            train(run, distributed.wrap(state.model, device, config.TRAIN.ACCUMULATION_STEPS, config.TRAIN.GRAD_COMPRESSION))
         if distributed.is_main() and config.TRAIN.REPORT != "none":
-            distributed.unwatched()  # the report may take long
+            distributed.stop_watching()  # the report may take long
             _report(folder, config.TRAIN.REPORT == "png", logger)
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 from data import DataError
-from utils.evaluation.loop import Evaluation
+from utils.evaluation.metrics import Evaluation
 from utils.loggers.console import tell
 from utils.runtime import distributed
 
 
-def teller(logger: logging.Logger) -> Callable[[str], None]:
+def unreadable_image_reporter(logger: logging.Logger) -> Callable[[str], None]:
     """Where lines about bad images go: rank 0's to the log, those of a rank that has none to standard error."""
     if distributed.is_main():
         return lambda line: tell(logger, [line])
@@ -26,14 +26,14 @@ def decoding(loader: Any) -> str:
     return loader.dataset.pipeline.summary(fast, odd)
 
 
-def tell_uncounted(loader: Any, result: Evaluation, logger: logging.Logger) -> None:
+def tell_unreadable(loader: Any, result: Evaluation, logger: logging.Logger) -> None:
     """Say how many images of an evaluation could not be read, over all ranks.
 
     Raises:
         DataError: none could be read.
     """
     bad = sum(distributed.gather_objects(loader.met))
-    if bad and not result.total:
+    if bad and not result.samples:
         raise DataError(f"{loader.dataset.folder.root}: none of its {bad} validation images can be read; the lines above say why")
     if bad:
-        logger.warning(f"{bad} of {result.total + bad} validation images could not be read and are not counted")
+        logger.warning(f"{bad} of {result.samples + bad} validation images could not be read and are not counted")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from yacs.config import CfgNode
 
-from config import ConfigError
+from config import LABEL_SETS, ConfigError
 from data import DataError
 from data.messages import Caution
 from data.sources.base import Source
@@ -24,7 +24,6 @@ from data.sources.classes import carried_by_timm, imagenet_classes, some
 from data.sources.lists import read_text
 from data.streaming.stream import Stream
 
-SETS = ("auto", "imagenet", "v2", "a", "r", "sketch", "real")
 _NAMES = {"v2": "ImageNet-V2", "a": "ImageNet-A", "r": "ImageNet-R", "sketch": "ImageNet-Sketch"}
 _VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})", re.IGNORECASE)
 
@@ -57,12 +56,13 @@ class Labels:
         """
         self.name, path = config.TEST.LABELS, os.path.expanduser(config.TEST.LABELS)
         self.names: list[str] = []
-        if self.name.lower() in SETS:
+        if self.name.lower() in LABEL_SETS:
             self.name = self.name.lower()
         elif os.path.isfile(path):
             self.names = [line.partition("\t")[0].strip() for line in read_text(path).splitlines() if line.strip()]
         else:
-            raise ConfigError(f"TEST.LABELS is {self.name!r}; choose from {', '.join(SETS)}, or give a text file of classes, one a line")
+            raise ConfigError(f"TEST.LABELS is {self.name!r}; choose from {', '.join(LABEL_SETS)}, or give a text file of classes, one a "
+                              "line")
         if config.TEST.REAL_LABELS and self.name != "real":
             raise ConfigError("TEST.REAL_LABELS is for the ReaL labels; add --labels real")
         self.real = _read_real(config.TEST.REAL_LABELS) if self.name == "real" else None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils.evaluation.predictions_file import Outcomes
-from utils.evaluation.recorder import Answers
-from utils.evaluation.statistics import bootstrap_difference, bootstrap_interval, mcnemar
+from utils.evaluation.statistics import accuracy_interval, bootstrap_difference, mcnemar
+
+if TYPE_CHECKING:
+    from utils.evaluation.recorder import Answers
 
 
 def report(names: Sequence[str], a: Answers, b: Answers) -> list[str]:
@@ -19,8 +22,8 @@ def report(names: Sequence[str], a: Answers, b: Answers) -> list[str]:
     lines = []
     for letter, name, answers in zip("AB", names, (a, b), strict=True):
         result = answers.evaluation(counted)
-        low, high = bootstrap_interval(result.correct, total)
-        lines.append(f"{letter} {name}: {result.line()}, 95 % interval {100 * low:.2f} to {100 * high:.2f}")
+        low, high = accuracy_interval(int((answers.right & counted).sum()), total)
+        lines.append(f"{letter} {name}: {result.line}, 95 % interval {100 * low:.2f} to {100 * high:.2f}")
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     both = int((right_a & right_b).sum())
     low, high = bootstrap_difference(only_a, only_b, total)
@@ -43,9 +46,9 @@ class Paired:
     """Two classifiers on the same images.
 
     Attributes:
-        images: that both were judged on.
-        accuracies: share right of each.
-        only_first, only_second: images that one alone recognised.
+        images: that both were evaluated on.
+        accuracies: of each, between 0 and 1.
+        only_first, only_second: images that one alone predicts rightly.
         p: two-sided p value of McNemar's exact test: of so uneven a split, or a more uneven one, were both equally good.
         interval: 95 % bootstrap interval of the second's accuracy minus the first's.
     """

@@ -13,7 +13,8 @@ from torch import Tensor
 from data import DataError
 from data.errors import UnreadableImage
 from data.loading.sampler import ShardSampler
-from utils.evaluation.loop import Evaluation
+from utils.evaluation.classification_metrics import METRICS, detail
+from utils.evaluation.metrics import Evaluation, line
 from utils.evaluation.predictions_file import MOST_IMAGES, Outcomes, names_of, thumbnail
 from utils.runtime import distributed
 
@@ -43,8 +44,10 @@ class Answers:
     def evaluation(self, counted: np.ndarray | None = None) -> Evaluation:
         """The counts over the images that could be read, or over those of them that are ``counted`` (N,) bool."""
         counted = (self.target >= 0) & (True if counted is None else counted)
-        return Evaluation(int(self.right[counted].sum()), int(self.in5[counted].sum()), int(counted.sum()),
-                          float(self.loss[counted].astype(np.float64).sum()))
+        number = int(counted.sum())
+        sums = dict(top1=self.right[counted].sum(), top5=self.in5[counted].sum(), val_loss=self.loss[counted].astype(np.float64).sum())
+        values = {metric.name: metric.value(torch.tensor([sums[metric.name], number])) for metric in METRICS}
+        return Evaluation(values, number, line(METRICS, values, detail(values, number)))
 
     def on(self, classes: np.ndarray) -> Answers:
         """The same, with images of other ``classes`` (K,) marked as such that do not count."""
@@ -52,7 +55,7 @@ class Answers:
 
 
 class Recorder:
-    """Keeps the answers of a pass on the device: what ``utils.engine.evaluate`` takes as ``record``.
+    """Keeps the answers of a pass on the device: ``evaluate`` may be given one as ``record``.
 
     Args:
         allowed: classes that answers are chosen from, positions among the classes (K,); None: all of them.

@@ -1,46 +1,38 @@
-"""What an evaluation begins with: loaders, model and label set."""
+"""What an evaluation begins with: loaders and precision."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from yacs.config import CfgNode
 
-from data import build_loaders
-from models.weights import unwrap_state_dict
-from utils.checkpoints.file_format import is_own
-from utils.evaluation.data_messages import teller
-from utils.evaluation.label_sets import Labels, LabelSet
+from data import Loaders
+from utils.evaluation.data_messages import unreadable_image_reporter
 from utils.loggers.console import tell
-from utils.loggers.progress import listing, periodic
+from utils.loggers.progress import listing_shown, log_periodic
 from utils.runtime import distributed
 from utils.runtime.compile import require_compiler
 from utils.runtime.precision import Precision, choose_precision
 from utils.runtime.seed import make_deterministic
 
-
-def open_images(config: CfgNode, content: Any, labels: Labels, device: torch.device, logger: logging.Logger,
-                classes: Sequence[str] | None = None) -> tuple[Any, LabelSet]:
-    """(loaders of the validation images, what counts on them) for a file of weights; targets count ``classes``, else the file's own."""
-    with listing(functools.partial(periodic, logger)):
-        loaders = build_loaders(config, distributed.rank(), distributed.world_size(), splits=("val",),
-                                classes=classes or _classes_of(content, labels), device=device, published=not is_own(content))
-    loaders.tell(teller(logger))
-    label_set = labels.on(loaders.val.dataset.folder, loaders.classes)
-    tell(logger, (*loaders.notices, *label_set.notices))
-    return loaders, label_set
+if TYPE_CHECKING:
+    from utils.tasks.base import Task
 
 
-def _classes_of(content: Any, labels: Labels) -> Any:
-    """What ``build_loaders`` takes for the classes of a file of weights."""
-    if is_own(content):
-        return labels.naming(content["classes"], thousand=False)
-    state = unwrap_state_dict(content, "weights")
-    return labels.naming(None, thousand=any(t.ndim == 2 and t.shape[0] == 1000 for t in state.values()))
+def open_loaders(task: Task, config: CfgNode, device: torch.device, logger: logging.Logger, **options: Any) -> Loaders:
+    """The task's loaders for this process, their notices told; unreadable images will be told as they are met.
+
+    Args:
+        options: as of ``data.build_loaders``: splits, classes, published, or another rank and world size.
+    """
+    with listing_shown(functools.partial(log_periodic, logger)):
+        loaders = task.build_loaders(config, **dict(rank=distributed.rank(), world_size=distributed.world_size(), device=device) | options)
+    loaders.tell(unreadable_image_reporter(logger))
+    tell(logger, loaders.notices)
+    return loaders
 
 
 def prepare(config: CfgNode, device: torch.device, logger: logging.Logger) -> Precision:

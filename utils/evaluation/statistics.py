@@ -1,12 +1,11 @@
-"""How sure a figure is: intervals by the bootstrap, the exact paired test, calibration. All from counts, all repeatable.
+"""How certain a figure is: Wilson's interval, the exact paired test, calibration. All from counts, all repeatable. Imports no torch.
 
-Sources: B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), percentile intervals; Q. McNemar, Psychometrika 12
-(1947), in its exact binomial form; C. Guo et al., On Calibration of Modern Neural Networks (ICML 2017), section 2.
+Sources: E. B. Wilson, JASA 22 (1927); B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), percentile intervals;
+Q. McNemar, Psychometrika 12 (1947), in its exact binomial form; C. Guo et al., On Calibration of Modern Neural Networks (ICML 2017),
+section 2. scipy is imported where it is needed: training imports this module.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 
@@ -15,20 +14,19 @@ BINS = 15  # of confidence, equally wide
 _DRAWS = 10_000
 
 
-def bootstrap_interval(correct: int, total: int) -> tuple[float, float]:
-    """The interval (low, high) of a share ``correct / total``, between 0 and 1, by the percentile bootstrap.
-
-    Drawing images with replacement makes the number of right ones binomial, so that the counts are all that is needed. Where
-    all are right, or none, every draw is the same and the interval has no width.
-    """
+def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
+    """Wilson's interval (low, high) of an accuracy ``correct / total``, between 0 and 1; also where all images are right, or none."""
     if total <= 0:
         return 0.0, 1.0
-    drawn = np.random.default_rng(0).binomial(total, correct / total, _DRAWS) / total
-    return _percentiles(drawn)
+    from scipy.stats import binomtest
+    interval = binomtest(correct, total).proportion_ci(LEVEL, "wilson")
+    return float(interval.low), float(interval.high)
 
 
 def bootstrap_difference(only_a: int, only_b: int, total: int) -> tuple[float, float]:
-    """The interval of accuracy of A minus accuracy of B on the same ``total`` images, each between -1 and 1, drawn in pairs.
+    """The interval of accuracy of A minus accuracy of B on the same ``total`` images, each between -1 and 1.
+
+    By the bootstrap over pairs (percentiles), since scipy has no interval for a paired difference of shares.
 
     Args:
         only_a, only_b: images that A alone, or B alone, gets right; the others do not matter for the difference.
@@ -37,28 +35,19 @@ def bootstrap_difference(only_a: int, only_b: int, total: int) -> tuple[float, f
         return -1.0, 1.0
     shares = np.array([only_a, only_b, total - only_a - only_b]) / total
     drawn = np.random.default_rng(0).multinomial(total, shares, _DRAWS)
-    return _percentiles((drawn[:, 0] - drawn[:, 1]) / total)
-
-
-def _percentiles(drawn: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / total, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """Exact two-sided p-value of McNemar's test: how likely so uneven a split is where A and B are equally good.
 
-    Of the images that one of the two alone gets right, each then goes to either with probability a half. Computed with
-    logarithms, so that a million of them do not overflow.
+    Of the images that one of the two alone gets right, each then goes to either with probability a half.
     """
-    total, fewer = only_a + only_b, min(only_a, only_b)
     if only_a == only_b:
         return 1.0
-    i = np.arange(1, fewer + 1, dtype=np.float64)
-    ways = np.concatenate([[0.0], np.cumsum(np.log(total - i + 1) - np.log(i))])  # log of (total choose i), i = 0 .. fewer
-    largest = float(ways.max())
-    log_tail = largest + math.log(float(np.exp(ways - largest).sum())) - total * math.log(2)
-    return min(1.0, 2 * math.exp(log_tail))
+    from scipy.stats import binomtest
+    return float(binomtest(only_a, only_a + only_b, 0.5).pvalue)
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from data.sources.classes import imagenet_classes
-from models import build_model, check_input_size, load_state
+from models import check_input_size, load_state
 from models.weights import check_finite, unwrap_state_dict
 from utils.checkpoints.file_format import is_own
 from utils.runtime.compile import compile_model
+
+if TYPE_CHECKING:
+    from utils.tasks.base import Task
 
 
 class Flipped(nn.Module):
@@ -48,30 +51,28 @@ class Reordered(nn.Module):
         return self.model(images).index_select(1, self.order)
 
 
-def judged_models(config: CfgNode, path: str, content: Any, classes: Sequence[str], device: torch.device) -> list[nn.Module]:
+def evaluation_models(task: Task, config: CfgNode, path: str, content: Any, classes: Sequence[str],
+                      device: torch.device) -> list[nn.Module]:
     """The models of a file, in evaluation order: where a run kept an average, it is what counts and comes last.
 
-    Their outputs stand in the order of ``classes``; with TEST.FLIP they look at mirror images too.
+    Args:
+        classes: of the data, in the order that its targets count.
 
     Raises:
         CheckpointError: the weights do not fit, or are not finite.
     """
     own = is_own(content)
-    model = build_model(config, len(classes))
+    model = task.build_model(config, len(classes))
     check_input_size(model, config)
     states = [s for s in (content["model"], content["ema"]) if s] if own else [unwrap_state_dict(content, path)]
     models = [model, *(copy.deepcopy(model) for _ in states[1:])]
-    for judged, state in zip(models, states, strict=True):
+    for evaluated, state in zip(models, states, strict=True):
         check_finite(state, path)
-        load_state(judged, state, config, path)
+        load_state(evaluated, state, config, path)
     names = content["classes"] if own else _published_names(classes)
-    if names != list(classes):
-        number = {name: i for i, name in enumerate(names)}
-        models = [Reordered(judged, [number[name] for name in classes]) for judged in models]
-    if config.TEST.FLIP != "none":
-        models = [Flipped(judged, config.TEST.FLIP) for judged in models]
-    for judged in models:
-        compile_model(judged.to(device), config.COMPILE)
+    models = [task.evaluated_model(config, evaluated, names, classes) for evaluated in models]
+    for evaluated in models:
+        compile_model(evaluated.to(device), config.COMPILE)
     return models
 
 

@@ -11,14 +11,13 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import BinaryIO, TextIO
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Protocol, TextIO
 
 import numpy as np
 from torch import Tensor
 
-from utils.inference.trained_model import Trained
 from utils.loggers.console import plain, printable
 from utils.runtime.files import open_atomically, write_atomically
 
@@ -30,31 +29,79 @@ class Prediction:
     Attributes:
         number: its place among the images given.
         path: its name as it was given.
-        top: (class number, probability), likeliest first; empty where it could not be read.
-        fault: why it could not be read, else "".
+        fault: why it could not be read, else "", and the rest is empty.
+        text: for people, on one line.
+        cells: of a table, as many as the format has columns.
+        record: for programs, plain data.
+        caption, confidence: under a thumbnail: a few words, and a probability of 0 to 1 or None.
     """
 
     number: int
     path: str
-    top: list[tuple[int, float]]
-    fault: str
+    fault: str = ""
+    text: str = ""
+    cells: Sequence[object] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+    caption: str = ""
+    confidence: float | None = None
 
 
-def short_name(trained: Trained, number: int) -> str:
-    """A class for people: the first word of a WordNet id's description, else its name."""
-    return trained.descriptions[number].partition(",")[0] or trained.classes[number]
+class PredictionFormat(Protocol):
+    """How a task tells a model's outputs.
+
+    Attributes:
+        columns: names of a table's columns.
+    """
+
+    columns: Sequence[str]
+
+    def tell(self, outputs: Any) -> list[dict[str, Any]]:
+        """The fields of a ``Prediction`` from ``text`` on, for each image of a batch."""
+
+
+class TopClasses:
+    """The likeliest classes: ``tabby 93.1 %, tiger cat 4.2 %``, by logits (B, C).
+
+    Args:
+        classes: names, in the order of the outputs.
+        descriptions: words for names that are WordNet's ids; "" for others.
+        topk: classes an image, capped at those there are.
+    """
+
+    def __init__(self, classes: Sequence[str], descriptions: Sequence[str], topk: int):
+        self.classes, self.descriptions, self.topk = classes, descriptions, min(topk, len(classes))
+        self.described = any(descriptions)
+        kinds = ("class", *(["description"] if self.described else []), "probability")
+        self.columns = [f"{kind}_{rank}" for rank in range(1, self.topk + 1) for kind in kinds]
+
+    def tell(self, outputs: Tensor) -> list[dict[str, Any]]:
+        probabilities, numbers = outputs.float().softmax(dim=1).topk(self.topk, dim=1)
+        return [self._of_image(list(zip(*row, strict=True))) for row in zip(numbers.tolist(), probabilities.tolist(), strict=True)]
+
+    def _of_image(self, top: Sequence[tuple[int, float]]) -> dict[str, Any]:
+        cells, record = [], []
+        for number, share in top:
+            words = self.descriptions[number]
+            cells += [self.classes[number], *([words] if self.described else []), rounded(share)]
+            record.append({"class": self.classes[number], **({"description": words} if words else {}), "number": number,
+                           "probability": rounded(share)})
+        return dict(text=", ".join(f"{plain(self._short_name(number))} {100 * share:.1f} %" for number, share in top), cells=cells,
+                    record=dict(top=record), caption=self._short_name(top[0][0]), confidence=top[0][1])
+
+    def _short_name(self, number: int) -> str:
+        """A class for people: the first word of a WordNet id's description, else its name."""
+        return self.descriptions[number].partition(",")[0] or self.classes[number]
 
 
 class Console:
     """A line an image: ``photos/a.jpg: tabby 93.1 %, tiger cat 4.2 %``. Images that could not be read are told elsewhere."""
 
-    def __init__(self, logger: logging.Logger, trained: Trained):
-        self.logger, self.trained = logger, trained
+    def __init__(self, logger: logging.Logger):
+        self.logger = logger
 
     def add(self, prediction: Prediction) -> None:
         if not prediction.fault:
-            told = ", ".join(f"{plain(short_name(self.trained, number))} {100 * share:.1f} %" for number, share in prediction.top)
-            self.logger.info(f"{plain(prediction.path)}: {told}")
+            self.logger.info(f"{plain(prediction.path)}: {prediction.text}")
 
 
 @contextlib.contextmanager
@@ -65,39 +112,25 @@ def text_file(path: str) -> Iterator[TextIO]:
 
 
 class CsvTable:
-    """A row an image: path, class_1, probability_1, ..., error; with description_1, ... where class names are WordNet's ids."""
+    """A row an image: path, the format's columns (class_1, probability_1, ...), error."""
 
-    def __init__(self, file: TextIO, trained: Trained, topk: int):
-        self.trained, self.topk = trained, min(topk, len(trained.classes))
-        self.described = any(trained.descriptions)
-        self.rows = csv.writer(file, lineterminator="\n")
-        kinds = ("class", *(["description"] if self.described else []), "probability")
-        self.rows.writerow(["path", *(f"{kind}_{rank}" for rank in range(1, self.topk + 1) for kind in kinds), "error"])
+    def __init__(self, file: TextIO, form: PredictionFormat):
+        self.columns, self.rows = form.columns, csv.writer(file, lineterminator="\n")
+        self.rows.writerow(["path", *self.columns, "error"])
 
     def add(self, prediction: Prediction) -> None:
-        cells: list[object] = [prediction.path]
-        for number, share in prediction.top:
-            words = [self.trained.descriptions[number]] if self.described else []
-            cells += [self.trained.classes[number], *words, rounded(share)]
-        cells += [""] * ((2 + self.described) * (self.topk - len(prediction.top)))
-        self.rows.writerow([*cells, prediction.fault])
+        self.rows.writerow([prediction.path, *(prediction.cells or [""] * len(self.columns)), prediction.fault])
 
 
 class JsonLines:
     """A line an image: ``{"path": ..., "top": [{"class": ..., "number": ..., "probability": ...}, ...]}``, or with an "error"."""
 
-    def __init__(self, file: TextIO, trained: Trained, topk: int):
-        self.file, self.trained = file, trained
+    def __init__(self, file: TextIO, form: PredictionFormat):
+        self.file = file
 
     def add(self, prediction: Prediction) -> None:
-        names, words = self.trained.classes, self.trained.descriptions
-        found = dict(path=prediction.path)
-        if prediction.fault:
-            found["error"] = prediction.fault
-        else:
-            found["top"] = [{"class": names[number], **({"description": words[number]} if words[number] else {}), "number": number,
-                             "probability": rounded(share)} for number, share in prediction.top]
-        self.file.write(json.dumps(found) + "\n")
+        found = dict(error=prediction.fault) if prediction.fault else prediction.record
+        self.file.write(json.dumps(dict(path=prediction.path, **found)) + "\n")
 
 
 def rounded(share: float) -> float:

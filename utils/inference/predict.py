@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,38 +13,37 @@ from yacs.config import CfgNode
 from config import ConfigError
 from data.layouts.input_paths import GivenImages
 from data.loading.loader import ImageLoader
-from utils.inference.outputs import Prediction
+from utils.inference.outputs import Prediction, PredictionFormat
 from utils.runtime.precision import Precision
+
+if TYPE_CHECKING:
+    from utils.tasks.base import Task
 
 
 @torch.inference_mode()
-def predictions_of(model: nn.Module, loader: ImageLoader, device: torch.device, precision: Precision, topk: int,
+def predictions_of(task: Task, model: nn.Module, form: PredictionFormat, loader: ImageLoader, device: torch.device, precision: Precision,
                    with_features: bool = False) -> Iterator[tuple[list[Prediction], Tensor | None]]:
     """The predictions of each batch in the order given; with the features (images that were read, C) if asked for.
 
     Args:
         loader: of ``GivenImages``, whose targets are the images' numbers.
-        topk: classes an image, capped at those there are.
     """
     given, done = loader.dataset.folder, 0
     faults = _Faults(loader, given)
     model.eval()
     for images, numbers in loader:
-        images = images.to(device, non_blocking=True)
+        images, numbers = images.to(device, non_blocking=True), numbers.cpu()
         with precision.autocast():
             inner = model.forward_features(images) if with_features else None
-            logits = model.forward_head(inner) if with_features else model(images)
+            outputs = model.forward_head(inner) if with_features else task.forward(model, (images,))
             vectors = model.forward_head(inner, pre_logits=True) if with_features else None
-        probabilities, classes = logits.float().softmax(dim=1).topk(min(topk, logits.shape[1]), dim=1)
-        numbers = numbers.cpu()
-        read = numbers >= 0
-        rows = zip(numbers.tolist(), classes.tolist(), probabilities.tolist(), strict=True)
-        batch = []
-        for index, (number, of_image, shares) in zip(range(done, min(done + len(numbers), len(given))), rows, strict=False):
-            fault = "" if number >= 0 else faults.of(index)
-            batch.append(Prediction(index, given.path(index), [] if fault else list(zip(of_image, shares, strict=True)), fault))
+        read, told = numbers >= 0, form.tell(outputs)
+        # What fills the last batch up stands at its end.
+        places = range(done, min(done + len(numbers), len(given)))
         done += len(numbers)
-        yield batch, vectors.float().cpu()[read] if with_features else None
+        predictions = [Prediction(index, given.path(index), **(fields if readable else dict(fault=faults.of(index))))
+                       for index, readable, fields in zip(places, read.tolist(), told, strict=False)]
+        yield predictions, vectors.float().cpu()[read] if with_features else None
 
 
 class _Faults:
@@ -61,7 +61,7 @@ class _Faults:
         return f"not a readable image ({self.known[index]})"
 
 
-def _require_features(model: nn.Module, config: CfgNode) -> None:
+def require_features(model: nn.Module, config: CfgNode) -> None:
     head = getattr(model, "forward_head", None)
     if head is None or not hasattr(model, "forward_features") or "pre_logits" not in inspect.signature(head).parameters:
         raise ConfigError(f"--features: {config.MODEL.NAME} does not give its features before the classifier; leave --features out")

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import ConfigError
 from data.layouts.splits import read_class_names
-from models import build_model, check_input_size, classifier_rows, load_pretrained, load_state
+from models import check_input_size, classifier_rows, load_pretrained, load_state
 from models.safe_load import read_file
 from models.weights import check_finite, unwrap_state_dict
 from utils.checkpoints.file_format import is_own
 from utils.checkpoints.run_folder import run_folder
 from utils.runtime import distributed
+
+if TYPE_CHECKING:
+    from utils.tasks.base import Task
 
 _WORDNET = re.compile(r"n\d{8}")
 
@@ -29,7 +32,7 @@ class Trained:
     Attributes:
         model: on the CPU, in evaluation mode.
         path: the file of its weights.
-        published: the weights are others', to be judged on the pixels that their authors had.
+        published: the weights are others', to be evaluated on the pixels that their authors had.
         step: optimizer steps behind the weights; None where the file does not say.
         averaged: the weights are the run's moving average.
         classes: names, in the order of the outputs.
@@ -53,8 +56,8 @@ class Trained:
         return self.path + (f" ({', '.join(told)})" if told else "")
 
 
-def open_trained(config: CfgNode, content: Any, command: str) -> Trained:
-    """The model with the weights that --eval would judge; where a run kept an average, with that.
+def open_trained(task: Task, config: CfgNode, content: Any, command: str) -> Trained:
+    """The model with the weights that --eval would evaluate; where a run kept an average, with that.
 
     Args:
         content: of the file that MODEL.RESUME names, or None.
@@ -67,18 +70,18 @@ def open_trained(config: CfgNode, content: Any, command: str) -> Trained:
     if distributed.world_size() > 1:
         raise ConfigError(f"{command} runs in one process; start it by python main.py, without torchrun")
     if content is None and config.MODEL.PRETRAINED == "hub":
-        model = build_model(config)
+        model = task.build_model(config)
         load_pretrained(model, "hub", config)
         check_input_size(model, config)
         return Trained(model.eval(), "hub", True, None, False, _published_names(config, model.num_classes))
-    path, content = weights_to_judge(config, content, command)
+    path, content = weights_to_evaluate(config, content, command)
     if is_own(content):
         classes, step, averaged = content["classes"], content["step"], bool(content["ema"])
         state = content["ema"] or content["model"]
-        model = build_model(config, len(classes))
+        model = task.build_model(config, len(classes))
     else:
         state, step, averaged = unwrap_state_dict(content, path), None, False
-        model = _published_model(config, state, path)
+        model = _published_model(task, config, state, path)
         classes = _published_names(config, model.num_classes)
     check_finite(state, path)
     load_state(model, state, config, path)
@@ -86,11 +89,11 @@ def open_trained(config: CfgNode, content: Any, command: str) -> Trained:
     return Trained(model.eval(), path, not is_own(content), step, averaged, list(classes))
 
 
-def _published_model(config: CfgNode, state: dict[str, Tensor], path: str) -> nn.Module:
+def _published_model(task: Task, config: CfgNode, state: dict[str, Tensor], path: str) -> nn.Module:
     """With as many outputs as the file's classifier has, unless the config says how many."""
-    model = build_model(config)
+    model = task.build_model(config)
     rows = classifier_rows(model, state, config, path)
-    return model if config.MODEL.NUM_CLASSES or rows in (0, model.num_classes) else build_model(config, rows)
+    return model if config.MODEL.NUM_CLASSES or rows in (0, model.num_classes) else task.build_model(config, rows)
 
 
 def _published_names(config: CfgNode, count: int) -> list[str]:
@@ -121,11 +124,7 @@ def describe_classes(classes: list[str]) -> list[str]:
     return [describe(name) for name in classes]
 
 
-# --------------------------------------------------------------------------------------------------
-# Throughput, and what evaluation begins with
-# --------------------------------------------------------------------------------------------------
-
-def weights_to_judge(config: CfgNode, content: Any, command: str) -> tuple[str, Any]:
+def weights_to_evaluate(config: CfgNode, content: Any, command: str) -> tuple[str, Any]:
     """(path, content) for ``command``: --resume, else the run folder's best, else --pretrained."""
     if content is not None:
         return config.MODEL.RESUME, content

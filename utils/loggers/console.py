@@ -48,7 +48,7 @@ class _Console(logging.Handler):
         if self.colour and tint:
             line = colored(line, tint)
         try:
-            with progress.aside():
+            with progress.live_line_hidden():
                 self.write(line)
         except (OSError, ValueError, AttributeError):
             self.closed = True

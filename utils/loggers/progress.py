@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.sources.listing_progress import listening
+from utils.runtime import launcher
 
 FIRST, SLOW = 10.0, 60.0  # seconds until the first plain line of a piece of work, and between the next ones
 PATIENCE = 1.0  # seconds that listing files may take without a word
@@ -79,11 +80,11 @@ def _columns(stream: Any) -> int:
 
 def _can_be_live() -> bool:
     stream = sys.stderr
-    return (os.environ.get("RANK", "0") == "0" and os.environ.get("TERM", "") not in ("dumb", "unknown") and stream is not None
+    return (launcher.rank() == 0 and os.environ.get("TERM", "") not in ("dumb", "unknown") and stream is not None
             and not stream.closed and stream.isatty())
 
 
-class Line:
+class LiveLine:
     """The live line of a piece of work, from its making to ``close``; where there is no terminal it does nothing.
 
     Args:
@@ -95,12 +96,12 @@ class Line:
 
     def __init__(self, total: int | None, compose: Compose, start: int = 0):
         self._drawn: _Drawn | None = None
-        end()  # one at a time
+        clear_live_line()  # one at a time
         if _can_be_live():
-            _take_warnings_aside()
+            _show_warnings_above()
             self._drawn = _Drawn(total or None, start, compose)
 
-    def at(self, done: int) -> None:
+    def update(self, done: int) -> None:
         """``done`` units are done."""
         if self._drawn is not None:
             with contextlib.suppress(OSError, ValueError):
@@ -123,7 +124,7 @@ def _all_drawn() -> list[_Drawn]:
     return [drawn for drawn in list(getattr(_Drawn, "_instances", ())) if isinstance(drawn, _Drawn) and not drawn.disable]
 
 
-def end() -> None:
+def clear_live_line() -> None:
     """Take away whatever live line there is, whoever made it."""
     for drawn in _all_drawn():
         _close(drawn)
@@ -135,32 +136,32 @@ def is_live() -> bool:
 
 
 @contextlib.contextmanager
-def aside() -> Iterator[None]:
+def live_line_hidden() -> Iterator[None]:
     """The live line is away while other lines are written, and comes back below them."""
     with _Drawn.external_write_mode(file=sys.stderr):
         yield
 
 
-def _take_warnings_aside() -> None:
+def _show_warnings_above() -> None:
     """Let Python's warnings, which go to standard error, be lines of their own."""
     show = warnings.showwarning
     if getattr(show, "aside", False):
         return
 
     def shown(*arguments: Any, **options: Any) -> None:
-        with aside():
+        with live_line_hidden():
             show(*arguments, **options)
 
     shown.aside = True
     warnings.showwarning = shown
 
 
-def periodic(logger: logging.Logger, text: str) -> None:
+def log_periodic(logger: logging.Logger, text: str) -> None:
     """Log a line of many alike, which the live line makes needless on a terminal; log.txt has it all the same."""
     logger.info(text, extra={"periodic": True})
 
 
-class Shown:
+class ProgressLines:
     """How far a piece of work is, from its making to ``close``: a live line, else plain lines, the first after ten seconds.
 
     Args:
@@ -175,10 +176,10 @@ class Shown:
         self.total, self.what, self.unit, self.say, self.start = total, what, unit, say, start
         self.begun = self.said = time.monotonic()
         self.pause = FIRST
-        self.line = Line(total, self._compose, start)
+        self.line = LiveLine(total, self._compose, start)
 
-    def at(self, done: int) -> None:
-        self.line.at(done)
+    def update(self, done: int) -> None:
+        self.line.update(done)
         now = time.monotonic()
         if now - self.said >= self.pause and self.say is not None:
             self.said, self.pause = now, SLOW
@@ -199,31 +200,31 @@ class Tracked:
 
     def __init__(self, iterable: Iterable[Any], total: int | None, what: str, logger: logging.Logger | None, unit: str):
         self.iterable, self.total, self.what, self.unit = iterable, total, what, unit
-        self.say = None if logger is None else functools.partial(periodic, logger)
+        self.say = None if logger is None else functools.partial(log_periodic, logger)
 
     def __len__(self) -> int:
         return self.total or 0
 
     def __iter__(self) -> Iterator[Any]:
-        with contextlib.closing(Shown(self.total, self.what, self.unit, self.say)) as shown:
+        with contextlib.closing(ProgressLines(self.total, self.what, self.unit, self.say)) as shown:
             for done, item in enumerate(self.iterable, 1):
                 yield item
-                shown.at(done)
+                shown.update(done)
 
 
 def track(iterable: Iterable[Any], total: int | None, what: str, logger: logging.Logger | None, unit: str = "batches") -> Tracked:
     """``iterable``, shown as it is read: a live line on a terminal, else a line through ``logger`` after ten seconds and then each minute.
 
     Args:
-        total, what, unit: as of ``Shown``.
+        total, what, unit: as of ``ProgressLines``.
     """
     return Tracked(iterable, total, what, logger, unit)
 
 
 @contextlib.contextmanager
-def listing(say: Callable[[str], None]) -> Iterator[None]:
+def listing_shown(say: Callable[[str], None]) -> Iterator[None]:
     """Inside, the listing of folders and archives shows how far it is; ``say`` takes plain lines."""
-    shown: Shown | None = None
+    shown: ProgressLines | None = None
     begun = time.monotonic()
 
     def heard(root: str, files: int) -> None:
@@ -231,10 +232,10 @@ def listing(say: Callable[[str], None]) -> Iterator[None]:
         if time.monotonic() - begun < PATIENCE:
             return
         if shown is None or shown.what != f"listing {root}":
-            before, shown = shown, Shown(None, f"listing {root}", "files", say, files)
+            before, shown = shown, ProgressLines(None, f"listing {root}", "files", say, files)
             if before is not None:  # one of many short ones: the plain lines are due for all of them together
                 shown.said, shown.pause = before.said, before.pause
-        shown.at(files)
+        shown.update(files)
 
     try:
         with listening(heard):

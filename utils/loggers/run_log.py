@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,14 +26,16 @@ class Records:
     On resume, figures beyond the checkpoint's step are cut off, so that every step has one; events are all kept.
     """
 
-    def __init__(self, config: CfgNode, folder: str, step: int, evaluated: int, facts: dict[str, Any], logger: logging.Logger):
+    def __init__(self, config: CfgNode, folder: str, step: int, evaluated: int, metrics: Sequence[str], facts: dict[str, Any],
+                 logger: logging.Logger):
         """
         Args:
             step: where training stands.
             evaluated: the step after which an epoch was last brought to its end.
+            metrics: names of what an evaluation gives.
             facts: of this start, as plain data: versions, device, data.
         """
-        self.config, self.folder, self.logger = config, folder, logger
+        self.config, self.folder, self.metric_names, self.logger = config, folder, metrics, logger
         replace_file(os.path.join(folder, CONFIG), of_the_run(config).dump().encode())
         self._guarded(lambda: replace_file(os.path.join(folder, SOURCES), (json.dumps(history(config)) + "\n").encode()))
         self.metrics = MetricsLog(folder, evaluated, logger)
@@ -66,7 +68,7 @@ class Records:
     def epoch(self, row: dict[str, Any]) -> None:
         """The figures of an epoch."""
         self.metrics.write(row)
-        train, val = ("train_loss", "lr", "images_per_s"), ("top1", "top5", "val_loss", "raw_top1", "raw_top5", "raw_val_loss")
+        train, val = ("train_loss", "lr", "images_per_s"), (*self.metric_names, *(f"raw_{name}" for name in self.metric_names))
         values = {f"train/{key}": row[key] for key in train} | {f"val/{key}": row[key] for key in val if key in row}
         self._draw(row["step"], values, self._sent[1])
 
@@ -88,7 +90,7 @@ class Records:
         """The run has trained to its end."""
         self.event("finished", step)
         if best:
-            self.board.result(step, self.config, {"top1": best["top1"], "epoch": best["epoch"]})
+            self.board.result(step, self.config, {name: value for name, value in best.items() if name != "step"})
 
     def close(self) -> None:
         self.board.close()

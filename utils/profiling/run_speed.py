@@ -12,21 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from utils.evaluation.loop import evaluate
 from utils.loggers.progress import track
 from utils.runtime import distributed
 from utils.runtime.device import synchronize
-from utils.training.engine import Progress, StepPlan, train_one_epoch
+from utils.tasks.base import Batch
+from utils.training.engine import Progress, train_one_epoch
 from utils.training.setup import Prepared
 
 WARM_UP, FEWEST, MOST = 2, 2, 40  # steps not timed; timed steps, at least and at most
 
-
-# --------------------------------------------------------------------------------------------------
-# Speed
-# --------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Speed:
@@ -39,7 +36,8 @@ class Speed:
     evaluation: float | None
 
 
-def _measure(ready: Prepared, plan: StepPlan, logger: logging.Logger) -> Speed:
+def measure(ready: Prepared, logger: logging.Logger) -> Speed:
+    """The speeds of the run, through the real loader, loop and evaluation; the run's state is left at the step where it was."""
     state, loaders, seconds = ready.state, ready.loaders, ready.config.PLAN.SECONDS
     model, first = distributed.wrap(
         state.model, ready.device, ready.config.TRAIN.ACCUMULATION_STEPS, ready.config.TRAIN.GRAD_COMPRESSION), state.step
@@ -47,16 +45,16 @@ def _measure(ready: Prepared, plan: StepPlan, logger: logging.Logger) -> Speed:
     one = next(batches)
     distributed.mark("planning: steps")
     ready_batches = itertools.repeat(one)
-    trial = _timed_steps(model, ready, plan, ready_batches, WARM_UP)[-1]
-    step = statistics.median(_timed_steps(model, ready, plan, ready_batches, _agreed(seconds / trial)))
+    trial = _timed_steps(model, ready, ready_batches, WARM_UP)[-1]
+    step = statistics.median(_timed_steps(model, ready, ready_batches, _agreed(seconds / trial)))
     distributed.mark("planning: loading")
     batch = _loading_seconds(batches, loaders.train.num_workers, ready.device, seconds / 2)
     workers = loaders.train.num_workers
     distributed.mark("planning: steps with loading")
     number = max(_agreed(2 * seconds / max(step, batch)), _agreed(2 * workers))
-    both = statistics.mean(_timed_steps(model, ready, plan, batches, number))
+    both = statistics.mean(_timed_steps(model, ready, batches, number))
     distributed.mark("planning: evaluation")
-    evaluation = _evaluation_seconds(ready, plan, logger)
+    evaluation = _evaluation_seconds(ready, logger)
     every = distributed.gather_objects((step, batch, both, evaluation or 0.0))
     step, batch, both, longest = (max(column) for column in zip(*every, strict=True))
     return Speed(step, batch, max(both, step, batch), longest or None)
@@ -67,13 +65,13 @@ def _agreed(number: float) -> int:
     return min(MOST, max(FEWEST, int(distributed.gather_objects(number)[0])))
 
 
-def _endless(loaders: Any, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _endless(loaders: Any, start: int) -> Iterator[Batch]:
     while True:
         yield from loaders.batches(start)
         start = 0
 
 
-def _timed_steps(model: nn.Module, ready: Prepared, plan: StepPlan, batches: Iterable[tuple[Tensor, Tensor]], number: int) -> list[float]:
+def _timed_steps(model: nn.Module, ready: Prepared, batches: Iterable[Batch], number: int) -> list[float]:
     """Seconds of each of ``number`` steps through the real loop; the run's step count stays."""
     state, times, first = ready.state, [], ready.state.step
     then = time.perf_counter()
@@ -85,7 +83,7 @@ def _timed_steps(model: nn.Module, ready: Prepared, plan: StepPlan, batches: Ite
         times.append(now - then)
         then = now
 
-    train_one_epoch(model, state, iter(batches), first + number, plan, Progress(ready.device), after_step)
+    train_one_epoch(model, state, iter(batches), first + number, ready.plan, Progress(ready.device), after_step)
     state.step = first
     return times
 
@@ -104,7 +102,7 @@ def _loading_seconds(batches: Iterator[Any], workers: int, device: torch.device,
     return (time.perf_counter() - begun) / number
 
 
-def _evaluation_seconds(ready: Prepared, plan: StepPlan, logger: logging.Logger) -> float | None:
+def _evaluation_seconds(ready: Prepared, logger: logging.Logger) -> float | None:
     """Seconds of a whole evaluation, from a few batches of it; None where their number is unknown."""
     loader, state = ready.loaders.val, ready.state
     taken = min(len(loader) or 1, 1 + max(1, ready.loaders.val.num_workers))
@@ -118,7 +116,7 @@ def _evaluation_seconds(ready: Prepared, plan: StepPlan, logger: logging.Logger)
     begun = time.perf_counter()
     with contextlib.nullcontext() if state.ema is None else state.ema.on(ready.device) as average:
         models = [state.model] if average is None else [state.model, average]
-        evaluate(models, track(timed(), taken, "evaluating", logger), ready.device, plan.precision)
+        evaluate(ready.plan.task, models, track(timed(), taken, "evaluating", logger), ready.device, ready.plan.precision)
         synchronize(ready.device)
     ended = time.perf_counter()
     # the first batch is computed before the second is asked for, so the stretch from its arrival holds as many passes as batches

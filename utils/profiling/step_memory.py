@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from utils.checkpoints.state import TrainState
+from utils.tasks.base import Batch
 from utils.training.engine import StepPlan
 
 _MARK = "the forward pass has ended"
@@ -67,10 +70,13 @@ def _bytes(tensors: list[Tensor]) -> int:
 
 def _watched(plan: StepPlan, forward_done: Callable[[], None]) -> StepPlan:
     """``plan`` with a look at the memory where the loss is computed from the forward pass's result."""
-    def criterion(logits: Tensor, targets: Tensor) -> Tensor:
+    def loss(outputs: Any, batch: Batch) -> Tensor:
         forward_done()
-        return plan.criterion(logits, targets)
-    return dataclasses.replace(plan, criterion=criterion)
+        return plan.task.loss(outputs, batch)
+
+    task = copy.copy(plan.task)
+    task.loss = loss
+    return dataclasses.replace(plan, task=task)
 
 
 def _on_cuda(plan: StepPlan, work: Callable[[StepPlan], None]) -> tuple[int, int]:

@@ -9,35 +9,34 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
-from config import image_size
 from utils.profiling.step_memory import measure_step
 from utils.runtime.compile import compiled_graphs
 from utils.runtime.device import synchronize
 from utils.runtime.precision import Precision
+from utils.tasks.base import Task
+from utils.training.assembly import synthetic_step
 from utils.training.engine import Progress, StepPlan, train_one_epoch
-from utils.training.setup import prepare_step
 
 ROUNDS, WARM_UP, BUDGET = 30, 3, 20.0  # rounds at most, rounds not counted, seconds a measurement may take
 
 
-def measure(model: nn.Module, config: CfgNode, device: torch.device, precision: Precision) -> Iterator[str]:
+def measure(task: Task, config: CfgNode, device: torch.device, precision: Precision) -> Iterator[str]:
     """Yield a line on the forward pass, one on the training step, medians over the rounds, and one on the step's memory.
 
     The step is that of training (``engine.train_one_epoch``) with the recipe's mixup, optimizer and average of weights, on one
-    micro-batch of made-up images.
+    micro-batch of synthetic images.
     """
-    images, targets = made_up_batch(config, device)
-    batch = len(images)
-    state, plan = prepare_step(model, config, device, precision)
+    state, plan, batch = synthetic_step(config, task, device, precision)
+    model, size = state.model, config.DATA.BATCH_SIZE
 
     @torch.inference_mode()
     def forward() -> None:
         with precision.autocast():
-            model(images)
+            task.forward(model, batch)
 
     model.eval()
     clock = _Clock(device)
@@ -45,9 +44,9 @@ def measure(model: nn.Module, config: CfgNode, device: torch.device, precision: 
         forward()
         if clock.enough():
             break
-    yield f"throughput forward: {clock.line(batch, precision)}"
+    yield f"throughput forward: {clock.line(size, precision)}"
 
-    batches = itertools.repeat((images, targets))
+    batches = itertools.repeat(batch)
 
     def train(plan: StepPlan, steps: int, after: Callable[[], None]) -> None:
         train_one_epoch(model, state, batches, state.step + steps, plan, Progress(device), lambda state, progress: after())
@@ -55,10 +54,10 @@ def measure(model: nn.Module, config: CfgNode, device: torch.device, precision: 
     clock = _Clock(device)
     with contextlib.suppress(_Enough):
         train(plan, ROUNDS + WARM_UP, clock.check)
-    yield f"throughput training: {clock.line(batch, precision)}"
+    yield f"throughput training: {clock.line(size, precision)}"
     if config.COMPILE != "off":
         yield f"compiled {config.COMPILE}: {compiled_graphs()} graphs, the first training step took {clock.first:.1f} s"
-    memory = measure_step(state, plan, lambda watched: train(watched, 1, lambda: None), images.nbytes + targets.nbytes)
+    memory = measure_step(state, plan, lambda watched: train(watched, 1, lambda: None), sum(part.nbytes for part in batch))
     if memory is not None:
         yield memory.line()
 
@@ -69,14 +68,6 @@ def multiply_adds(model: nn.Module, size: tuple[int, int]) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(images)
     return counter.get_total_flops() // 2
-
-
-def made_up_batch(config: CfgNode, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Noise (B, 3, H, W) and classes (B,) in the config's sizes, on ``device``."""
-    generator, batch = torch.Generator().manual_seed(config.SEED), config.DATA.BATCH_SIZE
-    images = torch.randn(batch, 3, *image_size(config), generator=generator)
-    targets = torch.randint(config.MODEL.NUM_CLASSES or 1000, (batch,), generator=generator)
-    return images.to(device), targets.to(device)
 
 
 class _Enough(Exception):

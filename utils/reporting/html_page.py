@@ -14,7 +14,7 @@ import numpy as np
 from utils.evaluation.paired_test import Paired, compare
 from utils.evaluation.per_class import PerClass
 from utils.evaluation.predictions_file import Outcomes, confused_pairs, confusion, reliability
-from utils.evaluation.statistics import bootstrap_interval
+from utils.evaluation.statistics import accuracy_interval
 from utils.reporting.charts import charts, letters, marks
 from utils.reporting.html_style import SCRIPT, STYLE
 from utils.reporting.run_reader import Run, beside_preset, circumstances, config_differences, facts, shown, source_of
@@ -172,7 +172,7 @@ def _figures(predictions: Outcomes) -> PerClass:
 
 def _classes(predictions: Outcomes, lead: str) -> str:
     cells, classes = confusion(predictions), predictions.classes
-    low, high = (100 * bound for bound in bootstrap_interval(int(predictions.right.sum()), len(predictions.right)))
+    low, high = (100 * bound for bound in accuracy_interval(int(predictions.right.sum()), len(predictions.right)))
     figures = _figures(predictions)
     recall, precision = figures.recall, np.where(figures.answered > 0, figures.precision, np.nan)
     worst = sorted(figures.worst(len(classes)), key=lambda i: (recall[i], -figures.images[i]))

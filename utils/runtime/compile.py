@@ -103,12 +103,11 @@ def require_compiler(device: torch.device, how: str) -> None:
                           "(on Debian: apt-get install g++), or use --compile off") from None
 
 
-def compile_error(error: Exception) -> str | None:
-    """The sentence on an error that torch.compile raised when it met the model; None for any other error."""
-    module = type(error).__module__
-    if not module.startswith(("torch._dynamo.", "torch._inductor.")):
+def compile_error(error: Exception) -> ConfigError | None:
+    """The error of ours for one that torch.compile raised when it met the model; None for any other error."""
+    if not type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
         return None
-    return f"this model cannot be compiled ({_reason(error)}); use --compile off"
+    return ConfigError(f"this model cannot be compiled ({_reason(error)}); use --compile off")
 
 
 def _probe(x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -18,15 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import ConfigError
+from config import ConfigError, ProgramError
+from utils.runtime import launcher
 from utils.runtime.heartbeat import Heartbeat
+
+
+class PeerLost(ProgramError):
+    """The exchange between processes broke: another process of the job ended. An empty message: that one says why itself."""
+
+    any_rank = True
 
 
 @dataclass
 class _Group:
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
     active: bool = False
     heartbeat: Heartbeat | None = None
 
@@ -34,53 +39,9 @@ class _Group:
 _group = _Group()
 
 
-def _launched() -> _Group:
-    """The place the launcher's environment gives this process.
-
-    Raises:
-        ConfigError: the environment is set by halves.
-    """
-    _take_over_slurm()
-    names = ("RANK", "WORLD_SIZE")
-    given = {name: os.environ[name] for name in names if os.environ.get(name, "") != ""}
-    if not given:
-        return _Group()
-    try:
-        numbers = {name: int(value) for name, value in given.items()}
-        local_rank = int(os.environ.get("LOCAL_RANK") or 0)
-    except ValueError:
-        raise ConfigError(f"the launcher's variables are no numbers ({', '.join(f'{k}={v}' for k, v in given.items())}); "
-                          "start with torchrun, or unset them to run as one process") from None
-    missing = [name for name in names if name not in given]
-    if numbers.get("WORLD_SIZE", 0) != 1 or missing:
-        missing += [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)] if not missing else []
-    if missing:
-        raise ConfigError(f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} set but {' and '.join(missing)} "
-                          f"{'is' if len(missing) == 1 else 'are'} not; start with torchrun --nproc_per_node N main.py ..., "
-                          f"or unset {' and '.join(given)} to run as one process")
-    rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"RANK is {rank} and WORLD_SIZE {world_size}; a rank lies below the number of processes")
-    return _Group(rank, world_size, local_rank)
-
-
-def _take_over_slurm() -> None:
-    """Give ``srun python main.py`` the variables that torchrun would set; an interactive or batch shell has no step of tasks."""
-    tasks, env = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ
-    if "RANK" in env or "WORLD_SIZE" in env or not tasks.isdigit() or int(tasks) < 2 or "SLURM_PROCID" not in env:
-        return
-    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], tasks
-    env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
-    env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])
-    if address := env.get("SLURM_LAUNCH_NODE_IPADDR"):
-        env.setdefault("MASTER_ADDR", address)
-    if (job := env.get("SLURM_JOB_ID", "")).isdigit():
-        env.setdefault("MASTER_PORT", str(20000 + int(job) % 20000))
-
-
 def _end_with_launcher() -> None:
     """A launcher that is killed takes its processes along: each gets SIGTERM, saves and stops (Linux)."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if sys.platform == "linux" and launcher.is_torchrun():
         with contextlib.suppress(OSError, AttributeError):
             import ctypes
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -96,7 +57,8 @@ def init(device: torch.device, minutes: float = 20.0) -> None:
         ConfigError: the environment is half set, torch lacks torch.distributed, or the address cannot be used.
     """
     global _group
-    group = _launched()
+    place = launcher.place()
+    group = _Group(place.rank, place.world_size)
     _end_with_launcher()
     if group.world_size > 1:
         import torch.distributed as dist
@@ -106,19 +68,19 @@ def init(device: torch.device, minutes: float = 20.0) -> None:
         if device.type == "cuda":
             if not dist.is_nccl_available():
                 raise ConfigError("this torch has no NCCL, which several GPUs need; start one process, or use DEVICE cpu")
-            if not os.environ.get("LOCAL_RANK"):
+            if not launcher.knows_local_rank():
                 raise ConfigError("WORLD_SIZE is set but LOCAL_RANK is not, so processes do not know their GPUs; start with torchrun")
-            if device.index != group.local_rank:
+            if device.index != place.local_rank:
                 raise ConfigError(f"DEVICE is {device} for every process; with {group.world_size} of them use DEVICE cuda")
         wait = timedelta(minutes=minutes + 1)
         try:
             # torchrun's store outlives the processes it starts anew, who would read the addresses of those before them (seen
             # with torch 2.15 and gloo): so each attempt has names of its own there.
-            store = _launcher_store(wait) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
+            store = _launcher_store(wait) if launcher.has_torchruns_store() else None
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=wait, store=store,
                                     rank=group.rank, world_size=group.world_size)
         except (RuntimeError, ValueError, OSError) as error:
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            address = "{}:{}".format(*launcher.address())
             if "address already in use" in str(error).lower() or "EADDRINUSE" in str(error):
                 raise ConfigError(f"port {address} is in use by another program; use torchrun --standalone, "
                                   "or another --master-port") from None
@@ -133,8 +95,8 @@ def init(device: torch.device, minutes: float = 20.0) -> None:
 def _launcher_store(wait: timedelta) -> Any:
     """A new connection to the store at the master's address; what an earlier attempt of this job wrote is not seen."""
     import torch.distributed as dist
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False, timeout=wait)
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.TCPStore(*launcher.address(), is_master=False, wait_for_workers=False, timeout=wait)
+    return dist.PrefixStore(f"attempt {launcher.attempt()}", store)
 
 
 def mark(phase: str, step: int | None = None) -> None:
@@ -154,9 +116,16 @@ def announce_failure(sentence: str) -> None:
         _group.heartbeat.announce_failure(sentence)
 
 
-def blame() -> str | None:
-    """After a broken exchange: the sentence on the process that broke it; empty when another process says it, None if unknown."""
-    return _group.heartbeat.blame() if _group.heartbeat is not None else None
+# Words of the exchanges' own errors, which torch raises as RuntimeErrors without a type of their own.
+_BROKEN = ("gloo", "NCCL", "Connection reset", "Connection closed", "DistBackendError", "Broken pipe")
+
+
+def peer_lost(error: Exception) -> PeerLost | None:
+    """The error of ours for one that torch raised when an exchange broke; None for any other error."""
+    if _group.world_size == 1 or not isinstance(error, RuntimeError) or not any(word in str(error) for word in _BROKEN):
+        return None
+    culprit = _group.heartbeat.blame() if _group.heartbeat is not None else None
+    return PeerLost("another process of this job stopped; its own message says why" if culprit is None else culprit)
 
 
 def rank() -> int:
@@ -167,19 +136,6 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes."""
     return _group.world_size
-
-
-def local_rank() -> int:
-    """This process's number on its machine: the GPU it takes. Valid before ``init``."""
-    _take_over_slurm()
-    value = os.environ.get("LOCAL_RANK", "0")
-    return int(value) if value.isdigit() else 0
-
-
-def restarts() -> int:
-    """Times that torchrun or Slurm has started this job anew by itself."""
-    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return sum(int(count) for count in counts if count.isdigit())
 
 
 def is_main() -> bool:
@@ -247,7 +203,7 @@ def sync_batch_norm(model: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def unwatched() -> None:
+def stop_watching() -> None:
     """What follows is this process's own business: nobody waits for it, so that it may take its time."""
     if _group.heartbeat is not None:
         _group.heartbeat.stop()

@@ -9,7 +9,9 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
 
 from config import ConfigError
 
@@ -89,47 +91,22 @@ def link_atomically(target: str, link: str) -> None:
     _sync_folder(os.path.dirname(os.path.abspath(link)))
 
 
-def lock_folder(folder: str) -> TextIO:
-    """Lock ``folder`` for as long as the file that is returned stays open; the system breaks the lock of a dead process.
-
-    The file says who holds it. On a file system without locks that text decides: a live process of this machine keeps others out.
+def lock_folder(folder: str) -> FileLock:
+    """Lock ``folder`` until ``release`` of what is returned, or until this process dies; DataLoader workers do not hold it.
 
     Raises:
         BlockingIOError: another process holds it; ``filename`` says which.
     """
-    file = open(os.path.join(folder, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115  held open on purpose
-    file.seek(0)
-    holder = file.read(200).strip()
+    lock, holder = FileLock(os.path.join(folder, ".lock")), os.path.join(folder, ".lock-holder")
     try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows: no lock
-        pass
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK) or _is_alive(holder):
-            file.close()
-            raise BlockingIOError(errno.EAGAIN, "locked", holder) from None
-    with contextlib.suppress(OSError):  # a full disk: the lock itself holds
-        file.truncate(0)
+        lock.acquire(blocking=False)
+    except Timeout:
+        with contextlib.suppress(OSError), open(holder, encoding="utf-8") as file:
+            raise BlockingIOError(errno.EAGAIN, "locked", file.read(200).strip()) from None
+        raise BlockingIOError(errno.EAGAIN, "locked", "") from None
+    with contextlib.suppress(OSError), open(holder, "w", encoding="utf-8") as file:  # a full disk: the lock itself holds
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-    if hasattr(os, "register_at_fork"):
-        # Loading processes outlive a killed run by seconds and must not hold its lock.
-        os.register_at_fork(after_in_child=file.close)
-    return file
-
-
-def _is_alive(holder: str) -> bool:
-    words = holder.split()
-    if len(words) != 4 or not words[1].isdigit() or words[3] != socket.gethostname() or int(words[1]) == os.getpid():
-        return False
-    try:
-        os.kill(int(words[1]), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
+    return lock
 
 
 def free_bytes(folder: str) -> int:

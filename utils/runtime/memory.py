@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 from collections.abc import Callable, Iterator, Mapping
 
+import psutil
 import torch
 
-from utils.runtime import distributed
+from config import ProgramError
+from utils.runtime import distributed, launcher
 from utils.runtime.device import give_back_freed_memory, peak_memory_mib, synchronize
 
 HEADROOM = 0.95  # share of the memory that a choice may fill: allocators lose some between blocks, and runs last longer than trials
+
+
+class OutOfMemory(ProgramError):
+    """Memory did not suffice for a step."""
+
+    any_rank = True
+
+
+def out_of_memory(error: Exception) -> OutOfMemory | None:
+    """The error of ours for one that torch raised for lack of memory; None for any other error."""
+    if not is_out_of_memory(error):
+        return None
+    return OutOfMemory("out of memory; add --fit, which takes a smaller micro-batch and keeps the recipe, or --use-checkpoint")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -27,31 +41,28 @@ def limit(device: torch.device, budget: int) -> int:
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        there = free + torch.cuda.memory_reserved(device)  # what others take is not to be had
+        there = free + torch.cuda.memory_reserved(device)  # what others take is not free
         return min(there, budget or total)
     if device.type == "mps":
         return budget or torch.mps.recommended_max_memory()
-    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    share = max(1, int(here) if here.isdigit() and distributed.world_size() > 1 else 1)
-    return (budget or _host_bytes()) // share
+    return (budget or _host_bytes()) // (launcher.local_world_size() if distributed.world_size() > 1 else 1)
 
 
 def _host_bytes() -> int:
-    """Memory of this machine, or container, that is free or this process's own."""
-    sizes = [_status("/proc/meminfo", "MemAvailable") + _status("/proc/self/status", "VmRSS")]
+    """Memory of this machine, or container (which psutil does not know of), that is free or this process's own."""
+    host = psutil.virtual_memory()
+    sizes = [host.available + psutil.Process().memory_info().rss, host.total]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError), open(path) as file:
             sizes.append(int(file.read()))
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min((size for size in sizes if size > 0), default=1 << 62)
+    return min(size for size in sizes if size > 0)
 
 
-def _status(path: str, name: str) -> int:
-    """Bytes of a line such as ``VmRSS:  1234 kB``; 0 where there is none."""
-    with contextlib.suppress(OSError, ValueError, IndexError), open(path) as file:
+def _peak_since_reset() -> int:
+    """Bytes of this process at their peak (Linux, which alone can reset it; psutil does not tell it); 0 elsewhere."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/self/status") as file:
         for line in file:
-            if line.startswith(name + ":"):
+            if line.startswith("VmHWM:"):
                 return int(line.split()[1]) << 10
     return 0
 
@@ -60,11 +71,11 @@ def peak(device: torch.device) -> int:
     """Most bytes in use since ``reset_peak``: of the GPU's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return (_status("/proc/self/status", "VmHWM") if device.type == "cpu" else 0) or peak_memory_mib(device) << 20
+    return (_peak_since_reset() if device.type == "cpu" else 0) or peak_memory_mib(device) << 20
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let ``peak`` begin anew, where the system can."""
+    """Let ``peak`` start again, where the system can."""
     gc.collect()
     give_back_freed_memory()
     if device.type == "cuda":
@@ -99,16 +110,12 @@ def expected(measured: Mapping[int, int | None], size: int) -> float:
 
 
 def of_children() -> int:
-    """Bytes that this process's children (the loading processes) have for themselves; 0 where the system does not tell."""
+    """Bytes that this process's children (the DataLoader workers) have for themselves."""
     total = 0
-    for child in _children():
-        total += _status(f"/proc/{child}/smaps_rollup", "Private_Clean") + _status(f"/proc/{child}/smaps_rollup", "Private_Dirty")
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            total += child.memory_full_info().uss
     return total
-
-
-def _children() -> Iterator[int]:
-    with contextlib.suppress(OSError, ValueError), open(f"/proc/self/task/{os.getpid()}/children") as file:
-        yield from map(int, file.read().split())
 
 
 @contextlib.contextmanager

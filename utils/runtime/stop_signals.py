@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 
+from config import ProgramError
 from utils.runtime import distributed
 
 
-class Stopped(Exception):
-    """Training ended because a signal asked for it, with nothing lost (exit status 75)."""
+class Stopped(ProgramError):
+    """Training ended because a signal asked for it, with nothing lost: the same command continues."""
+
+    exit_status = 75
 
 
 @contextlib.contextmanager
-def tidy_end() -> Iterator[None]:
+def exit_from_within() -> Iterator[None]:
     """Inside, SIGTERM and SIGHUP end the program from within, with the shell's status for them, so that half a file is removed.
 
     Not in a job of several processes, where one may be waiting for the others, nor for signals that are ignored (nohup).
@@ -47,12 +50,12 @@ class StopRequest:
     save after the same one; the exchange is of three numbers on the CPU and does not wait for a GPU.
 
     Attributes:
-        look: whether this rank wants all of them to look at the last steps' losses.
+        log_due: whether this rank wants all of them to read the last steps' losses, for a line.
         training: while False there is nothing to save yet, and a signal ends the program where it stands.
     """
 
     def __init__(self) -> None:
-        self.name, self.save, self.look, self.training = "", False, False, False
+        self.name, self.save, self.log_due, self.training = "", False, False, False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -81,9 +84,9 @@ class StopRequest:
             raise Stopped(f"stopped by {name} before the first step; the same command starts again from where the run stands")
 
     def agreed(self) -> tuple[bool, bool, bool]:
-        """(stop, save, look), the same on every rank; requests to save and to look are thereby taken."""
-        flags = [bool(self.name), self.save, self.look]
-        self.save = self.look = False  # before the exchange: one that comes while it waits is for the next
+        """(stop, save, log_due), the same on every rank; requests to save and to log are thereby taken."""
+        flags = [bool(self.name), self.save, self.log_due]
+        self.save = self.log_due = False  # before the exchange: one that comes while it waits is for the next
         if distributed.world_size() > 1:
             flags = distributed.all_reduce_sum(torch.tensor(flags, dtype=torch.int64)).bool().tolist()
         return flags[0], flags[1], flags[2]

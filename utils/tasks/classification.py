@@ -1,16 +1,83 @@
-"""Classification: its loss."""
+"""Classification: one class an image."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from data import Loaders
+from data.transforms.mixup import build_mixup
+from utils.evaluation.classification_metrics import METRICS, counted, detail
+from utils.evaluation.metrics import SumEvaluator
+from utils.evaluation.predictions_file import FILE
+from utils.evaluation.recorder import Recorder, recordable, write_outcomes
+from utils.inference.evaluation_models import Flipped, Reordered
+from utils.inference.outputs import TopClasses
+from utils.inference.trained_model import Trained
+from utils.tasks.base import Batch, Task, noise
+from utils.tasks.classification_report import ClassificationReport
 
 
-def build_loss(smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """``(logits (B, K), targets) -> sum over the samples``; mixed targets (B, K) come smoothed already."""
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        soft = targets.is_floating_point()
-        return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=0.0 if soft else smoothing)
-    return loss
+class Classification(Task):
+    """Batches are ``(images (B, 3, H, W), targets)``; targets are classes (B,), -1 for rows that only fill an evaluation batch, or the
+    mixed and smoothed (B, C) that mixup makes of them. Outputs are logits (B, C), float32."""
+
+    name = "classification"
+    metrics = METRICS
+    best = METRICS[0]
+
+    def __init__(self, config: CfgNode):
+        self.smoothing = config.MODEL.LABEL_SMOOTHING
+
+    def batch_transform(self, config: CfgNode, num_classes: int, rank: int) -> Callable[[Batch, int], Batch]:
+        mixup = build_mixup(config, num_classes, rank)
+        return lambda batch, step: mixup(*batch, step)
+
+    def synthetic_batch(self, config: CfgNode, images: int, num_classes: int, device: torch.device, generator: torch.Generator) -> Batch:
+        targets = torch.randint(num_classes, (images,), generator=generator).to(device)
+        return noise(config, images, device, generator), targets
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(self.images(batch)).float()
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        targets = self.targets(batch)
+        smoothing = 0.0 if targets.is_floating_point() else self.smoothing  # mixed targets come smoothed already
+        return F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=smoothing)
+
+    def evaluator(self, device: torch.device) -> SumEvaluator:
+        return SumEvaluator(METRICS, device, counted, detail)
+
+    def prediction_log(self, loaders: Loaders) -> _PredictionLog | None:
+        return _PredictionLog(loaders) if recordable(loaders.val) else None
+
+    def evaluation_report(self, config: CfgNode) -> ClassificationReport:
+        return ClassificationReport(self, config)
+
+    def evaluated_model(self, config: CfgNode, model: nn.Module, names: Sequence[str], classes: Sequence[str]) -> nn.Module:
+        if list(names) != list(classes):
+            number = {name: i for i, name in enumerate(names)}
+            model = Reordered(model, [number[name] for name in classes])
+        return model if config.TEST.FLIP == "none" else Flipped(model, config.TEST.FLIP)
+
+    def prediction_format(self, config: CfgNode, trained: Trained) -> TopClasses:
+        return TopClasses(trained.classes, trained.descriptions, config.PREDICT.TOPK)
+
+
+class _PredictionLog:
+    """predictions.npz of a run's last evaluation."""
+
+    def __init__(self, loaders: Loaders):
+        self.loaders, self.recorder = loaders, Recorder()
+
+    def __call__(self, outputs: Tensor, batch: Batch) -> None:
+        self.recorder(outputs, batch[1])
+
+    def write(self, folder: str) -> None:
+        answers = self.recorder.answers(self.loaders.val)
+        write_outcomes(answers, self.loaders.val, self.loaders.classes, os.path.join(folder, FILE))

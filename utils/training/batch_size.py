@@ -1,9 +1,8 @@
-"""``--fit``: the largest micro-batch that memory holds; found by real steps on made-up images."""
+"""``--fit``: the largest micro-batch that memory holds; found by real steps on synthetic images."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -11,21 +10,16 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from config import ConfigError, image_size, with_values
-from data import build_loaders
+from config import ConfigError, ProgramError, image_size, with_values
 from data.loading.workers import worker_count
 from data.messages import NOTICE
-from models import build_model, check_input_size
 from utils.checkpoints.state import TrainState
-from utils.loggers.progress import listing, periodic
-from utils.optim import optimizer as optim
-from utils.optim.ema import build_average
-from utils.optim.freeze import freeze
-from utils.optim.lr_schedule import build_schedule
+from utils.evaluation.setup import open_loaders
 from utils.runtime import distributed, memory
 from utils.runtime.precision import choose_precision
-from utils.runtime.seed import make_deterministic, seed_initialisation
-from utils.tasks.classification import build_loss
+from utils.runtime.seed import make_deterministic
+from utils.tasks.base import Task
+from utils.training.assembly import assemble, build_initial_model
 from utils.training.engine import StepPlan, backward
 from utils.training.resume import Start
 
@@ -61,32 +55,32 @@ def split_batch(config: CfgNode, local: int, micro: int, whose: str) -> CfgNode:
 
 
 STRETCH = 4  # on a CPU memory is not tried beyond: a process that takes too much is killed, so sizes grow by measured steps
-BATCHES_AHEAD = 3  # that a loading process holds, the one it works on included
+BATCHES_AHEAD = 3  # that a DataLoader worker holds, the one it works on included
 
 
-class Unfit(RuntimeError):
-    """Not even a single image fits into memory (exit status 1)."""
+class DoesNotFit(ProgramError):
+    """The run does not fit into memory or on the disk; the message says why."""
 
 
-def largest_micro_batch(config: CfgNode, local: int, outputs: int, device: torch.device) -> tuple[int, str]:
+def largest_micro_batch(config: CfgNode, task: Task, local: int, num_classes: int, device: torch.device) -> tuple[int, str]:
     """(images of the largest micro-batch that fits on every process, a line on its memory).
 
     Args:
         local: images of a step on one process; the micro-batch divides it.
-        outputs: classes of the model.
+        num_classes: classes of the data.
 
     Raises:
-        Unfit: a micro-batch of one image does not fit.
+        DoesNotFit: a micro-batch of one image does not fit.
     """
     sizes = divisors(local)
     most = int(memory.HEADROOM * memory.limit(device, config.PLAN.MEMORY)) - _of_loading(config, local, device)
     with memory.allowed(device, config.PLAN.MEMORY):
-        found, measured = _try_sizes(Trial(config, local, outputs, device), sizes, most)
+        found, measured = _try_sizes(Trial(config, task, local, num_classes, device), sizes, most)
     memory.reset_peak(device)  # gives back what the trial had
     found = min(distributed.gather_objects(found))
     if not found:
-        raise Unfit(f"a micro-batch of one image does not fit into {memory.shown(max(0, most))}; add --use-checkpoint, or take a smaller "
-                    "model or --img-size")
+        raise DoesNotFit(f"a micro-batch of one image does not fit into {memory.shown(max(0, most))}; add --use-checkpoint, or take a "
+                         "smaller model or --img-size")
     peak, beyond = measured.get(found), next((n for n in sizes if n > found), None)
     return found, (f"{memory.shown(peak)} of " if peak else "") + memory.shown(most) + " are taken at the peak" + (
         f", {beyond} images would not fit" if beyond is not None else "")
@@ -127,54 +121,44 @@ def search(sizes: Sequence[int], fits: Callable[[int], bool], measured: dict[int
 
 
 def _of_loading(config: CfgNode, local: int, device: torch.device) -> int:
-    """Bytes of the batches that loading processes hold ready; a matter of the CPU's memory alone."""
+    """Bytes of the batches that DataLoader workers hold ready; a matter of the CPU's memory alone."""
     height, width = image_size(config)
     return 0 if device.type != "cpu" else worker_count(config) * BATCHES_AHEAD * local * 3 * height * width * 4
 
 
 class Trial:
-    """A model in training as a run has it, for steps on made-up images."""
+    """A model in training as a run has it, for steps on synthetic images."""
 
-    def __init__(self, config: CfgNode, local: int, outputs: int, device: torch.device):
+    def __init__(self, config: CfgNode, task: Task, local: int, num_classes: int, device: torch.device):
         precision = choose_precision(config, device)
         make_deterministic(device)
-        seed_initialisation(config.SEED)
-        model = build_model(config, outputs)
-        check_input_size(model, config)
-        fixed = freeze(model, config)
-        model.to(device)
-        self.state = TrainState(model, optim.build_optimizer(config, model), precision.scaler, build_average(config, model))
-        self.plan = StepPlan(build_schedule(config, 1, local), build_loss(config.MODEL.LABEL_SMOOTHING),
-                             lambda x, y, step: (x, y), precision, device, local, local, config.TRAIN.CLIP_GRAD or float("inf"),
-                             config.SEED, 0, 1, fixed)
-        self.shape, self.outputs, self.local, self.copies = (3, *image_size(config)), outputs, local, config.TRAIN.BACKGROUND_SAVE
+        self.config, self.local, self.num_classes = config, local, num_classes
+        model = build_initial_model(config, task, num_classes)
+        self.state, self.plan = assemble(config, task, model, device, precision, images=local, transform=lambda batch, step: batch)
 
     def peak(self, micro: int) -> int | None:
         """Bytes in use at the peak of training in micro-batches of ``micro`` images; None when memory did not suffice."""
-        return memory.taken(lambda: two_steps(self.state, self.plan, self.local, micro, self.shape, self.outputs, self.copies),
-                            self.plan.device)
+        return memory.taken(lambda: two_steps(self.state, self.plan, self.config, self.local, micro, self.num_classes), self.plan.device)
 
 
-def two_steps(state: TrainState, plan: StepPlan, local: int, micro: int, shape: Sequence[int], outputs: int, copies: bool) -> None:
+def two_steps(state: TrainState, plan: StepPlan, config: CfgNode, local: int, micro: int, num_classes: int) -> None:
     """Two optimizer steps of two micro-batches at most, while a whole batch and the next one lie ready: the memory of any other step.
 
-    Args:
-        shape: of an image, (3, H, W).
-        copies: whether a copy of the state lies beside it, as while a checkpoint is written in the background.
+    With TRAIN.BACKGROUND_SAVE a copy of the state lies beside it, as while a checkpoint is written.
     """
-    device = plan.device
-    batches = [torch.zeros(local, *shape, device=device).normal_() for _ in range(2)]  # this step's and the next one's
-    images = batches[0][:2 * micro]
-    targets = torch.full((len(images), outputs), 1 / outputs, device=device)
-    part = dataclasses.replace(plan, micro_batch=micro, images=len(images), world_size=1)
+    device, generator = plan.device, torch.Generator().manual_seed(0)
+    used = min(local, 2 * micro)
+    batch = plan.task.synthetic_batch(config, used, num_classes, device, generator)
+    lies_ready = torch.empty(2 * local - used, *plan.task.images(batch).shape[1:], device=device).zero_()
+    part = dataclasses.replace(plan, micro_batch=micro, images=used, world_size=1)
     state.model.train()
     for module in part.fixed:
         module.eval()
     parameters: list[nn.Parameter] = [p for p in state.model.parameters() if p.requires_grad]
-    kept = state.state_dict(copy=True) if copies and device.type == "cpu" else None
+    kept = state.state_dict(copy=True) if config.TRAIN.BACKGROUND_SAVE and device.type == "cpu" else None
     try:
         for step in range(2):
-            backward(state.model, images, targets, part, step)
+            backward(state.model, batch, part, step)
             nn.utils.clip_grad_norm_(parameters, plan.clip)
             for parameter in parameters:  # the step is for its memory; weights stay what they are, but for their decay
                 if parameter.grad is not None:
@@ -185,7 +169,7 @@ def two_steps(state: TrainState, plan: StepPlan, local: int, micro: int, shape: 
                 state.ema.update(1)
     finally:
         state.optimizer.zero_grad(set_to_none=True)
-        del kept, batches
+        del kept, batch, lies_ready
 
 
 def keep_global_batch(config: CfgNode, wanted: int, whose: str, world_size: int, logger: logging.Logger) -> CfgNode:
@@ -204,17 +188,16 @@ def keep_global_batch(config: CfgNode, wanted: int, whose: str, world_size: int,
     return split_batch(config, local, micro, whose)
 
 
-def fit_micro_batch(config: CfgNode, start: Start, device: torch.device, world_size: int, logger: logging.Logger) -> CfgNode:
+def fit_micro_batch(config: CfgNode, task: Task, start: Start, device: torch.device, world_size: int, logger: logging.Logger) -> CfgNode:
     """The config with the largest micro-batch that memory holds; the global batch is the checkpoint's, or the recipe's."""
     whose = "the recipe's" if start.content is None else "the checkpoint's"
     wanted = recipe_batch(config, world_size) if start.content is None else start.content["global_batch"]
     local = local_batch(wanted, whose, world_size)
     distributed.mark("looking for the largest micro-batch")
-    outputs = config.MODEL.NUM_CLASSES or len((start.content or {}).get("classes", ()))
-    if not outputs:
-        with listing(functools.partial(periodic, logger)):
-            outputs = len(build_loaders(config, distributed.rank(), world_size, splits=("train",), device=device).classes)
-    micro, line = largest_micro_batch(config, local, outputs, device)
+    num_classes = config.MODEL.NUM_CLASSES or len((start.content or {}).get("classes", ()))
+    if not num_classes:
+        num_classes = len(open_loaders(task, config, device, logger, splits=("train",)).classes)
+    micro, line = largest_micro_batch(config, task, local, num_classes, device)
     logger.info(f"fit: {micro} images x {local // micro} accumulated x {world_size} processes = {wanted}, {whose} global batch, so that "
                 f"learning rate and steps stay; {line}")
     return split_batch(config, local, micro, whose)

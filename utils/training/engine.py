@@ -10,16 +10,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from config import ProgramError
 from utils.checkpoints.state import TrainState
 from utils.optim.lr_schedule import Schedule, set_lr
 from utils.optim.optimizer import skips_on_device
 from utils.runtime import distributed
 from utils.runtime.precision import Precision
 from utils.runtime.seed import seed_micro_batch
+from utils.tasks.base import Batch, Task
 
 
-class NumericError(ArithmeticError):
-    """Loss, gradients or weights are no longer finite numbers, beyond what may be skipped (exit status 4)."""
+class NumericError(ProgramError, ArithmeticError):
+    """Loss, gradients or weights are no longer finite numbers, beyond what may be skipped."""
+
+    exit_status = 4
 
 
 SMALLEST_SCALE = 1.0  # fp16 gradients that overflow unscaled are not a matter of the scale
@@ -27,27 +31,28 @@ SMALLEST_SCALE = 1.0  # fp16 gradients that overflow unscaled are not a matter o
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What every step does alike: values, decided before training.
+    """What every step does alike: values, decided before training (``utils.training.assembly`` makes it).
 
     Attributes:
-        micro_batch: images of one forward and backward pass.
-        images: images of a step over all ranks; each weighs 1/images.
+        transform: what happens to a step's batch on the device, from the batch and the step's number (mixup).
+        micro_batch: samples of one forward and backward pass.
+        images: samples of a step over all ranks; each weighs 1/images.
         clip: largest gradient norm, infinite for none.
         seed, rank: with the step they seed dropout and drop path.
-        fixed: modules that stay in evaluation mode (``utils.freeze``).
+        fixed: modules that stay in evaluation mode (``utils.optim.freeze``).
     """
 
+    task: Task
     schedule: Schedule
-    criterion: Callable[[Tensor, Tensor], Tensor]
-    mixup: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    transform: Callable[[Batch, int], Batch]
     precision: Precision
     device: torch.device
     micro_batch: int
     images: int
     clip: float
     seed: int
-    rank: int
-    world_size: int
+    rank: int = 0
+    world_size: int = 1
     fixed: Sequence[nn.Module] = ()
 
 
@@ -97,7 +102,7 @@ class RunningStatistics:
             torch._foreach_copy_(self.live, list(torch.where(where, self.kept, torch.cat(self.live)).split(self.sizes)))
 
 
-def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], until: int, plan: StepPlan,
+def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[Batch], until: int, plan: StepPlan,
                     progress: Progress, after_step: Callable[[TrainState, Progress], None]) -> None:
     """Run the steps from ``state.step`` to ``until``.
 
@@ -105,7 +110,7 @@ def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[tuple
 
     Args:
         model: what is called: ``state.model``, possibly under DDP.
-        batches: the stream of local batches, one a step, ``(images (B, 3, H, W), targets (B,))``.
+        batches: the stream of local batches, one a step, as the task's loaders yield them.
         after_step: called after every step; the only place that logs, reads the device or saves.
 
     Raises:
@@ -119,15 +124,14 @@ def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[tuple
     while state.step < until:
         waited = time.perf_counter()
         distributed.mark("waiting for data", state.step)
-        images, targets = next(batches)
+        batch = next(batches)
         progress.data_seconds += time.perf_counter() - waited
         distributed.mark("training", state.step)
-        images, targets = images.to(plan.device, non_blocking=True), targets.to(plan.device, non_blocking=True)
-        images, targets = plan.mixup(images, targets, state.step)
+        batch = plan.transform(plan.task.to_device(batch, plan.device), state.step)
         set_lr(state.optimizer, plan.schedule.lr_at(state.step))
         statistics.keep()
         while True:
-            loss = backward(model, images, targets, plan, state.step)
+            loss = backward(model, batch, plan, state.step)
             norm, again = update(state, parameters, plan, loss)
             statistics.restore(~norm.isfinite())
             state.optimizer.zero_grad(set_to_none=True)
@@ -183,18 +187,17 @@ def _update_scaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimize
     return True
 
 
-def backward(model: nn.Module, images: Tensor, targets: Tensor, plan: StepPlan, step: int) -> Tensor:
-    """Gradients of a step's mean loss, micro-batch by micro-batch; the sum of the losses of this rank's images."""
+def backward(model: nn.Module, batch: Batch, plan: StepPlan, step: int) -> Tensor:
+    """Gradients of a step's mean loss, micro-batch by micro-batch; the sum of the losses of this rank's samples."""
     total = torch.zeros((), device=plan.device)
-    # The same number on every rank, also where a short batch gives one rank an image more.
+    # The same number on every rank, also where a short batch gives one rank a sample more.
     number = max(1, math.ceil(math.ceil(plan.images / plan.world_size) / plan.micro_batch))
-    micro_batches = list(zip(images.tensor_split(number), targets.tensor_split(number), strict=True))
-    for micro, (x, y) in enumerate(micro_batches):
+    for micro, part in enumerate(plan.task.split(batch, number)):
         seed_micro_batch(plan.seed, step, micro, plan.rank, plan.device)
         with distributed.no_sync(model, skip=micro < number - 1):
             with plan.precision.autocast():
-                logits = model(x)
-            loss = plan.criterion(logits, y)
+                outputs = plan.task.forward(model, part)
+            loss = plan.task.loss(outputs, part)
             # DDP averages over ranks, so a sample weighs world/images here and 1/images in the end. The second term is 0, and
             # NaN where the loss is not finite: the gradients of every rank then say so, and all skip the step alike.
             weight = plan.world_size / plan.images + 0.0 * loss.detach()

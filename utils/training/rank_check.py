@@ -6,7 +6,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from config import KEYS, ConfigError, lookup
+from config import KEYS, PROCESS, ConfigError, lookup
 from utils.runtime import distributed
 from utils.runtime.provenance import program_digest, versions
 
@@ -21,7 +21,7 @@ def require_agreement(config: CfgNode, loaders: Any) -> None:
         return
     sources = {"training images": loaders.train, "validation images": loaders.val}
     own = {f"{what} ({len(loader.dataset.folder)})": loader.dataset.folder.fingerprint() for what, loader in sources.items()}
-    own |= {f"config key {key}": str(lookup(config, key)) for key, *_ in KEYS if key not in _PER_PROCESS}
+    own |= {f"config key {key.name}": str(lookup(config, key.name)) for key in KEYS if key.scope != PROCESS}
     own |= {"class names": "\n".join(loaders.classes), "program": program_digest()}
     own |= {f"version of {name}": version for name, version in versions().items()}
     facts = distributed.gather_objects(own)
@@ -32,5 +32,3 @@ def require_agreement(config: CfgNode, loaders: Any) -> None:
                 raise ConfigError(f"rank {rank} does not have rank 0's {what} ({shown}); give every process the same command, "
                                   "the same files and the same installation")
 
-
-_PER_PROCESS = ("DEVICE", "LOCAL_RANK", "OUTPUT", "DATA.NUM_WORKERS", "DATA.DATA_PATH")

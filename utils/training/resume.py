@@ -9,7 +9,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from config import KEYS, ConfigError, config_from_text, lookup, of_the_command
+from config import KEYS, RECIPE, ConfigError, config_from_text, lookup
 from data.messages import NOTICE
 from models.safe_load import CheckpointError
 from utils.checkpoints.file_format import require_own
@@ -50,17 +50,6 @@ def choose_start(config: CfgNode, resume_content: Any, folder: str, logger: logg
     return start
 
 
-# Keys that say where, how fast, how loud and how safely, not what is learned.
-_HARMLESS = ("BASE", "OUTPUT", "TAG", "DEVICE", "COMPILE", "SAVE_FREQ", "PRINT_FREQ", "DIST_TIMEOUT",
-             "DATA.DATA_PATH", "DATA.DATASET", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "DATA.CACHE_MODE",
-             "DATA.TIMEOUT", "DATA.READ_PATIENCE", "DATA.INDEX_CACHE", "DATA.CORRUPT_BUDGET",
-             "DATA.BATCH_SIZE", "MODEL.PRETRAINED", "MODEL.RESUME", "MODEL.NUM_CLASSES", "TRAIN.ACCUMULATION_STEPS",
-             "TRAIN.USE_CHECKPOINT", "TRAIN.CHECKPOINT_UNIT", "TRAIN.EMA_DEVICE", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.SAVE_EVERY_MINUTES",
-             "TRAIN.BACKGROUND_SAVE", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.CHECKPOINT_BUDGET", "TRAIN.SKIP_BUDGET",
-             "TRAIN.ROLLBACKS", "TRAIN.EVAL_FREQ", "TRAIN.REPORT", "TRAIN.TENSORBOARD_HISTOGRAMS", "TRACKER", "TRACKER_PROJECT",
-             "TRAIN.GLOBAL_BATCH", "TEST.BATCH_SIZE")
-
-
 def accept_changes(start: Start, config: CfgNode, logger: logging.Logger) -> None:
     """Compare the recipe with that of the checkpoint a run continues from.
 
@@ -74,7 +63,7 @@ def accept_changes(start: Start, config: CfgNode, logger: logging.Logger) -> Non
     except ConfigError:
         logger.log(NOTICE, f"{start.path} was written with a config of another version; it is not compared")
         return
-    pairs = [(key, lookup(old, key), lookup(config, key)) for key, *_ in KEYS if key not in _HARMLESS and not of_the_command(key)]
+    pairs = [(key.name, lookup(old, key.name), lookup(config, key.name)) for key in KEYS if key.scope == RECIPE]
     changes = {key: f"{key} changed from {before} to {now}" for key, before, now in pairs if before != now}
     if (epochs := changes.pop("TRAIN.EPOCHS", None)) is not None:
         logger.log(NOTICE, f"{epochs} since {start.path} was written; from its step on the learning rate follows the longer or "

@@ -10,8 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from data.errors import UnreadableImage
 from data.layouts.input_paths import GivenImages
 from data.messages import NOTICE
-from utils.inference.outputs import Prediction, short_name
-from utils.inference.trained_model import Trained
+from utils.inference.outputs import Prediction
 from utils.runtime.files import write_atomically
 from utils.visualization.drawing import length, write_line
 
@@ -30,8 +29,8 @@ class Sheet:
         given: the images; those on the sheet are read once more.
     """
 
-    def __init__(self, path: str, given: GivenImages, trained: Trained, logger: logging.Logger):
-        self.path, self.given, self.trained, self.logger = path, given, trained, logger
+    def __init__(self, path: str, given: GivenImages, logger: logging.Logger):
+        self.path, self.given, self.logger = path, given, logger
         self.tiles: list[Image.Image] = []
         self.pages = 0
 
@@ -77,14 +76,15 @@ class Sheet:
             write_line(draw, (0, below), prediction.fault or "no longer readable", _CLASS_SIZE, _WRONG, _SIDE)
         else:
             tile.paste(thumbnail, ((_SIDE - thumbnail.width) // 2, (_SIDE - thumbnail.height) // 2))
-            number, share = prediction.top[0]
-            draw.rectangle((0, _SIDE, _SIDE - 1, _SIDE + _BAR - 1), fill=_TRACK)
-            if (filled := round(share * _SIDE)) > 0:
-                draw.rectangle((0, _SIDE, filled - 1, _SIDE + _BAR - 1), fill=_SURE if share >= 0.5 else _UNSURE)
-            told = f"{100 * share:.0f} %"
-            room = _SIDE - round(length(told, _CLASS_SIZE))
-            write_line(draw, (room, below), told, _CLASS_SIZE, _INK, _SIDE)
-            write_line(draw, (0, below), short_name(self.trained, number), _CLASS_SIZE, _INK, room - 8)
+            room = _SIDE
+            if prediction.confidence is not None:
+                draw.rectangle((0, _SIDE, _SIDE - 1, _SIDE + _BAR - 1), fill=_TRACK)
+                if (filled := round(prediction.confidence * _SIDE)) > 0:
+                    draw.rectangle((0, _SIDE, filled - 1, _SIDE + _BAR - 1), fill=_SURE if prediction.confidence >= 0.5 else _UNSURE)
+                told = f"{100 * prediction.confidence:.0f} %"
+                room = _SIDE - round(length(told, _CLASS_SIZE))
+                write_line(draw, (room, below), told, _CLASS_SIZE, _INK, _SIDE)
+            write_line(draw, (0, below), prediction.caption, _CLASS_SIZE, _INK, room - 8)
         name = os.path.basename(prediction.path) or prediction.path
         write_line(draw, (0, below + _CLASS_SIZE + 5), name, _FILE_SIZE, _FAINT, _SIDE)
         return tile

@@ -1,0 +1,107 @@
+"""Metrics: a row each, its name, how it is told, and for those that are sums over samples how they are computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.runtime import distributed
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of an evaluation.
+
+    Attributes:
+        name: column of metrics.jsonl and metrics.csv.
+        label: its name in the line that is printed and in reports.
+        higher_is_better: the direction in which a later evaluation counts as the better one.
+        digits: decimals that are shown.
+    """
+
+    name: str
+    label: str
+    higher_is_better: bool = True
+    digits: int = 2
+
+    def shown(self, value: float) -> str:
+        return f"{self.label} {value:.{self.digits}f}"
+
+    def better(self, value: float, than: float | None) -> bool:
+        """Whether ``value`` beats ``than``; anything beats None, and a number beats what is none."""
+        if than is None or math.isnan(than):
+            return True
+        return value > than if self.higher_is_better else value < than
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumMetric(Metric):
+    """A metric that follows from sums over samples, and so is the same for every batch size and number of processes.
+
+    Attributes:
+        sums: from outputs and targets of a batch to what is added up over all batches and ranks: integers (exact) or floats (added in
+            double precision), on the device, without waiting for it. Rows that only fill a batch must not add anything.
+        value: the figure that follows from the sums, on the CPU.
+    """
+
+    sums: Callable[[Any, Any], Tensor]
+    value: Callable[[Tensor], float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of a whole evaluation.
+
+    Attributes:
+        values: by the metrics' names, in the task's order.
+        samples: how many were counted.
+        line: what is printed.
+    """
+
+    values: Mapping[str, float]
+    samples: int
+    line: str
+
+
+class SumEvaluator:
+    """Evaluates ``SumMetric`` rows: ``update`` with every batch, then ``result``, the same on every rank.
+
+    Args:
+        count: the samples of a batch that count, from its targets, as an integer on the device.
+        detail: what stands behind the metrics in the printed line, from the evaluation's values and samples.
+    """
+
+    def __init__(self, metrics: Sequence[SumMetric], device: torch.device, count: Callable[[Any], Tensor],
+                 detail: Callable[[Mapping[str, float], int], str] = lambda values, samples: f"({samples})"):
+        self.metrics, self.device, self.count, self.detail = metrics, device, count, detail
+        self.samples = torch.zeros((), dtype=torch.int64, device=device)
+        self.sums: dict[str, Tensor] = {}
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        self.samples += self.count(targets)
+        for metric in self.metrics:
+            sums = metric.sums(outputs, targets)
+            if sums.is_floating_point() and sums.device.type != "mps":  # which has no double precision
+                sums = sums.double()
+            self.sums[metric.name] = self.sums[metric.name] + sums if metric.name in self.sums else sums
+
+    def result(self) -> Evaluation:
+        """The figures over all ranks; every rank must ask."""
+        samples = int(distributed.all_reduce_sum(self.samples))
+        # A rank without images has no sums of its own, but takes part in the exchange.
+        parts = distributed.gather_objects({name: sums.cpu() for name, sums in self.sums.items()})
+        values = {}
+        for metric in self.metrics:
+            found = [part[metric.name] for part in parts if metric.name in part]
+            values[metric.name] = metric.value(torch.stack(found).sum(dim=0)) if found else math.nan
+        return Evaluation(values, samples, line(self.metrics, values, self.detail(values, samples)))
+
+
+def line(metrics: Sequence[Metric], values: Mapping[str, float], detail: str) -> str:
+    """``top1 86.94 top5 99.17 loss 0.8316 (313 of 360)``."""
+    return " ".join([*(metric.shown(values[metric.name]) for metric in metrics), detail])

@@ -1,0 +1,158 @@
+"""What a task is to the rest of the program: all that loop, engine, checkpoints, plan and fit know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from config import ConfigError, image_size
+from data import Loaders, build_loaders
+from models import build_model
+from utils.checkpoints.file_format import is_own
+from utils.evaluation.metrics import Evaluation, Metric
+from utils.inference.outputs import PredictionFormat
+from utils.inference.trained_model import Trained
+
+Batch = Any  # what the task's loaders yield; a tuple that begins with images (B, 3, H, W) unless the task says otherwise
+
+
+class Evaluator(Protocol):
+    """Gathers an evaluation batch by batch."""
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Take in a batch, on the device, without waiting for it."""
+
+    def result(self) -> Evaluation:
+        """The figures over all ranks; every rank must ask."""
+
+
+class PredictionLog(Protocol):
+    """Keeps what a model predicted on every image of an evaluation."""
+
+    def __call__(self, outputs: Any, batch: Batch) -> None:
+        """Take in a batch, on the device, without waiting for it."""
+
+    def write(self, folder: str) -> None:
+        """Write all ranks' predictions into a run's ``folder``; every rank must call it. Raises ``OSError``."""
+
+
+class EvaluationReport:
+    """What --eval says and writes beside the metrics; as it stands, nothing."""
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def classes_wanted(self, content: Any) -> Any:
+        """The ``classes`` for the loaders of data that the weights in ``content`` are evaluated on."""
+        return content["classes"] if is_own(content) else None
+
+    def begin(self, loaders: Loaders) -> list[str]:
+        """The loaders are open: lines to tell. Raises ``ConfigError`` or ``DataError`` for data that cannot be reported on so."""
+        return []
+
+    def record(self, outputs: Any, batch: Batch) -> None:
+        """Take in a batch, on the device, without waiting for it."""
+
+    def lines(self, result: Evaluation, raw: Sequence[Evaluation]) -> list[str]:
+        """What is told at the end, the figure that counts last; every rank must ask.
+
+        Args:
+            result: of the weights that count, ``raw`` of those beside them.
+        """
+        return [*(f"raw {other.line}" for other in raw), result.line]
+
+    def write(self) -> list[str]:
+        """Write the files that were asked for; a line on each. Rank 0's business; raises ``OSError``."""
+        return []
+
+
+class Task(Protocol):
+    """A task as a config asks for it. What stands here with a body fits batches of ``(images, targets)`` tensors, a row a sample.
+
+    Attributes:
+        name: as the config key TASK has it.
+        metrics: what an evaluation gives, in the order in which it is told.
+        best: the metric that decides which checkpoint is the best.
+    """
+
+    name: str
+    metrics: Sequence[Metric]
+    best: Metric
+
+    def __init__(self, config: CfgNode):
+        """Raises ``ConfigError`` for keys that do not go with this task."""
+
+    # What is trained on what
+
+    def build_loaders(self, config: CfgNode, rank: int = 0, world_size: int = 1, **options: Any) -> Loaders:
+        """The data; arguments as of ``data.build_loaders``."""
+        return build_loaders(config, rank, world_size, **options)
+
+    def build_model(self, config: CfgNode, num_classes: int | None = None) -> nn.Module:
+        """The model for data with ``num_classes`` classes; None: as many as the config or the variant says."""
+        return build_model(config, num_classes)
+
+    def batch_transform(self, config: CfgNode, num_classes: int, rank: int) -> Callable[[Batch, int], Batch]:
+        """What happens to a step's batch on the device, from the batch and the step's number (mixup); it may change the batch in place."""
+        return lambda batch, step: batch
+
+    # A batch
+
+    def to_device(self, batch: Batch, device: torch.device) -> Batch:
+        return tuple(part.to(device, non_blocking=True) for part in batch)
+
+    def split(self, batch: Batch, parts: int) -> list[Batch]:
+        """A step's batch as micro-batches; the same number of them on every rank."""
+        return list(zip(*(part.tensor_split(parts) for part in batch), strict=True))
+
+    def images(self, batch: Batch) -> Tensor:
+        """The images (B, 3, H, W) of a batch."""
+        return batch[0]
+
+    def targets(self, batch: Batch) -> Any:
+        """What an evaluator compares outputs with."""
+        return batch[1]
+
+    def synthetic_batch(self, config: CfgNode, images: int, num_classes: int, device: torch.device, generator: torch.Generator) -> Batch:
+        """Noise of the config's size with targets as training has them, for measuring speed and memory."""
+        ...
+
+    # Training and evaluation
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """The outputs for a batch; called under autocast, in training and in evaluation."""
+        return model(self.images(batch))
+
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+        """The sum of the losses of a batch's samples, each of weight 1, in full precision; the step's mean is over all its samples."""
+        ...
+
+    def evaluator(self, device: torch.device) -> Evaluator:
+        ...
+
+    def prediction_log(self, loaders: Loaders) -> PredictionLog | None:
+        """What keeps the predictions of every validation image for the run's folder; None where nothing is kept."""
+        return None
+
+    # What commands show of a trained model
+
+    def evaluation_report(self, config: CfgNode) -> EvaluationReport:
+        """What --eval says and writes; raises ``ConfigError`` for keys that do not go with the task, before anything is read."""
+        return EvaluationReport(self)
+
+    def evaluated_model(self, config: CfgNode, model: nn.Module, names: Sequence[str], classes: Sequence[str]) -> nn.Module:
+        """``model``, whose outputs stand for ``names``, as --eval looks at it on data with ``classes``."""
+        return model
+
+    def prediction_format(self, config: CfgNode, trained: Trained) -> PredictionFormat:
+        """How --predict tells a model's outputs; raises ``ConfigError`` where the task has no predictions to tell."""
+        raise ConfigError(f"--predict is not supported for TASK {self.name}")
+
+
+def noise(config: CfgNode, images: int, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Synthetic images (B, 3, H, W) of the config's size; the same on every device."""
+    return torch.randn(images, 3, *image_size(config), generator=generator).to(device)

@@ -1,0 +1,29 @@
+"""``build_task``: the task that a config asks for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from yacs.config import CfgNode
+
+from config import ConfigError
+from utils.tasks.base import Task
+
+# A row a task: its name as TASK has it, and where its class lies.
+TASKS = {
+    "classification": ("utils.tasks.classification", "Classification"),
+}
+
+
+def build_task(config: CfgNode) -> Task:
+    """The task of the key TASK.
+
+    Raises:
+        ConfigError: no such task, or a key that does not go with it.
+    """
+    if config.TASK not in TASKS:
+        near = difflib.get_close_matches(config.TASK, TASKS, n=1)
+        raise ConfigError(f"TASK is {config.TASK!r}; choose from {', '.join(TASKS)}" + (f" (did you mean {near[0]}?)" if near else ""))
+    module, name = TASKS[config.TASK]
+    return getattr(importlib.import_module(module), name)(config)

@@ -1,0 +1,98 @@
+"""What --eval says of a classifier: label sets, intervals, calibration, figures of each class, and the files of predictions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from yacs.config import CfgNode
+
+from config import ConfigError
+from data import Loaders
+from models.weights import unwrap_state_dict
+from utils.checkpoints.file_format import is_own
+from utils.evaluation.label_sets import Labels, LabelSet
+from utils.evaluation.metrics import Evaluation
+from utils.evaluation.per_class import PerClass
+from utils.evaluation.predictions_file import MOST_IMAGES
+from utils.evaluation.recorder import Answers, Recorder, recordable, write_outcomes
+from utils.evaluation.summary import describe
+from utils.runtime.files import replace_file, require_place
+from utils.tasks.base import Batch, EvaluationReport, Task
+
+
+class ClassificationReport(EvaluationReport):
+    """Predictions of all images are kept twice where a label set restricts the classes: from all classes, and from those allowed."""
+
+    loaders: Loaders
+    label_set: LabelSet
+    answers: Answers
+    among: Answers | None
+
+    def __init__(self, task: Task, config: CfgNode, labels: Labels | None = None):
+        """``labels``: those of TEST.LABELS, where they have been read already."""
+        super().__init__(task)
+        self.config, self.labels = config, labels or Labels(config)
+        for key, path in (("TEST.PER_CLASS", config.TEST.PER_CLASS), ("TEST.PREDICTIONS", config.TEST.PREDICTIONS)):
+            if path:
+                require_place(os.path.expanduser(path), f"{key} is ")
+
+    def classes_wanted(self, content: Any) -> Any:
+        if is_own(content):
+            return self.labels.naming(content["classes"], thousand=False)
+        state = unwrap_state_dict(content, "weights")
+        return self.labels.naming(None, thousand=any(t.ndim == 2 and t.shape[0] == 1000 for t in state.values()))
+
+    def begin(self, loaders: Loaders) -> list[str]:
+        if self.config.TEST.PREDICTIONS and not recordable(loaders.val):
+            raise ConfigError("TEST.PREDICTIONS: not for a stream, whose images have no numbers, nor beyond "
+                              f"{MOST_IMAGES:,} images; leave it empty")
+        self.loaders, self.label_set = loaders, self.labels.on(loaders.val.dataset.folder, loaders.classes)
+        self._everything, self._chosen = Recorder(), Recorder(self.label_set.allowed)
+        return list(self.label_set.notices)
+
+    def record(self, outputs: Tensor, batch: Batch) -> None:
+        self._everything(outputs, batch[1])
+        if self.label_set.allowed is not None:
+            self._chosen(outputs, batch[1])
+
+    def lines(self, result: Evaluation, raw: Sequence[Evaluation]) -> list[str]:
+        classes, label_set, allowed = self.loaders.classes, self.label_set, self.label_set.allowed
+        self.answers = answers = self._everything.answers(self.loaders.val)
+        self.among = self._chosen.answers(self.loaders.val) if allowed is not None else None
+        lines = []
+        if self.among is not None and label_set.headline:
+            lines.append(f"predictions from all {len(classes)} classes: {answers.on(allowed).evaluation().line}")
+            answers = self.among.on(allowed)
+            result = answers.evaluation()
+        elif self.among is not None:
+            lines.append(f"predictions from the {len(allowed)} classes with images alone: {self.among.evaluation().line}")
+        lines += describe(answers, PerClass.of(answers.target, answers.top1, len(classes)), classes)
+        whose = "raw, all images and classes:" if label_set.headline else "raw"
+        lines += [f"{whose} {other.line}" for other in raw]
+        if label_set.real is not None:
+            return [*lines, f"by the original labels: {result.line}", _real_line(label_set.real, answers)]
+        return [*lines, result.line]
+
+    def write(self) -> list[str]:
+        lines, config, classes, allowed = [], self.config, self.loaders.classes, self.label_set.allowed
+        if config.TEST.PREDICTIONS:
+            write_outcomes(self.answers, self.loaders.val, classes, os.path.expanduser(config.TEST.PREDICTIONS))
+            lines.append(f"prediction of each image: {config.TEST.PREDICTIONS}")
+        if config.TEST.PER_CLASS:
+            counted = self.among.on(allowed) if self.among is not None and self.label_set.headline else self.answers
+            table = PerClass.of(counted.target, counted.top1, len(classes)).csv(classes, allowed)
+            replace_file(os.path.expanduser(config.TEST.PER_CLASS), table.encode("utf-8", "backslashreplace"))
+            lines.append(f"figures of each class: {config.TEST.PER_CLASS}")
+        return lines
+
+
+def _real_line(real: Sequence[Sequence[int]], answers: Answers) -> str:
+    judged = [(label_list, answer) for label_list, answer, target in zip(real, answers.top1.tolist(), answers.target.tolist(), strict=True)
+              if target >= 0]
+    counted = [(label_list, answer) for label_list, answer in judged if label_list]
+    right = sum(answer in label_list for label_list, answer in counted)
+    return (f"top1 {100 * right / max(1, len(counted)):.2f} by ReaL labels ({right} of {len(counted)}; "
+            f"images without a label, left out: {len(judged) - len(counted)})")
