@@ -198,9 +198,9 @@ class Key(NamedTuple):
 
     @property
     def explanation(self) -> str:
-        """The meaning, and the choices where there are any."""
-        told = [choice for choice in self.choices if choice]
-        return self.meaning + (f" ({', '.join(told)})" if told else "")
+        """The choices where there are any, or some where there are others, and the meaning."""
+        shown = [*filter(None, self.choices), *(self.words and (*self.words, "..."))]
+        return (f"{', '.join(shown)}: " if shown else "") + self.meaning
 
 
 AT_LEAST_1 = Rule(lambda number: number >= 1, "it must be at least 1")
@@ -287,7 +287,7 @@ COMMANDS: tuple[Command, ...] = (
         Key("TEST.FLIP", "none", _str,
             "--eval: mean of an image and its mirror image, of logits or of probabilities", choices=("none", "logits", "probabilities")),
         Key("TEST.LABELS", "auto", _str,
-            "--eval: label set: one of these, or a text file of the classes that predictions are chosen from, one a line",
+            "--eval: label set of an ImageNet variant, or a text file of the classes that predictions are chosen from, one a line",
             words=LABEL_SETS),
         Key("TEST.REAL_LABELS", "", _str,
             "--eval: real.json of the ReaL labels (a list of labels an image); empty is the one that timm carries"),
@@ -296,8 +296,7 @@ COMMANDS: tuple[Command, ...] = (
         Key("TEST.PREDICTIONS", "", _str, "file (.npz) for the prediction of every image under --eval; empty writes none"),
         ),
         flags=(
-            Flag("--labels", "TEST.LABELS", "ImageNet's variants: auto, imagenet, v2, a, r, sketch, real, or a file of classes",
-                 metavar="SET"),
+            Flag("--labels", "TEST.LABELS", metavar="SET"),
             Flag("--real-labels", "TEST.REAL_LABELS", "real.json, where another than timm's is to be used", metavar="FILE"),
             Flag("--per-class", "TEST.PER_CLASS", "CSV file for the figures of each class", metavar="FILE"),
             Flag("--test-flip", "TEST.FLIP", "evaluate the mean logits of each image and its mirror image", "logits"),
@@ -650,7 +649,7 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.LR_SCHEDULER.DECAY_RATE", 0.1, _float, "step: factor of each decay", UP_TO_1),
     Key("TRAIN.LR_SCHEDULER.MULTISTEPS", [], _floats, "multistep: epochs of the decays"),
     Key("TRAIN.LR_SCHEDULER.GAMMA", 0.1, _float, "multistep: factor of each decay", UP_TO_1),
-    Key("TRAIN.OPTIMIZER.NAME", "adamw", _str, "adamw, sgd, any timm optimizer, or fused_adam of NVIDIA apex", words=("adamw", "sgd")),
+    Key("TRAIN.OPTIMIZER.NAME", "adamw", _str, "any of timm's optimizers, or fused_adam of NVIDIA apex", words=("adamw", "sgd")),
     Key("TRAIN.OPTIMIZER.EPS", None, _optional(_float), "epsilon; None is the optimizer's own (AdamW 1e-8)", ABOVE_0),
     Key("TRAIN.OPTIMIZER.BETAS", None, _optional(_floats),
         "betas; None is the optimizer's own (AdamW [0.9, 0.999])",

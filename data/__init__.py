@@ -1,10 +1,10 @@
-"""Data: finding images, augmenting them, mixing batches, and the one stream of training steps.
+"""Data: finding images, reading and augmenting them, and batching them into the one stream of training steps.
 
-From a path to batches: ``layouts`` recognises what lies there and lists it from a ``source`` (folders, archives, lists, Hugging Face);
-``loading`` says which image is where in the stream (``sampler``), fills batches (``dataset``), runs the DataLoader workers and brings
-batches to the device; ``decoding`` makes pixels of bytes; ``transforms`` augments on the workers or on the device and mixes batches;
-``streaming`` reads what lies behind a URL, where images have an order and no numbers; ``doctor`` looks it all over before a run.
-``build`` puts it together.
+From a path to batches: ``layouts`` detects how the data is laid out and lists its images from ``sources`` (folders, archives, lists,
+Hugging Face data sets); ``loading`` has the sampler, the dataset, the DataLoader with its workers, and brings batches to the
+device; ``decoding`` turns bytes into pixels; ``transforms`` augments, on the workers or on the device, and mixes batches;
+``streaming`` reads data behind a URL, which can only be read in order; ``doctor`` checks a data set before a run. ``build`` puts
+the loaders together.
 """
 
 from importlib import import_module
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = ["DataError", "Loaders", "build_loaders", "preprocessing"]
 
-_HOME = {"Loaders": "data.build", "build_loaders": "data.build", "preprocessing": "data.transforms.build"}
+_LAZY = {"Loaders": "data.build", "build_loaders": "data.build", "preprocessing": "data.transforms.build"}
 
 
 def __getattr__(name: str) -> Any:
-    """What needs torch, imported when it is asked for: the doctor and the scripts only read files."""
-    if name not in _HOME:
+    """Import what needs torch only when it is used: the doctor and the scripts only read files."""
+    if name not in _LAZY:
         raise AttributeError(f"module 'data' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_LAZY[name]), name)

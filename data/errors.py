@@ -1,4 +1,4 @@
-"""What can be wrong with data."""
+"""Errors of data that cannot be used."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class WorkerDied(ProgramError, RuntimeError):
 
 
 class UnreadableImage(DataError):
-    """One image cannot be read or decoded; the corrupt policy (``data/guard.py``) decides what follows.
+    """One image cannot be read or decoded; ``data/loading/corrupt_images.py`` decides what follows.
 
     Attributes:
-        path: the name a user understands.
+        path: the image's name, as a user knows it.
         reason: what the system or the decoder said.
     """
 

@@ -1,4 +1,4 @@
-"""Lines for the user, with a level, for code that finds something before there is a logger."""
+"""Messages for the user, with a level, from code that runs before there is a logger."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ NOTICE = 25  # a level between logging's INFO and WARNING: nothing is wrong, but
 
 
 class Message(str):
-    """A line as it is told, without the name of its level.
+    """The text of a message, without the name of its level.
 
     Attributes:
-        level: of ``logging``.
-        code: a word for what finds the same in its own way (the doctor), so that it is not told twice.
+        level: one of ``logging``'s levels, or ``NOTICE``.
+        code: identifies messages that the doctor reports as findings of its own, so that they are not shown twice; "" for the rest.
     """
 
     level = logging.INFO
@@ -25,7 +25,7 @@ class Message(str):
 
 
 class Notice(Message):
-    """Not what one might expect, and nothing wrong."""
+    """Nothing is wrong, but it is not what one might expect."""
 
     level = NOTICE
 

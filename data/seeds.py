@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# What a seed is for; the second word of every derivation, so that purposes never share a stream.
+# What a seed is for: the second part of every derivation, so that no two purposes share a random stream.
 ORDER, AUGMENT, MIXUP, DROPOUT, INIT = range(1, 6)
 REPLACE = 101
 
@@ -10,7 +10,7 @@ _MASK = (1 << 64) - 1
 
 
 def derive(*parts: int) -> int:
-    """A 63-bit seed that depends on every one of ``parts`` (splitmix64, chained); about a microsecond."""
+    """A 63-bit seed that depends on each of ``parts`` (chained splitmix64); takes about a microsecond."""
     state = 0x9E3779B97F4A7C15
     for part in parts:
         state = (state + (part & _MASK) + 0x9E3779B97F4A7C15) & _MASK
@@ -21,5 +21,5 @@ def derive(*parts: int) -> int:
 
 
 def derive32(*parts: int) -> int:
-    """As ``derive``, in 32 bits, for numpy's legacy generator (whose streams never change between versions)."""
+    """As ``derive``, in 32 bits: for numpy's legacy generator, whose streams are the same in every version of numpy."""
     return derive(*parts) & 0xFFFFFFFF

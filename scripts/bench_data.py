@@ -1,14 +1,14 @@
 """How fast images are read: every path of the loader against the usual stack, in turns, in one process on one thread.
 
 The reference is torchvision's ImageFolder (Pillow) with timm's training transform (224, rand-m9-mstd0.5-inc1, erasing 0.25, bicubic)
-and float32 collation; for evaluation, timm's evaluation transform. The images are made up, so that nothing is downloaded: coloured
+and float32 collation; for evaluation, timm's evaluation transform. The images are synthetic, so that nothing is downloaded: coloured
 1/f textures under translucent polygons in ImageNet's sizes and JPEG qualities, which take a decoder as long as ImageNet's do; and
 copies of them with a shorter side of 352 and 256 pixels, quality 90.
 
     python scripts/bench_data.py [--images 200] [--repeats 9] [--workers]
 
 The last lines are ratios of medians to the reference: `ratio-device`, `ratio-352`, `ratio-256`, `ratio-val` and, last, `ratio`, that of
-the path that finishes images in the loading processes.
+the path that finishes images in the DataLoader workers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from data.decoding.jpeg import LIBRARY
 from data.loading.dataset import EvalImages
 from data.sources.folder import scan_folder
 from data.transforms.build import build_eval_transform, build_train_transform, preprocessing
-from data.transforms.pipeline import eval_pipeline
+from data.transforms.pipeline import build_eval_pipeline
 
 BATCH = 20
 # ImageNet's sizes, roughly: width, height, share.
@@ -45,7 +45,7 @@ SIZES = [(500, 375, 0.48), (375, 500, 0.14), (500, 333, 0.12), (333, 500, 0.05),
 
 
 def textured_image(rng: np.random.Generator) -> Image.Image:
-    """A made-up photograph: a 1/f texture in correlated colours, some translucent polygons; its file and those of its copies come to
+    """A synthetic photograph: a 1/f texture in correlated colours, some translucent polygons; its file and those of its copies come to
     the size of ImageNet's (110, 50 and 30 KB on average)."""
     width, height, _ = SIZES[rng.choice(len(SIZES), p=[share for *_, share in SIZES])]
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
@@ -112,7 +112,7 @@ def training(root: str, name: str, where: str) -> Callable[[list[int]], object]:
 
 def evaluation(root: str, device: str) -> Callable[[list[int]], object]:
     config = configuration(root, "originals", "DATA.DECODER", "fast")
-    pipeline, _ = eval_pipeline(config, torch.device(device), published=False)
+    pipeline, _ = build_eval_pipeline(config, torch.device(device), published=False)
     return EvalImages(scan_folder(os.path.join(config.DATA.DATA_PATH, "val")), pipeline, BATCH).__getitems__
 
 
@@ -131,7 +131,7 @@ def in_turns(paths: dict[str, Callable[[list[int]], object]], count: int, repeat
 
 
 def scaling(root: str, count: int) -> float:
-    """Speed of two loading processes over that of one, for the path that finishes images there."""
+    """Speed of two DataLoader workers over that of one, for the path that finishes images there."""
     rates = []
     for workers in (1, 2):
         config = configuration(root, "originals", "DATA.AUGMENT_ON", "worker", "DATA.NUM_WORKERS", workers,
@@ -146,7 +146,7 @@ def scaling(root: str, count: int) -> float:
             next(batches)
         rates.append(steps * BATCH / (time.perf_counter() - start))
         loaders.close()
-        print(f"{workers} loading process{'es' if workers > 1 else ''}: {rates[-1]:.0f} images/s")
+        print(f"{workers} DataLoader worker{'s' if workers > 1 else ''}: {rates[-1]:.0f} images/s")
     return rates[1] / rates[0]
 
 
@@ -154,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--images", type=int, default=200, help="images to make (a multiple of 20)")
     parser.add_argument("--repeats", type=int, default=9, help="rounds; medians are taken over them")
-    parser.add_argument("--workers", action="store_true", help="also how two loading processes compare with one (needs two idle cores)")
+    parser.add_argument("--workers", action="store_true", help="also how two DataLoader workers compare with one (needs two idle cores)")
     options = parser.parse_args()
     count = max(BATCH, options.images // BATCH * BATCH)
     torch.set_num_threads(1)

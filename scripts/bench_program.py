@@ -1,6 +1,6 @@
 """Our whole program against a training loop as timm's users write it: the same model, images and recipe, in turns.
 
-Both train on made-up JPEG files (scripts/bench_data.py) in processes of their own: RandomResizedCrop, RandAugment, erasing, Mixup and
+Both train on synthetic JPEG files (scripts/bench_data.py) in processes of their own: RandomResizedCrop, RandAugment, erasing, Mixup and
 CutMix, bf16 where asked for, AdamW with clipping and a cosine schedule of three epochs. The second epoch counts, without evaluation
 or checkpoint; start-up does not. The reference is ImageFolder-like reading through timm.data.create_loader, timm's Mixup,
 SoftTargetCrossEntropy, create_optimizer_v2, create_scheduler_v2 and the step around them.

@@ -30,7 +30,7 @@ from utils.optim.optimizer import build_optimizer
 
 
 def build_state(cfg: str) -> TrainState:
-    """The state after one step, whose gradients are made up."""
+    """The state after one step, whose gradients are synthetic."""
     config = get_config(cfg, [])
     model = build_model(config)
     state = TrainState(model, build_optimizer(config, model), torch.amp.GradScaler("cpu", enabled=False), WeightAverage(model, 0.999))

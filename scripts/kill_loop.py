@@ -168,7 +168,7 @@ def prove(folder: Path, kills: int, workers: int, processes: int, seed: int, say
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--workers", type=int, default=0, help="loading processes")
+    parser.add_argument("--workers", type=int, default=0, help="DataLoader workers")
     parser.add_argument("--processes", type=int, default=1, help="ranks, by torchrun")
     parser.add_argument("--compile", default="off", choices=("off", "blocks", "model"), help="torch.compile")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 30), help="of the moments; drawn and printed")

@@ -24,9 +24,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.errors import DataError
-from data.layouts.detect import Options, recognise
+from data.layouts.detect import Options, detect_layout
 from data.sources.base import Source
-from data.sources.classes import join
+from data.sources.classes import match_classes
 
 
 def shards_of(source: Source, seed: int, size: int) -> list[np.ndarray]:
@@ -73,9 +73,9 @@ def main() -> int:
     args = parser.parse_args()
     manifest_path = os.path.join(args.output, "manifest.json")
     try:
-        layout = recognise(args.data, Options(val_fraction=args.val_fraction))
+        layout = detect_layout(args.data, Options(val_fraction=args.val_fraction))
         train = layout.open["train"]()
-        sources = {"train": train, "val": join(layout.open["val"](), train.classes)}
+        sources = {"train": train, "val": match_classes(layout.open["val"](), train.classes)}
         content = hashlib.sha256("\n".join(train.classes).encode()).hexdigest()
         made_from = dict(images={split: len(source) for split, source in sources.items()}, classes=content, images_a_shard=args.images,
                          seed=args.seed)

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.decoding.pillow import decode
 from data.errors import DataError, UnreadableImage
-from data.layouts.detect import Options, recognise
+from data.layouts.detect import Options, detect_layout
 from data.sources.base import Source
-from data.sources.classes import join
+from data.sources.classes import match_classes
 
 MANIFEST, RECIPE = "manifest.jsonl", "recipe.json"
 _source: Source | None = None  # each process's own
@@ -155,9 +155,9 @@ def main() -> int:
             raise DataError("give the data set to read and the folder to write")
         if not 256 <= args.side <= 512 or not 50 <= args.quality <= 100:
             raise DataError("--side lies between 256 and 512, --quality between 50 and 100")
-        layout = recognise(args.data, Options(val_fraction=args.val_fraction))
+        layout = detect_layout(args.data, Options(val_fraction=args.val_fraction))
         train = layout.open["train"]()
-        sources = {"train": train, "val": join(layout.open["val"](), train.classes)}
+        sources = {"train": train, "val": match_classes(layout.open["val"](), train.classes)}
         if len(set(map(folder_name, train.classes))) < len(train.classes):
             raise DataError(f"{args.data}: two classes would share a folder; rename one")
         os.makedirs(args.output, exist_ok=True)

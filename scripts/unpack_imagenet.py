@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.errors import DataError
-from data.layouts.detect import Options, recognise
+from data.layouts.detect import Options, detect_layout
 from data.layouts.flat_labels import find_label_file, label_flat
 from data.sources.archives import Member, members, read_at
 from data.sources.packed_names import is_image
@@ -110,7 +110,7 @@ def main() -> int:
             written, there = write(tar, training(tar) if split == "train" else validation(tar, args.downloads), args.output)
             print(f"{split}: {written} images written to {args.output}, {there} there already")
         splits = [split for split, tar in (("train", train), ("val", val)) if tar]
-        layout = recognise(args.output, Options(), splits)
+        layout = detect_layout(args.output, Options(), splits)
         for split in splits:
             source = layout.open[split]()
             print(f"{split}: {len(source)} images in {len(source.classes)} classes")

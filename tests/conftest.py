@@ -47,6 +47,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of three ImageNet classes, 12 training and 5 validation images."""
+    root = tmp_path_factory.mktemp("plain")
+    write_images(root, "train", {"n01440764": 4, "n01443537": 3, "n02102040": 5})
+    write_images(root, "val", {"n01440764": 2, "n01443537": 2, "n02102040": 1}, seed=1)
+    return root
+
+
+@pytest.fixture(scope="session")
 def tiny_cfg(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A YAML file that trains a 40,000-parameter CrossFormer with everything random switched on."""
     path = tmp_path_factory.mktemp("cfg") / "tiny.yaml"

@@ -45,7 +45,7 @@ if _what and os.environ.get("BREAK_RANK", os.environ.get("RANK")) == os.environ.
         place.Source.read = _broken(place.Source.read)
     elif _what == "index":
         import data.build as place
-        place.recognise = _broken(place.recognise)
+        place.detect_layout = _broken(place.detect_layout)
     elif _what == "loss":
         import torch.nn.functional as place
         place.cross_entropy = _broken(place.cross_entropy)

@@ -97,6 +97,15 @@ def test_only_one_module_knows_torch_distributed() -> None:
         assert path.name == "distributed.py" or not pattern.search(code), path
 
 
+def test_only_one_module_reads_the_launchers_variables() -> None:
+    variable = re.compile(r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_\w+|SLURM_\w+|TORCHELASTIC_\w+")
+    for path in PROGRAM:
+        constants = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        found = {value for value in constants if isinstance(value, str) and variable.fullmatch(value)}
+        allowed = {"LOCAL_RANK"} if path.name in ("config.py", "flags.py") else set()  # an old key and its flag
+        assert path.name == "launcher.py" or found <= allowed, f"{path}: {found}"
+
+
 def test_command_line_is_understood_before_torch_is_imported() -> None:
     """Neither main.py nor config.py nor utils/cli, nor what these import at their top, brings in torch."""
     heavy, seen, waiting = {"torch", "timm", "torchvision", "numpy"}, set(), ["main", "config", *(m for m in MODULES if "utils.cli" in m)]

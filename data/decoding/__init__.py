@@ -1,1 +1,1 @@
-"""Encoded bytes to pixels."""
+"""From encoded bytes to pixels."""

@@ -1,6 +1,6 @@
-"""JPEG by simplejpeg, where it is installed, or torchvision: the same pixels as Pillow, sooner, and only as many rows as wanted.
+"""Plain JPEGs by simplejpeg, where it is installed, or torchvision: Pillow's pixels, faster, and only the rows that are needed.
 
-What is not a plain JPEG is left to Pillow.
+Everything else is left to Pillow.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ except ImportError:
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:
-    # torchvision has announced since 0.29 that a later release goes without it. Where simplejpeg is not installed either,
-    # `LIBRARY` then is Pillow, every file takes the way of odd ones, and the log says so: slower, the same pixels.
+    # torchvision has announced since 0.29 that a later release will not have it. Where simplejpeg is not installed either,
+    # Pillow decodes everything, and the log says so: slower, the same pixels.
     decode_jpeg = None
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision are deprecated", DeprecationWarning)
 
 LIBRARY = "simplejpeg" if simplejpeg is not None else "torchvision" if decode_jpeg is not None else "Pillow"
 
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended and progressive, Huffman coded
-_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
+_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})  # markers
 _ORIENTATION = 0x0112
-_END = b"\xff\xd9"
+_END_OF_IMAGE = b"\xff\xd9"
 
 
 class Header(NamedTuple):
-    """What the header of a plain JPEG says.
+    """The header of a plain JPEG.
 
     Attributes:
         width, height: in pixels.
-        height_at: where the height stands in the file.
+        height_at: offset of the height in the file.
         sequential: rows are coded from top to bottom in a single scan, so that the first can be decoded alone.
         block: rows coded together.
-        upright: nothing in it asks for a rotation; False too where that cannot be told.
+        upright: the orientation surely needs no rotation.
     """
 
     width: int
@@ -58,9 +58,9 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes) -> Header | None:
-    """The header of a JPEG that every decoder reads alike; None for anything else.
+    """The header of a plain JPEG, which all decoders read alike; None for anything else.
 
-    Plain is: 8 bits, grey or YCbCr or RGB, and small enough for Pillow's limit on image bombs.
+    Plain means: 8 bits a channel, grey or YCbCr or RGB, Huffman coded, and within Pillow's limit on decompression bombs.
     """
     if data[:2] != b"\xff\xd8":
         return None
@@ -69,7 +69,7 @@ def read_header(data: bytes) -> Header | None:
         if data[at] != 0xFF:
             return None
         marker = data[at + 1]
-        if marker == 0xFF or marker in _ALONE:
+        if marker == 0xFF or marker in _WITHOUT_LENGTH:
             at += 1 if marker == 0xFF else 2
             continue
         length = data[at + 2] << 8 | data[at + 3]
@@ -85,14 +85,14 @@ def read_header(data: bytes) -> Header | None:
             return Header(width, height, height_at, not progressive and data[at + 4] == components, block, upright)
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker in (0xD9, 0xDA):
             return None  # lossless or arithmetic coding; or no frame before the scan
-        elif marker == 0xE1 and _turned(data[at + 4:at + 2 + length]):
+        elif marker == 0xE1 and _may_be_rotated(data[at + 4:at + 2 + length]):
             upright = False
         at += 2 + length
     return None
 
 
-def _turned(block: bytes) -> bool:
-    """Whether an application's block, EXIF or XMP, may say that the image is not upright."""
+def _may_be_rotated(block: bytes) -> bool:
+    """Whether an EXIF or XMP block may contain an orientation other than upright."""
     if block[:6] != b"Exif\0\0":
         return b"tiff:Orientation" in block
     tiff = block[6:]
@@ -112,35 +112,35 @@ def _turned(block: bytes) -> bool:
 
 
 def decode(data: bytes, header: Header, rows: int | None = None) -> np.ndarray | None:
-    """The pixels (H, W, 3), uint8, as Pillow decodes them; None when the file is damaged or there is no library for it.
+    """The pixels (H, W, 3) uint8 as Pillow decodes them; None where the file is damaged or there is no library for it.
 
     Args:
-        rows: how many rows from the top are wanted; more may come, and the time for those below is saved.
+        rows: rows needed from the top; the result has at least these, and the time for most of the others is saved. None: all.
     """
-    buffer, partly = bytearray(data), False
-    if rows is not None and rows + header.block < header.height and header.sequential and _END in data[-32:]:
-        # The decoder is told of fewer rows and passes over what follows them: one block of rows more than asked, as colour is
-        # interpolated across its border. A file without its end is decoded whole, so that whether it counts as damaged does
-        # not hang on the rows asked for.
+    buffer, partial = bytearray(data), False
+    if rows is not None and rows + header.block < header.height and header.sequential and _END_OF_IMAGE in data[-32:]:
+        # With a smaller height in its header the decoder skips the rows below: one block of rows more than needed is decoded, since
+        # colour is interpolated across its border. A file without its end is decoded whole, so that whether it counts as damaged
+        # does not depend on the rows.
         struct.pack_into(">H", buffer, header.height_at, rows + header.block)
-        partly = True
+        partial = True
     try:
         if simplejpeg is not None:
-            return simplejpeg.decode_jpeg(buffer, "RGB", strict=not partly)
+            return simplejpeg.decode_jpeg(buffer, "RGB", strict=not partial)
         if decode_jpeg is None:
             return None
-        with _silence() if partly else contextlib.nullcontext():
+        with _silent_stderr() if partial else contextlib.nullcontext():
             return decode_jpeg(torch.frombuffer(buffer, dtype=torch.uint8), ImageReadMode.RGB).permute(1, 2, 0).numpy()
-    except (RuntimeError, ValueError):  # Pillow decides whether it is damaged, and says how
+    except (RuntimeError, ValueError):  # Pillow then decides whether the file is damaged, and says how
         return None
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Nothing on stderr: libjpeg writes there that bytes were passed over. Two calls of the system, some microseconds."""
+def _silent_stderr() -> Iterator[None]:
+    """Nothing on stderr, where libjpeg warns of the bytes that it skips. Takes some microseconds."""
     saved = os.dup(2)
     try:
-        os.dup2(_nowhere(), 2)
+        os.dup2(_devnull(), 2)
         yield
     finally:
         os.dup2(saved, 2)
@@ -148,5 +148,5 @@ def _silence() -> Iterator[None]:
 
 
 @functools.cache
-def _nowhere() -> int:
+def _devnull() -> int:
     return os.open(os.devnull, os.O_WRONLY)

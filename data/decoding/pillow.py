@@ -1,9 +1,8 @@
-"""From the bytes of an image file to its pixels in RGB: one defined result for every file there is.
+"""From the bytes of an image file to its pixels in RGB, by Pillow: one defined result for every file.
 
-What torchvision's ImageFolder and timm make of a file holds wherever they make something sensible: no rotation, no colour
-profiles, the first frame of an animation, CMYK by Pillow's rule (inverted, as Adobe and everyone after it writes it).
-Elsewhere: grey of more than 8 bits is scaled instead of clipped to white, and transparent pixels are laid on white instead
-of showing the arbitrary colour stored below them.
+The result is that of torchvision's ImageFolder and timm: no rotation, no colour profiles, the first frame of an animation, CMYK by
+Pillow's rule (inverted, as Adobe writes it). With two exceptions: grey of more than 8 bits is scaled instead of clipped to white,
+and transparent pixels are white instead of the arbitrary colour stored below them.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from PIL import Image, ImageOps
 
 from data.errors import UnreadableImage
 
-# What is opened at all; Pillow knows forty formats more, some of them with dangerous decoders.
+# The formats that are opened; Pillow has forty more, some of them with dangerous decoders.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
-# Pillow warns about broken EXIF blocks, palettes and, at half its limit, about size: nothing a user could act on here.
+# Pillow warns of broken EXIF blocks, of palettes and, at half its limit, of size: nothing that a user could act on here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -27,11 +26,11 @@ def decode(data: bytes, name: str, exif: bool = False) -> Image.Image:
     """The image in ``data``, in RGB with 8 bits a channel.
 
     Args:
-        name: what to call it in an error.
-        exif: turn it upright as its EXIF block says. Off in the papers, in torchvision and in timm.
+        name: the image's name in errors.
+        exif: rotate it as its EXIF orientation says; the papers, torchvision and timm do not.
 
     Raises:
-        UnreadableImage: no image, another format, truncated, damaged, or more pixels than Pillow's bomb limit (179 million).
+        UnreadableImage: not an image, another format, truncated, damaged, or above Pillow's limit of 179 million pixels.
     """
     if not data:
         raise UnreadableImage.of(name, "an empty file")
@@ -41,14 +40,14 @@ def decode(data: bytes, name: str, exif: bool = False) -> Image.Image:
         return to_rgb(ImageOps.exif_transpose(image) if exif else image)
     except MemoryError:
         raise
-    except Image.UnidentifiedImageError:  # Pillow's sentence holds the address of a buffer
+    except Image.UnidentifiedImageError:  # Pillow's message contains the address of a buffer
         raise UnreadableImage.of(name, f"none of {', '.join(FORMATS)}") from None
     except Exception as error:  # on damaged bytes Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise UnreadableImage.of(name, error) from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded image in RGB."""
+    """A loaded image in RGB, 8 bits a channel."""
     if image.mode.startswith(("I", "F")):
         image = Image.fromarray(_eight_bits(np.asarray(image), image))
     elif image.mode == "RGB" and "transparency" not in image.info:
@@ -61,10 +60,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(values: np.ndarray, image: Image.Image) -> np.ndarray:
-    """Grey of 16 or 32 bits or floating point in 8 bits, by its type's range where that is known.
+    """Grey (H, W) of 16 or 32 bits or floating point, scaled to uint8.
 
-    16 bits by their full range. 32-bit integers and floats have no agreed white: the smallest of 1 (floats), 255 and 65535
-    that holds every value is taken for it, and where none does (or a value is negative) the image's own range is.
+    16 bits are scaled by their full range. 32-bit integers and floats have no agreed white: it is taken to be the smallest of 1
+    (floats only), 255 and 65535 that no value exceeds; where there is none, or a value is negative, the image's own range counts.
     """
     if image.mode.startswith("I;16") or image.format == "PPM":  # Pillow scales PPM's own white to 65535
         return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)

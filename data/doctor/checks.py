@@ -1,7 +1,6 @@
-"""What the doctor makes of a survey: findings, each with its severity and what mends it.
+"""The doctor's checks: from a survey to findings, each with its severity and its repair.
 
-An error is what training would stop for or what makes its result worthless, a warning what harms it, a note what is worth
-knowing.
+An error stops training or makes its result worthless, a warning harms the result, a note is worth knowing.
 """
 
 from __future__ import annotations
@@ -16,25 +15,25 @@ from typing import Any
 import numpy as np
 
 from config import image_size
-from data.doctor.duplicate_checks import look_alikes, same_bytes_twice
+from data.doctor.duplicate_checks import exact_duplicates, near_duplicates
 from data.doctor.finding import ERROR, NOTE, SEVERITIES, WARNING, Finding, Images, Move, all_rows, many, start_of
-from data.doctor.ignored_files import HIDDEN, LOOSE, strays
-from data.doctor.image_record import ALPHA, ANIMATED, BLANK, EXIF_TURNED, EXTENSION_OF, MISNAMED, MODES, format_of
+from data.doctor.ignored_files import HIDDEN, LOOSE, ignored_files
+from data.doctor.image_record import ALPHA, ANIMATED, BLANK, EXIF_ROTATED, EXTENSION_OF, MISNAMED, MODES, format_of
 from data.doctor.survey import Split, Survey, base_of
 
 HUGE_PIXELS = 20_000_000
-_FOUND_HERE = ("empty-classes", "missing-classes")  # codes of what listing the images has told already
+_FOUND_HERE = ("empty-classes", "missing-classes")  # codes of messages of the listing that are findings here
 
 
 def findings(survey: Survey, distance: int) -> list[Finding]:
-    """All findings, the gravest first.
+    """All findings, errors first.
 
     Args:
-        distance: bits in which near-duplicates' fingerprints may differ; negative looks for none.
+        distance: bits in which the fingerprints of near-duplicates may differ; negative: near-duplicates are not looked for.
     """
-    found = [*_splits(survey), *_classes(survey), *_unreadable(survey), *same_bytes_twice(survey), *_kinds(survey), *_passed_over(survey)]
+    found = [*_splits(survey), *_classes(survey), *_unreadable(survey), *exact_duplicates(survey), *_kinds(survey), *_ignored(survey)]
     if distance >= 0:
-        found += look_alikes(survey, distance)
+        found += near_duplicates(survey, distance)
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
@@ -63,11 +62,11 @@ def _splits(survey: Survey) -> Iterator[Finding]:
         if survey.known == 1:
             yield Finding("one-class", WARNING,
                           "there is one class only: nothing can be learned from it", advice="give another class's folder")
-    told = set()
+    seen = set()
     for split in survey.splits.values():
         for line in split.source.notices:
-            if line.code not in _FOUND_HERE and line not in told:
-                told.add(line)
+            if line.code not in _FOUND_HERE and line not in seen:
+                seen.add(line)
                 yield Finding("told", WARNING if line.level >= logging.WARNING else NOTE, line, advice="training says the same")
 
 
@@ -82,7 +81,7 @@ def _classes(survey: Survey) -> Iterator[Finding]:
         yield Finding("surplus-classes", ERROR,
                       f"{many(len(surplus), 'class')} of val that train does not know: training stops", len(surplus),
                       lambda i: dict(name=names[surplus[i]], detail=many(in_val[surplus[i]])
-                                     + (f"; {near[i][0]!r} is meant?" if i < len(near) and near[i] else "")),
+                                     + (f"; is {near[i][0]!r} meant?" if i < len(near) and near[i] else "")),
                       advice="name them as train does, or take them out of val", moves=_folders(val, names, surplus))
     known = np.arange(survey.known)
     empty = known[in_train[known] == 0]
@@ -112,7 +111,7 @@ def _classes(survey: Survey) -> Iterator[Finding]:
         yield Finding("odd-names", NOTE,
                       f"{many(len(odd), 'class')} with control characters in the name, or more than 100 letters", len(odd),
                       lambda i: dict(name=odd[i], detail=f"{len(odd[i])} letters"),
-                      advice="this works; rename what is in the way elsewhere")
+                      advice="this works here; rename those that other programs cannot use")
     present = in_train[in_train > 0]
     if len(present) and present.max() >= 10 * present.min() and len(present) > 1:
         yield Finding("imbalance", WARNING if present.max() >= 100 * present.min() else NOTE,
@@ -121,7 +120,7 @@ def _classes(survey: Survey) -> Iterator[Finding]:
 
 
 def _folders(split: Split | None, names: Sequence[str], chosen: np.ndarray, other: Split | None = None):
-    """Moves of whole class folders out of one split, or two; None where they are no folders."""
+    """Moves of whole class folders out of one split, or two; None where classes are not folders."""
     if split is None or not split.movable or split.source.classes == [""]:
         return None
     own = [s for s in (split, other) if s is not None and s.movable]
@@ -169,7 +168,7 @@ def _unreadable(survey: Survey) -> Iterator[Finding]:
         allowed = int(budget * len(split.rows) if budget < 1 else budget)
         over = len(bad) > allowed
         yield images.finding("unreadable-train", ERROR if over else WARNING,
-                             much + (f": training stops above {allowed:,}" if over else "; others of their class take their place"),
+                             much + (f": training stops above {allowed:,}" if over else "; others of their class replace them"),
                              commands=[f"--opts DATA.CORRUPT_BUDGET {len(bad)}"] if over else [], moves=images.moves())
         counts, readable = survey.counts("train"), survey.counts("train", readable=True)
         lost = np.flatnonzero((counts > 0) & (readable == 0))
@@ -183,7 +182,7 @@ def _unreadable(survey: Survey) -> Iterator[Finding]:
 
 
 def _kinds(survey: Survey) -> Iterator[Finding]:
-    """Sizes, and files that are read in a way worth knowing."""
+    """Unusual sizes, and files whose reading needs a note."""
     rows = all_rows(survey)
     if not len(rows):
         return
@@ -206,29 +205,29 @@ def _kinds(survey: Survey) -> Iterator[Finding]:
                                                f"{ms:,.0f} ms each to decode", commands=[resize_command(survey)])
     if len(at := np.flatnonzero(read & (longer > 10 * shorter.astype(np.int64)))):
         yield Images(survey, at, size).finding("long", NOTE, f"{many(len(at))} more than ten times as long as wide",
-                                               advice="crops show little of them; nothing needs doing")
+                                               advice="crops show little of them; nothing needs to be done")
     if len(at := np.flatnonzero(read & ((flags & BLANK) > 0))):
         images = Images(survey, at, size)
         yield images.finding("blank", WARNING, f"{many(len(at))} of a single colour", moves=images.moves())
     if len(at := np.flatnonzero(read & ((flags & MISNAMED) > 0))):
         images = Images(survey, at, lambda split, index: f"is {format_of(split.rows[index])}")
         yield images.finding("misnamed", NOTE, f"{many(len(at))} with another format's extension, read by content",
-                             advice="nothing needs doing for training", moves=images.moves(_right_name))
-    if len(at := np.flatnonzero(read & ((flags & EXIF_TURNED) > 0))) and not survey.config.DATA.EXIF:
+                             advice="nothing needs to be done for training", moves=images.moves(_right_name))
+    if len(at := np.flatnonzero(read & ((flags & EXIF_ROTATED) > 0))) and not survey.config.DATA.EXIF:
         yield Images(survey, at).finding("exif", NOTE,
-                                         f"{many(len(at))} turned by an EXIF block, used as stored (as torchvision and timm do)",
+                                         f"{many(len(at))} rotated by an EXIF orientation, used as stored (as torchvision and timm do)",
                                          commands=["--opts DATA.EXIF True"])
     if len(at := np.flatnonzero(read & ((flags & ANIMATED) > 0))):
         yield Images(survey, at).finding("animated", NOTE, f"{many(len(at), 'file')} of several pictures, of which the first is used",
-                                         advice="nothing needs doing")
+                                         advice="nothing needs to be done")
     if len(at := np.flatnonzero(read & ((flags & ALPHA) > 0))):
         yield Images(survey, at, _mode).finding("transparent", NOTE,
                                                 f"{many(len(at))} with an alpha channel; transparent parts become white",
-                                                advice="nothing needs doing")
+                                                advice="nothing needs to be done")
     for code, modes, what in (("cmyk", ("CMYK",), "in CMYK, converted by Pillow's rule (as torchvision and timm do)"),
                               ("deep", ("I;16", "I", "F"), "of more than 8 bits a channel, scaled to 8")):
         if len(at := np.flatnonzero(read & np.isin(rows["mode"], [MODES.index(mode) for mode in modes]))):
-            yield Images(survey, at, _mode).finding(code, NOTE, f"{many(len(at))} {what}", advice="nothing needs doing")
+            yield Images(survey, at, _mode).finding(code, NOTE, f"{many(len(at))} {what}", advice="nothing needs to be done")
     middle = float(np.median(shorter[read])) if read.any() else 0
     if middle > 2.5 * side:
         yield Finding("large", NOTE, f"half of the images have a shorter side above {middle:,.0f} pixels, and the input is {side}: "
@@ -254,7 +253,7 @@ def resize_command(survey: Survey) -> str:
             + (f" --val-fraction {share:g}" if share else ""))
 
 
-def _passed_over(survey: Survey) -> Iterator[Finding]:
+def _ignored(survey: Survey) -> Iterator[Finding]:
     seen: set[Any] = set()
     for split in survey.splits.values():
         base, _ = base_of(split.source)
@@ -262,7 +261,7 @@ def _passed_over(survey: Survey) -> Iterator[Finding]:
         if place in seen or (not split.movable and not hasattr(base, "files")):
             continue
         seen.add(place)
-        counts, examples = strays(base)
+        counts, examples = ignored_files(base)
         if loose := counts.pop(LOOSE, 0):
             yield Finding("loose", WARNING, f"{many(loose)} of {split.name} outside any class folder: not used", 1,
                           lambda i, e=examples[LOOSE]: dict(path=e, detail="for example"), advice="move them into their class's folder")
@@ -270,10 +269,10 @@ def _passed_over(survey: Survey) -> Iterator[Finding]:
             kinds = sorted(counts.items(), key=lambda kind: -kind[1])
             other = set(counts) - {HIDDEN}
             yield Finding("passed-over", NOTE,
-                          f"{many(counts.total(), 'file')} or folders of {split.name} passed over: no images", len(kinds),
+                          f"{many(counts.total(), 'file')} or folders of {split.name} ignored: not images", len(kinds),
                           lambda i, kinds=kinds, examples=examples: dict(
                               path=examples[kinds[i][0]], detail=f"{kinds[i][1]:,} {kinds[i][0]}", number=kinds[i][1]),
                           advice=f"pictures of other kinds than {', '.join(EXTENSION_OF)} must be converted" if other
-                          else "nothing needs doing")
+                          else "nothing needs to be done")
 
 

@@ -1,7 +1,7 @@
-"""The doctor: reads a whole data set before a run and says what is wrong with it; the data itself is never changed.
+"""The doctor: reads a whole data set before a run and reports what is wrong with it; the data itself is never changed.
 
-``diagnose`` does it all: ``survey`` opens the splits and reads every image with a ``crew`` of processes, ``examine`` makes a row of
-each, ``findings`` judges (with ``twins``, ``similar`` and ``strays``), and ``facts`` sums up. Nothing here needs torch or a model.
+``survey`` opens the splits and has a ``worker_pool`` read every image; ``image_record`` makes a row of each. ``checks`` makes findings
+of the rows, with ``duplicate_checks`` (by ``image_hashes``) and ``ignored_files``. Nothing here needs torch or a model.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from yacs.config import CfgNode
 
 from config import image_size
 from data.doctor.checks import findings
-from data.doctor.finding import ERROR, SEVERITIES, WARNING, Finding, Images, many
+from data.doctor.finding import ERROR, SEVERITIES, WARNING, Finding, Images, many, start_of
 from data.doctor.image_record import MODES, ROW, SEEN, format_of
 from data.doctor.survey import Split, Survey, base_of, open_survey, read_all
 from data.loading.workers import usable_cpus, worker_count
-from data.sources.index_cache import Index, keep, names_of, store_names
+from data.sources.index_cache import Index, names_of, store_names, write_with_checksums
 from data.sources.packed_names import PackedNames
 
-# What timm's random crop, RandAugment, normalisation and erasing take for an image of 224 x 224 on one core, measured.
-_AUGMENT_SECONDS = 0.0019
-_PARTS = (0, 5, 50, 95, 100)  # percentiles
+_AUGMENT_SECONDS = 0.0019  # of timm's crop, RandAugment, normalisation and erasing for 224 x 224 pixels on one core, measured
+_PERCENTILES = dict(min=0, p5=5, median=50, p95=95, max=100)
 
 
 @dataclass
 class Diagnosis:
-    """A survey, what was found in it, and its sums."""
+    """A survey, its findings, and the figures of the report as plain data."""
 
     survey: Survey
     found: list[Finding]
@@ -43,15 +42,15 @@ class Diagnosis:
 
 def diagnose(config: CfgNode, begun: Callable[[Survey], None], progress: Callable[[int], None],
              earlier: Mapping[str, Index] | None = None) -> Diagnosis:
-    """Read everything and judge.
+    """Read every image of the config's data and check it.
 
     Args:
-        begun: hears what was found before the images are read.
-        progress: hears how many images have been read.
-        earlier: manifests of an earlier time, by split; files whose content has changed since are a finding.
+        begun: called with the survey before the images are read.
+        progress: called now and then with the number of images read.
+        earlier: manifests of an earlier report, by split; files whose content has changed since are a finding.
 
     Raises:
-        ConfigError: no data path.
+        ConfigError: DATA.DATA_PATH is empty.
     """
     survey = open_survey(config)
     survey.processes = max(1, config.DATA.NUM_WORKERS) if config.DATA.NUM_WORKERS >= 0 else usable_cpus()
@@ -63,8 +62,7 @@ def diagnose(config: CfgNode, begun: Callable[[Survey], None], progress: Callabl
     for name, manifest in (earlier or {}).items():
         changed = _changed_since(manifest, survey, name) if name in survey.splits else None
         if changed is not None and len(changed):
-            offset = len(survey.splits["train"].rows) if name == "val" and "train" in survey.splits else 0
-            found.append(Images(survey, changed + offset).finding(
+            found.append(Images(survey, changed + start_of(survey, name)).finding(
                 "changed", WARNING, f"{many(len(changed))} of {name} changed since the last report, under the same name",
                 "a disk that loses bits shows like this; compare with a copy"))
     found.sort(key=lambda finding: SEVERITIES.index(finding.severity))
@@ -72,9 +70,9 @@ def diagnose(config: CfgNode, begun: Callable[[Survey], None], progress: Callabl
 
 
 def _facts(survey: Survey, found: list[Finding]) -> dict[str, Any]:
-    grave = {severity: sum(finding.severity == severity for finding in found) for severity in SEVERITIES}
-    return dict(data=survey.root, status="errors" if grave[ERROR] else "warnings" if grave[WARNING] else "clean",
-                exit_status=3 if grave[ERROR] else 0, counts=grave,
+    counts = {severity: sum(finding.severity == severity for finding in found) for severity in SEVERITIES}
+    return dict(data=survey.root, status="errors" if counts[ERROR] else "warnings" if counts[WARNING] else "clean",
+                exit_status=3 if counts[ERROR] else 0, counts=counts,
                 splits={name: _split_facts(split) for name, split in survey.splits.items()}, speed=_speed(survey))
 
 
@@ -84,32 +82,27 @@ def _split_facts(split: Split) -> dict[str, Any]:
     if len(rows):
         for name, values in (("width", rows["width"]), ("height", rows["height"]),
                              ("shorter_side", np.minimum(rows["width"], rows["height"])), ("bytes", rows["bytes"])):
-            percentiles[name] = dict(zip(("min", "p5", "median", "p95", "max"), np.percentile(values, _PARTS).round().astype(int).tolist(),
-                                         strict=True))
-    kinds = [{str(name): int(count) for name, count in sorted(zip(*counted, strict=True), key=lambda kind: -kind[1])}
-             for counted in (_counted([MODES[i] for i in range(len(MODES))], rows["mode"]), _formats(rows))]
+            values = np.percentile(values, list(_PERCENTILES.values())).round().astype(int).tolist()
+            percentiles[name] = dict(zip(_PERCENTILES, values, strict=True))
     return dict(layout=split.layout, place=split.source.root, images=len(split.rows), readable=len(rows), classes=len(split.classes),
-                bytes=int(split.rows["bytes"].sum(dtype=np.int64)), sizes=percentiles, modes=kinds[0], formats=kinds[1])
+                bytes=int(split.rows["bytes"].sum(dtype=np.int64)), sizes=percentiles,
+                modes=_counts(rows, "mode", lambda row: MODES[row["mode"]]), formats=_counts(rows, "format", format_of))
 
 
-def _counted(names: list[str], codes: np.ndarray) -> tuple[list[str], list[int]]:
-    counts = np.bincount(codes, minlength=len(names))
-    return [names[i] for i in np.flatnonzero(counts)], counts[counts > 0].tolist()
-
-
-def _formats(rows: np.ndarray) -> tuple[list[str], list[int]]:
-    codes, first, counts = np.unique(rows["format"], return_index=True, return_counts=True)
-    return [format_of(rows[i]) for i in first.tolist()], counts.tolist()
+def _counts(rows: np.ndarray, column: str, name_of: Callable[[np.void], str]) -> dict[str, int]:
+    """How many rows have each value of a column, the most frequent first."""
+    _, first, counts = np.unique(rows[column], return_index=True, return_counts=True)
+    return {name_of(rows[first[i]]): int(counts[i]) for i in np.argsort(-counts, kind="stable")}
 
 
 def _speed(survey: Survey) -> dict[str, Any]:
-    """What reading took, and what that makes of the run that is planned."""
+    """How long reading took, and what follows for the run that is planned."""
     rows = [split.rows[split.readable] for split in survey.splits.values()]
     rows = np.concatenate(rows) if rows else np.zeros(0, dtype=ROW)
     if not len(rows):
         return {}
-    decode, read = (float(rows[name].mean(dtype=np.float64)) / 1e6 for name in ("decode_us", "read_us"))
-    config, workers = survey.config, worker_count(survey.config)
+    decode, read = (float(rows[name].mean(dtype=np.float64)) / 1e6 for name in ("decode_us", "read_us"))  # seconds
+    config, workers = survey.config, worker_count(survey.config.DATA.NUM_WORKERS)
     cores = min(max(1, workers), usable_cpus())
     height, width = image_size(config)
     augment = _AUGMENT_SECONDS * height * width / 224**2
@@ -131,31 +124,31 @@ def _speed(survey: Survey) -> dict[str, Any]:
 def manifests(survey: Survey) -> dict[str, Index]:
     """For each split the arrays of its manifest: names, targets, classes, and of every file the size, pixels and SHA-256.
 
-    Where the split was opened from an index, that index is kept for training with the same sums (``data/index.py``):
-    training takes its list of files from there as long as no folder and no archive has changed.
+    A split's list of files is also written to the index cache, with the same checksums (``data/sources/index_cache.py``): training
+    takes it from there as long as no folder and no archive has changed.
     """
-    made, kept = {}, {}
+    contents, cached = {}, {}
     for name, split in survey.splits.items():
         base, indices = base_of(split.source)
-        content: Index = dict(targets=split.targets, **_sums(split.rows))
+        content: Index = dict(targets=split.targets, **_checksums(split.rows))
         store_names(content, "names", PackedNames.of(split.source.path(i) for i in range(len(split.rows))))
         store_names(content, "classes", PackedNames.of(survey.classes))
-        made[name] = content
+        contents[name] = content
         if split.entry is not None and split.entry.path is not None:
-            entry, rows = kept.setdefault(split.entry.path, (split.entry, np.zeros(len(base), dtype=ROW)))
+            entry, rows = cached.setdefault(split.entry.path, (split.entry, np.zeros(len(base), dtype=ROW)))
             rows[slice(None) if indices is None else indices] = split.rows
-    for entry, rows in kept.values():
-        if np.all(rows["flags"] & SEEN):  # a part of a source says nothing about the rest
-            keep(entry, _sums(rows))
-    return made
+    for entry, rows in cached.values():
+        if np.all(rows["flags"] & SEEN):  # not where only a part of the source was read
+            write_with_checksums(entry, _checksums(rows))
+    return contents
 
 
-def _sums(rows: np.ndarray) -> Index:
+def _checksums(rows: np.ndarray) -> Index:
     return {name: np.ascontiguousarray(rows[name]) for name in ("sha256", "bytes", "width", "height", "flags")}
 
 
 def _changed_since(manifest: Index, survey: Survey, name: str) -> np.ndarray | None:
-    """Positions of images whose content is not what an earlier manifest says; None where it lists other files."""
+    """Indices of images whose content is not that of an earlier manifest; None where it lists other files."""
     split = survey.splits[name]
     try:
         names = names_of(manifest, "names")

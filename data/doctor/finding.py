@@ -1,6 +1,6 @@
-"""One thing that the doctor found: what a report says about it, and the files that mending it takes out or renames.
+"""A finding of the doctor: what the report says about it, and the files that its repair moves or renames.
 
-Findings hold positions, not sentences: a million of them cost a few megabytes.
+Findings hold positions of images, not text: a million of them take a few megabytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ERROR, WARNING, NOTE = SEVERITIES = ("error", "warning", "note")
 
 @dataclass(frozen=True)
 class Move:
-    """A file to take out of the data (``to`` empty), or to be called or placed otherwise."""
+    """A file to take out of the data (``to`` empty), or to rename to ``to``."""
 
     path: str
     to: str = ""
@@ -29,12 +29,12 @@ class Finding:
     """One thing found.
 
     Attributes:
-        code: a word for scripts.
+        code: identifies the kind of finding, for scripts.
         title: a sentence without a full stop.
-        count: how many items there are; ``item(i)`` describes one: ``path`` or ``name``, and ``detail``.
-        advice: what to do, or that nothing needs doing.
-        commands: that mend it.
-        moves: files to take out or rename; whoever writes the report makes a script of them.
+        count: number of items; ``item(i)`` describes one: its ``path`` or ``name``, and ``detail``.
+        advice: what to do, or that nothing needs to be done.
+        commands: flags or commands that repair it.
+        moves: the files to take out or rename, of which the report makes a script.
     """
 
     code: str
@@ -51,7 +51,8 @@ class Images:
     """Some images of a survey, as items of a finding and as files to take out.
 
     Args:
-        positions: positions in all splits put one behind the other.
+        positions: (images,) positions in the splits' images one after the other.
+        detail: describes an image, by its split and index.
     """
 
     def __init__(self, survey: Survey, positions: np.ndarray, detail: Callable[[Split, int], str] = lambda split, index: ""):
@@ -89,11 +90,11 @@ def many(count: int, noun: str = "image") -> str:
 
 
 def all_rows(survey: Survey) -> np.ndarray:
-    """The rows of all splits, one behind the other."""
+    """The rows of all splits, one after the other."""
     rows = [split.rows for split in survey.splits.values()]
     return np.concatenate(rows) if rows else np.zeros(0)
 
 
 def start_of(survey: Survey, name: str) -> int:
-    """The position of a split's first image among those rows."""
+    """The position of a split's first image in ``all_rows``."""
     return len(survey.splits["train"].rows) if name == "val" and "train" in survey.splits else 0

@@ -1,4 +1,4 @@
-"""Files that lie among the images and are passed over: counted by kind, so that a forgotten format is noticed."""
+"""Files among the images that training ignores, counted by kind, so that a forgotten format is noticed."""
 
 from __future__ import annotations
 
@@ -13,29 +13,26 @@ from data.sources.base import Source
 from data.sources.folder import ImageFolder
 from data.sources.packed_names import is_hidden, is_image
 
-HIDDEN, LOOSE, BROKEN = "hidden files and folders", "images outside a class folder", "links to nothing, pipes and devices"
+HIDDEN, LOOSE, BROKEN = "hidden files and folders", "images outside a class folder", "broken links, pipes and devices"
 _KNOWN_JUNK = ("thumbs.db", "desktop.ini")
-_LABELS = (".cls", ".json", ".tar")  # WebDataset's, and tar files in a tar file, are no strays
+_USED_IN_ARCHIVES = (".cls", ".json", ".tar")  # WebDataset's labels, and tar files in a tar file
 
 
-def strays(source: Source) -> tuple[Counter[str], dict[str, str]]:
-    """(how many of each kind, an example of each) that lie where a source's images lie.
-
-    Lists and tables name their images, so that nothing beside them counts.
-    """
-    found: Counter[str] = Counter()
+def ignored_files(source: Source) -> tuple[Counter[str], dict[str, str]]:
+    """(number of each kind, an example of each) in the folder or the archives of a source; none for other sources."""
+    counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
 
-    def note(kind: str, path: str) -> None:
-        found[kind] += 1
+    def count(kind: str, path: str) -> None:
+        counts[kind] += 1
         examples.setdefault(kind, path)
 
     if isinstance(source, ArchiveImages):
         for path in source.files:
-            _in_archive(path, note)
+            _count_in_archive(path, count)
     elif isinstance(source, ImageFolder):
-        _in_folder(source.root, note, source.classes != [""])
-    return found, examples
+        _count_in_folder(source.root, count, source.classes != [""])
+    return counts, examples
 
 
 def _kind(name: str) -> str | None:
@@ -44,11 +41,11 @@ def _kind(name: str) -> str | None:
     return None if is_image(name) else f"{os.path.splitext(name)[1].lower() or 'no extension'} files"
 
 
-def _in_folder(root: str, note: Callable[[str, str], None], classes: bool) -> None:
-    below: list[tuple[str, bool]] = [(root, True)]
+def _count_in_folder(root: str, count: Callable[[str, str], None], has_class_folders: bool) -> None:
+    folders: list[tuple[str, bool]] = [(root, True)]
     seen = set()
-    while below:
-        folder, top = below.pop()
+    while folders:
+        folder, is_root = folders.pop()
         real = os.path.realpath(folder)
         if real in seen:
             continue
@@ -57,27 +54,27 @@ def _in_folder(root: str, note: Callable[[str, str], None], classes: bool) -> No
             for entry in entries:
                 if entry.is_dir():
                     if is_hidden(entry.name):
-                        note(HIDDEN, entry.path)
+                        count(HIDDEN, entry.path)
                     else:
-                        below.append((entry.path, False))
+                        folders.append((entry.path, False))
                 elif kind := _kind(entry.name):
-                    note(kind, entry.path)
+                    count(kind, entry.path)
                 elif not entry.is_file():
-                    note(BROKEN, entry.path)
-                elif top and classes:
-                    note(LOOSE, entry.path)
+                    count(BROKEN, entry.path)
+                elif is_root and has_class_folders:
+                    count(LOOSE, entry.path)
 
 
-def _in_archive(path: str, note: Callable[[str, str], None]) -> None:
+def _count_in_archive(path: str, count: Callable[[str, str], None]) -> None:
     try:
         for name in _members(path):
             parts = name.removeprefix("./").split("/")
             if any(is_hidden(part) for part in parts):
-                note(HIDDEN, f"{path}/{name}")
-            elif (kind := _kind(parts[-1])) and not parts[-1].lower().endswith(_LABELS):
-                note(kind, f"{path}/{name}")
+                count(HIDDEN, f"{path}/{name}")
+            elif (kind := _kind(parts[-1])) and not parts[-1].lower().endswith(_USED_IN_ARCHIVES):
+                count(kind, f"{path}/{name}")
     except (OSError, tarfile.TarError, zipfile.BadZipFile, ValueError, EOFError):
-        return  # what could be listed counts; that an archive is damaged is another's finding
+        return  # a damaged archive is a finding of another check
 
 
 def _members(path: str) -> Iterator[str]:
@@ -87,6 +84,6 @@ def _members(path: str) -> Iterator[str]:
         return
     with tarfile.open(path, "r:") as tar:
         while (member := tar.next()) is not None:
-            tar.members = []  # it would keep a kilobyte for each
+            tar.members = []  # it would keep a kilobyte for each member
             if not member.isdir():
                 yield member.name

@@ -1,4 +1,4 @@
-"""What one image file is, in 72 bytes: the row of a table that holds a million of them."""
+"""What the doctor records about an image file: 72 bytes, a row of a table that may have a million."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from data.sources.base import Source
 
 LARGEST_FILE = 256 << 20  # bytes; no encoded image is larger, and reading one would only fill the memory
 
-# Flags of a row. The first three are set when the file has been seen.
-SEEN, UNREADABLE, LETHAL, EXIF_TURNED, ANIMATED, MISNAMED, ALPHA, BLANK, PLAIN = (1 << bit for bit in range(9))
+# Flags of a row. SEEN: the file has been read or tried. FATAL: the process that read it died. PLAIN: too even for a fingerprint.
+SEEN, UNREADABLE, FATAL, EXIF_ROTATED, ANIMATED, MISNAMED, ALPHA, BLANK, PLAIN = (1 << bit for bit in range(9))
 
 MODES = ("?", "RGB", "L", "CMYK", "P", "RGBA", "LA", "1", "I;16", "I", "F", "PA", "other")
 _KINDS = ("?", *FORMATS)
 
 ROW = np.dtype([
     ("sha256", np.uint8, 32),
-    ("hash", np.uint64, 2),  # brightness falling to the right, and downwards, on an 8 x 8 grid
+    ("hash", np.uint64, 2),  # fingerprint: whether brightness falls to the right, and downwards, on an 8 x 8 grid
     ("bytes", np.uint32),
     ("width", np.uint32), ("height", np.uint32),
     ("read_us", np.uint32), ("decode_us", np.uint32),  # waiting for the bytes; processor time of the decoder
@@ -42,10 +42,10 @@ def format_of(row: np.void) -> str:
     return _KINDS[row["format"]]
 
 
-def examine(source: Source, index: int, row: np.void) -> str:
-    """Read and decode image ``index`` as training does, and fill ``row``; why it cannot be read, or "".
+def inspect_image(source: Source, index: int, row: np.void) -> str:
+    """Read and decode image ``index`` as training does, and fill ``row``; returns why it cannot be read, or "".
 
-    Bounded in memory as training is: by ``LARGEST_FILE`` and by Pillow's bomb limit.
+    Memory is bounded by ``LARGEST_FILE`` and by Pillow's limit on decompression bombs.
     """
     row["flags"] |= SEEN
     name = source.path(index)
@@ -72,10 +72,10 @@ def examine(source: Source, index: int, row: np.void) -> str:
 
 
 def _describe(data: bytes, name: str, row: np.void) -> None:
-    """What the file's header says."""
+    """Fill in what the file's header says."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception:  # ``decode`` says what is wrong, in its own words
+    except Exception:  # ``decode`` raises the error
         return
     row["width"], row["height"] = image.size
     mode = "I;16" if image.mode.startswith("I;16") else image.mode  # whatever its byte order
@@ -84,8 +84,8 @@ def _describe(data: bytes, name: str, row: np.void) -> None:
     flags = 0
     try:
         flags |= ANIMATED * bool(getattr(image, "is_animated", False))
-        flags |= EXIF_TURNED * (image.getexif().get(0x0112, 1) in range(2, 9))
-    except Exception:  # a damaged block beside the pixels is no reason to refuse them
+        flags |= EXIF_ROTATED * (image.getexif().get(0x0112, 1) in range(2, 9))
+    except Exception:  # a damaged block of metadata is no reason to refuse the pixels
         pass
     flags |= ALPHA * (image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info)
     expected = _EXTENSIONS.get(os.path.splitext(name)[1].lower())
@@ -96,11 +96,15 @@ def _describe(data: bytes, name: str, row: np.void) -> None:
 def _fingerprint(image: Image.Image, row: np.void) -> None:
     grey = np.asarray(image.resize((_GRID, _GRID), Image.Resampling.BOX).convert("L")).astype(np.int16)
     contrast = int(grey.max() - grey.min())
-    row["flags"] |= BLANK * (contrast == 0) | PLAIN * (contrast < 8)  # too even for a fingerprint to tell it from another
+    row["flags"] |= BLANK * (contrast == 0) | PLAIN * (contrast < 8)
     right, down = grey[:8, 1:] < grey[:8, :8], grey[1:, :8] < grey[:8, :8]
     row["hash"] = (_BITS[right.ravel()].sum(dtype=np.uint64), _BITS[down.ravel()].sum(dtype=np.uint64))
 
 
 def thumbnail(source: Source, index: int) -> np.ndarray:
-    """(16, 16, 3) float32: what two pictures are compared by when their fingerprints are alike."""
+    """A (16, 16, 3) float32 thumbnail, by which two images with similar fingerprints are compared.
+
+    Raises:
+        UnreadableImage: it cannot be read.
+    """
     return np.asarray(source.load(index).resize((16, 16), Image.Resampling.BOX), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Everything the doctor knows about a data set before it judges: its splits, and a row of facts about every image."""
+"""What the doctor's checks look at: the splits of a data set, and a record of each of their images."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from yacs.config import CfgNode
 
 from config import ConfigError
 from data.doctor.image_record import UNREADABLE
-from data.doctor.worker_pool import Crew
+from data.doctor.worker_pool import WorkerPool
 from data.errors import DataError
 from data.layouts import digits
-from data.layouts.detect import Options, beside, recognise
+from data.layouts.detect import Options, detect_layout, resolve_data_file
 from data.layouts.splits import choose_classes
 from data.sources.base import Source, View
-from data.sources.classes import join
+from data.sources.classes import match_classes
 from data.sources.folder import ImageFolder
-from data.sources.index_cache import Entry, recording
+from data.sources.index_cache import Entry, record_entries
 
 
 @dataclass
 class Split:
-    """A split and what was found in it.
+    """A split with the records of its images.
 
     Attributes:
-        layout: what it was recognised as.
-        classes: its own class names, before they were joined to the training classes.
+        layout: the name of its layout.
+        classes: its own class names, before they were matched to the training classes.
         targets: (images,) int64, positions in ``Survey.classes``.
-        rows: (images,) of ``data.examine.ROW``.
-        reasons: why images cannot be read, by their number.
-        entry: the index that the source was opened from, if one was.
+        rows: (images,) of ``image_record.ROW``.
+        reasons: why images cannot be read, by their index.
+        entry: the entry of the index cache for its source; None where the source has none.
     """
 
     name: str
@@ -51,19 +51,21 @@ class Split:
 
     @property
     def movable(self) -> bool:
-        """Whether an image is a file that may be taken out without a list of labels missing it."""
+        """Whether images are files that may be moved away: not named by a list of labels."""
         return isinstance(base_of(self.source)[0], ImageFolder) and self.layout.startswith("class folders")
 
 
 @dataclass
 class Survey:
-    """A data set as it was found.
+    """A data set with the records of its images.
 
     Attributes:
         splits: those that could be opened, of "train" and "val", in this order.
         classes: the training classes, then those that only validation has.
-        known: how many of them training knows.
-        failures: for each split that could not be opened the sentence that says why.
+        known: the number of training classes.
+        failures: why a split could not be opened, by its name.
+        seconds: that reading all images took.
+        processes: that read them.
     """
 
     root: str
@@ -76,11 +78,11 @@ class Survey:
     processes: int = 0
 
     def counts(self, split: str, readable: bool = False) -> np.ndarray:
-        """(classes,) images of each class; zeros for a split that is not there."""
-        found = self.splits.get(split)
-        if found is None:
+        """(classes,) numbers of images, all or the readable ones; zeros for a split that could not be opened."""
+        if split not in self.splits:
             return np.zeros(len(self.classes), dtype=np.int64)
-        return np.bincount(found.targets[found.readable] if readable else found.targets, minlength=len(self.classes))
+        targets = self.splits[split].targets
+        return np.bincount(targets[self.splits[split].readable] if readable else targets, minlength=len(self.classes))
 
     @property
     def images(self) -> int:
@@ -88,7 +90,7 @@ class Survey:
 
 
 def base_of(source: Source) -> tuple[Source, np.ndarray | None]:
-    """(the source below all views, positions in it; None for all)."""
+    """(the source below all views, the indices in it; None for all)."""
     indices = None
     while isinstance(source, View):
         indices = source.indices if indices is None else source.indices[indices]
@@ -97,7 +99,7 @@ def base_of(source: Source) -> tuple[Source, np.ndarray | None]:
 
 
 def open_survey(config: CfgNode) -> Survey:
-    """Find the splits and list their images; what training would stop for becomes a failure or an unknown class here.
+    """Find the splits and list their images. Where training would raise an error, this notes a failure or an unknown class.
 
     Raises:
         ConfigError: DATA.DATA_PATH is empty.
@@ -108,18 +110,18 @@ def open_survey(config: CfgNode) -> Survey:
     if config.DATA.DATASET == "digits" and root == digits.DEFAULT_PATH:
         digits.ensure_digits(root)
     survey = Survey(root, config)
-    listing = beside(config.DATA.CLASS_NAMES, root)
+    class_file = resolve_data_file(config.DATA.CLASS_NAMES, root)
     for name in ("train", "val"):
         try:
-            layout = recognise(root, Options.of(config), [name])
-            with recording() as entries:
+            layout = detect_layout(root, Options.of(config), [name])
+            with record_entries() as entries:
                 source = layout.open[name]()
-            source = choose_classes(source, listing) if listing else source
+            source = choose_classes(source, class_file) if class_file else source
             own = list(source.classes)
             if "train" in survey.splits:
-                source, survey.classes = _joined(source, survey.classes)
+                source, survey.classes = _match_or_extend(source, survey.classes)
             else:
-                source = join(source, None)
+                source = match_classes(source, None)
                 survey.classes, survey.known = list(source.classes), len(source.classes)
         except DataError as error:
             survey.failures[name] = str(error)
@@ -131,22 +133,28 @@ def open_survey(config: CfgNode) -> Survey:
     return survey
 
 
-def _joined(source: Source, classes: list[str]) -> tuple[Source, list[str]]:
-    """A validation source under the training classes, those that training lacks added behind."""
+def _match_or_extend(source: Source, classes: list[str]) -> tuple[Source, list[str]]:
+    """(a validation source with the training classes, these classes), with the classes that training lacks appended."""
     try:
-        return join(source, classes), classes
+        return match_classes(source, classes), classes
     except DataError:
         known = set(classes)
         classes = classes + [name for name in source.classes if name not in known]
-        return join(source, classes), classes
+        return match_classes(source, classes), classes
 
 
 def read_all(survey: Survey, processes: int, timeout: float, progress: Callable[[int], None]) -> None:
-    """Read and decode every image of the survey."""
+    """Read and decode every image, and fill the splits' ``rows`` and ``reasons``.
+
+    Args:
+        processes: number of processes that read.
+        timeout: seconds that one image may take.
+        progress: called now and then with the number of images read.
+    """
     splits: Sequence[Split] = list(survey.splits.values())
-    crew = Crew([split.source for split in splits], processes, timeout)
-    for split, rows in zip(splits, crew.rows, strict=True):
+    pool = WorkerPool([split.source for split in splits], processes, timeout)
+    for split, rows in zip(splits, pool.rows, strict=True):
         split.rows = rows
-    crew.run(progress)
-    for split, reasons in zip(splits, crew.reasons, strict=True):
+    pool.run(progress)
+    for split, reasons in zip(splits, pool.reasons, strict=True):
         split.reasons = reasons

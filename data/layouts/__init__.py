@@ -1,1 +1,1 @@
-"""Recognises what lies under a path and makes the lists of labelled images."""
+"""Detects how the data under a path is laid out, and lists its labelled images."""

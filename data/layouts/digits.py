@@ -1,4 +1,4 @@
-"""The data of the quick start: scikit-learn's 1,797 handwritten digits, written out once as a folder of images."""
+"""The quick start's data: scikit-learn's 1,797 handwritten digits, written once as class folders of images."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from PIL import Image
 from data.errors import DataError
 
 DEFAULT_PATH = "datasets/digits"
-SIDE = 32  # the originals are 8 x 8; at 32 random crops and shears have pixels to work with
-VAL_SHARE = 0.2
+SIDE = 32  # pixels; the originals are 8 x 8, too few for random crops and shears
+VAL_FRACTION = 0.2
 
 
 def ensure_digits(root: str) -> bool:
     """Write ``root/{train,val}/<digit>/*.png`` unless they are there; True when this call wrote them.
 
-    Written to a temporary folder beside it and renamed, so that ranks started together cannot collide and a kill
-    leaves nothing half-made.
+    They are written to a temporary folder, which is then renamed, so that ranks started together cannot collide and a kill
+    leaves nothing incomplete.
+
+    Raises:
+        DataError: scikit-learn is missing, or ``root`` cannot be written.
     """
     if os.path.isdir(os.path.join(root, "train")) and os.path.isdir(os.path.join(root, "val")):
         return False
@@ -38,7 +41,7 @@ def ensure_digits(root: str) -> bool:
         raise DataError(f"{parent}: cannot be written ({error.strerror}); give your own images with --data-path") from None
     try:
         digits = load_digits()
-        for split, indices in zip(("train", "val"), split_indices(digits.target), strict=True):
+        for split, indices in zip(("train", "val"), _split_indices(digits.target), strict=True):
             for index in indices:
                 folder = os.path.join(scratch, split, str(digits.target[index]))
                 os.makedirs(folder, exist_ok=True)
@@ -49,7 +52,7 @@ def ensure_digits(root: str) -> bool:
         try:
             os.rename(scratch, root)
         except OSError:
-            if not os.path.isdir(os.path.join(root, "val")):  # not another rank's finished work
+            if not os.path.isdir(os.path.join(root, "val")):  # else another rank has written it
                 raise DataError(f"{root}: exists without train/ and val/; remove it, or give your own images "
                                 "with --data-path") from None
             return False
@@ -58,9 +61,9 @@ def ensure_digits(root: str) -> bool:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def split_indices(targets: np.ndarray) -> tuple[list[int], list[int]]:
-    """A fixed stratified split: of each class every fifth image, spread over the set by largest remainders."""
-    quota = {int(c): VAL_SHARE * int((targets == c).sum()) for c in np.unique(targets)}
+def _split_indices(targets: np.ndarray) -> tuple[list[int], list[int]]:
+    """(training, validation) indices of a fixed stratified split; the classes' sizes are rounded by largest remainders."""
+    quota = {int(c): VAL_FRACTION * int((targets == c).sum()) for c in np.unique(targets)}
     counts = {c: int(q) for c, q in quota.items()}
     missing = math.ceil(sum(quota.values())) - sum(counts.values())
     for c in sorted(quota, key=lambda c: (counts[c] - quota[c], c))[:missing]:

@@ -1,4 +1,4 @@
-"""Labels for images that lie loose in one folder: ImageNet's validation set as it is handed out, Tiny-ImageNet's, Kaggle's."""
+"""Labels for images that lie loose in one folder, as in ImageNet's validation set, Tiny-ImageNet's and Kaggle's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 from data.errors import DataError
 from data.messages import Caution, Notice
 from data.sources.base import Source
-from data.sources.classes import numbered, plain_number, some
-from data.sources.folder import entries
+from data.sources.classes import encode_labels, first_few, strip_zeros
+from data.sources.folder import visible_entries
 from data.sources.lists import Row, read_list, read_text
 from data.sources.packed_names import is_image
 
@@ -20,72 +20,71 @@ _LABEL_FILES = {
     "val": r"val_annotations\.txt|LOC_val_solution\.csv|.*validation_synset_labels\.txt"
            r"|ILSVRC201\d(_clsloc)?_validation_ground_truth\.txt|val(id|idation)?([_-]?(labels?|map|gt|list))?\.(txt|csv|tsv)"}
 _ANY_LABELS = r"labels?\.(txt|csv|tsv)"
-_KITS = re.compile(r"ILSVRC201\d_devkit.*|devkit|data", re.IGNORECASE)
+_DEVKITS = re.compile(r"ILSVRC201\d_devkit.*|devkit|data", re.IGNORECASE)
 
 
 def find_label_file(folder: str, split: str) -> str | None:
-    """The file with a split's labels: in ``folder``, where the images lie, beside it, in a devkit there, or as Kaggle has it."""
-    wanted = re.compile(_LABEL_FILES[split], re.IGNORECASE), re.compile(_ANY_LABELS, re.IGNORECASE)
+    """The file with the labels of a split whose images lie in ``folder``: there, in the folder above, in a devkit in either, or up to
+    four levels above, as on Kaggle; None where there is none."""
+    patterns = re.compile(_LABEL_FILES[split], re.IGNORECASE), re.compile(_ANY_LABELS, re.IGNORECASE)
     parent = os.path.dirname(os.path.abspath(folder))
     places = [folder, parent]
     for above in places[::-1]:
-        for entry in entries(above):
-            if entry.is_dir() and _KITS.fullmatch(entry.name):
+        for entry in visible_entries(above):
+            if entry.is_dir() and _DEVKITS.fullmatch(entry.name):
                 places += [entry.path, os.path.join(entry.path, "data")]
-    for pattern in wanted:
-        for place in places:
-            names = [e.name for e in entries(place) if pattern.fullmatch(e.name) and e.is_file()] if os.path.isdir(place) else []
-            if names:
-                return os.path.join(place, names[0])
+    for pattern in patterns:
+        for place in filter(os.path.isdir, places):
+            path = next((e.path for e in visible_entries(place) if pattern.fullmatch(e.name) and e.is_file()), None)
+            if path:
+                return path
     for _ in range(3):  # Kaggle's images lie three folders below its lists
         parent = os.path.dirname(parent)
-        if os.path.exists(found := os.path.join(parent, f"LOC_{split}_solution.csv")):
-            return found
+        if os.path.exists(path := os.path.join(parent, f"LOC_{split}_solution.csv")):
+            return path
     return None
 
 
 def label_flat(source: Source, path: str) -> Source:
-    """``source``, whose images lie loose, labelled from a file.
+    """``source``, a flat folder or archive, with the classes and targets that a label file gives its images.
 
-    Understood: a path and a label a line (also Tiny-ImageNet's val_annotations.txt, Kaggle's LOC_val_solution.csv, Caffe's
-    val.txt), or a label a line in the order of the images' names (the devkit's ground truth, TensorFlow's synset labels).
+    The file has a path and a label per line (also Tiny-ImageNet's val_annotations.txt, Kaggle's LOC_val_solution.csv, Caffe's
+    val.txt), or a label per line in the order of the images' names (the devkit's ground truth, TensorFlow's synset labels).
 
     Raises:
-        DataError: an image without a label, or as many lines as there are not images.
+        DataError: an image has no label, or the number of labels is not that of the images.
     """
     lines = [line for line in read_text(path).splitlines() if line.strip()]
     names = [os.path.basename(source.path(i)) for i in range(len(source))]
     if lines and not any(c in lines[0].strip() for c in ",\t ;"):
         if len(lines) != len(names):
-            raise DataError(f"{path}: has {len(lines)} labels for the {len(names)} images of {source.root}; a label a line, in the order "
-                            "of the images' names, or an image's name and its label")
-        labels = [plain_number(line.strip()) for line in lines]
+            raise DataError(f"{path}: has {len(lines)} labels for the {len(names)} images of {source.root}; a line is a label, in the "
+                            "order of the images' names, or an image's name and its label")
+        labels = [strip_zeros(line.strip()) for line in lines]
         if "ground_truth" in os.path.basename(path):
-            labels = _synsets(labels, path)
+            labels = _wordnet_ids(labels, path)
         order = np.argsort(np.array(names), kind="stable")
-        by_name = {names[at]: label for at, label in zip(order.tolist(), labels, strict=True)}
+        by_name = {names[i]: label for i, label in zip(order.tolist(), labels, strict=True)}
     else:
-        # Kaggle's label column goes on with boxes: the class is its first word.
+        # Kaggle's label column contains boxes as well: the class is its first word.
         first_word = os.path.basename(path).lower().startswith("loc_")
         by_name = {}
-        for row in _rows_of_labels(path):
+        for row in _label_rows(path):
             name = os.path.basename(row.path)
             label = row.label.split()[0] if first_word else row.label
             by_name[name if is_image(name) else name + ".JPEG"] = label
     missing = [name for name in names if name not in by_name]
     if missing:
-        raise DataError(f"{path}: has no label for {len(missing)} of the {len(names)} images of {source.root} ({some(missing, 3)})")
-    source.classes = numbered([by_name[name] for name in names])
-    position = {name: i for i, name in enumerate(source.classes)}
-    source.targets = np.array([position[by_name[name]] for name in names], dtype=np.int64)
+        raise DataError(f"{path}: has no label for {len(missing)} of the {len(names)} images of {source.root} ({first_few(missing, 3)})")
+    source.classes, source.targets = encode_labels([by_name[name] for name in names])
     source.notices.append(Notice(f"{source.root}: labels from {path}"))
     if len(by_name) > len(names):
         source.notices.append(Caution(f"{path}: {len(by_name) - len(names)} of its images are not in {source.root}"))
     return source
 
 
-def _rows_of_labels(path: str) -> list[Row]:
-    """As ``read_list``; in text files the label is the second word, further ones (boxes) do not matter."""
+def _label_rows(path: str) -> list[Row]:
+    """As ``read_list``; in text files the label is the second word, and further ones (boxes) are ignored."""
     if path.lower().endswith((".csv", ".tsv")):
         return read_list(path)
     rows = []
@@ -95,27 +94,27 @@ def _rows_of_labels(path: str) -> list[Row]:
             continue
         if len(words) < 2 or not words[1]:
             raise DataError(f"{path}:{number}: has no label ({line[:80]!r})")
-        rows.append(Row(number, words[0], plain_number(words[1])))
+        rows.append(Row(number, words[0], strip_zeros(words[1])))
     return rows
 
 
-def _synsets(labels: list[str], path: str) -> list[str]:
-    """The devkit's numbers (1 to 1000, in an order of its own) as WordNet ids, from the map that lies beside them."""
+def _wordnet_ids(labels: list[str], path: str) -> list[str]:
+    """The WordNet ids of the devkit's class numbers (1 to 1000, in an order of its own), from the table in the same folder."""
     folder, table = os.path.dirname(path), {}
-    if os.path.exists(listing := os.path.join(folder, "map_clsloc.txt")):
-        for line in read_text(listing).splitlines():
+    if os.path.exists(table_path := os.path.join(folder, "map_clsloc.txt")):
+        for line in read_text(table_path).splitlines():
             if len(words := line.split()) >= 2:
                 table[words[1]] = words[0]
-    elif os.path.exists(listing := os.path.join(folder, "meta.mat")):
-        table = _meta(listing)
+    elif os.path.exists(table_path := os.path.join(folder, "meta.mat")):
+        table = _read_meta_mat(table_path)
     else:
-        raise DataError(f"{path}: counts classes in the devkit's own order; meta.mat or map_clsloc.txt of the devkit must lie beside it")
+        raise DataError(f"{path}: numbers classes in the devkit's own order; put the devkit's meta.mat or map_clsloc.txt into its folder")
     if unknown := sorted(set(labels) - set(table)):
-        raise DataError(f"{listing}: does not know class {unknown[0]} of {path}")
+        raise DataError(f"{table_path}: lacks class {unknown[0]} of {path}")
     return [table[label] for label in labels]
 
 
-def _meta(path: str) -> dict[str, str]:
+def _read_meta_mat(path: str) -> dict[str, str]:
     try:
         from scipy.io import loadmat
     except ImportError:
@@ -124,4 +123,4 @@ def _meta(path: str) -> dict[str, str]:
         synsets = loadmat(path, squeeze_me=True)["synsets"]
         return {str(int(number)): str(wnid) for number, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
     except Exception as error:  # a damaged file: loadmat raises what it likes
-        raise DataError(f"{path}: is no devkit's meta.mat ({type(error).__name__})") from None
+        raise DataError(f"{path}: is not the devkit's meta.mat ({type(error).__name__})") from None

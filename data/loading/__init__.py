@@ -1,1 +1,1 @@
-"""The data set, the sampler, the DataLoader and its workers, and the way to the device."""
+"""Dataset, sampler, DataLoader and its workers, and the transfer of batches to the device."""

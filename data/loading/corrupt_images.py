@@ -1,8 +1,8 @@
-"""Images that cannot be read: what happens instead, whichever process meets them.
+"""What happens when an image cannot be read, in the main process or in a DataLoader worker.
 
-In training a bad image is replaced by another of its class, chosen by (seed, key) alone, so that neither the number of
-workers nor a restart changes the stream. In evaluation nothing replaces it: its row counts for nothing. Either way the
-failure travels with the batch to the main process, which names and counts it (``data/loader.py``).
+In training a corrupt image is replaced by another of its class, chosen by (seed, key) alone, so that neither the number of
+workers nor a restart changes the stream. In evaluation its row gets the target -1 and is not counted. Either way the
+failure travels with the batch to the main process, which reports and counts it (``data/loading/loader.py``).
 """
 
 from __future__ import annotations
@@ -19,85 +19,86 @@ from data.errors import DataError, UnreadableImage
 from data.loading.sampler import Key
 from data.sources.base import Source
 
-_TRIES = 64
-_REPLACED = 1 << 20  # added to the copy number: a replacement is augmented unlike the image's own appearance in that epoch
+_MAX_REPLACEMENTS = 64  # images of the class that are tried
+# Added to the copy number in a replacement's key: its augmentation differs from that of its own appearance in the epoch.
+REPLACEMENT = 1 << 20
 
 
 class Failure(NamedTuple):
-    """An image that could not be read: its number in the source, its name, and why."""
+    """An image that could not be read: its index in the source, its name, and why."""
 
     index: int
     path: str
     reason: str
 
 
-class _Guard:
-    """Around what fetches a sample; says which image is being read, so that a hang can be named.
+class CorruptImagePolicy:
+    """Reads samples, and records which image is being read, so that a read that hangs can be named.
 
     Attributes:
-        reading: the image that each loading process has in hand, -1 for none; the main process sees it.
+        reading: (max(1, workers),) int64: the image that each DataLoader worker is reading, -1 for none; in shared memory.
     """
 
-    def __init__(self, folder: Source, workers: int):
-        self.folder = folder
+    def __init__(self, source: Source, workers: int):
+        self.source = source
         self.reading = torch.full((max(1, workers),), -1, dtype=torch.int64)
         if workers:
             self.reading.share_memory_()
 
-    def _get(self, key: Any, index: int, get: Callable[[Any], Any]) -> Any:
+    def _read(self, key: Any, index: int, get: Callable[[Any], Any]) -> Any:
         worker = get_worker_info()
-        place, reading = worker.id if worker else 0, self.reading.numpy()
-        reading[place] = index
+        slot, reading = worker.id if worker else 0, self.reading.numpy()
+        reading[slot] = index
         try:
             return get(key)
         finally:
-            reading[place] = -1
+            reading[slot] = -1
 
 
-class TrainGuard(_Guard):
-    """Training images by key, a bad one replaced by a draw from its class."""
+class ReplaceCorrupt(CorruptImagePolicy):
+    """Training images by key; a corrupt one is replaced by another of its class."""
 
-    def __init__(self, folder: Source, workers: int, seed: int):
-        super().__init__(folder, workers)
+    def __init__(self, source: Source, workers: int, seed: int):
+        super().__init__(source, workers)
         self.seed = seed
-        self._by_class = np.argsort(folder.targets, kind="stable")
-        self._ends = np.cumsum(np.bincount(folder.targets, minlength=len(folder.classes)))
+        self._by_class = np.argsort(source.targets, kind="stable")
+        self._ends = np.cumsum(np.bincount(source.targets, minlength=len(source.classes)))
 
-    def draw(self, key: Key, failures: list[Failure], get: Callable[[Key], Any]) -> Any:
-        """``get(key)``, or of another key where that image cannot be read; ``failures`` grows by what was met.
+    def read(self, key: Key, failures: list[Failure], get: Callable[[Key], Any]) -> Any:
+        """``get(key)``, or of a replacement's key where that image cannot be read; every failure is appended to ``failures``.
 
         Raises:
-            DataError: nor can any other image of the class.
+            DataError: no replacement can be read either.
         """
         epoch, index, copy = key
         try:
-            return self._get(key, index, get)
+            return self._read(key, index, get)
         except UnreadableImage as error:
             failures.append(Failure(index, error.path, error.reason))
         for other in self._replacements(key):
             try:
-                return self._get((epoch, other, copy + (index + 1) * _REPLACED), other, get)
+                return self._read((epoch, other, copy + (index + 1) * REPLACEMENT), other, get)
             except UnreadableImage as error:
                 failures.append(Failure(other, error.path, error.reason))
-        first = failures[-1]
-        raise DataError(f"{first.path}: not a readable image ({first.reason}), nor is any other of its class "
-                        f"{self.folder.classes[self.folder.targets[index]]!r} that was tried; repair the folder")
+        last = failures[-1]
+        raise DataError(f"{last.path}: not a readable image ({last.reason}), nor is any other of its class "
+                        f"{self.source.classes[self.source.targets[index]]!r} that was tried; repair the folder")
 
     def _replacements(self, key: Key) -> list[int]:
-        target = int(self.folder.targets[key[1]])
+        target = int(self.source.targets[key[1]])
         low, high = int(self._ends[target - 1]) if target else 0, int(self._ends[target])
         order = np.random.RandomState(seeds.derive32(self.seed, seeds.REPLACE, *key)).permutation(high - low)
-        chosen = self._by_class[low + order[:_TRIES + 1]]
-        return [int(other) for other in chosen if other != key[1]][:_TRIES]
+        chosen = self._by_class[low + order[:_MAX_REPLACEMENTS + 1]]
+        return [int(other) for other in chosen if other != key[1]][:_MAX_REPLACEMENTS]
 
 
-class EvalGuard(_Guard):
-    """Evaluation images by index; nothing stands in for a bad one."""
+class SkipCorrupt(CorruptImagePolicy):
+    """Evaluation images by index; a corrupt one is not replaced."""
 
-    def draw(self, index: int, failures: list[Failure], get: Callable[[int], Any]) -> Any:
-        """``get(index)``, or None where the image cannot be read; ``failures`` grows by it."""
+    def read(self, index: int, failures: list[Failure], get: Callable[[int], Any]) -> Any:
+        """``get(index)``, or None where the image cannot be read; the failure is appended to ``failures``."""
         try:
-            return self._get(index, index, get)
+            return self._read(index, index, get)
         except UnreadableImage as error:
             failures.append(Failure(index, error.path, error.reason))
             return None

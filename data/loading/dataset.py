@@ -1,11 +1,12 @@
-"""The images of a split as batches: every row is written where the batch lies, under a guard that deals with bad files."""
+"""The images of a split as whole batches, each row written where the batch lies in memory."""
 
 from __future__ import annotations
 
 import functools
 import math
 import random
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,20 +14,22 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from data import seeds
-from data.loading.corrupt_images import EvalGuard, Failure, TrainGuard
+from data.loading.corrupt_images import Failure, ReplaceCorrupt, SkipCorrupt
 from data.loading.sampler import Key
 from data.sources.base import Source
 from data.transforms.pipeline import Pipeline
 
+T = TypeVar("T")
+
 
 class Batch(NamedTuple):
-    """What a loading process hands over.
+    """What a DataLoader worker hands over.
 
     Attributes:
-        parts: ``(images, targets)``, or ``(crops, rows of draws, targets)`` where the device augments: tensors in shared memory,
-            or numpy arrays, which travel through a pipe.
+        parts: ``(images, targets)``, or ``(crops, augmentation parameters, targets)`` where the device augments: tensors in shared
+            memory, or numpy arrays, which travel through a pipe.
         failures: images that could not be read.
-        decoded: images decoded by the fast decoder, and by Pillow.
+        decoded: numbers of images decoded by the fast decoder and by Pillow.
     """
 
     parts: tuple[Any, ...]
@@ -35,25 +38,25 @@ class Batch(NamedTuple):
 
 
 def seed_generators(seed: int, key: Key) -> None:
-    """Seed what augmentation draws from: timm's transforms use all three global generators."""
+    """Seed the three global generators (Python's, numpy's, torch's), all of which timm's transforms draw from."""
     seed = seeds.derive(seed, seeds.AUGMENT, *key)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.default_generator.manual_seed(seed)
 
 
-class _Images(Dataset):
-    """A source and what makes samples of it.
+class BatchedImages(Dataset):
+    """A source with the pipeline that makes tensors of its images; the base of training's and evaluation's datasets.
 
     Attributes:
-        pipe: batches leave a loading process as arrays, and nothing is put into shared memory.
+        pipe: batches leave a DataLoader worker as numpy arrays through a pipe, not in shared memory.
     """
 
-    def __init__(self, folder: Source, pipeline: Pipeline, pipe: bool):
-        self.folder, self.pipeline, self.pipe = folder, pipeline, pipe
+    def __init__(self, source: Source, pipeline: Pipeline, pipe: bool):
+        self.source, self.pipeline, self.pipe = source, pipeline, pipe
 
-    def _room(self, size: int) -> Tensor:
-        """Room for so many images; in a loading process it is shared with the main process from the start, and never copied."""
+    def _allocate(self, size: int) -> Tensor:
+        """Uninitialised rows for ``size`` images; in a worker in shared memory from the start, so that they are never copied."""
         shape, dtype = (size, *self.pipeline.shape), self.pipeline.dtype
         if self.pipe or get_worker_info() is None:
             return torch.empty(shape, dtype=dtype)
@@ -63,51 +66,69 @@ class _Images(Dataset):
     def _batch(self, parts: tuple[Tensor, ...], failures: list[Failure]) -> Batch:
         return Batch(tuple(part.numpy() for part in parts) if self.pipe else parts, failures, self.pipeline.counts())
 
+    def _train_batch(self, items: Sequence[T], read: Callable[[T, Tensor, list[Failure]], tuple[Any, ...]]) -> Batch:
+        """A batch of ``read(item, row, failures)`` for each item: (image, target) or (crop, parameters, target)."""
+        images, failures = self._allocate(len(items)), []
+        samples = [read(item, row, failures) for item, row in zip(items, images, strict=True)]
+        _, *parameters, targets = zip(*samples, strict=True)
+        return self._batch((images, *(torch.stack(rows) for rows in parameters), torch.tensor(targets)), failures)
 
-class TrainImages(_Images):
+    def _eval_batch(self, items: Iterable[T], size: int, read: Callable[[T, Tensor, list[Failure]], int | None]) -> Batch:
+        """A batch of ``size`` rows; ``read(item, row, failures)`` fills one and returns its target, or None: the row then counts as
+        padding, which is zeros with the target -1."""
+        images, targets, failures, count = self._allocate(size), torch.full((size,), -1), [], 0
+        for item in items:
+            target = read(item, images[count], failures)
+            if target is None:
+                images[count].zero_()
+            else:
+                targets[count] = target
+            count += 1
+        images[count:].zero_()
+        return self._batch((images, targets), failures)
+
+
+class TrainImages(BatchedImages):
     """Augmented training images by key; everything random in a sample is a function of (seed, key).
 
-    A sample is ``(image, target)``, or ``(crop, row of draws, target)`` where the device augments.
+    A sample is ``(image, target)``, or ``(crop, augmentation parameters, target)`` where the device augments.
     """
 
-    def __init__(self, folder: Source, pipeline: Pipeline, seed: int, workers: int = 0, pipe: bool = False):
-        super().__init__(folder, pipeline, pipe)
-        self.seed, self.guard = seed, TrainGuard(folder, workers, seed)
+    def __init__(self, source: Source, pipeline: Pipeline, seed: int, workers: int = 0, pipe: bool = False):
+        super().__init__(source, pipeline, pipe)
+        self.seed, self.corrupt_policy = seed, ReplaceCorrupt(source, workers, seed)
 
     def __getitem__(self, key: Key) -> tuple[Any, ...]:
-        return self.guard.draw(key, [], self._sample)
+        return self._read(key, None, [])
 
     def __getitems__(self, keys: list[Key]) -> Batch:
-        images, failures = self._room(len(keys)), []
-        samples = [self.guard.draw(key, failures, functools.partial(self._sample, out=image))
-                   for key, image in zip(keys, images, strict=True)]
-        _, *rows, targets = zip(*samples, strict=True)
-        return self._batch((images, *(torch.stack(row) for row in rows), torch.tensor(targets)), failures)
+        return self._train_batch(keys, self._read)
 
-    def _sample(self, key: Key, out: Tensor | None = None) -> tuple[Any, ...]:
+    def _read(self, key: Key, row: Tensor | None, failures: list[Failure]) -> tuple[Any, ...]:
+        return self.corrupt_policy.read(key, failures, functools.partial(self._sample, out=row))
+
+    def _sample(self, key: Key, out: Tensor | None) -> tuple[Any, ...]:
         index = key[1]
         seed_generators(self.seed, key)
-        image = self.pipeline(self.folder, index, out)
-        target = int(self.folder.targets[index])
+        image = self.pipeline(self.source, index, out)
+        target = int(self.source.targets[index])
         return (*image, target) if isinstance(image, tuple) else (image, target)
 
 
-class EvalImages(_Images):
+class EvalImages(BatchedImages):
     """Images prepared for evaluation, by index.
 
-    A batch is filled up to ``batch_size`` rows of target -1, so that all have one shape; so is the row of an image that cannot be read.
+    A batch always has ``batch_size`` rows, so that all have one shape: the last one is padded with rows of target -1, which
+    is also the row of an image that cannot be read.
     """
 
-    def __init__(self, folder: Source, pipeline: Pipeline, batch_size: int, workers: int = 0, pipe: bool = False):
-        super().__init__(folder, pipeline, pipe)
-        self.batch_size, self.guard = batch_size, EvalGuard(folder, workers)
+    def __init__(self, source: Source, pipeline: Pipeline, batch_size: int, workers: int = 0, pipe: bool = False):
+        super().__init__(source, pipeline, pipe)
+        self.batch_size, self.corrupt_policy = batch_size, SkipCorrupt(source, workers)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        images, targets, failures = self._room(self.batch_size), torch.full((self.batch_size,), -1), []
-        for row, index in enumerate(indices):
-            if self.guard.draw(index, failures, lambda index, out=images[row]: self.pipeline(self.folder, index, out)) is None:
-                images[row].zero_()
-            else:
-                targets[row] = int(self.folder.targets[index])
-        images[len(indices):].zero_()
-        return self._batch((images, targets), failures)
+        return self._eval_batch(indices, self.batch_size, self._read)
+
+    def _read(self, index: int, row: Tensor, failures: list[Failure]) -> int | None:
+        image = self.corrupt_policy.read(index, failures, lambda index: self.pipeline(self.source, index, row))
+        return None if image is None else int(self.source.targets[index])

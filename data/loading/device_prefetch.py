@@ -1,4 +1,4 @@
-"""The last stretch of a batch: onto the device and finished there, on CUDA one batch ahead on a stream of its own."""
+"""Batches onto the device and finished there; on CUDA one batch ahead of the step, on a CUDA stream of its own."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-Parts, Finished = tuple[Tensor, ...], tuple[Tensor, Tensor]
+HostBatch, DeviceBatch = tuple[Tensor, ...], tuple[Tensor, Tensor]
 
 
-def finished(batches: Iterable[Parts], finish: Callable[..., Tensor] | None, device: torch.device) -> Iterator[Finished]:
+def to_device(batches: Iterable[HostBatch], finish: Callable[..., Tensor] | None, device: torch.device) -> Iterator[DeviceBatch]:
     """``(images (B, 3, H, W) float, targets (B,))`` on ``device`` of each of ``batches``.
 
     Args:
-        batches: ``(images, targets)`` or ``(crops, rows of draws, targets)`` on the host.
-        finish: from what is handed over, images on the device, to finished images; None where they are finished already.
+        batches: ``(images, targets)`` or ``(crops, augmentation parameters, targets)`` on the host.
+        finish: makes images of what is handed over (``Pipeline.finish``), on the device; None where they are images already.
     """
-    one = functools.partial(_finished, finish, device)
-    return _ahead(batches, one, device) if device.type == "cuda" else map(one, batches)
+    move = functools.partial(_move, finish, device)
+    return _prefetched(batches, move, device) if device.type == "cuda" else map(move, batches)
 
 
-def _finished(finish: Callable[..., Tensor] | None, device: torch.device, batch: Parts) -> Finished:
-    images, *rows, targets = batch  # rows of draws, where augmentation is the device's; they stay on the host
+def _move(finish: Callable[..., Tensor] | None, device: torch.device, batch: HostBatch) -> DeviceBatch:
+    images, *parameters, targets = batch  # the parameters, where the device augments, stay on the host
     images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-    return images if finish is None else finish(images, *rows), targets
+    return images if finish is None else finish(images, *parameters), targets
 
 
-def _ahead(batches: Iterable[Parts], one: Callable[[Parts], Finished], device: torch.device) -> Iterator[Finished]:
-    """The copy and the augmentation of the next batch run beside the step that the model computes on this one."""
+def _prefetched(batches: Iterable[HostBatch], move: Callable[[HostBatch], DeviceBatch], device: torch.device) -> Iterator[DeviceBatch]:
+    """The next batch is copied and augmented while the model computes its step on this one."""
     side, ready = torch.cuda.Stream(device), None
     for batch in batches:
         with torch.cuda.stream(side):
-            following = one(batch), side.record_event()
+            following = move(batch), side.record_event()
         if ready is not None:
-            yield _taken(*ready, device)
+            yield _wait_for(*ready, device)
         ready = following
     if ready is not None:
-        yield _taken(*ready, device)
+        yield _wait_for(*ready, device)
 
 
-def _taken(batch: Finished, event: torch.cuda.Event, device: torch.device) -> Finished:
+def _wait_for(batch: DeviceBatch, event: torch.cuda.Event, device: torch.device) -> DeviceBatch:
     current = torch.cuda.current_stream(device)
     current.wait_event(event)
     for tensor in batch:

@@ -1,4 +1,4 @@
-"""Batches from loading processes to the device, and what these processes suffer: bad images, hangs, too little shared memory."""
+"""Batches from DataLoader workers to the device; images that could not be read, and workers that hang or die."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.errors import DataError, WorkerDied
-from data.loading import device_prefetch as stream
 from data.loading.corrupt_images import Failure
-from data.loading.dataset import Batch, EvalImages, TrainImages
-from data.loading.workers import _PREFETCH
+from data.loading.dataset import Batch, BatchedImages
+from data.loading.device_prefetch import to_device
+from data.loading.workers import PREFETCH
 from data.messages import Caution
 
 
-def _as_it_is(batch: Batch) -> Batch:
-    """The collation of batches that come whole from the images."""
+def _no_collation(batch: Batch) -> Batch:
+    """The dataset returns whole batches."""
     return batch
 
 
@@ -31,7 +31,7 @@ def _to_tensor(part: Tensor | np.ndarray) -> Tensor:
 
 
 class _Deaths:
-    """A loading process that dies is an error where the next batch is waited for, and nowhere else.
+    """A DataLoader worker that dies is an error where the next batch is waited for, and nowhere else.
 
     torch raises it wherever the main process happens to be, which may be the middle of an update or of writing a file.
     """
@@ -66,32 +66,36 @@ _deaths = _Deaths()
 
 
 class ImageLoader:
-    """A ``DataLoader`` whose batches arrive finished, and which keeps account of the images that could not be read.
+    """A ``DataLoader`` whose batches arrive on the device, normalised, and which counts the images that could not be read.
 
     It yields ``(images (B, 3, H, W) float, targets (B,))`` on ``device``.
 
+    Args:
+        budget: unreadable images that training goes on with; None (evaluation) sets no limit.
+        options: of ``torch.utils.data.DataLoader``.
+
     Attributes:
-        failures: each bad image once, in the order in which they were met by this process.
-        met: images of the last pass that were bad, by this process's count.
-        decoded: images of the last pass decoded by the fast decoder, and by Pillow, by this process's count.
-        report: called with a line for each bad image; None: nobody is told.
+        failures: each unreadable image of this process once, in the order in which they were read.
+        unreadable: how many images of the last pass of this process could not be read.
+        decoded: how many images of the last pass of this process the fast decoder and Pillow decoded.
+        report: called with a message for each unreadable image, unless None.
     """
 
-    def __init__(self, dataset: TrainImages | EvalImages, workers: int, timeout: float, device: torch.device, pin_memory: bool,
+    def __init__(self, dataset: BatchedImages, workers: int, timeout: float, device: torch.device, pin_memory: bool,
                  budget: int | None = None, **options: Any):
         self.failures: list[Failure] = []
         self.report: Callable[[str], None] | None = None
-        self.budget, self.timeout, self.device, self.met, self.decoded = budget, timeout, device, 0, (0, 0)
-        self._named: set[int] = set()
+        self.budget, self.timeout, self.device, self.unreadable, self.decoded = budget, timeout, device, 0, (0, 0)
+        self._reported: set[int] = set()
         self._iterator: Any = None
         # Forked workers start in milliseconds and share the index; torch and timm are not imported again.
         context = "fork" if workers and sys.platform.startswith("linux") else None
-        self._loader = DataLoader(dataset, collate_fn=_as_it_is, num_workers=workers, timeout=timeout if workers else 0,
-                                  prefetch_factor=_PREFETCH if workers else None, multiprocessing_context=context,
+        self._loader = DataLoader(dataset, collate_fn=_no_collation, num_workers=workers, timeout=timeout if workers else 0,
+                                  prefetch_factor=PREFETCH if workers else None, multiprocessing_context=context,
                                   pin_memory=pin_memory and device.type == "cuda", **options)
 
     @property
-    def dataset(self) -> TrainImages | EvalImages:
+    def dataset(self) -> BatchedImages:
         return self._loader.dataset
 
     @property
@@ -110,10 +114,10 @@ class ImageLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self._iterator, self.met, self.decoded = iter(self._loader), 0, (0, 0)
+        self._iterator, self.unreadable, self.decoded = iter(self._loader), 0, (0, 0)
         if self.num_workers:
             _deaths.take_over()
-        return stream.finished(self._batches(self._iterator), self.dataset.pipeline.finish, self.device)
+        return to_device(self._batches(self._iterator), self.dataset.pipeline.finish, self.device)
 
     def _batches(self, iterator: Iterator[Batch]) -> Iterator[tuple[Tensor, ...]]:
         while True:
@@ -139,22 +143,22 @@ class ImageLoader:
 
     def _account(self, failures: list[Failure]) -> None:
         for failure in failures:
-            self.met += 1
-            if failure.index in self._named:
+            self.unreadable += 1
+            if failure.index in self._reported:
                 continue
-            self._named.add(failure.index)
+            self._reported.add(failure.index)
             self.failures.append(failure)
             if self.budget is not None and len(self.failures) > self.budget:
-                named = "; ".join(f"{f.path}: not a readable image ({f.reason})" for f in self.failures[:10])
+                names = "; ".join(f"{f.path}: not a readable image ({f.reason})" for f in self.failures[:10])
                 more = f" and {len(self.failures) - 10} more" if len(self.failures) > 10 else ""
-                raise DataError(f"{named}{more}: {len(self.failures)} unreadable images are more than DATA.CORRUPT_BUDGET allows "
+                raise DataError(f"{names}{more}: {len(self.failures)} unreadable images are more than DATA.CORRUPT_BUDGET allows "
                                 f"({self.budget}); repair or remove them, or raise it")
             if self.report is not None:
-                instead = "another of its class stands in for it" if self.budget is not None else "it is not counted"
+                instead = "another image replaces it" if self.budget is not None else "it is not counted"
                 self.report(Caution(f"{failure.path}: not a readable image ({failure.reason}); {instead}"))
 
     def _hung(self) -> DataError:
-        busy = [self.dataset.folder.path(i) for i in self.dataset.guard.reading.tolist() if i >= 0]
+        busy = [self.dataset.source.path(i) for i in self.dataset.corrupt_policy.reading.tolist() if i >= 0]
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each process that is killed
         for process in getattr(self._iterator, "_workers", ()):
@@ -164,7 +168,7 @@ class ImageLoader:
                          "or raise DATA.TIMEOUT")
 
     def close(self) -> None:
-        """End the loading processes now; left to the garbage collector they end after a time-out each."""
-        shutdown = getattr(self._iterator, "_shutdown_workers", None)  # torch offers no public way
+        """End the workers now; left to the garbage collector they end after a time-out each."""
+        shutdown = getattr(self._iterator, "_shutdown_workers", None)  # torch has no public method for it
         if shutdown is not None:
             shutdown()

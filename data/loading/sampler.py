@@ -1,7 +1,8 @@
 """Which samples make which step. Training is one stream of steps; an epoch is a range of them.
 
 A key is (epoch, index, copy): with the run's seed it determines a training sample's augmentation completely, so neither
-the number of workers nor a restart can change what a step sees.
+the number of workers nor a restart can change what a step sees. The samplers are our own because torch's yield no such keys and
+cannot start at a given step without drawing all that precedes it.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ Key = tuple[int, int, int]
 
 
 class StepSampler:
-    """Batch sampler of the training stream: step ``s`` of the run yields this rank's slice of its global batch.
+    """Batch sampler of the training stream: for each step, the keys of this rank's slice of the global batch.
 
-    Starts at any step at once (``start``). The order of an epoch is a permutation derived from (seed, epoch); the
-    remainder below a global batch is dropped, another one each epoch. A data set smaller than the global batch is one
-    short batch an epoch.
+    Iteration starts at step ``start``, at no cost. The order of an epoch is a permutation derived from (seed, epoch); the
+    remainder below a global batch is dropped, a different one each epoch. A data set smaller than the global batch makes
+    one short batch an epoch.
 
     Args:
         size: images in the training set.
         global_batch: images of an optimizer step over all ranks.
-        repeats: copies of an image in an epoch, neighbours in the order; the epoch keeps its length, so that it sees
-            about size / repeats different images ("repeated augmentation", Hoffer et al. 2020, as DeiT uses it).
+        repeats: consecutive copies of each image in the order; the epoch keeps its length, so it sees about size / repeats
+            different images ("repeated augmentation", Hoffer et al. 2020, as DeiT uses it).
     """
 
     def __init__(self, size: int, global_batch: int, epochs: int, seed: int, rank: int = 0, world_size: int = 1,
@@ -45,7 +46,7 @@ class StepSampler:
         return (self.keys(step) for step in range(self.start, self.total_steps))
 
     def local_images(self) -> int:
-        """Images of a step on this rank; ranks differ by at most one, and only in a short batch."""
+        """Images of a step on this rank; ranks differ by one at most, and only in a short batch."""
         low, high = self._slice(self.rank)
         return high - low
 
@@ -70,7 +71,7 @@ class StepSampler:
 
 
 class ShardSampler:
-    """Batch sampler of evaluation: each image exactly once over all ranks, contiguous shards, nothing padded."""
+    """Batch sampler of evaluation: each image exactly once over all ranks, in contiguous shards without padding."""
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
         self.low, self.high = rank * size // world_size, (rank + 1) * size // world_size

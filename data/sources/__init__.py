@@ -1,1 +1,1 @@
-"""Where the bytes of images lie: folders, archives, lists, Hugging Face data sets."""
+"""Where the bytes of images are read from: folders, archives, lists, Hugging Face data sets."""

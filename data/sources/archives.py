@@ -1,13 +1,15 @@
 """Images inside tar and zip archives, read in place: the members are listed once, then read by their offset.
 
-Python's tarfile and zipfile do the listing; nothing is ever extracted, so a member's name is only a name. Reading is one
-``pread`` a member from a descriptor that each process opens for itself.
+tarfile and zipfile do the listing only: their own readers share one file position, and would have to list the archive again in
+every process. Here a read is one ``pread`` from a descriptor that each process opens for itself, and the list is arrays that
+processes share and the index cache keeps. Nothing is ever extracted, so a member's name cannot write anywhere.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import tarfile
 import zipfile
@@ -22,26 +24,26 @@ import numpy as np
 from data.errors import DataError, UnreadableImage
 from data.messages import Caution
 from data.sources.base import Source
-from data.sources.classes import numbered, plain_number, some
+from data.sources.classes import encode_labels, first_few, strip_zeros
 from data.sources.index_cache import Index, cached, names_of, store_names
 from data.sources.listing_progress import tick
 from data.sources.packed_names import PackedNames, is_hidden, is_image
 
-LARGEST_MEMBER = 256 << 20  # bytes; no encoded image is larger, and a bomb unpacks to no more
-_OPEN_FILES = 16  # archives that a process keeps open: shards come in thousands
+LARGEST_MEMBER = 256 << 20  # bytes; no encoded image is larger, and a zip bomb unpacks to no more
+_OPEN_FILES = 16  # archives that a process keeps open: there may be thousands of shards
 _SPLIT_FOLDERS = {"train", "val", "validation", "test", "images", "data"}
 _LABEL_SUFFIXES = (".cls", ".json")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 
 
 class Member(NamedTuple):
-    """Where a member lies: raw bytes from ``offset``, or a zip entry whose header begins there."""
+    """Where a member of an archive lies: its bytes (tar) or its zip header begin at ``offset``."""
 
     name: str
     offset: int
-    size: int  # as stored
-    method: int  # -1: raw (tar); else the zip method, 0 stored or 8 deflated
-    raw: int  # as unpacked
+    size: int  # bytes as stored
+    method: int  # -1: tar; else the zip method, 0 stored or 8 deflated
+    unpacked: int  # bytes when unpacked
     crc: int
 
 
@@ -49,8 +51,9 @@ class ArchiveImages(Source):
     """Images in archives.
 
     Attributes:
-        files: the archives.
-        names: names of the members; ``place`` (images, 6) int64: archive, offset, stored size, method, raw size, CRC.
+        files: paths of the archives.
+        names: names of the members.
+        place: (images, 6) int64: index in ``files``, offset, stored size, method, unpacked size, CRC.
     """
 
     def __init__(self, root: str, files: list[str], names: PackedNames, place: np.ndarray, classes: list[str], targets: np.ndarray,
@@ -64,11 +67,11 @@ class ArchiveImages(Source):
         return f"{self.files[self.place[index, 0]]}/{self.names[index]}"
 
     def fetch(self, index: int) -> bytes:
-        number, offset, size, method, raw, crc = self.place[index].tolist()
+        archive, offset, size, method, unpacked, crc = self.place[index].tolist()
         try:
-            descriptor = self._descriptor(number)
+            descriptor = self._descriptor(archive)
             if method >= 0:
-                return _unpack(descriptor, offset, size, method, raw, crc)
+                return _unpack(descriptor, offset, size, method, unpacked, crc)
             data = read_at(descriptor, offset, size)
             if len(data) < size:
                 raise ValueError("the archive ends before it")
@@ -76,23 +79,23 @@ class ArchiveImages(Source):
         except (ValueError, zlib.error, struct.error) as error:
             raise UnreadableImage.of(self.path(index), error) from None
         except OSError:
-            if number in self._opened:  # a share that was away answers a new descriptor only
-                os.close(self._opened.pop(number))
+            if archive in self._opened:  # once a network share was away, only a new descriptor works
+                os.close(self._opened.pop(archive))
             raise
 
-    def listing(self) -> bytes:
+    def identity(self) -> bytes:
         return self.names.blob.tobytes() + self.names.ends.tobytes() + self.place.tobytes()
 
-    def _descriptor(self, number: int) -> int:
-        if self._process != os.getpid():  # a forked process shares nothing with its parent
+    def _descriptor(self, archive: int) -> int:
+        if self._process != os.getpid():  # a forked process must not share descriptors with its parent
             self._opened, self._process = OrderedDict(), os.getpid()
-        if number in self._opened:
-            self._opened.move_to_end(number)
+        if archive in self._opened:
+            self._opened.move_to_end(archive)
         else:
             if len(self._opened) >= _OPEN_FILES:
                 os.close(self._opened.popitem(last=False)[1])
-            self._opened[number] = os.open(self.files[number], os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
-        return self._opened[number]
+            self._opened[archive] = os.open(self.files[archive], os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        return self._opened[archive]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_opened": OrderedDict(), "_process": -1}
@@ -104,7 +107,7 @@ class ArchiveImages(Source):
 
 
 def read_at(descriptor: int, offset: int, size: int) -> bytes:
-    """``size`` bytes from ``offset``, fewer at the end of the file; moves no shared position."""
+    """``size`` bytes from ``offset``, fewer at the end of the file; the file's position is neither used nor moved."""
     if not hasattr(os, "pread"):  # Windows, where processes are not forked and share no descriptors
         os.lseek(descriptor, offset, os.SEEK_SET)
         return os.read(descriptor, size)
@@ -115,8 +118,8 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _unpack(descriptor: int, offset: int, size: int, method: int, raw: int, crc: int) -> bytes:
-    """A zip entry, checked against its CRC and never larger than its directory says."""
+def _unpack(descriptor: int, offset: int, size: int, method: int, unpacked: int, crc: int) -> bytes:
+    """A zip entry, checked against its CRC and never larger than the zip directory says."""
     header = read_at(descriptor, offset, 30)
     if header[:4] != b"PK\x03\x04":
         raise ValueError("the zip file is damaged there")
@@ -125,8 +128,8 @@ def _unpack(descriptor: int, offset: int, size: int, method: int, raw: int, crc:
     if len(data) < size:
         raise ValueError("the archive ends before it")
     if method == zipfile.ZIP_DEFLATED:
-        data = zlib.decompressobj(-15).decompress(data, raw + 1)
-    if len(data) != raw or zlib.crc32(data) != crc:
+        data = zlib.decompressobj(-15).decompress(data, unpacked + 1)
+    if len(data) != unpacked or zlib.crc32(data) != crc:
         raise ValueError("its checksum (CRC) is wrong")
     return data
 
@@ -136,63 +139,63 @@ def _unpack(descriptor: int, offset: int, size: int, method: int, raw: int, crc:
 # --------------------------------------------------------------------------------------------------
 
 def members(path: str, notices: list[str]) -> Iterator[Member]:
-    """The plain files in an archive, those of tar files inside a tar file too (``inner.tar/name``).
+    """The regular files in an archive, including those of tar files inside a tar file (``inner.tar/name``).
 
-    Members with names that lead elsewhere (absolute, or through ``..``), links, encrypted and huge ones are passed over
-    with a line in ``notices``.
+    Members whose names lead outside (absolute, or through ``..``), links, encrypted and huge ones are skipped, with a
+    warning in ``notices``.
 
     Raises:
-        DataError: no archive, compressed as a whole, or damaged.
+        DataError: not an archive, compressed as a whole, or damaged.
     """
-    passed: dict[str, list[str]] = {}
+    skipped: dict[str, list[str]] = {}
     try:
-        listed = _zip_members(path, passed) if path.lower().endswith(".zip") else _tar_members(path, passed)
-        for number, member in enumerate(listed):
-            if number % 256 == 0:
-                tick(path, number)
+        listed = _zip_members(path, skipped) if path.lower().endswith(".zip") else _tar_members(path, skipped)
+        for count, member in enumerate(listed):
+            if count % 256 == 0:
+                tick(path, count)
             parts = member.name.split("/")
             if member.name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
-                passed.setdefault("whose names lead outside", []).append(member.name)
-            elif member.raw > LARGEST_MEMBER:
-                passed.setdefault("too large to be images", []).append(member.name)
+                skipped.setdefault("whose names lead outside", []).append(member.name)
+            elif member.unpacked > LARGEST_MEMBER:
+                skipped.setdefault("too large to be images", []).append(member.name)
             elif not any(is_hidden(part) for part in parts[:-1]) and not parts[-1].startswith("."):
                 yield member
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    for what, names in passed.items():
-        notices.append(Caution(f"{path}: {len(names)} members {what} are passed over ({some(names, 3)})"))
+    for what, names in skipped.items():
+        notices.append(Caution(f"{path}: {len(names)} members {what} are skipped ({first_few(names, 3)})"))
 
 
-def _tar_members(path: str, passed: dict[str, list[str]]) -> Iterator[Member]:
+def _tar_members(path: str, skipped: dict[str, list[str]]) -> Iterator[Member]:
     with open(path, "rb") as file:
         start = file.read(2)
         if start in _COMPRESSED:
-            raise DataError(f"{path}: is compressed as a whole ({_COMPRESSED[start]}), so that no image can be read singly; "
+            raise DataError(f"{path}: is compressed as a whole ({_COMPRESSED[start]}), so that no image can be read by itself; "
                             "decompress it to a plain .tar, or unpack it")
         file.seek(0)
-        yield from _walk_tar(file, path, 0, "", passed)
+        yield from _walk_tar(file, path, 0, "", skipped)
 
 
-def _walk_tar(file, path: str, base: int, prefix: str, passed: dict[str, list[str]]) -> Iterator[Member]:
+def _walk_tar(file, path: str, base: int, prefix: str, skipped: dict[str, list[str]]) -> Iterator[Member]:
     name = "its beginning"
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # it would keep a kilobyte for each
+                tar.members = []  # it would keep a kilobyte for each member
                 name = prefix + member.name.removeprefix("./")
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
-                    passed.setdefault("that are links, devices or sparse", []).append(name)
+                    skipped.setdefault("that are links, devices or sparse", []).append(name)
                 elif name.lower().endswith(".tar") and not prefix:
-                    yield from _walk_tar(tar.extractfile(member), path, member.offset_data, name + "/", passed)
+                    yield from _walk_tar(tar.extractfile(member), path, member.offset_data, name + "/", skipped)
                 else:
                     yield Member(name, base + member.offset_data, member.size, -1, member.size, 0)
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise DataError(f"{path}: a damaged tar file ({' '.join(str(error).split())}, after {name}); copy it again") from None
 
 
-def _zip_members(path: str, passed: dict[str, list[str]]) -> Iterator[Member]:
+def _zip_members(path: str, skipped: dict[str, list[str]]) -> Iterator[Member]:
     try:
         with zipfile.ZipFile(path) as file:
             for info in file.infolist():
@@ -200,9 +203,9 @@ def _zip_members(path: str, passed: dict[str, list[str]]) -> Iterator[Member]:
                 if info.is_dir():
                     continue
                 if info.flag_bits & 1:
-                    passed.setdefault("that are encrypted", []).append(name)
+                    skipped.setdefault("that are encrypted", []).append(name)
                 elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    passed.setdefault("packed otherwise than stored or deflated", []).append(name)
+                    skipped.setdefault("neither stored nor deflated", []).append(name)
                 else:
                     yield Member(name, info.header_offset, info.compress_size, info.compress_type, info.file_size, info.CRC)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
@@ -210,66 +213,65 @@ def _zip_members(path: str, passed: dict[str, list[str]]) -> Iterator[Member]:
 
 
 def label_of(data: bytes, suffix: str) -> str | None:
-    """The class in a .cls or .json member of a WebDataset sample; None where there is none."""
+    """The label in a .cls or .json member of a WebDataset sample; None where it has none."""
     try:
         value = data.decode("utf-8").strip()
         if suffix == ".json":
-            found = json.loads(value)
-            value = next((found[key] for key in ("label", "cls", "class", "target") if key in found), None)
+            fields = json.loads(value)
+            value = next((fields[key] for key in ("label", "cls", "class", "target") if key in fields), None)
     except (ValueError, TypeError, RecursionError):
         return None
-    return plain_number(str(value)) if type(value) in (int, str) and value != "" else None
+    return strip_zeros(str(value)) if type(value) in (int, str) and value != "" else None
 
 
-def _index(files: list[str], pick: Callable[[str], str | None]) -> tuple[Index, list[str]]:
-    """List the images of archives with their labels: of .cls or .json members beside them, else of their folder.
+def _index_archives(files: list[str], name_in_split: Callable[[str], str | None]) -> tuple[Index, list[str]]:
+    """List the images of archives with their labels: from the .cls or .json member of their sample, else their folder's name.
 
     Args:
-        pick: from a member's name to the name below the split's folder, or None for what is not of this split.
+        name_in_split: from a member's name to its name below the split's folder; None for a member of another split.
     """
     names, labels, notices, place = [], [], [], array("q")
-    for number, path in enumerate(files):
-        images, beside = _contents(path, pick, notices)
+    for archive, path in enumerate(files):
+        images, sample_labels = _images_and_labels(path, name_in_split, notices)
         for name, member in images:
-            if beside:  # a WebDataset shard: a sample's members share their name up to the first dot
+            if sample_labels:  # a WebDataset shard: a sample's members share their name up to the first dot
                 folder, slash, base = name.rpartition("/")
                 key, _, suffix = base.partition(".")
                 if "." in suffix:
                     continue  # a second picture of the sample, such as 0001.mask.png
-                if (key := folder + slash + key) not in beside:
-                    raise DataError(f"{path}/{member.name}: has no label (.cls or .json) beside it, though others in the shard have")
-                labels.append(beside[key])
+                if (key := folder + slash + key) not in sample_labels:
+                    raise DataError(f"{path}/{member.name}: has no label (.cls or .json) in its sample, though others in the shard have")
+                labels.append(sample_labels[key])
             else:
                 labels.append(_folder_label(name, _stem(path)))
             names.append(member.name)
-            place.extend((number, member.offset, member.size, member.method, member.raw, member.crc))
-    classes = numbered(labels)
-    position = {name: i for i, name in enumerate(classes)}
-    index = dict(targets=np.array([position[label] for label in labels], dtype=np.int64),
-                 place=np.array(place, dtype=np.int64).reshape(-1, 6))
+            place.extend((archive, member.offset, member.size, member.method, member.unpacked, member.crc))
+    classes, targets = encode_labels(labels)
+    index = dict(targets=targets, place=np.array(place, dtype=np.int64).reshape(-1, 6))
     for key, values in (("names", names), ("classes", classes), ("notices", notices)):
         store_names(index, key, PackedNames.of(values))
     return index, files
 
 
-def _contents(path: str, pick: Callable[[str], str | None], notices: list[str]) -> tuple[list[tuple[str, Member]], dict[str, str]]:
+def _images_and_labels(path: str, name_in_split: Callable[[str], str | None],
+                       notices: list[str]) -> tuple[list[tuple[str, Member]], dict[str, str]]:
     """(images with their names below the split's folder, labels by sample) of an archive."""
     images: list[tuple[str, Member]] = []
-    beside: dict[str, str] = {}
+    labels: dict[str, str] = {}
     with open(path, "rb") as file:
         for member in members(path, notices):
-            if (name := pick(member.name)) is None:
+            if (name := name_in_split(member.name)) is None:
                 continue
             stem, suffix = os.path.splitext(name)
             if is_image(os.path.basename(name)):
                 images.append((name, member))
             elif suffix in _LABEL_SUFFIXES and member.method < 0 and member.size < 1 << 20 and "." not in os.path.basename(stem):
                 label = label_of(read_at(file.fileno(), member.offset, member.size), suffix)
-                if label is not None and (suffix == ".cls" or stem not in beside):
-                    beside[stem] = label
+                if label is not None and (suffix == ".cls" or stem not in labels):
+                    labels[stem] = label
                 elif label is None and suffix == ".cls":
                     raise DataError(f"{path}/{member.name}: holds no label (a number or a class name)")
-    return images, beside
+    return images, labels
 
 
 def _stem(path: str) -> str:
@@ -277,7 +279,7 @@ def _stem(path: str) -> str:
 
 
 def _folder_label(name: str, archive: str) -> str:
-    """The class by folder: the first below folders that are named after a split or the archive; "" where it lies loose."""
+    """The first folder of a member's name, below folders named after a split or the archive; "" where there is none."""
     parts = name.split("/")[:-1]
     while parts and (parts[0].lower() in _SPLIT_FOLDERS or parts[0] == archive):
         parts = parts[1:]
@@ -288,43 +290,39 @@ def scan_archives(files: Sequence[str], root: str, cache: str | None = None, spl
     """The images of archives: WebDataset shards, archives of class folders, tar files of a class each, tar files in a tar file.
 
     Args:
-        root: what to call all of them.
-        splits: names of a split's folder inside the archives; only what lies below it counts. Empty: all.
+        root: the name of all of them, for messages.
+        cache: folder of the index cache, or None.
+        splits: names of a split's folder inside the archives: only the images below it are listed. Empty: all.
 
     Raises:
         DataError: an archive is damaged, or has no images.
     """
     files, wanted = list(files), {name.lower() for name in splits}
 
-    def pick(name: str) -> str | None:
+    def name_in_split(name: str) -> str | None:
         if not wanted:
             return name
         parts = name.split("/")
         at = next((i for i, part in enumerate(parts[:3]) if part.lower() in wanted), None)
         return None if at is None else "/".join(parts[at + 1:])
 
-    index = cached(cache, "archive:" + ",".join(sorted(wanted)), files, lambda: _index(files, pick))
+    index = cached(cache, "archive:" + ",".join(sorted(wanted)), files, lambda: _index_archives(files, name_in_split))
     targets, classes = index["targets"], list(names_of(index, "classes"))
     if not len(targets):
         raise DataError(f"{root}: holds no images" + (f" below {' or '.join(n + '/' for n in splits)}" if splits else ""))
     notices = [Caution(line) for line in names_of(index, "notices")]
-    found = ArchiveImages(root, files, names_of(index, "names"), index["place"], classes, targets, notices)
-    if classes == [""] and len(files) > 1 or (classes == [""] and _is_class_file(files[0])):
-        # a tar file a class, its images loose in it
+    images = ArchiveImages(root, files, names_of(index, "names"), index["place"], classes, targets, notices)
+    if classes == [""] and (len(files) > 1 or re.fullmatch(r"n\d{8}", _stem(files[0]))):
+        # one tar file per class, without folders inside
         stems = [_stem(path) for path in files]
-        found.classes = sorted(set(stems))
-        number = {name: i for i, name in enumerate(found.classes)}
-        found.targets = np.array([number[stem] for stem in stems], dtype=np.int64)[found.place[:, 0]]
-    return found
-
-
-def _is_class_file(path: str) -> bool:
-    stem = _stem(path)
-    return len(stem) == 9 and stem[0] == "n" and stem[1:].isdecimal()
+        images.classes = sorted(set(stems))
+        position = {name: i for i, name in enumerate(images.classes)}
+        images.targets = np.array([position[stem] for stem in stems], dtype=np.int64)[images.place[:, 0]]
+    return images
 
 
 def split_folders(path: str) -> set[str]:
-    """Which of train, val and validation are folders in an archive (at its top or up to two below)."""
+    """Which of train, val and validation are folders in an archive, at its top or up to two levels below."""
     found: set[str] = set()
     for member in members(path, []):
         found |= {part.lower() for part in member.name.split("/")[:3]} & {"train", "val", "validation"}

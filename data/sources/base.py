@@ -1,4 +1,4 @@
-"""What every layout becomes: the images of one split, by number."""
+"""``Source``: the images of one split, by index, which every layout becomes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,38 @@ from PIL import Image
 from data.decoding.pillow import decode
 from data.errors import UnreadableImage
 
-# What a share that comes and goes answers; the same read may succeed a moment later.
-_PASSING = {errno.ENOENT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+# Errors of a network share that comes and goes; the same read may succeed a moment later.
+_TRANSIENT = {errno.ENOENT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
             errno.ECONNRESET, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE} | (
             {errno.EREMOTEIO} if hasattr(errno, "EREMOTEIO") else set())
 
 
+class Retry:
+    """Growing pauses between attempts, ``patience`` seconds in all."""
+
+    def __init__(self, patience: float):
+        self.patience, self.waited, self.pause = patience, 0.0, 0.05
+
+    def wait(self) -> bool:
+        """Wait before the next attempt; False, at once, where the patience is used up."""
+        if self.waited >= self.patience:
+            return False
+        self.pause = min(2 * self.pause, self.patience - self.waited)
+        time.sleep(self.pause)
+        self.waited += self.pause
+        return True
+
+
 class Source:
-    """The images of one split; subclasses say what they are called and fetch their bytes.
+    """The images of one split; subclasses name them and fetch their bytes.
 
     Attributes:
         root: where they lie, for messages.
-        classes: class names; ``targets`` (int64, an image each) are positions in it.
-        notices: lines the user should see.
-        patience: seconds that a failing read is tried again for, with growing pauses.
-        exif: turn images upright as their EXIF block says.
+        classes: class names.
+        targets: (images,) int64, positions in ``classes``.
+        notices: messages for the user.
+        patience: seconds for which a failing read is tried again.
+        exif: rotate images as their EXIF orientation says.
     """
 
     root: str
@@ -40,49 +57,46 @@ class Source:
         return len(self.targets)
 
     def path(self, index: int) -> str:
-        """The name of an image as a user understands it."""
+        """The name of an image, as a user knows it."""
         raise NotImplementedError
 
     def fetch(self, index: int) -> bytes:
-        """The encoded image, in one try.
+        """The encoded image, in one attempt.
 
         Raises:
-            OSError: the system's, where it was the system.
+            OSError: the system cannot read it.
             UnreadableImage: the archive around it is damaged.
         """
         raise NotImplementedError
 
-    def listing(self) -> bytes:
-        """What tells this list of images from another, wherever it lies."""
+    def identity(self) -> bytes:
+        """What distinguishes this list of images from another, independent of the folder it lies in."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Digest of the names and labels: two lists are the same if and only if these are."""
-        return hashlib.sha256(self.listing() + self.targets.tobytes()).hexdigest()
+        """SHA-256, in hexadecimal, of the list of images and their labels, independent of the folder it lies in."""
+        return hashlib.sha256(self.identity() + self.targets.tobytes()).hexdigest()
 
     def configure(self, exif: bool, patience: float) -> None:
         """Set how images are read."""
         self.exif, self.patience = exif, patience
 
     def read(self, index: int) -> bytes:
-        """The encoded image.
+        """The encoded image; a read that fails is tried again for ``patience`` seconds.
 
         Raises:
             UnreadableImage: it cannot be read; the message names the file.
         """
-        waited, pause = 0.0, 0.05
+        retry = Retry(self.patience)
         while True:
             try:
                 return self.fetch(index)
             except OSError as error:
-                if error.errno not in _PASSING or waited >= self.patience:
+                if error.errno not in _TRANSIENT or not retry.wait():
                     raise UnreadableImage.of(self.path(index), error.strerror or error) from None
-            pause = min(2 * pause, self.patience - waited)
-            time.sleep(pause)
-            waited += pause
 
     def load(self, index: int) -> Image.Image:
-        """The image in RGB.
+        """The image in RGB, 8 bits a channel.
 
         Raises:
             UnreadableImage: it cannot be read or decoded; the message names the file.
@@ -91,7 +105,7 @@ class Source:
 
 
 class View(Source):
-    """Some images of a source, under targets of their own."""
+    """Some of a source's images, with their own targets."""
 
     def __init__(self, source: Source, indices: np.ndarray, classes: list[str], targets: np.ndarray, notices: list[str]):
         self.source, self.indices = source, indices
@@ -100,8 +114,8 @@ class View(Source):
     def path(self, index: int) -> str:
         return self.source.path(int(self.indices[index]))
 
-    def listing(self) -> bytes:
-        return self.source.listing() + self.indices.tobytes()
+    def identity(self) -> bytes:
+        return self.source.identity() + self.indices.tobytes()
 
     def configure(self, exif: bool, patience: float) -> None:
         self.source.configure(exif, patience)

@@ -1,4 +1,4 @@
-"""A folder a class: finding the classes and the images."""
+"""Images that are files: class folders, flat folders, and files that a list names."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from data.decoding.pillow import to_rgb
 from data.errors import DataError
 from data.messages import Caution
 from data.sources.base import Source
-from data.sources.classes import some
+from data.sources.classes import first_few
 from data.sources.index_cache import Index, cached, names_of, store_names
 from data.sources.listing_progress import tick
 from data.sources.packed_names import IMAGE_EXTENSIONS, PackedNames, is_hidden, is_image
 
 VAL_NAMES = ("val", "validation")
 _THREADS = 16
-LAYOUT = "expected train/<class>/*.jpg and val/<class>/*.jpg (or validation/)"
+EXPECTED = "expected train/<class>/*.jpg and val/<class>/*.jpg (or validation/)"
 
 
 class ImageFolder(Source):
-    """Images that are files: below a root, or wherever a list says."""
+    """Images that are files, named by their paths below ``root`` or by absolute paths."""
 
     def __init__(self, root: str, classes: list[str], names: PackedNames, targets: np.ndarray, notices: Sequence[str] = ()):
         self.root, self.classes, self.names, self.targets, self.notices = root, classes, names, targets, list(notices)
@@ -35,41 +34,46 @@ class ImageFolder(Source):
         with open(self.path(index), "rb", buffering=0) as file:
             return file.read()
 
-    def listing(self) -> bytes:
+    def identity(self) -> bytes:
         return self.names.blob.tobytes() + self.names.ends.tobytes()
 
 
-def entries(folder: str) -> list[os.DirEntry]:
-    """Visible entries, sorted by name as torchvision sorts them."""
+def visible_entries(folder: str) -> list[os.DirEntry]:
+    """The entries of a folder that are not hidden, sorted by name as torchvision sorts them.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
     try:
-        with os.scandir(folder) as found:
-            return sorted((e for e in found if not is_hidden(e.name)), key=lambda e: e.name)
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if not is_hidden(e.name)), key=lambda e: e.name)
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
 
 
 def _images_below(folder: str, above: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
-    """(images, folders) below a folder, itself included; folders that links lead back to are passed over."""
+    """(images, folders) below a folder, itself included; links back to a folder above are not followed."""
     real = os.path.realpath(folder)
     if real in above:
         return [], []
     images, folders = [], [folder]
-    for entry in entries(folder):
+    for entry in visible_entries(folder):
         if entry.is_dir():
             for found, more in zip((images, folders), _images_below(entry.path, (*above, real)), strict=True):
                 found += more
-        elif is_image(entry.name) and entry.is_file():  # no pipes, no links to nothing
+        elif is_image(entry.name) and entry.is_file():  # no pipes, no broken links
             images.append(entry.path)
     return images, folders
 
 
 def _index_folder(root: str) -> tuple[Index, list[str]]:
-    classes = [e.name for e in entries(root) if e.is_dir()]
+    inside = visible_entries(root)
+    classes = [e.name for e in inside if e.is_dir()]
     if not classes:
-        loose = any(is_image(e.name) for e in entries(root))
-        raise DataError(f"{root}: {'its images lie loose' if loose else 'holds no class folders'}; {LAYOUT}"
-                        + ("; sort them into a folder a class, or give the file of their labels with DATA.VAL_LABELS" if loose else ""))
-    # Threads wait for the disk or the network together; the listing itself is quick.
+        loose = any(is_image(e.name) for e in inside)
+        raise DataError(f"{root}: {'its images lie loose' if loose else 'holds no class folders'}; {EXPECTED}"
+                        + ("; sort them into a folder per class, or give the file of their labels with DATA.VAL_LABELS" if loose else ""))
+    # The threads wait for the disk or the network at the same time; the listing itself is quick.
     with ThreadPoolExecutor(min(_THREADS, len(classes))) as pool:
         found, images = [], 0
         for below in pool.map(_images_below, [os.path.join(root, name) for name in classes]):
@@ -78,7 +82,7 @@ def _index_folder(root: str) -> tuple[Index, list[str]]:
     skip = len(os.path.join(root, ""))
     counts = [len(images) for images, _ in found]
     if not sum(counts):
-        raise DataError(f"{root}: holds class folders but no images ({', '.join(e[1:] for e in IMAGE_EXTENSIONS)}); {LAYOUT}")
+        raise DataError(f"{root}: holds class folders but no images ({', '.join(e[1:] for e in IMAGE_EXTENSIONS)}); {EXPECTED}")
     index = dict(targets=np.repeat(np.arange(len(classes)), counts))
     store_names(index, "names", PackedNames.of([path[skip:] for images, _ in found for path in images]))
     store_names(index, "classes", PackedNames.of(classes))
@@ -86,25 +90,22 @@ def _index_folder(root: str) -> tuple[Index, list[str]]:
 
 
 def scan_folder(root: str, cache: str | None = None) -> ImageFolder:
-    """Index the images below ``root``, a folder a class (images may lie deeper).
+    """The images below ``root``, one folder per class (images may lie deeper).
 
     Args:
-        cache: folder of kept indices (``data/index.py``), or None.
+        cache: folder of the index cache (``data/sources/index_cache.py``), or None.
 
     Raises:
-        DataError: no images.
+        DataError: no class folders, or no images.
     """
     index = cached(cache, "folder", [root], lambda: _index_folder(root))
     names, targets = list(names_of(index, "classes")), index["targets"]
     empty = [names[i] for i in np.flatnonzero(np.bincount(targets, minlength=len(names)) == 0)]
-    notices = [Caution(f"{root}: {len(empty)} empty class folders ({some(empty)})", "empty-classes")] if empty else []
+    notices = [Caution(f"{root}: {len(empty)} empty class folders ({first_few(empty)})", "empty-classes")] if empty else []
     return ImageFolder(root, names, names_of(index, "names"), targets, notices)
 
 
 def scan_flat(root: str) -> ImageFolder:
-    """The images that lie loose in ``root``, by name, of one nameless class; labels come from elsewhere."""
-    names = [e.name for e in entries(root) if is_image(e.name) and e.is_file()]
+    """The images directly in ``root``, by name, all of one class called ""; labels come from elsewhere."""
+    names = [e.name for e in visible_entries(root) if is_image(e.name) and e.is_file()]
     return ImageFolder(root, [""], PackedNames.of(names), np.zeros(len(names), dtype=np.int64))
-
-
-__all__ = ["DataError", "ImageFolder", "entries", "scan_flat", "scan_folder", "to_rgb"]

@@ -1,4 +1,4 @@
-"""Hugging Face data sets on the local disk, through their own package ``datasets`` (optional)."""
+"""Hugging Face data sets on the local disk, through the optional package ``datasets``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from data.errors import DataError, UnreadableImage
 from data.sources.base import Source
-from data.sources.classes import numbered, plain_number
+from data.sources.classes import encode_labels, strip_zeros
 
 
 class HubImages(Source):
-    """Images of an Arrow table; the table is mapped into memory and shared by all processes."""
+    """Images of an Arrow table, which is mapped into memory and shared by all processes."""
 
     def __init__(self, root: str, table: Any, image: str, classes: list[str], targets: np.ndarray):
         self.root, self.table, self.image, self.classes, self.targets, self.notices = root, table, image, classes, targets, []
@@ -22,7 +22,7 @@ class HubImages(Source):
     def path(self, index: int) -> str:
         return f"{self.root}[{index}]"
 
-    def listing(self) -> bytes:
+    def identity(self) -> bytes:
         return str(len(self.table)).encode()
 
     def fetch(self, index: int) -> bytes:
@@ -42,46 +42,59 @@ def is_saved(root: str) -> bool:
 
 def parquet_files(root: str, names: tuple[str, ...]) -> list[str]:
     """The parquet files of a split as the hub lays them out: ``data/train-00000-of-00010.parquet``, or ``train/*.parquet``."""
-    found = [path for name in names for below in ("", "data") for pattern in (f"{name}-*.parquet", f"{name}.parquet", f"{name}/*.parquet")
-             for path in glob.glob(os.path.join(glob.escape(os.path.join(root, below)), pattern))]
-    return sorted(set(found))
+    paths = {path for name in names for below in ("", "data") for pattern in (f"{name}-*.parquet", f"{name}.parquet", f"{name}/*.parquet")
+             for path in glob.glob(os.path.join(glob.escape(os.path.join(root, below)), pattern))}
+    return sorted(paths)
 
 
-def _package(root: str) -> Any:
-    try:
-        import datasets
-        from datasets import disable_progress_bars  # a folder of that name in the working directory can be imported, too
-    except ImportError:
-        raise DataError(f"{root}: is a Hugging Face data set, which needs the package datasets; pip install datasets") from None
+def import_datasets() -> Any:
+    """The package ``datasets``, its progress bars off.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    import datasets
+    from datasets import disable_progress_bars  # a folder called datasets in the working directory can be imported, but has no such name
     disable_progress_bars()
     return datasets
 
 
+def _require_datasets(root: str) -> Any:
+    try:
+        return import_datasets()
+    except ImportError:
+        raise DataError(f"{root}: is a Hugging Face data set, which needs the package datasets; pip install datasets") from None
+
+
 def saved_splits(root: str) -> dict[str, Any]:
-    """The tables of a saved data set by split; one without splits is under "".
+    """The tables of a saved data set by split; the key of one without splits is "".
 
     Raises:
         DataError: damaged, or the package is missing.
     """
-    datasets = _package(root)
+    datasets = _require_datasets(root)
     try:
-        found = datasets.load_from_disk(root)
+        tables = datasets.load_from_disk(root)
     except Exception as error:  # pyarrow's and the package's own errors share no type
-        raise DataError(f"{root}: is no readable Hugging Face data set ({' '.join(str(error).split())[:200]})") from None
-    return dict(found) if isinstance(found, dict) else {"": found}
+        raise DataError(f"{root}: is not a readable Hugging Face data set ({' '.join(str(error).split())[:200]})") from None
+    return dict(tables) if isinstance(tables, dict) else {"": tables}
 
 
 def parquet_table(root: str, files: list[str]) -> Any:
-    """The table of parquet files; the package converts them to Arrow once, in its own cache."""
-    datasets = _package(root)
+    """The table of parquet files; the package converts them to Arrow once, in its own cache.
+
+    Raises:
+        DataError: damaged, or the package is missing.
+    """
+    datasets = _require_datasets(root)
     try:
         return datasets.load_dataset("parquet", data_files=files, split="train")
     except Exception as error:
-        raise DataError(f"{files[0]}: is no readable parquet data set ({' '.join(str(error).split())[:200]})") from None
+        raise DataError(f"{files[0]}: is not a readable parquet data set ({' '.join(str(error).split())[:200]})") from None
 
 
-def columns(root: str, features: Any) -> tuple[str, str]:
-    """The image column and the label column: named as usual, or the only ones of their kind.
+def find_columns(root: str, features: Any) -> tuple[str, str]:
+    """The names of the image column and of the label column: the usual names, or the first of their type.
 
     Raises:
         DataError: there are no such columns.
@@ -99,22 +112,19 @@ def columns(root: str, features: Any) -> tuple[str, str]:
 
 
 def hub_source(root: str, table: Any) -> HubImages:
-    """The images of a table with an image column and a label column (both named as usual, or the only ones of their kind).
+    """The images of a table that has an image column and a label column.
 
     Raises:
-        DataError: there are no such columns.
+        DataError: there are no such columns, or no labels.
     """
     import datasets
     features = table.features
-    image, label = columns(root, features)
+    image, label = find_columns(root, features)
     values = table.select_columns([label])[:][label]
     if isinstance(features[label], datasets.ClassLabel):
         classes, targets = list(features[label].names), np.asarray(values, dtype=np.int64)
     else:
-        words = [plain_number(str(value)) for value in values]
-        classes = numbered(words)
-        position = {name: i for i, name in enumerate(classes)}
-        targets = np.array([position[word] for word in words], dtype=np.int64)
+        classes, targets = encode_labels([strip_zeros(str(value)) for value in values])
     if len(targets) and targets.min() < 0:
         raise DataError(f"{root}: its images have no labels (-1); choose another split")
     if isinstance(features[image], datasets.Image):

@@ -1,4 +1,4 @@
-"""Whoever wants to know how far the listing of a large data set is can listen here; the listing itself says it nowhere."""
+"""Progress of listing a large data set, for whoever has asked for it; the listing itself prints nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _listener: Listener | None = None
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Inside, ``listener`` is called with what is being listed and the files found in it so far."""
+    """Within it, ``listener`` is called with what is being listed and the number of files found so far."""
     global _listener
     before, _listener = _listener, listener
     try:
@@ -21,6 +21,6 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def tick(root: str, files: int) -> None:
-    """``files`` have been found in ``root`` so far; to be called every hundred or so."""
+    """Report that ``files`` files of ``root`` have been found so far; call it every hundred files or so."""
     if _listener is not None:
         _listener(root, files)

@@ -1,4 +1,4 @@
-"""Data sets described by text: tables of paths and labels, and Swin's map files."""
+"""Images and labels listed in a text file: CSV, TSV, text and JSON lists, and Swin's map files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data.errors import DataError
 from data.messages import Notice
 from data.sources.archives import ArchiveImages
 from data.sources.base import Source, View
-from data.sources.classes import numbered, plain_number
+from data.sources.classes import encode_labels, strip_zeros
 from data.sources.folder import ImageFolder
 from data.sources.packed_names import PackedNames, is_image
 
@@ -25,11 +25,11 @@ _PATH_COLUMNS = ("path", "filepath", "file_path", "file", "filename", "file_name
 _LABEL_COLUMNS = ("label", "labels", "class", "class_name", "classname", "category", "target", "class_id", "label_id", "y",
                   "predictionstring")
 _SPLIT_COLUMNS = ("split", "set", "subset", "partition", "fold")
-_LARGEST = 2 << 30  # bytes of a list; one of ImageNet-22K is 0.9 GB
+_LARGEST = 2 << 30  # bytes of a list; that of ImageNet-22K has 0.9 GB
 
 
 class Row(NamedTuple):
-    """A line of a list."""
+    """A line of a list: its number, counted from 1, and its cells."""
 
     line: int
     path: str
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 # --------------------------------------------------------------------------------------------------
 
 def read_text(path: str) -> str:
-    """A text file in UTF-8, with or without the mark that some editors put first.
+    """A text file in UTF-8, with or without a byte order mark.
 
     Raises:
         DataError: unreadable, too large, or in another encoding.
@@ -55,18 +55,18 @@ def read_text(path: str) -> str:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is no UTF-8 text at byte {error.start}; save it as UTF-8") from None
+        raise DataError(f"{path}: is not UTF-8 text at byte {error.start}; save it as UTF-8") from None
 
 
 def read_list(path: str) -> list[Row]:
     """The rows of a CSV, TSV, text or JSON list.
 
-    CSV and TSV may begin with a header (path, label, and split if wanted, in any order and under their usual names); without
-    one the first column is the path and the second the label. Text: path and label, separated by a tab or the line's last
-    blank or comma. JSON: a list of ``[path, label]``, as Swin has for ImageNet-22K.
+    CSV and TSV may begin with a header (path, label and optionally split, in any order and under their usual names); without
+    one the first column is the path and the second the label. Text: path and label, separated by a tab or by the line's last
+    blank or comma. JSON: a list of ``[path, label]``, as Swin's of ImageNet-22K.
 
     Raises:
-        DataError: names the line that cannot be used.
+        DataError: the list is empty, or has a line that cannot be used; the message names the line.
     """
     text = read_text(path)
     if text.lstrip()[:1] == "[":
@@ -82,13 +82,13 @@ def read_list(path: str) -> list[Row]:
 
 def _json_rows(text: str, path: str) -> Iterator[Row]:
     try:
-        found = json.loads(text)
+        entries = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not valid JSON ({error})") from None
-    for number, entry in enumerate(found, 1):
+    for number, entry in enumerate(entries, 1):
         if not (isinstance(entry, list) and len(entry) >= 2 and isinstance(entry[0], str) and type(entry[1]) in (int, str)):
-            raise DataError(f"{path}: entry {number} is no [path, label] pair")
-        yield Row(number, entry[0], plain_number(str(entry[1])))
+            raise DataError(f"{path}: entry {number} is not a [path, label] pair")
+        yield Row(number, entry[0], strip_zeros(str(entry[1])))
 
 
 def _table_rows(text: str, path: str) -> Iterator[Row]:
@@ -113,20 +113,20 @@ def _table_rows(text: str, path: str) -> Iterator[Row]:
             at_path, at_label, at_split = columns
             if len(cells) <= max(columns) or not cells[at_path] or not cells[at_label]:
                 raise DataError(f"{path}:{reader.line_num}: has no path or no label ({delimiter.join(cells)[:80]!r})")
-            yield Row(reader.line_num, cells[at_path], plain_number(cells[at_label]), cells[at_split].lower() if at_split >= 0 else "")
+            yield Row(reader.line_num, cells[at_path], strip_zeros(cells[at_label]), cells[at_split].lower() if at_split >= 0 else "")
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: is no table ({error})") from None
+        raise DataError(f"{path}:{reader.line_num}: is not a table ({error})") from None
 
 
 def _columns(header: Sequence[str]) -> tuple[int, int, int] | None:
-    """Positions of path, label and split (-1: none), or None where the line is no header."""
+    """Positions of the path, label and split columns (-1: none), or None where the line is not a header."""
     words = [word.lower() for word in header]
 
     def find(names: Sequence[str]) -> int:
         return next((words.index(name) for name in names if name in words), -1)
 
-    found = find(_PATH_COLUMNS), find(_LABEL_COLUMNS), find(_SPLIT_COLUMNS)
-    return found if min(found[:2]) >= 0 else None
+    columns = find(_PATH_COLUMNS), find(_LABEL_COLUMNS), find(_SPLIT_COLUMNS)
+    return columns if min(columns[:2]) >= 0 else None
 
 
 def _text_rows(text: str, path: str) -> Iterator[Row]:
@@ -134,14 +134,14 @@ def _text_rows(text: str, path: str) -> Iterator[Row]:
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        name, label = _cut(line)
+        name, label = _split_line(line)
         if not name or not label:
             raise DataError(f"{path}:{number}: has no label ({line[:80]!r}); a line is a path, a tab or blank, and a label")
-        yield Row(number, name, plain_number(label))
+        yield Row(number, name, strip_zeros(label))
 
 
-def _cut(line: str) -> tuple[str, str]:
-    """(path, label) of a line; the path may hold blanks, the label too where a tab or a comma stands before it."""
+def _split_line(line: str) -> tuple[str, str]:
+    """(path, label) of a line; the path may contain blanks, and so may a label after a tab or a comma."""
     if "\t" in line:
         cells = line.split("\t")
         return cells[0].strip(), cells[1].strip()
@@ -153,56 +153,54 @@ def _cut(line: str) -> tuple[str, str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Lists of image files
+# Sources of listed images
 # --------------------------------------------------------------------------------------------------
 
 def list_source(path: str, rows: Sequence[Row], roots: Sequence[str]) -> ImageFolder:
-    """The image files that ``rows`` name, relative to the first of ``roots`` under which the first of them is found.
+    """The image files that ``rows`` of the list ``path`` name.
+
+    Args:
+        roots: folders that the rows' paths may be relative to; the first in which the first image is found counts.
 
     Raises:
-        DataError: the first image is nowhere.
+        DataError: the first image is in none of them.
     """
     root = next((r for r in roots if os.path.exists(os.path.join(r, rows[0].path))), None)
     if root is None:
         raise DataError(f"{path}:{rows[0].line}: {rows[0].path} is not below {' or '.join(dict.fromkeys(roots))}; "
                         "paths are relative to the list's folder, or absolute")
-    classes = numbered([row.label for row in rows])
-    position = {name: i for i, name in enumerate(classes)}
-    targets = np.array([position[row.label] for row in rows], dtype=np.int64)
+    classes, targets = encode_labels([row.label for row in rows])
     return ImageFolder(root, classes, PackedNames.of([row.path for row in rows]), targets)
 
 
 def mapped_archive(archive: ArchiveImages, path: str) -> Source:
-    """The images of an archive that a map file lists (``path<TAB>number`` a line), labelled as it says.
+    """The images of an archive that a map file lists (lines ``path<TAB>number``), with the file's labels.
 
-    A class is called by the images' folder where each number has one folder of its own, else by its number.
+    A class is named by its images' folder where each number has a folder of its own, else by its number.
 
     Raises:
-        DataError: a bad line, or an image that the archive lacks; both named.
+        DataError: a bad line, or an image that the archive lacks; the message names the line.
     """
     rows = [row for row in read_list(path) if row.label]
     for row in rows:
         if not row.label.isdecimal():
-            raise DataError(f"{path}:{row.line}: the label {row.label!r} is no number")
-    where = {name: i for i, name in enumerate(archive.names)}
-    tops = ["", *(f"{top}/" for top in sorted({name.split("/")[0] for name in where if "/" in name})[:3])]
-    top = next((t for t in tops if t + rows[0].path in where), "")
-    indices = np.empty(len(rows), dtype=np.int64)
-    for i, row in enumerate(rows):
-        at = where.get(top + row.path)
-        if at is None:
+            raise DataError(f"{path}:{row.line}: the label {row.label!r} is not a number")
+    position = {name: i for i, name in enumerate(archive.names)}
+    tops = ["", *(f"{top}/" for top in sorted({name.split("/")[0] for name in position if "/" in name})[:3])]
+    top = next((t for t in tops if t + rows[0].path in position), "")
+    for row in rows:
+        if top + row.path not in position:
             raise DataError(f"{path}:{row.line}: {row.path} is not in {archive.files[0]}")
-        indices[i] = at
-    numbers = numbered([row.label for row in rows])
-    position = {name: i for i, name in enumerate(numbers)}
-    targets = np.array([position[row.label] for row in rows], dtype=np.int64)
+    indices = np.array([position[top + row.path] for row in rows], dtype=np.int64)
+    numbers, targets = encode_labels([row.label for row in rows])
     notices = archive.notices
     if len(rows) < len(archive):
         notices = [*notices, Notice(f"{path} lists {len(rows)} of the {len(archive)} images in {archive.files[0]}; the rest is left out")]
-    return View(archive, indices, _named_by_folder(rows, numbers), targets, notices)
+    return View(archive, indices, _folder_names(rows, numbers), targets, notices)
 
 
-def _named_by_folder(rows: Sequence[Row], numbers: list[str]) -> list[str]:
+def _folder_names(rows: Sequence[Row], numbers: list[str]) -> list[str]:
+    """Class names for ``numbers``: the folders of their images, where each number has one of its own, else the numbers."""
     folders: dict[str, str] = {}
     for row in rows:
         folder = row.path.rpartition("/")[0].rpartition("/")[2]

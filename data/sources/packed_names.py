@@ -1,4 +1,4 @@
-"""Many names in two arrays: a million Python strings would cost 100 MB in every loading process."""
+"""Many names in two arrays: a million Python strings would take 100 MB in every DataLoader worker."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".
 
 
 class PackedNames:
-    """An immutable sequence of file names (or parts of them); shared by forked processes without growing.
+    """An immutable sequence of file names (or parts of them), whose memory forked processes share.
 
     Attributes:
-        blob: the encoded names one after another, uint8 (bytes,).
-        ends: where each ends, int64 (count,).
+        blob: (bytes,) uint8: the encoded names one after another.
+        ends: (names,) int64: where each ends in ``blob``.
     """
 
     def __init__(self, blob: np.ndarray, ends: np.ndarray):
@@ -40,15 +40,15 @@ class PackedNames:
 
 
 def is_image(name: str) -> bool:
-    """A visible file with an image's extension; Thumbs.db, .DS_Store and macOS's ._x.jpg are none."""
+    """Whether it is the name of a visible file with an image's extension; not Thumbs.db, .DS_Store or macOS's ._x.jpg."""
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
 def is_hidden(folder: str) -> bool:
-    """A folder that is never a class: .ipynb_checkpoints, .git, and what macOS adds to zip files."""
+    """Whether a folder is never a class: .ipynb_checkpoints, .git, and what macOS adds to zip files."""
     return folder.startswith(".") or folder == "__MACOSX"
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that takes digits for numbers, as timm sorts: 2 before 10."""
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that compares digits as numbers, as timm does: 2 before 10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name.lower()) if part]

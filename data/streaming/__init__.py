@@ -1,1 +1,1 @@
-"""Training images from remote shards: an order, no numbers."""
+"""Images from remote shards, which can only be read in order."""

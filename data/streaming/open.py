@@ -1,4 +1,4 @@
-"""The streams of a config: the one behind a URL, with its splits."""
+"""Opens the streams that a config names by URL."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from yacs.config import CfgNode
 
 from config import ConfigError
 from data.errors import DataError
-from data.layouts.detect import beside
+from data.layouts.detect import resolve_data_file
 from data.messages import Notice
-from data.sources.classes import join
+from data.sources.classes import match_classes
 from data.sources.lists import read_text
-from data.streaming.huggingface import _hub
+from data.streaming.huggingface import open_hub_stream
 from data.streaming.stream import Stream
-from data.streaming.webdataset import _shards
+from data.streaming.webdataset import open_shard_stream
 
 
 def open_streams(config: CfgNode, splits: Sequence[str], classes: Sequence[str] | None) -> dict[str, Stream]:
@@ -24,25 +24,25 @@ def open_streams(config: CfgNode, splits: Sequence[str], classes: Sequence[str] 
         classes: those of a checkpoint; None takes the stream's, else DATA.CLASS_NAMES, else numbers.
 
     Raises:
-        ConfigError: a key is missing or does not go with a stream.
-        DataError: it cannot be opened.
+        ConfigError: a key is missing or cannot be used with a stream.
+        DataError: a stream cannot be opened, or has no images.
     """
     root, data = config.DATA.DATA_PATH, config.DATA
-    for key, value, usual in (("DATA.SUBSET", data.SUBSET, 1.0), ("DATA.VAL_FRACTION", data.VAL_FRACTION, 0.0),
-                              ("DATA.REPEATED_AUG", data.REPEATED_AUG, 1), ("DATA.ZIP_MODE", data.ZIP_MODE, False)):
-        if value != usual:
-            raise ConfigError(f"{key} {value} does not go with a stream ({root}); leave it at {usual}, or copy the data to a disk")
-    listing = beside(data.CLASS_NAMES, ".")
-    names = [line.partition("\t")[0].strip() for line in read_text(listing).splitlines() if line.strip()] if listing else []
+    for key, value, default in (("DATA.SUBSET", data.SUBSET, 1.0), ("DATA.VAL_FRACTION", data.VAL_FRACTION, 0.0),
+                                ("DATA.REPEATED_AUG", data.REPEATED_AUG, 1), ("DATA.ZIP_MODE", data.ZIP_MODE, False)):
+        if value != default:
+            raise ConfigError(f"{key} {value} cannot be used with a stream ({root}); leave it at {default}, or copy the data to a disk")
+    class_file = resolve_data_file(data.CLASS_NAMES, ".")
+    names = [line.partition("\t")[0].strip() for line in read_text(class_file).splitlines() if line.strip()] if class_file else []
     names = names or [str(number) for number in range(config.MODEL.NUM_CLASSES or len(classes or ()))]
     opened = {}
     for split in splits:
         if root.startswith("hf://") and data.VAL_PATH:
-            raise ConfigError(f"DATA.VAL_PATH does not go with {root}, which holds both splits; leave it empty")
+            raise ConfigError(f"DATA.VAL_PATH cannot be used with {root}, which holds both splits; leave it empty")
         path = root if split == "train" or root.startswith("hf://") else data.VAL_PATH
         if not path:
             raise ConfigError(f"{root}: is a stream of training images; give the shards of the validation images with DATA.VAL_PATH")
-        stream = _hub(path, split, names) if path.startswith("hf://") else _shards(path, names)
+        stream = open_hub_stream(path, split, names) if path.startswith("hf://") else open_shard_stream(path, names)
         if not stream.classes:
             raise ConfigError(f"{path}: the stream does not name its classes; give MODEL.NUM_CLASSES, or DATA.CLASS_NAMES")
         if split == "train":
@@ -52,12 +52,12 @@ def open_streams(config: CfgNode, splits: Sequence[str], classes: Sequence[str] 
                                   "DATA.STREAM_IMAGES")
         stream.patience, stream.exif = data.READ_PATIENCE, data.EXIF
         classes = list(classes) if classes is not None else stream.classes
-        opened[split] = join(stream, classes)
-        first = next(stream.records(range(len(stream.segments))), None)  # what is wrong with every image is told now
+        opened[split] = match_classes(stream, classes)
+        first = next(stream.records(range(len(stream.segments))), None)  # a fault of every image stops the program now
         if first is None:
             raise DataError(f"{stream.root}: holds no images; give another address")
         stream.target(first)
     if "train" in opened:
-        opened["train"].notices.append(Notice(f"{root} is a stream: resume is exact to the epoch only (in its middle the images that were "
-                                       "seen are read past, which is exact if the stream still has the same order)"))
+        opened["train"].notices.append(Notice(f"{root} is a stream: resume is exact to the epoch only (within an epoch the images that "
+                                              "were seen are skipped, which is exact if the stream still has the same order)"))
     return opened

@@ -1,4 +1,4 @@
-"""Steps and their records out of an endless stream."""
+"""Which records of a stream make which step."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from data.errors import DataError
 from data.loading.sampler import Key, StepSampler
 from data.streaming.stream import Record, Stream
 
-_SPARES = 4  # records after a step's own, for images of it that cannot be read
-
-
-_AHEAD = 2  # steps read before they are asked for
+_SPARES = 4  # records that follow a step's own and replace those that cannot be read
+_STEPS_AHEAD = 2  # read before they are asked for
 T = TypeVar("T")
 
 
 class Item(NamedTuple):
-    """A record as a loading process is handed it: the key of its augmentation, and its number in the classifier."""
+    """A record as a DataLoader worker is handed it, with the key of its augmentation and its target."""
 
     key: Key
     record: Record
@@ -28,20 +26,22 @@ class Item(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A rank's part of a step, and the records that follow in the stream."""
+    """A rank's part of a step, and the records that follow it in the stream."""
 
     items: list[Item]
     spares: list[Item]
 
 
 class StreamSampler(StepSampler):
-    """Batch sampler of a training stream: ``StepSampler``'s steps, of records in the order in which they come.
+    """Batch sampler of a training stream: ``StepSampler``'s steps, of records in the order in which they are read.
 
-    A key is (epoch, position in the epoch, 0). Beginning in the middle of an epoch reads past what was before, undecoded.
+    A key is (epoch, position in the epoch, 0). A start within an epoch reads and skips the records before it, undecoded.
 
     Args:
-        thread: read ahead. Only beside loading processes: where images are augmented in this one, nothing else may draw random
-            numbers, and the packages that read streams might.
+        buffer: records of the shuffle buffer.
+        thread: read ahead in a thread. Only with DataLoader workers: where this process augments, nothing else in it may draw
+            random numbers, and the packages that read streams might.
+        timeout: seconds without a record after which that thread gives up.
     """
 
     def __init__(self, stream: Stream, global_batch: int, epochs: int, seed: int, rank: int, world_size: int, buffer: int,
@@ -50,7 +50,7 @@ class StreamSampler(StepSampler):
         self.stream, self.buffer, self.thread, self.timeout = stream, buffer, thread, timeout
 
     def __iter__(self) -> Iterator[list[Step]]:
-        return ahead(self._steps(), self.timeout, self.stream.root) if self.thread else self._steps()
+        return read_ahead(self._steps(), self.timeout, self.stream.root) if self.thread else self._steps()
 
     def keys(self, step: int, rank: int | None = None) -> list[Key]:
         epoch, within = divmod(step, self.steps_per_epoch)
@@ -64,25 +64,25 @@ class StreamSampler(StepSampler):
             epoch, within = divmod(step, self.steps_per_epoch)
             first = within * self.images_per_step
             records = islice(enumerate(self.stream.epoch(self.seed, epoch, self.buffer)), first, None)
-            held: list[tuple[int, Record]] = []
+            pending: list[tuple[int, Record]] = []
             while step < (epoch + 1) * self.steps_per_epoch:
                 size = self.images_per_step
-                held += islice(records, size + _SPARES - len(held))
-                if len(held) < size:
-                    raise DataError(f"{self.stream.root}: the stream ended after {first + len(held)} images and not {self.size}; set "
-                                    f"DATA.STREAM_IMAGES to {first + len(held)}")
+                pending += islice(records, size + _SPARES - len(pending))
+                if len(pending) < size:
+                    raise DataError(f"{self.stream.root}: the stream ended after {first + len(pending)} images and not {self.size}; set "
+                                    f"DATA.STREAM_IMAGES to {first + len(pending)}")
                 low, high = self._slice(self.rank)
                 own, spares = ([Item((epoch, position, 0), record, self.stream.target(record)) for position, record in part]
-                               for part in (held[low:high], held[high:high + _SPARES]))
+                               for part in (pending[low:high], pending[high:high + _SPARES]))
                 yield [Step(own, spares)]
-                held, first = held[size:], first + size
+                pending, first = pending[size:], first + size
                 step += 1
 
 
-class StreamShard:
-    """Batch sampler of an evaluation stream: batch b goes to rank b modulo ranks; every rank has equally many, some perhaps empty.
+class StreamShardSampler:
+    """Batch sampler of an evaluation stream: batch b goes to rank b modulo ranks; all ranks have equally many, some may be empty.
 
-    Its length is the number of batches where that is known, else 0; it is the same on all ranks, as the number itself is.
+    Its length is the number of batches of a rank where the stream's size is known, else 0.
     """
 
     def __init__(self, stream: Stream, batch_size: int, rank: int, world_size: int, thread: bool, timeout: float):
@@ -93,7 +93,7 @@ class StreamShard:
         return -(-len(self.stream) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[Step]]:
-        return ahead(self._batches(), self.timeout, self.stream.root) if self.thread else self._batches()
+        return read_ahead(self._batches(), self.timeout, self.stream.root) if self.thread else self._batches()
 
     def _batches(self) -> Iterator[list[Step]]:
         records = enumerate(self.stream.records(range(len(self.stream.segments))))
@@ -103,27 +103,27 @@ class StreamShard:
             yield [Step([Item((0, position, 0), record, self.stream.target(record)) for position, record in own], [])]
 
 
-def ahead(parts: Iterator[T], timeout: float, root: str) -> Iterator[T]:
-    """``parts``, made by a thread a little before they are asked for.
+def read_ahead(steps: Iterator[T], timeout: float, root: str) -> Iterator[T]:
+    """``steps``, read by a thread a few ahead.
 
     Raises:
-        DataError: none came for ``timeout`` seconds (0: wait for ever); and whatever ``parts`` raises.
+        DataError: none came for ``timeout`` seconds (0: wait for ever); and whatever ``steps`` raises.
     """
-    made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(_AHEAD)
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(_STEPS_AHEAD)
     ended = threading.Event()
 
-    def put(what: tuple[T | None, BaseException | None]) -> None:
+    def put(item: tuple[T | None, BaseException | None]) -> None:
         while not ended.is_set():
             try:
-                made.put(what, timeout=0.1)
+                ready.put(item, timeout=0.1)
                 return
             except queue.Full:
                 pass
 
     def run() -> None:
         try:
-            for part in parts:
-                put((part, None))
+            for step in steps:
+                put((step, None))
                 if ended.is_set():
                     return
             put((None, None))
@@ -134,14 +134,14 @@ def ahead(parts: Iterator[T], timeout: float, root: str) -> Iterator[T]:
     try:
         while True:
             try:
-                part, error = made.get(timeout=timeout or None)
+                step, error = ready.get(timeout=timeout or None)
             except queue.Empty:
-                raise DataError(f"{root}: nothing came from the stream for {timeout:g} seconds (DATA.TIMEOUT); look at the network, or "
+                raise DataError(f"{root}: nothing came from the stream for {timeout:g} seconds (DATA.TIMEOUT); check the network, or "
                                 "raise DATA.TIMEOUT") from None
             if error is not None:
                 raise error
-            if part is None:
+            if step is None:
                 return
-            yield part
+            yield step
     finally:
         ended.set()

@@ -1,15 +1,14 @@
-"""True streams: Hugging Face data sets (``datasets``) and WebDataset shards by URL (``webdataset``), both packages optional.
+"""A stream of images: encoded records read one after the other, in an order that the seed determines.
 
-A stream is read in the process that trains, encoded image after encoded image; loading processes decode what they are handed. Its
-order in an epoch is a function of (seed, epoch) alone: segments (shards) in a permuted order, then a shuffle buffer. Every process
-reads the whole stream and keeps its part of each step, so neither the number of workers nor that of processes changes anything.
+A stream is read in the process that trains, and the DataLoader workers decode the records they are handed. Its order in an
+epoch is a function of (seed, epoch) alone: segments (shards) in a permuted order, then a shuffle buffer. Every process reads
+the whole stream and keeps its part of each step, so the steps depend neither on the number of workers nor on that of processes.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,11 +16,11 @@ import numpy as np
 
 from data import seeds
 from data.errors import DataError, UnreadableImage
-from data.sources.base import Source
+from data.sources.base import Retry, Source
 
 
 class Record(NamedTuple):
-    """An image as the stream has it: its name for messages, the encoded file, and the stream's own label."""
+    """An image of a stream: its name for messages, the encoded file, and the stream's own label."""
 
     name: str
     data: bytes
@@ -34,18 +33,19 @@ def is_stream(path: str) -> bool:
 
 
 class Stream(Source):
-    """The images of one split of a stream, each known only when it comes.
+    """The images of one split of a stream; an image is known only once it has been read.
 
     Attributes:
-        size: images of an epoch; None where nobody knows.
-        segments: what is read one after the other; each call opens one from its beginning.
-        classes: names that the stream gives its labels at first, those of the classifier in the end.
-        targets: position in ``classes`` of each of the stream's own labels.
+        size: images of an epoch; None where it is unknown.
+        segments: functions that each open one part of the stream (a shard) from its beginning.
+        classes: the classifier's class names; until ``match_classes``, those of the stream's labels.
+        targets: (labels,) int64: the position in ``classes`` of each of the stream's own labels.
+        label_names: the names of the stream's own labels.
     """
 
     def __init__(self, root: str, segments: Sequence[Callable[[], Iterable[Record]]], size: int | None, names: list[str]):
         self.root, self.segments, self.size, self.classes, self.notices = root, segments, size, names, []
-        self.targets, self.own = np.arange(len(names), dtype=np.int64), list(names)
+        self.targets, self.label_names = np.arange(len(names), dtype=np.int64), list(names)
 
     def __len__(self) -> int:
         return self.size or 0
@@ -53,66 +53,63 @@ class Stream(Source):
     def path(self, index: int) -> str:
         return f"{self.root} (image {index} of the epoch)"
 
-    def listing(self) -> bytes:
+    def identity(self) -> bytes:
         return f"{self.root} {len(self.segments)} {self.size}".encode()
 
     def records(self, order: Iterable[int]) -> Iterator[Record]:
-        """The records of the segments in ``order``. A read that fails is tried again where it stopped, for ``patience`` seconds.
+        """The records of the segments in ``order``. A read that fails is tried again from the same record, for ``patience`` seconds.
 
         Raises:
             DataError: the stream cannot be read.
         """
         for segment in order:
-            done, waited, pause = 0, 0.0, 0.05
+            done, retry = 0, Retry(self.patience)
             while True:
                 try:
                     for record in itertools.islice(self.segments[segment](), done, None):
                         yield record
-                        done, waited, pause = done + 1, 0.0, 0.05
+                        done, retry = done + 1, Retry(self.patience)
                     break
+                except DataError:
+                    raise
                 except Exception as error:  # curl's, tarfile's, pyarrow's, fsspec's and the hub's errors share no type
-                    if isinstance(error, DataError):
-                        raise
-                    if waited >= self.patience:
+                    if not retry.wait():
                         words = " ".join(re.sub(r"<[^<>]* at 0x[0-9a-f]+>,?", "", str(error)).split())[:300]
                         words = words or type(error).__name__
-                        raise DataError(f"{self.root}: the stream cannot be read ({words}); look at the network and the address, or raise "
+                        raise DataError(f"{self.root}: the stream cannot be read ({words}); check the network and the address, or raise "
                                         "DATA.READ_PATIENCE") from None
-                pause = min(2 * pause, self.patience - waited)
-                time.sleep(pause)
-                waited += pause
 
     def epoch(self, seed: int, epoch: int, buffer: int) -> Iterator[Record]:
-        """The records of a training epoch in its order, which (seed, epoch) determines."""
+        """The records of a training epoch in the order that (seed, epoch) determines, shuffled within ``buffer`` records."""
         generator = np.random.RandomState(seeds.derive32(seed, seeds.ORDER, epoch))
-        held: list[Record] = []
+        buffered: list[Record] = []
         for record in self.records(generator.permutation(len(self.segments)).tolist()):
-            if len(held) < buffer:
-                held.append(record)
+            if len(buffered) < buffer:
+                buffered.append(record)
                 continue
             place = generator.randint(buffer)
-            yield held[place]
-            held[place] = record
-        for place in generator.permutation(len(held)).tolist():
-            yield held[place]
+            yield buffered[place]
+            buffered[place] = record
+        for place in generator.permutation(len(buffered)).tolist():
+            yield buffered[place]
 
     def target(self, record: Record) -> int:
-        """The classifier's number of a record's class.
+        """The position in ``classes`` of a record's label.
 
         Raises:
-            DataError: it has none.
+            DataError: the label is none of the stream's classes.
         """
         label = record.label
         if isinstance(label, str) and not label.isdecimal():
-            label = self.own.index(label) if label in self.own else -1
+            label = self.label_names.index(label) if label in self.label_names else -1
         if 0 <= int(label) < len(self.targets):
             return int(self.targets[int(label)])
         raise DataError(f"{record.name}: its label {record.label!r} is none of the {len(self.targets)} classes; set MODEL.NUM_CLASSES or "
                         "DATA.CLASS_NAMES to what the stream has, or choose a split with labels")
 
 
-class OneImage(Source):
-    """The record in hand, as the pipelines know an image."""
+class RecordSource(Source):
+    """A source of one record at a time, for the pipelines, which read from a ``Source``."""
 
     def __init__(self, exif: bool):
         self.exif, self.record = exif, Record("", b"", 0)

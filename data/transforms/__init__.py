@@ -1,1 +1,1 @@
-"""Crops, RandAugment, random erasing and mixup, on workers and on the device."""
+"""Crops, RandAugment, random erasing and mixup, on DataLoader workers or on the device."""

@@ -1,4 +1,4 @@
-"""From an image to a tensor: timm's augmentation for training, resize and crop for evaluation."""
+"""timm's transforms from an image to a tensor: augmentation for training, resize and crop for evaluation."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from config import ConfigError, image_size
 
 
 def preprocessing(config: CfgNode) -> dict[str, Any]:
-    """How evaluation prepares an image, as plain data: what a checkpoint carries and prediction needs.
+    """How evaluation prepares an image, as plain data that a checkpoint carries.
 
-    Normalisation, interpolation and crop of a timm model are those its authors published, unless the config says
+    Normalisation, interpolation and crop of a timm model are those that its authors published, unless the config says
     otherwise.
+
+    Raises:
+        ConfigError: the timm model has no weights of the tag in ``MODEL.NAME``.
     """
-    described: Any = None
+    published: Any = None
     if config.MODEL.TYPE == "timm":
         import timm
         try:
-            described = timm.get_pretrained_cfg(config.MODEL.NAME) if timm.is_model(config.MODEL.NAME) else None
+            published = timm.get_pretrained_cfg(config.MODEL.NAME) if timm.is_model(config.MODEL.NAME) else None
         except RuntimeError:
             name, _, tag = config.MODEL.NAME.partition(".")
             known = [n.partition(".")[2] for n in timm.list_pretrained(name + ".*")]
@@ -33,16 +36,16 @@ def preprocessing(config: CfgNode) -> dict[str, Any]:
     height, width = image_size(config)
     return dict(
         input_size=[3, height, width],
-        interpolation=config.DATA.INTERPOLATION or getattr(described, "interpolation", None) or "bicubic",
-        mean=list(config.DATA.MEAN or getattr(described, "mean", None) or IMAGENET_DEFAULT_MEAN),
-        std=list(config.DATA.STD or getattr(described, "std", None) or IMAGENET_DEFAULT_STD),
-        crop_pct=(getattr(described, "crop_pct", None) or 224 / 256) if config.TEST.CROP else 1.0,
+        interpolation=config.DATA.INTERPOLATION or getattr(published, "interpolation", None) or "bicubic",
+        mean=list(config.DATA.MEAN or getattr(published, "mean", None) or IMAGENET_DEFAULT_MEAN),
+        std=list(config.DATA.STD or getattr(published, "std", None) or IMAGENET_DEFAULT_STD),
+        crop_pct=(getattr(published, "crop_pct", None) or 224 / 256) if config.TEST.CROP else 1.0,
         crop_mode="center" if config.TEST.CROP else "squash",
     )
 
 
 def build_eval_transform(prepare: dict[str, Any]) -> Callable[[Image.Image], Any]:
-    """The transform that ``preprocessing`` describes: PIL image to normalised float tensor (3, H, W)."""
+    """The transform that ``preprocessing`` describes: from a PIL image to a normalised float tensor (3, H, W)."""
     return create_transform(
         input_size=tuple(prepare["input_size"]), is_training=False, mean=tuple(prepare["mean"]), std=tuple(prepare["std"]),
         interpolation="bicubic" if prepare["interpolation"] == "random" else prepare["interpolation"],
@@ -50,10 +53,11 @@ def build_eval_transform(prepare: dict[str, Any]) -> Callable[[Image.Image], Any
 
 
 def build_train_transform(config: CfgNode) -> Callable[[Image.Image], Any]:
-    """timm's training transform: random crop, flips, RandAugment or colour jitter, normalisation, erasing.
+    """timm's training transform, from a PIL image to a normalised float tensor (3, H, W): random crop, flips, RandAugment or colour
+    jitter, normalisation, erasing.
 
     Raises:
-        ConfigError: ``AUG.AUTO_AUGMENT`` is no policy of timm's.
+        ConfigError: ``AUG.AUTO_AUGMENT`` is not a policy of timm's.
     """
     prepare, aug = preprocessing(config), config.AUG
     policy = None if aug.AUTO_AUGMENT.lower() in ("", "none") else aug.AUTO_AUGMENT
@@ -66,27 +70,27 @@ def build_train_transform(config: CfgNode) -> Callable[[Image.Image], Any]:
     except (AssertionError, ValueError, KeyError, IndexError):
         raise ConfigError(f"AUG.AUTO_AUGMENT is {aug.AUTO_AUGMENT!r}; give a timm policy such as "
                           "rand-m9-mstd0.5-inc1, augmix-m3-w3, original or none") from None
-    _guard_posterize(transform)
+    _patch_posterize(transform)
     return transform
 
 
-def _posterize_to_black(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    # Pillow from 13 refuses 0 bits, to which timm's increasing posterize is rounded about once in 650 images; older
-    # Pillow gave the black image that 0 bits mean.
+def _posterize_with_zero_bits(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    # Pillow from 13 on refuses 0 bits, which timm's increasing posterize asks for about once in 650 images; older Pillow
+    # returned the black image that 0 bits mean.
     if bits_to_keep <= 0:
         return Image.fromarray(np.zeros_like(np.asarray(image)), image.mode)
     return posterize(image, bits_to_keep)
 
 
-def _guard_posterize(transform: Any) -> None:
-    """Replace timm's posterize by the guarded one wherever a policy holds it."""
+def _patch_posterize(transform: Any) -> None:
+    """Replace timm's posterize by the one above wherever a policy holds it."""
     if isinstance(transform, AugmentOp):
         if transform.aug_fn is posterize:
-            transform.aug_fn = _posterize_to_black
+            transform.aug_fn = _posterize_with_zero_bits
     elif isinstance(transform, (list, tuple)):
         for part in transform:
-            _guard_posterize(part)
+            _patch_posterize(part)
     else:
         for attribute in ("transforms", "ops", "policy"):
             if hasattr(transform, attribute):
-                _guard_posterize(getattr(transform, attribute))
+                _patch_posterize(getattr(transform, attribute))

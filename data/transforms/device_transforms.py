@@ -1,7 +1,7 @@
-"""RandAugment, flips, normalisation and erasing on the device: a batch of uint8 crops and the rows of their draws become images.
+"""RandAugment, flips, normalisation and erasing on the device: from a batch of uint8 crops and their parameters to images.
 
-The same fifteen operations as ``data.randaugment``, each on all samples of a batch that drew it. Pixels are whole numbers in
-float between operations, as Pillow's are bytes. What a sample becomes depends on its own pixels and draws alone.
+The same fifteen operations as ``randaugment``, each applied at once to all samples of the batch that have it. Between operations
+pixels are whole numbers in float, as Pillow's are bytes. A sample depends only on its own pixels and parameters.
 """
 
 from __future__ import annotations
@@ -14,53 +14,54 @@ import torch
 from torch import Tensor
 
 from data.transforms import randaugment as ra
-from data.transforms.params import Recipe
-from data.transforms.randaugment import taps
+from data.transforms.params import Augmentation
+from data.transforms.randaugment import interpolation_weights
 
 
 class DeviceAugment:
-    """``(crops (B, H, W, 3) uint8 on the device, rows (B, R) on the host) -> (B, 3, H, W) float on the device``."""
+    """``(crops (B, H, W, 3) uint8 on the device, packed parameters (B, R) on the host) -> (B, 3, H, W) float on the device``."""
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
+    def __init__(self, augmentation: Augmentation):
+        self.augmentation = augmentation
 
     @torch.no_grad()
     def __call__(self, crops: Tensor, rows: Tensor) -> Tensor:
-        recipe, device = self.recipe, crops.device
-        flips, operations, boxes, noise = recipe.columns(rows.numpy())
-        images = _planes(crops)
+        device = crops.device
+        flips, operations, boxes, noise = self.augmentation.unpack(rows.numpy())
+        images = _to_planes(crops)
         for column, axis in ((0, 3), (1, 2)):
             chosen = np.flatnonzero(flips[:, column])
             if len(chosen):
-                index = _to(chosen, device)
+                index = _to_device(chosen, device)
                 images[index] = images[index].flip(axis)
         for layer in range(operations.shape[1]):
-            self._layer(images, operations[:, layer])
-        _normalise(images, recipe.mean, recipe.std)
-        for number in range(boxes.shape[1]):
-            self._erase(images, boxes[:, number], noise, number)
+            self._apply_layer(images, operations[:, layer])
+        _normalise(images, self.augmentation.mean, self.augmentation.std)
+        for layer in range(boxes.shape[1]):
+            self._erase(images, boxes[:, layer], noise, layer)
         return images
 
-    def _layer(self, images: Tensor, drawn: np.ndarray) -> None:
-        """One operation of every sample, in place; ``drawn`` is (B, 2), operation and argument."""
-        order = np.argsort(drawn[:, 0], kind="stable")
-        index = _to(order, images.device)  # one copy to the device for all operations of the layer
-        kinds = drawn[order, 0]
+    def _apply_layer(self, images: Tensor, layer: np.ndarray) -> None:
+        """One operation of each sample, in place; ``layer`` is (B, 2): operation and argument."""
+        order = np.argsort(layer[:, 0], kind="stable")
+        index = _to_device(order, images.device)  # one copy to the device for all operations of the layer
+        kinds = layer[order, 0]
         for kind in np.unique(kinds[kinds >= 0]):
             low, high = np.searchsorted(kinds, kind), np.searchsorted(kinds, kind, side="right")
             part = index[low:high]
-            images[part] = _OPERATIONS[int(kind)](images[part], drawn[order[low:high], 1], self.recipe)
+            images[part] = _OPERATIONS[int(kind)](images[part], layer[order[low:high], 1], self.augmentation)
 
-    def _erase(self, images: Tensor, boxes: np.ndarray, noise: np.ndarray, number: int) -> None:
+    def _erase(self, images: Tensor, boxes: np.ndarray, noise: np.ndarray, layer: int) -> None:
+        """One box (B, 4) of each sample, in place; ``noise`` (B,) seeds what fills it."""
         chosen = np.flatnonzero(boxes[:, 2])
         if not len(chosen):
             return
-        index, (height, width) = _to(chosen, images.device), images.shape[2:]
-        top, left, h, w = (_to(column, images.device)[:, None] for column in boxes[chosen].astype(np.int64).T)
+        index, (height, width) = _to_device(chosen, images.device), images.shape[2:]
+        top, left, h, w = (_to_device(column, images.device)[:, None] for column in boxes[chosen].astype(np.int64).T)
         y, x = torch.arange(height, device=images.device)[None], torch.arange(width, device=images.device)[None]
         inside = ((y >= top) & (y < top + h))[:, None, :, None] & ((x >= left) & (x < left + w))[:, None, None, :]
-        seeds = _to((noise[chosen].astype(np.int64) + number * 0x9E3779B97F4A7) & (2 ** 48 - 1), images.device)
-        shape = dict(pixel=(3, height, width), rand=(3, 1, 1)).get(self.recipe.erase)
+        seeds = _to_device((noise[chosen].astype(np.int64) + layer * 0x9E3779B97F4A7) & (2 ** 48 - 1), images.device)
+        shape = dict(pixel=(3, height, width), rand=(3, 1, 1)).get(self.augmentation.erase)
         filling = normal_noise(seeds, shape) if shape is not None else torch.zeros((), device=images.device)
         images[index] = torch.where(inside, filling, images[index])
 
@@ -72,11 +73,11 @@ class DeviceNormalise:
         self.mean, self.std = mean, std
 
     def __call__(self, crops: Tensor) -> Tensor:
-        return _normalise(_planes(crops), self.mean, self.std)
+        return _normalise(_to_planes(crops), self.mean, self.std)
 
 
-def _planes(crops: Tensor) -> Tensor:
-    """(B, H, W, 3) bytes as (B, 3, H, W) floats, contiguous, so that every operation sees planes."""
+def _to_planes(crops: Tensor) -> Tensor:
+    """(B, H, W, 3) bytes as (B, 3, H, W) floats, contiguous: a plane per channel."""
     return crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
@@ -85,22 +86,22 @@ def _normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return images.div_(255).sub_(mean).div_(std)
 
 
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _column(values: np.ndarray, device: torch.device) -> Tensor:
     """(B,) numbers as a float tensor (B, 1, 1, 1)."""
-    return _to(values.astype(np.float32), device)[:, None, None, None]
+    return _to_device(values.astype(np.float32), device)[:, None, None, None]
 
 
 # --------------------------------------------------------------------------------------------------
-# Noise: a function of a sample's seed alone, whatever the batch and the device
+# Noise: a function of a sample's seed alone, the same in any batch and on any device
 # --------------------------------------------------------------------------------------------------
 
 def normal_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers (B, *shape), each from a hash of its sample's 48-bit seed and its own place."""
+    """Standard normal numbers (B, *shape) by Box and Muller, each from a hash of its sample's 48-bit seed (B,) and its position."""
     place = torch.arange(math.prod(shape), device=seeds.device, dtype=torch.int64)[None]
     key = (seeds[:, None] & 0xFFFFFF) + place * 2
     first = _hash(_hash(key) ^ (seeds[:, None] >> 24))
@@ -110,7 +111,7 @@ def normal_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _hash(value: Tensor) -> Tensor:
-    """Two rounds of multiply and shift on 32 bits held in int64: every bit of the result hangs on every bit of the value."""
+    """Two rounds of multiply and shift on 32 bits held in int64, which mix every bit of the value into every bit of the hash."""
     mask = 0xFFFFFFFF
     value = value & mask
     value = ((value ^ (value >> 16)) * 0x7FEB352D) & mask
@@ -119,11 +120,11 @@ def _hash(value: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# The operations: ``(images (B, 3, H, W), arguments (B,) of numpy, recipe) -> images``
+# The operations: ``(images (B, 3, H, W), arguments (B,) of numpy, augmentation) -> images``
 # --------------------------------------------------------------------------------------------------
 
-def _table(images: Tensor, tables: Tensor) -> Tensor:
-    """Look every pixel up in its sample's and channel's table (B, 3, 256)."""
+def _look_up(images: Tensor, tables: Tensor) -> Tensor:
+    """Each pixel's entry in its sample's and channel's table (B, 3, 256)."""
     return tables.to(torch.float32).gather(2, images.flatten(2).long()).view_as(images)
 
 
@@ -131,16 +132,16 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # Pillow computes tables in double
 
 
-def _auto_contrast(images: Tensor, _: np.ndarray, __: Recipe) -> Tensor:
+def _auto_contrast(images: Tensor, _: np.ndarray, __: Augmentation) -> Tensor:
     low, high = images.flatten(2).aminmax(dim=2)
     low, high = (v[..., None].to(_wide(images.device)) for v in (low, high))
     levels = torch.arange(256, device=images.device, dtype=low.dtype)
     scale = torch.full_like(low, 255.0) / (high - low)  # `255.0 / tensor` multiplies by a rounded reciprocal
     stretched = (levels * scale + -low * scale).trunc().clamp(0, 255)
-    return _table(images, torch.where(high > low, stretched, levels))
+    return _look_up(images, torch.where(high > low, stretched, levels))
 
 
-def _equalize(images: Tensor, _: np.ndarray, __: Recipe) -> Tensor:
+def _equalize(images: Tensor, _: np.ndarray, __: Augmentation) -> Tensor:
     flat = images.flatten(2).long()
     counts = torch.zeros(*flat.shape[:2], 256, dtype=torch.int64, device=images.device).scatter_add_(2, flat, torch.ones_like(flat))
     levels = torch.arange(256, device=images.device)
@@ -148,23 +149,23 @@ def _equalize(images: Tensor, _: np.ndarray, __: Recipe) -> Tensor:
     step = (flat.shape[2] - counts.gather(2, last)) // 255
     before = counts.cumsum(2) - counts
     table = ((step // 2 + before) // step.clamp(min=1)).clamp(max=255)
-    return _table(images, torch.where(step > 0, table, levels))
+    return _look_up(images, torch.where(step > 0, table, levels))
 
 
-def _invert(images: Tensor, _: np.ndarray, __: Recipe) -> Tensor:
+def _invert(images: Tensor, _: np.ndarray, __: Augmentation) -> Tensor:
     return 255 - images
 
 
-def _posterize(images: Tensor, bits: np.ndarray, _: Recipe) -> Tensor:
+def _posterize(images: Tensor, bits: np.ndarray, _: Augmentation) -> Tensor:
     step = _column(2.0 ** (8 - np.minimum(8, bits.astype(np.int64))), images.device)
     return (images / step).floor() * step
 
 
-def _solarize(images: Tensor, threshold: np.ndarray, _: Recipe) -> Tensor:
+def _solarize(images: Tensor, threshold: np.ndarray, _: Augmentation) -> Tensor:
     return torch.where(images < _column(threshold, images.device), images, 255 - images)
 
 
-def _solarize_add(images: Tensor, addend: np.ndarray, _: Recipe) -> Tensor:
+def _solarize_add(images: Tensor, addend: np.ndarray, _: Augmentation) -> Tensor:
     return torch.where(images < 128, (images + _column(addend.astype(np.int64), images.device)).clamp(max=255), images)
 
 
@@ -178,21 +179,21 @@ def _blend(base: Tensor | float, images: Tensor, factors: np.ndarray) -> Tensor:
     return (base + (images - base) * _column(factors, images.device)).clamp(0, 255).trunc()
 
 
-def _color(images: Tensor, factors: np.ndarray, _: Recipe) -> Tensor:
+def _color(images: Tensor, factors: np.ndarray, _: Augmentation) -> Tensor:
     return _blend(_grey(images), images, factors)
 
 
-def _contrast(images: Tensor, factors: np.ndarray, _: Recipe) -> Tensor:
+def _contrast(images: Tensor, factors: np.ndarray, _: Augmentation) -> Tensor:
     grey = _grey(images).flatten(1)
     mean = (grey.long().sum(1).to(_wide(images.device)) / grey.shape[1] + 0.5).floor()
     return _blend(mean.to(torch.float32)[:, None, None, None], images, factors)
 
 
-def _brightness(images: Tensor, factors: np.ndarray, _: Recipe) -> Tensor:
+def _brightness(images: Tensor, factors: np.ndarray, _: Augmentation) -> Tensor:
     return _blend(0.0, images, factors)
 
 
-def _sharpness(images: Tensor, factors: np.ndarray, _: Recipe) -> Tensor:
+def _sharpness(images: Tensor, factors: np.ndarray, _: Augmentation) -> Tensor:
     if min(images.shape[2:]) < 3:
         return images
     sums = images[..., :-2] + images[..., 1:-1] + images[..., 2:]
@@ -204,47 +205,48 @@ def _sharpness(images: Tensor, factors: np.ndarray, _: Recipe) -> Tensor:
     return out
 
 
-def _fill(recipe: Recipe, device: torch.device) -> Tensor:
-    return torch.tensor(recipe.fill, dtype=torch.float32, device=device)[None, :, None, None]
+def _fill(augmentation: Augmentation, device: torch.device) -> Tensor:
+    return torch.tensor(augmentation.fill, dtype=torch.float32, device=device)[None, :, None, None]
 
 
-def _shift(images: Tensor, shifts: np.ndarray, recipe: Recipe) -> Tensor:
-    """Row y of sample b moved so that x of the result is the image's ``x + shifts[b, y]``; shifts in double, (B, H)."""
+def _shift(images: Tensor, shifts: np.ndarray, augmentation: Augmentation) -> Tensor:
+    """Row y of sample b at x is the image's row y at ``x + shifts[b, y]``; shifts (B, H) in double precision."""
     batch, channels, height, width = images.shape
     device, whole = images.device, np.floor(shifts)
-    start = _to(whole.astype(np.int64), device)[:, None, :, None]
+    start = _to_device(whole.astype(np.int64), device)[:, None, :, None]
     x = torch.arange(width, device=device)
     points = [images.gather(3, (x + start + k).clamp_(0, width - 1).expand(batch, channels, height, width)) for k in (-1, 0, 1, 2)]
-    coefficients = [_to(c.astype(np.float32), device)[:, None, :, None] for c in taps(shifts - whole, recipe.mode)]
-    out = _mix(points, coefficients).clamp_(0, 255).trunc_()
-    low = _to(np.ceil(-shifts - 0.5).astype(np.int64), device)[:, None, :, None]
-    high = _to(np.ceil(width - shifts - 0.5).astype(np.int64), device)[:, None, :, None]
-    return torch.where((x >= low) & (x < high), out, _fill(recipe, device))
+    weights = interpolation_weights(shifts - whole, augmentation.mode)
+    out = _interpolate(points, [_to_device(w.astype(np.float32), device)[:, None, :, None] for w in weights]).clamp_(0, 255).trunc_()
+    low = _to_device(np.ceil(-shifts - 0.5).astype(np.int64), device)[:, None, :, None]
+    high = _to_device(np.ceil(width - shifts - 0.5).astype(np.int64), device)[:, None, :, None]
+    return torch.where((x >= low) & (x < high), out, _fill(augmentation, device))
 
 
-def _mix(points: list[Tensor], coefficients: list[Tensor]) -> Tensor:
+def _interpolate(points: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """Between four neighbours, by the weights of ``interpolation_weights``."""
     p1, p2, p3, p4 = points
-    c1, c2, c3 = coefficients
+    c1, c2, c3 = weights
     return p2 + c1 * (p2 - p1) + c2 * (p3 - p2) + c3 * (p4 - p3)
 
 
-def _shear_x(images: Tensor, shear: np.ndarray, recipe: Recipe) -> Tensor:
-    return _shift(images, shear[:, None] * (np.arange(images.shape[2]) + 0.5), recipe)
+def _shear_x(images: Tensor, shear: np.ndarray, augmentation: Augmentation) -> Tensor:
+    return _shift(images, shear[:, None] * (np.arange(images.shape[2]) + 0.5), augmentation)
 
 
-def _translate_x(images: Tensor, pixels: np.ndarray, recipe: Recipe) -> Tensor:
-    return _shift(images, np.repeat(pixels[:, None], images.shape[2], axis=1), recipe)
+def _translate_x(images: Tensor, pixels: np.ndarray, augmentation: Augmentation) -> Tensor:
+    return _shift(images, np.repeat(pixels[:, None], images.shape[2], axis=1), augmentation)
 
 
-def _shear_y(images: Tensor, shear: np.ndarray, recipe: Recipe) -> Tensor:
-    return _shear_x(images.transpose(2, 3), shear, recipe).transpose(2, 3)
+def _shear_y(images: Tensor, shear: np.ndarray, augmentation: Augmentation) -> Tensor:
+    return _shear_x(images.transpose(2, 3), shear, augmentation).transpose(2, 3)
 
 
-def _translate_y(images: Tensor, pixels: np.ndarray, recipe: Recipe) -> Tensor:
-    return _translate_x(images.transpose(2, 3), pixels, recipe).transpose(2, 3)
+def _translate_y(images: Tensor, pixels: np.ndarray, augmentation: Augmentation) -> Tensor:
+    return _translate_x(images.transpose(2, 3), pixels, augmentation).transpose(2, 3)
 
 
-def _rotate(images: Tensor, degrees: np.ndarray, recipe: Recipe) -> Tensor:
+def _rotate(images: Tensor, degrees: np.ndarray, augmentation: Augmentation) -> Tensor:
     """About the centre, counter-clockwise."""
     batch, channels, height, width = images.shape
     device = images.device
@@ -258,19 +260,19 @@ def _rotate(images: Tensor, degrees: np.ndarray, recipe: Recipe) -> Tensor:
     inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
     source_x, source_y = source_x - 0.5, source_y - 0.5
     x0, y0 = source_x.floor(), source_y.floor()
-    across, down = taps(source_x - x0, recipe.mode), taps(source_y - y0, recipe.mode)
+    across, down = interpolation_weights(source_x - x0, augmentation.mode), interpolation_weights(source_y - y0, augmentation.mode)
     x0, y0 = x0.long(), y0.long()
     columns = [(x0 + k).clamp_(0, width - 1) for k in (-1, 0, 1, 2)]
     flat, rows = images.flatten(2), []
     for k in (-1, 0, 1, 2):
         first = (y0 + k).clamp_(0, height - 1) * width
         points = [flat.gather(2, (first + column).flatten(1)[:, None].expand(-1, channels, -1)).view_as(images) for column in columns]
-        rows.append(_mix(points, [c[:, None] for c in across]))
-    out = _mix(rows, [c[:, None] for c in down]).clamp_(0, 255).trunc_()
-    return torch.where(inside[:, None], out, _fill(recipe, device))
+        rows.append(_interpolate(points, [c[:, None] for c in across]))
+    out = _interpolate(rows, [c[:, None] for c in down]).clamp_(0, 255).trunc_()
+    return torch.where(inside[:, None], out, _fill(augmentation, device))
 
 
-_OPERATIONS: dict[int, Callable[[Tensor, np.ndarray, Recipe], Tensor]] = {
+_OPERATIONS: dict[int, Callable[[Tensor, np.ndarray, Augmentation], Tensor]] = {
     ra.AUTO_CONTRAST: _auto_contrast, ra.EQUALIZE: _equalize, ra.INVERT: _invert, ra.ROTATE: _rotate, ra.POSTERIZE: _posterize,
     ra.SOLARIZE: _solarize, ra.SOLARIZE_ADD: _solarize_add, ra.COLOR: _color, ra.CONTRAST: _contrast, ra.BRIGHTNESS: _brightness,
     ra.SHARPNESS: _sharpness, ra.SHEAR_X: _shear_x, ra.SHEAR_Y: _shear_y, ra.TRANSLATE_X: _translate_x, ra.TRANSLATE_Y: _translate_y}

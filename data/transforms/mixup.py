@@ -14,9 +14,9 @@ from data import seeds
 
 
 class BatchMixup:
-    """``(images, targets, step) -> (mixed images, soft targets)``; a function of (seed, step, rank) and the batch.
+    """``(images (B, 3, H, W), targets (B,), step) -> (mixed images, soft targets (B, classes))``.
 
-    Mixes in place. In a batch of odd size the last image stays as it is.
+    A function of (seed, step, rank) and the batch. Mixes in place. In a batch of odd size the last image is not mixed.
     """
 
     def __init__(self, mixup: Mixup, seed: int, rank: int):
@@ -35,12 +35,12 @@ class BatchMixup:
 
 
 def identity_mixup(images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """What stands in for mixup when it is off."""
+    """No mixing: the batch as it is."""
     return images, targets
 
 
 def build_mixup(config: CfgNode, num_classes: int, rank: int) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
-    """The mixing that ``AUG`` asks for."""
+    """The mixing of batches that the section AUG asks for."""
     aug = config.AUG
     if aug.MIXUP_PROB == 0 or not (aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX):
         return identity_mixup

@@ -1,7 +1,7 @@
-"""What is random in a training sample, drawn as timm draws it: crop, flips, operations and their magnitudes, erased boxes.
+"""The random parameters of a training sample's augmentation: crop, flips, operations with their magnitudes, erased boxes.
 
-The parts are read from timm's own transform, and every number comes from the same global generators in the same order as
-when timm draws while it works: under one seed a sample here is the sample timm would have made.
+The distributions are read from timm's own transform, and every number is drawn from the same global generators in the same order
+as timm draws it while it augments: with the same seed a sample here is the one that timm would make.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from data.transforms.randaugment import BRIGHTNESS, COLOR, CONTRAST, OPERATIONS
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 _MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
-_FLIPS, _OP, _BOX = 2, 2, 4  # numbers that a row holds for the flips, for an operation, for a box
+_FLIPS, _OP, _BOX = 2, 2, 4  # numbers that a packed row holds for the flips, for an operation, for a box
 
 
 @dataclass
-class Draw:
-    """The draws of one sample; ``operations`` are (number, argument), applied in turn."""
+class AugmentParams:
+    """The random parameters of one sample; ``operations`` are (operation of ``randaugment``, argument), applied in turn."""
 
     crop: Box
     hflip: bool
@@ -38,22 +38,22 @@ class Draw:
     boxes: list[Box]
 
 
-class Recipe:
-    """timm's training transform as data: what ``draw`` draws from and what the operations need to know.
+class Augmentation:
+    """timm's training transform as data: samples the random parameters, and knows what the operations need.
 
     Attributes:
         size: (height, width) of the result.
         mode: interpolation of the crop and of the geometric operations, bicubic or bilinear.
-        fill: colour of what a geometric operation uncovers.
-        mean, std: of the normalisation, per channel.
-        erase: what fills an erased box: ``"pixel"``, ``"rand"`` or ``"const"``.
+        fill: (R, G, B) of what a geometric operation uncovers.
+        mean, std: (3,) float tensors of the normalisation.
+        erase: what fills an erased box: ``"pixel"`` (noise), ``"rand"`` (a random colour) or ``"const"`` (zeros).
     """
 
     def __init__(self, transform: transforms.Compose):
         """Read timm's transform.
 
         Raises:
-            LookupError: a part of it is not covered here; the message names it.
+            LookupError: a part of it is not supported here; the message names it.
         """
         self.hflip = self.vflip = 0.0
         self.policy: RandAugment | None = None
@@ -98,34 +98,34 @@ class Recipe:
             return "const"
         return "pixel" if self.erasing.per_pixel else "rand" if self.erasing.rand_color else "const"
 
-    def draw(self, width: int, height: int) -> Draw:
-        """Draw for an image of that size from the global generators, which the caller has seeded."""
-        crop = self._draw_crop(width, height)
+    def sample(self, width: int, height: int) -> AugmentParams:
+        """Random parameters for an image of that size, from the global generators, which the caller has seeded."""
+        crop = self._sample_crop(width, height)
         hflip = self.hflip > 0 and torch.rand(1).item() < self.hflip
         vflip = self.vflip > 0 and torch.rand(1).item() < self.vflip
-        operations = self._draw_policy() if self.policy is not None else []
+        operations = self._sample_policy() if self.policy is not None else []
         if self.jitter is not None:
-            operations += self._draw_jitter()
-        return Draw(crop, hflip, vflip, operations, self._draw_boxes() if self.erasing is not None else [])
+            operations += self._sample_jitter()
+        return AugmentParams(crop, hflip, vflip, operations, self._sample_boxes() if self.erasing is not None else [])
 
-    def _draw_crop(self, width: int, height: int) -> Box:
-        area, (low, high) = width * height, self.log_ratio
+    def _sample_crop(self, width: int, height: int) -> Box:
+        whole, (low, high) = width * height, self.log_ratio
         for _ in range(10):
-            share = random.uniform(*self.scale) * area
+            area = random.uniform(*self.scale) * whole
             aspect = math.exp(random.uniform(low, high))
-            w, h = int(round(math.sqrt(share * aspect))), int(round(math.sqrt(share / aspect)))
+            w, h = int(round(math.sqrt(area * aspect))), int(round(math.sqrt(area / aspect)))
             if w <= width and h <= height:
                 top = random.randint(0, height - h)  # drawn before the column, as timm does
                 return top, random.randint(0, width - w), h, w
-        w, h = width, height  # the middle of an image too long for the ratios
+        w, h = width, height  # the centre of an image too long for the ratios
         if width / height < min(self.ratio):
             h = int(round(w / min(self.ratio)))
         elif width / height > max(self.ratio):
             w = int(round(h * max(self.ratio)))
         return (height - h) // 2, (width - w) // 2, h, w
 
-    def _draw_policy(self) -> list[tuple[int, float]]:
-        policy, drawn = self.policy, []
+    def _sample_policy(self) -> list[tuple[int, float]]:
+        policy, operations = self.policy, []
         if policy.choice_weights is None:
             chosen = np.random.randint(0, len(policy.ops), policy.num_layers)  # what choice() draws, without its overhead
         else:
@@ -142,15 +142,15 @@ class Recipe:
             argument = op.level_fn(magnitude, op.hparams)[0] if op.level_fn is not None else 0
             if op.name in ("TranslateXRel", "TranslateYRel"):
                 argument *= self.size[1 if op.name == "TranslateXRel" else 0]  # in pixels, as the other two
-            drawn.append((OPERATIONS[op.name], argument))
-        return drawn
+            operations.append((OPERATIONS[op.name], argument))
+        return operations
 
-    def _draw_jitter(self) -> list[tuple[int, float]]:
+    def _sample_jitter(self) -> list[tuple[int, float]]:
         order, *factors = transforms.ColorJitter.get_params(self.jitter.brightness, self.jitter.contrast, self.jitter.saturation, None)
         numbers = (BRIGHTNESS, CONTRAST, COLOR)
         return [(numbers[i], factors[i]) for i in order.tolist() if i < 3 and factors[i] is not None]
 
-    def _draw_boxes(self) -> list[Box]:
+    def _sample_boxes(self) -> list[Box]:
         erasing, (height, width), boxes = self.erasing, self.size, []
         if random.random() > erasing.probability:
             return boxes
@@ -167,7 +167,7 @@ class Recipe:
                     break
         return boxes
 
-    # -- draws as numbers, for the device --------------------------------------------------------------
+    # -- parameters as rows of numbers, for the device -------------------------------------------------
 
     @property
     def max_operations(self) -> int:
@@ -181,22 +181,22 @@ class Recipe:
     def row_length(self) -> int:
         return _FLIPS + _OP * self.max_operations + _BOX * self.max_boxes + 1
 
-    def row(self, draw: Draw, noise: int) -> Tensor:
-        """All but the crop as one row of float64: flips; number and argument of each operation, -1 for none; boxes, empty
-        ones of zeros; and the seed of what fills them, below 2**53."""
+    def pack(self, params: AugmentParams, noise: int) -> Tensor:
+        """All parameters but the crop as one row (R,) float64: flips; operation and argument of each operation, -1 for none; boxes,
+        zeros for none; and the seed of the noise that fills them, below 2**53."""
         row = np.zeros(self.row_length)
-        row[:_FLIPS] = draw.hflip, draw.vflip
+        row[:_FLIPS] = params.hflip, params.vflip
         row[_FLIPS:_FLIPS + _OP * self.max_operations:_OP] = -1
-        for number, operation in enumerate(draw.operations):
-            row[_FLIPS + _OP * number:_FLIPS + _OP * (number + 1)] = operation
+        for i, operation in enumerate(params.operations):
+            row[_FLIPS + _OP * i:_FLIPS + _OP * (i + 1)] = operation
         first = _FLIPS + _OP * self.max_operations
-        for number, box in enumerate(draw.boxes):
-            row[first + _BOX * number:first + _BOX * (number + 1)] = box
+        for i, box in enumerate(params.boxes):
+            row[first + _BOX * i:first + _BOX * (i + 1)] = box
         row[-1] = noise
         return torch.from_numpy(row)
 
-    def columns(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Rows taken apart: flips (B, 2), operations (B, L, 2), boxes (B, C, 4), noise seeds (B,)."""
+    def unpack(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The parts of packed rows (B, R): flips (B, 2), operations (B, L, 2), boxes (B, C, 4), noise seeds (B,)."""
         first = _FLIPS + _OP * self.max_operations
         return (rows[:, :_FLIPS], rows[:, _FLIPS:first].reshape(len(rows), self.max_operations, _OP),
                 rows[:, first:-1].reshape(len(rows), self.max_boxes, _BOX), rows[:, -1])

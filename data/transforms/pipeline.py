@@ -1,8 +1,8 @@
-"""From an encoded file to what a worker hands over: the fast way for plain JPEGs, and the choice between it and timm's own.
+"""Pipelines from an encoded file to what a DataLoader worker hands over.
 
-Three pipelines, each called with ``(source, index, out)``: ``PillowPipeline`` is timm's transform on Pillow's image, the papers' pixels;
-``TrainPipeline`` and ``EvalPipeline`` decode and resize faster. The last two either finish an image in the worker (float, NCHW,
-normalised) or hand over uint8 pixels for ``finish`` to make images of on the device (``data.device_augment``).
+Each is called with ``(source, index, out)``. ``PillowPipeline`` is timm's transform on Pillow's image, the papers' pixels;
+``TrainPipeline`` and ``EvalPipeline`` decode and resize faster, and either finish an image in the worker (normalised float) or hand
+over uint8 pixels, of which ``finish`` makes images on the device (``data/transforms/device_transforms.py``).
 """
 
 from __future__ import annotations
@@ -21,39 +21,43 @@ from yacs.config import CfgNode
 from config import ConfigError
 from data.decoding import jpeg
 from data.decoding.pillow import decode
-from data.decoding.resize import MODES, needed, resize_crop, resize_window
+from data.decoding.resize import MODES, resize_crop, resize_window, rows_needed
 from data.messages import Notice
 from data.sources.base import Source
 from data.transforms import randaugment
 from data.transforms.build import build_eval_transform, build_train_transform, preprocessing
 from data.transforms.device_transforms import DeviceAugment, DeviceNormalise
-from data.transforms.params import Recipe
+from data.transforms.params import Augmentation
 
 
-def train_pipeline(config: CfgNode, device: torch.device) -> tuple[Pipeline, list[str]]:
-    """What DATA.DECODER, DATA.AUGMENT_ON and the policy ask for, and lines that the user should see.
+def build_train_pipeline(config: CfgNode, device: torch.device) -> tuple[Pipeline, list[str]]:
+    """(the pipeline that DATA.DECODER, DATA.AUGMENT_ON and the policy ask for, messages for the user).
 
     Raises:
-        ConfigError: augmentation is asked for on the device, and not all of it can be done there.
+        ConfigError: augmentation is asked for on the device, which does not support all of it.
     """
     transform, where = build_train_transform(config), config.DATA.AUGMENT_ON
     if config.DATA.DECODER == "pillow":
         if where == "device":
-            raise ConfigError("DATA.AUGMENT_ON device does not go with DATA.DECODER pillow; set one of them to auto")
+            raise ConfigError("DATA.AUGMENT_ON device cannot be used with DATA.DECODER pillow; set one of them to auto")
         return PillowPipeline(transform), []
     try:
-        recipe = Recipe(transform)
+        augmentation = Augmentation(transform)
     except LookupError as reason:
         if where == "device":
-            raise ConfigError(f"DATA.AUGMENT_ON is device, which does not know this augmentation ({reason.args[0]}); "
+            raise ConfigError(f"DATA.AUGMENT_ON is device, which does not support this augmentation ({reason.args[0]}); "
                               "set it to auto, or take a rand- policy in AUG.AUTO_AUGMENT") from None
         return PillowPipeline(transform), [Notice(f"this augmentation ({reason.args[0]}) is timm's own on Pillow, about half as fast "
-                                           "as that of a rand- policy")]
-    return TrainPipeline(recipe, where == "device" or (where == "auto" and device.type == "cuda")), []
+                                                  "as that of a rand- policy")]
+    return TrainPipeline(augmentation, where == "device" or (where == "auto" and device.type == "cuda")), []
 
 
-def eval_pipeline(config: CfgNode, device: torch.device, published: bool) -> tuple[Pipeline, list[str]]:
-    """As ``train_pipeline``; ``published`` weights are judged on Pillow's pixels, as their authors did, unless told otherwise."""
+def build_eval_pipeline(config: CfgNode, device: torch.device, published: bool) -> tuple[Pipeline, list[str]]:
+    """(the pipeline that DATA.DECODER asks for, messages for the user).
+
+    Args:
+        published: the weights were published by others: with DATA.DECODER auto they get Pillow's pixels, as their authors evaluated.
+    """
     transform = build_eval_transform(preprocessing(config))
     if config.DATA.DECODER == "pillow" or (published and config.DATA.DECODER == "auto"):
         return PillowPipeline(transform), []
@@ -64,48 +68,48 @@ def eval_pipeline(config: CfgNode, device: torch.device, published: bool) -> tup
 
 
 class Decoder:
-    """Decodes and counts: plain JPEGs fast, all else as ``data.decode`` does.
+    """Decodes plain JPEGs fast and everything else by Pillow, and counts both.
 
     Attributes:
-        fast, odd: images decoded so far, by the fast decoder and by Pillow.
+        fast, by_pillow: numbers of images decoded so far.
     """
 
     def __init__(self) -> None:
-        self.fast = self.odd = 0
+        self.fast = self.by_pillow = 0
 
     def open(self, source: Source, index: int) -> tuple[tuple[int, int], Callable[[int], np.ndarray]]:
-        """(height, width) of an image and a function: the pixels (H or fewer, W, 3), uint8, of at least so many rows.
+        """((height, width) of an image, a function from a number of rows to its pixels: (at least these rows, W, 3) uint8).
 
         Raises:
-            UnreadableImage: it cannot be read or decoded; so may the function.
+            UnreadableImage: it cannot be read or decoded; the function raises it as well.
         """
         data = source.read(index)
         header = jpeg.read_header(data)
         if header is None or (source.exif and not header.upright):
-            image = self._by_pillow(data, source, index)
+            image = self._decode_by_pillow(data, source, index)
             return image.shape[:2], lambda rows: image
 
         def pixels(rows: int) -> np.ndarray:
             image = jpeg.decode(data, header, rows)
             if image is None:
-                return self._by_pillow(data, source, index)
+                return self._decode_by_pillow(data, source, index)
             self.fast += 1
             return image
 
         return (header.height, header.width), pixels
 
-    def _by_pillow(self, data: bytes, source: Source, index: int) -> np.ndarray:
+    def _decode_by_pillow(self, data: bytes, source: Source, index: int) -> np.ndarray:
         image = np.array(decode(data, source.path(index), source.exif))
-        self.odd += 1
+        self.by_pillow += 1
         return image
 
 
 class Pipeline:
-    """What the three have in common.
+    """The interface of all pipelines.
 
     Attributes:
         shape, dtype: of an image as it is handed over.
-        finish: what makes finished images of a batch of them on the device; None where they are finished already.
+        finish: makes normalised images (B, 3, H, W) of a batch on the device; None where the worker has finished them.
     """
 
     shape: tuple[int, ...]
@@ -113,7 +117,8 @@ class Pipeline:
     finish: Callable[..., Tensor] | None = None
 
     def __call__(self, source: Source, index: int, out: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Image ``index``, written to ``out`` where that is given: a row of the batch.
+        """Image ``index``, written to ``out``, a row of the batch, where that is given; for ``TrainPipeline`` on the device (crop, packed
+        parameters).
 
         Raises:
             UnreadableImage: it cannot be read or decoded.
@@ -121,15 +126,15 @@ class Pipeline:
         raise NotImplementedError
 
     def counts(self) -> tuple[int, int]:
-        """Images decoded by the fast decoder, and by Pillow, since this was last asked."""
+        """(images decoded by the fast decoder, images decoded by Pillow) since the last call."""
         raise NotImplementedError
 
     def description(self) -> str:
-        """How images are made, for the log."""
+        """How images are decoded and augmented, for the log."""
         raise NotImplementedError
 
-    def summary(self, fast: int, odd: int) -> str:
-        """How images were made, given the sums of ``counts``."""
+    def summary(self, fast: int, by_pillow: int) -> str:
+        """How images were decoded, for the log, given the sums of ``counts``."""
         raise NotImplementedError
 
 
@@ -145,17 +150,17 @@ class PillowPipeline(Pipeline):
         return image if out is None else out.copy_(image)
 
     def counts(self) -> tuple[int, int]:
-        return 0, 0  # nobody asks who decoded where there is but one decoder
+        return 0, 0  # not counted: there is only one decoder
 
     def description(self) -> str:
         return "decoded, resized and augmented by Pillow in the workers"
 
-    def summary(self, fast: int, odd: int) -> str:
+    def summary(self, fast: int, by_pillow: int) -> str:
         return "decoded and resized by Pillow"
 
 
 class _FastPipeline(Pipeline):
-    """Finished in the worker, (3, *size) float; or with ``on_device`` handed over as (*size, 3), uint8, for ``finish``."""
+    """Hands over (3, *size) float, normalised; or, with a ``finish`` for the device, (*size, 3) uint8."""
 
     def __init__(self, size: tuple[int, int], mean: Tensor, std: Tensor, finish: Callable[..., Tensor] | None):
         self.on_device, self.finish = finish is not None, finish
@@ -163,42 +168,42 @@ class _FastPipeline(Pipeline):
         self.decoder, self.normalise = Decoder(), Normalise(mean, std)
 
     def counts(self) -> tuple[int, int]:
-        counts = self.decoder.fast, self.decoder.odd
-        self.decoder.fast = self.decoder.odd = 0
+        counts = self.decoder.fast, self.decoder.by_pillow
+        self.decoder.fast = self.decoder.by_pillow = 0
         return counts
 
-    def summary(self, fast: int, odd: int) -> str:
-        """Such as ``decoded by simplejpeg: 49,977, by Pillow (other formats, odd files): 23``."""
-        return f"decoded by {jpeg.LIBRARY}: {fast:,}" + (f", by Pillow (other formats, odd files): {odd:,}" if odd else "")
+    def summary(self, fast: int, by_pillow: int) -> str:
+        """Such as ``decoded by simplejpeg: 49,977, by Pillow (other formats, unusual JPEGs): 23``."""
+        return f"decoded by {jpeg.LIBRARY}: {fast:,}" + (f", by Pillow (other formats, unusual JPEGs): {by_pillow:,}" if by_pillow else "")
 
 
 class TrainPipeline(_FastPipeline):
-    """A training sample as timm's transform makes it of the same seeds.
+    """A training sample, the same as timm's transform makes with the same seeds.
 
-    Returns (3, H, W) float, finished; or with ``on_device`` the resized crop (H, W, 3), uint8, and the row of its draws.
+    Returns (3, H, W) float, normalised; or with ``on_device`` the resized crop (H, W, 3) uint8, and its packed parameters (R,).
     """
 
-    def __init__(self, recipe: Recipe, on_device: bool):
-        super().__init__(recipe.size, recipe.mean, recipe.std, DeviceAugment(recipe) if on_device else None)
-        self.recipe = recipe
+    def __init__(self, augmentation: Augmentation, on_device: bool):
+        super().__init__(augmentation.size, augmentation.mean, augmentation.std, DeviceAugment(augmentation) if on_device else None)
+        self.augmentation = augmentation
 
     def __call__(self, source: Source, index: int, out: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        recipe = self.recipe
+        augmentation = self.augmentation
         (height, width), pixels = self.decoder.open(source, index)
-        draw = recipe.draw(width, height)
-        crop = resize_crop(pixels(draw.crop[0] + draw.crop[2]), draw.crop, recipe.size, recipe.mode)
+        params = augmentation.sample(width, height)
+        crop = resize_crop(pixels(params.crop[0] + params.crop[2]), params.crop, augmentation.size, augmentation.mode)
         if self.on_device:
-            return _into(out, crop), recipe.row(draw, random.getrandbits(48))
-        if draw.hflip or draw.vflip:
-            crop = flip(crop, draw.hflip, draw.vflip)
-        for operation, argument in draw.operations:
-            crop = randaugment.apply(crop, operation, argument, recipe.fill, recipe.mode)
+            return _copy_to(out, crop), augmentation.pack(params, random.getrandbits(48))
+        if params.hflip or params.vflip:
+            crop = flip(crop, params.hflip, params.vflip)
+        for operation, argument in params.operations:
+            crop = randaugment.apply(crop, operation, argument, augmentation.fill, augmentation.mode)
         out = self.normalise(crop, out)
-        for top, left, height, width in draw.boxes:
+        for top, left, height, width in params.boxes:
             area = out[:, top:top + height, left:left + width]
-            if recipe.erase == "pixel":
+            if augmentation.erase == "pixel":
                 area.copy_(torch.empty(area.shape).normal_())
-            elif recipe.erase == "rand":
+            elif augmentation.erase == "rand":
                 area.copy_(torch.empty(3, 1, 1).normal_())
             else:
                 area.zero_()
@@ -209,10 +214,10 @@ class TrainPipeline(_FastPipeline):
 
 
 class EvalPipeline(_FastPipeline):
-    """An image as evaluation sees it, resized and cropped: float (3, H, W), normalised, or with ``on_device`` uint8 (H, W, 3).
+    """An image resized and cropped for evaluation: (3, H, W) float, normalised, or with ``on_device`` (H, W, 3) uint8.
 
     Raises:
-        LookupError: a part of timm's transform is not covered here; the message names it.
+        LookupError: a part of timm's transform is not supported here; the message names it.
     """
 
     def __init__(self, transform: transforms.Compose, on_device: bool):
@@ -232,14 +237,14 @@ class EvalPipeline(_FastPipeline):
 
     def __call__(self, source: Source, index: int, out: Tensor | None = None) -> Tensor:
         shape, pixels = self.decoder.open(source, index)
-        resized = self._resized(*shape)
+        resized = self._resized_size(*shape)
         top, left = (int(round((a - b) / 2)) for a, b in zip(resized, self.size, strict=True))
-        rows = needed(shape[0], resized[0], top + self.size[0])
+        rows = rows_needed(shape[0], resized[0], top + self.size[0])
         crop = resize_window(pixels(rows), shape, resized, (top, left, *self.size), self.mode)
-        return _into(out, crop) if self.on_device else self.normalise(crop, out)
+        return _copy_to(out, crop) if self.on_device else self.normalise(crop, out)
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width after the resize, never below the crop's: timm scales to at least it."""
+    def _resized_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) after the resize; timm's transforms make it no smaller than the crop."""
         size = self.resize.size
         if isinstance(self.resize, ResizeKeepRatio):
             ratio = min(height / size[0], width / size[1])
@@ -251,8 +256,9 @@ class EvalPipeline(_FastPipeline):
     def description(self) -> str:
         return f"decoded by {jpeg.LIBRARY}, resized by torch"
 
-    def summary(self, fast: int, odd: int) -> str:
-        return super().summary(fast, odd) + "; resized by torch, 0.005 of 255 from Pillow's on average (DATA.DECODER pillow: Pillow's own)"
+    def summary(self, fast: int, by_pillow: int) -> str:
+        return (super().summary(fast, by_pillow)
+                + "; resized by torch, 0.005 of 255 from Pillow's on average (DATA.DECODER pillow: Pillow's own)")
 
 
 def flip(image: np.ndarray, horizontally: bool, vertically: bool) -> np.ndarray:
@@ -261,12 +267,13 @@ def flip(image: np.ndarray, horizontally: bool, vertically: bool) -> np.ndarray:
     return torch.from_numpy(image).flip(axes).numpy()
 
 
-def _into(out: Tensor | None, image: np.ndarray) -> Tensor:
+def _copy_to(out: Tensor | None, image: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(image)) if out is None else out.copy_(torch.from_numpy(image))
 
 
 class Normalise:
-    """(H, W, 3), uint8, to (3, H, W) float, as ToTensor and Normalize do it but for the last bit: divisions cost three times as much."""
+    """(H, W, 3) uint8 to (3, H, W) float, equal to ToTensor and Normalize but for the last bit: their divisions take three times as
+    long as these products."""
 
     def __init__(self, mean: Tensor, std: Tensor):
         self.scale, self.shift = (1 / (255 * std))[:, None, None], (mean / std)[:, None, None]

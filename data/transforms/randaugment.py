@@ -1,8 +1,10 @@
-"""RandAugment's fifteen operations on one image in a worker: Pillow's pixels, in numpy where that is faster.
+"""RandAugment's fifteen operations on one image in a DataLoader worker: Pillow's pixels, in numpy and torch where that is faster.
 
-An image is an array (H, W, 3), uint8, contiguous. All but the geometric operations give Pillow's very bytes; shears and translations
-compute Pillow's bicubic (a = -1, rounded down) in single precision, which differs in a pixel of some ten thousand by 1. A rotation is
-Pillow's own, or where OpenCV is installed its bicubic (a = -0.75), in a third of the time and 1 of 255 away on average.
+Our own because timm's work on Pillow images only: these and the fast decoder read training images 1.9 times as fast (docs/data.md),
+and the device has the same operations. An image is a contiguous array (H, W, 3) uint8. All but the geometric operations give exactly
+Pillow's bytes; shears and translations compute Pillow's bicubic (a = -1, rounded down) in single precision, which differs by 1 in
+about one pixel of ten thousand. A rotation is Pillow's own, or where OpenCV is installed its bicubic (a = -0.75), in a third of the
+time and 1 of 255 away on average.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from torch import Tensor
 
 try:
     import cv2
-    cv2.setNumThreads(0)  # a pool of threads a loading process would only be in the way
+    cv2.setNumThreads(0)  # no thread pool in each DataLoader worker
 except ImportError:
     cv2 = None
 
 (AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS, SHEAR_X, SHEAR_Y,
  TRANSLATE_X, TRANSLATE_Y) = range(15)
 
-# timm's names; variants of a name differ in how the magnitude becomes the argument, not in what is done.
+# timm's names; the variants of an operation differ only in how a magnitude becomes the argument.
 OPERATIONS = dict(
     AutoContrast=AUTO_CONTRAST, Equalize=EQUALIZE, Invert=INVERT, Rotate=ROTATE,
     Posterize=POSTERIZE, PosterizeIncreasing=POSTERIZE, PosterizeOriginal=POSTERIZE,
@@ -39,12 +41,12 @@ _RESAMPLE = dict(bicubic=Image.Resampling.BICUBIC, bilinear=Image.Resampling.BIL
 
 
 def apply(image: np.ndarray, operation: int, argument: float, fill: tuple[int, int, int], mode: str) -> np.ndarray:
-    """One operation.
+    """``image`` (H, W, 3) uint8 after one operation.
 
     Args:
         argument: degrees, bits, threshold, addend, factor, shear or pixels, as timm's level functions give it.
-        fill: colour of what a geometric operation uncovers.
-        mode: bicubic or bilinear, of the geometric operations.
+        fill: (R, G, B) of what a geometric operation uncovers.
+        mode: interpolation of the geometric operations, bicubic or bilinear.
     """
     height, width = image.shape[:2]
     if operation == AUTO_CONTRAST:
@@ -56,7 +58,7 @@ def apply(image: np.ndarray, operation: int, argument: float, fill: tuple[int, i
     if operation == ROTATE:
         return _rotate(image, argument, fill, mode)
     if operation == POSTERIZE:
-        # 0 bits, to which increasing posterize is rounded at times, is black; Pillow from 13 refuses them.
+        # timm's increasing posterize at times asks for 0 bits, which is black; Pillow from 13 on refuses them.
         return image & np.uint8(0xFF & ~(2 ** (8 - min(8, int(argument))) - 1))
     if operation == SOLARIZE:
         return image ^ ((image >= argument).view(np.uint8) * np.uint8(255))
@@ -120,7 +122,7 @@ def _sharpen(image: np.ndarray, factor: float) -> np.ndarray:
     if height < 3 or width < 3:
         return image  # Pillow leaves the border as it is
     n = 3 * width - 6
-    pixels, sums, smooth = (scratch(name, np.float32, *shape) for name, shape in (
+    pixels, sums, smooth = (scratch_buffer(name, np.float32, *shape) for name, shape in (
         ("pixels", (height, 3 * width)), ("steps", (height, n)), ("mix", (height - 2, n))))
     np.copyto(pixels, image.reshape(height, -1))
     pixels, sums, smooth = torch.from_numpy(pixels), torch.from_numpy(sums), torch.from_numpy(smooth)
@@ -140,16 +142,16 @@ def _sharpen(image: np.ndarray, factor: float) -> np.ndarray:
 _REACH = 3
 
 
-def taps(fraction: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Factors c1, c2, c3 of the three differences between four neighbours p1..p4 for a point ``fraction`` beyond p2:
-    ``p2 + c1 (p2 - p1) + c2 (p3 - p2) + c3 (p4 - p3)``. Written in differences a flat area stays exactly flat."""
+def interpolation_weights(fraction: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights c1, c2, c3 that interpolate a point ``fraction`` beyond p2 between four neighbours p1..p4:
+    ``p2 + c1 (p2 - p1) + c2 (p3 - p2) + c3 (p4 - p3)``. In this form, in differences, a flat area stays exactly flat."""
     if mode == "bilinear":
         return 0 * fraction, fraction, 0 * fraction
     return fraction * (1 - fraction) ** 2, fraction, -fraction ** 2 * (1 - fraction)
 
 
-def _split(shifts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Whole part and fraction of each shift, and the range of target positions whose source lies inside the image."""
+def _split_shifts(shifts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(whole part of each shift, its fraction, first and end of the target positions whose source lies inside the image)."""
     whole = np.floor(shifts)
     fraction = shifts - whole
     low = np.clip(np.ceil(-shifts - 0.5), 0, size).astype(np.int64)
@@ -166,38 +168,38 @@ def _runs(*arrays: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
-def _sheet(height: int, width: int, fill: tuple[int, int, int]) -> np.ndarray:
+def _filled(height: int, width: int, fill: tuple[int, int, int]) -> np.ndarray:
     out = np.empty((height, width, 3), np.uint8)
-    out[:] = np.tile(np.uint8(fill), (width, 1))  # by rows: three bytes at a time take thirty times as long
+    out[:] = np.tile(np.uint8(fill), (width, 1))  # row by row; pixel by pixel takes thirty times as long
     return out
 
 
 def _shift_rows(image: np.ndarray, shifts: np.ndarray, fill: tuple[int, int, int], mode: str) -> np.ndarray:
     """Row y of the result at x is the image's row y at ``x + shifts[y]``."""
     height, width = image.shape[:2]
-    whole, fraction, low, high = _split(shifts, width)
-    first, n = int(low.min()), max(0, int(high.max() - low.min()))  # outside of these columns there is only fill
-    out = _sheet(height, width, fill)
+    whole, fraction, low, high = _split_shifts(shifts, width)
+    first, n = int(low.min()), max(0, int(high.max() - low.min()))  # there is only fill outside of these columns
+    out = _filled(height, width, fill)
     if not n:
         return out
-    # Their sources, and those of a neighbour before and two behind. The image's first and last column go on as far as taps reach
-    # from inside it; what lies beyond is covered by the fill.
+    # Their source columns, one neighbour before and two behind. The image's first and last column are repeated as far as the
+    # interpolation reaches from inside it; everything beyond is covered by the fill.
     start = whole + first - 1
     left, right = max(0, -int(start.min())), max(0, int(start.max()) + n + 3 - width)
-    padded = scratch("padded", np.uint8, height, left + width + right, 3)
+    padded = scratch_buffer("padded", np.uint8, height, left + width + right, 3)
     padded[:, left:left + width] = image
     padded[:, max(0, left - _REACH):left] = image[:, :1]
     padded[:, left + width:left + width + _REACH] = image[:, -1:]
-    moved = scratch("moved", np.uint8, height, n + 3, 3)
+    moved = scratch_buffer("moved", np.uint8, height, n + 3, 3)
     for y0, y1 in _runs(whole):
         x0 = left + int(start[y0])
         moved[y0:y1] = padded[y0:y1, x0:x0 + n + 3]
-    pixels = scratch("pixels", np.float32, height, 3 * n + 9)
+    pixels = scratch_buffer("pixels", np.float32, height, 3 * n + 9)
     np.copyto(pixels, moved.reshape(height, -1))
     pixels = torch.from_numpy(pixels)
-    steps = torch.sub(pixels[:, 3:], pixels[:, :-3], out=torch.from_numpy(scratch("steps", np.float32, height, 3 * n + 6)))
-    made = _mix(pixels[:, 3:3 + 3 * n], [steps[:, i:i + 3 * n] for i in (0, 3, 6)],
-                [torch.from_numpy(c.astype(np.float32)[:, None]) for c in taps(fraction, mode)]).reshape(height, n, 3)
+    steps = torch.sub(pixels[:, 3:], pixels[:, :-3], out=torch.from_numpy(scratch_buffer("steps", np.float32, height, 3 * n + 6)))
+    made = _add_steps(pixels[:, 3:3 + 3 * n], [steps[:, i:i + 3 * n] for i in (0, 3, 6)],
+                [torch.from_numpy(w.astype(np.float32)[:, None]) for w in interpolation_weights(fraction, mode)]).reshape(height, n, 3)
     for y0, y1 in _runs(low, high):
         x0, x1 = int(low[y0]), int(high[y0])
         out[y0:y1, x0:x1] = made[y0:y1, x0 - first:x1 - first]
@@ -207,49 +209,50 @@ def _shift_rows(image: np.ndarray, shifts: np.ndarray, fill: tuple[int, int, int
 def _shift_columns(image: np.ndarray, shifts: np.ndarray, fill: tuple[int, int, int], mode: str) -> np.ndarray:
     """Column x of the result at y is the image's column x at ``y + shifts[x]``."""
     height, width = image.shape[:2]
-    whole, fraction, low, high = _split(shifts, height)
+    whole, fraction, low, high = _split_shifts(shifts, height)
     first, n = int(low.min()), max(0, int(high.max() - low.min()))
-    out = _sheet(height, width, fill)
+    out = _filled(height, width, fill)
     if not n:
         return out
     start = whole + first - 1
     above, below = max(0, -int(start.min())), max(0, int(start.max()) + n + 3 - height)
-    padded = scratch("padded", np.uint8, above + height + below, width, 3)
+    padded = scratch_buffer("padded", np.uint8, above + height + below, width, 3)
     padded[above:above + height] = image
     padded[max(0, above - _REACH):above] = image[:1]
     padded[above + height:above + height + _REACH] = image[-1:]
-    moved = scratch("moved", np.uint8, n + 3, width, 3)
+    moved = scratch_buffer("moved", np.uint8, n + 3, width, 3)
     for x0, x1 in _runs(whole):
         y0 = above + int(start[x0])
         moved[:, x0:x1] = padded[y0:y0 + n + 3, x0:x1]
-    pixels = scratch("pixels", np.float32, n + 3, 3 * width)
+    pixels = scratch_buffer("pixels", np.float32, n + 3, 3 * width)
     np.copyto(pixels, moved.reshape(n + 3, -1))
     pixels = torch.from_numpy(pixels)
-    steps = torch.sub(pixels[1:], pixels[:-1], out=torch.from_numpy(scratch("steps", np.float32, n + 2, 3 * width)))
-    made = _mix(pixels[1:1 + n], [steps[i:i + n] for i in (0, 1, 2)],
-                [torch.from_numpy(np.repeat(c.astype(np.float32), 3)[None]) for c in taps(fraction, mode)]).reshape(n, width, 3)
+    steps = torch.sub(pixels[1:], pixels[:-1], out=torch.from_numpy(scratch_buffer("steps", np.float32, n + 2, 3 * width)))
+    made = _add_steps(pixels[1:1 + n], [steps[i:i + n] for i in (0, 1, 2)],
+                [torch.from_numpy(np.repeat(w.astype(np.float32), 3)[None]) for w in interpolation_weights(fraction, mode)])
+    made = made.reshape(n, width, 3)
     for x0, x1 in _runs(low, high):
         y0, y1 = int(low[x0]), int(high[x0])
         out[y0:y1, x0:x1] = made[y0 - first:y1 - first, x0:x1]
     return out
 
 
-def _mix(pixels: Tensor, steps: list[Tensor], coefficients: list[Tensor]) -> np.ndarray:
-    """``pixels`` with the first, second and third of ``steps``, each (rows, n), in the proportions given, as bytes."""
-    out = torch.addcmul(pixels, steps[0], coefficients[0], out=torch.from_numpy(scratch("mix", np.float32, *pixels.shape)))
-    for step, factor in zip(steps[1:], coefficients[1:], strict=True):
-        out.addcmul_(step, factor)
+def _add_steps(pixels: Tensor, steps: list[Tensor], weights: list[Tensor]) -> np.ndarray:
+    """``pixels`` (rows, n) plus each of the three ``steps`` (rows, n) times its weight, as bytes."""
+    out = torch.addcmul(pixels, steps[0], weights[0], out=torch.from_numpy(scratch_buffer("mix", np.float32, *pixels.shape)))
+    for step, weight in zip(steps[1:], weights[1:], strict=True):
+        out.addcmul_(step, weight)
     return out.clamp_(0, 255).numpy().astype(np.uint8)
 
 
-_memory = threading.local()
+_buffers = threading.local()
 
 
-def scratch(name: str, dtype: type, *shape: int) -> np.ndarray:
-    """Memory of this thread that the next call of the same name gets again: fresh pages cost as much as the arithmetic."""
+def scratch_buffer(name: str, dtype: type, *shape: int) -> np.ndarray:
+    """A buffer of this thread that the next call with the same name reuses: fresh pages would cost as much as the arithmetic."""
     size = math.prod(shape)
-    held = getattr(_memory, name, None)
-    if held is None or held.size < size:
-        held = np.zeros(size, dtype)
-        setattr(_memory, name, held)
-    return held[:size].reshape(shape)
+    buffer = getattr(_buffers, name, None)
+    if buffer is None or buffer.size < size:
+        buffer = np.zeros(size, dtype)
+        setattr(_buffers, name, buffer)
+    return buffer[:size].reshape(shape)

@@ -25,7 +25,7 @@ from utils.runtime.distributed import gather_objects
 from utils.runtime.files import file_limit, free_bytes, link_atomically, replace_file
 
 _JOB = ".job"
-# What goes with checkpoints that are set aside: copied where the run goes on from an older one, moved where it begins anew.
+# What goes with checkpoints that are set aside: copied where the run goes on from an older one, moved where it starts again.
 _COPIED = ("metrics.jsonl", "metrics.csv", "steps.jsonl", "config.yaml", "sources.json", "predictions.npz", "report.html")
 _MOVED = ("history.jsonl", "nonfinite.jsonl", "tensorboard", "tracker.json", "plots")
 _NAME = re.compile(r"ckpt_(\d{8,})\.pth")
@@ -91,7 +91,7 @@ class CheckpointFolder:
                 damage.append(str(error))
         if damage:
             raise CheckpointError(f"{self.folder}: none of its {len(damage)} checkpoints can be read ({damage[0]}); "
-                                  "--restart begins anew and moves them aside, another --tag leaves them")
+                                  "--restart starts again and moves them aside, another --tag leaves them")
         return None
 
     def share(self, found: tuple[str, dict[str, Any], list[str]] | None) -> tuple[str, dict[str, Any]] | None:
@@ -135,7 +135,7 @@ class CheckpointFolder:
     def set_aside(self, step: int) -> str | None:
         """Move checkpoints beyond ``step`` into a folder of their own; its path, or None when there are none.
 
-        A run that begins anew in a used folder (``step`` -1), or from an older checkpoint, would otherwise be taken for the
+        A run that starts again in a used folder (``step`` -1), or from an older checkpoint, would otherwise be taken for the
         one that left them. They are kept, with that run's records: nothing that was saved is lost.
         """
         later = [number for number in self.steps() if number > step]

@@ -25,7 +25,7 @@ def run_folder(config: CfgNode) -> str:
     return os.path.join(os.path.expanduser(config.OUTPUT or "output"), name, config.TAG)
 
 
-def _require_writable(folder: str, dry: bool) -> None:
+def require_writable(folder: str, dry: bool) -> None:
     """Raise ``ConfigError`` when the folder cannot be made or written, or, unless ``dry``, another run is in it; makes nothing."""
     there = os.path.abspath(folder)
     while not os.path.lexists(there):
@@ -73,7 +73,7 @@ def checkpoints_kept(config: CfgNode) -> int:
 
 
 @contextlib.contextmanager
-def _open_run_folder(folder: str, logger: logging.Logger) -> Iterator[None]:
+def open_run_folder(folder: str, logger: logging.Logger) -> Iterator[None]:
     """The run's folder, made, locked against a second run in it, its log open; rank 0's business alone."""
     if not distributed.is_main():
         yield

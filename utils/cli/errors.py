@@ -52,7 +52,7 @@ def _say(sentence: str, status: int, any_rank: bool = False) -> int:
         where = f" (rank {rank})"
         if status not in _SAID_BY_ONE and (distributed := sys.modules.get("utils.runtime.distributed")):
             distributed.announce_failure(sentence)
-            where = f" ({distributed.place()})"
+            where = f" ({distributed.current_place()})"
     if rank == 0 or any_rank or launcher.local_rank() == 0:
         print(f"error{where if rank or any_rank else ''}: {printable(sentence)}", file=sys.stderr, flush=True)
     return status

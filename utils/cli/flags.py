@@ -10,7 +10,7 @@ from config import COMMANDS, Flag
 GROUPS: dict[str, list[Flag]] = {
     "data": [
         Flag("--data-path", "DATA.DATA_PATH", "folder with train/ and val/"),
-        Flag("--data-set", "DATA.DATASET", "imagenet, folder, lists, zip, tar, huggingface or digits"),
+        Flag("--data-set", "DATA.DATASET"),
         Flag("--batch-size", "DATA.BATCH_SIZE"),
         Flag("--img-size", "DATA.IMG_SIZE", "input size in pixels, or [height,width]"),
         Flag("--num-workers", "DATA.NUM_WORKERS", "DataLoader workers of each process"),
@@ -31,16 +31,16 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("--warmup-lr", "TRAIN.WARMUP_LR", "learning rate of the first step"),
         Flag("--warmup-epochs", "TRAIN.WARMUP_EPOCHS", "epochs of warm-up"),
         Flag("--weight-decay", "TRAIN.WEIGHT_DECAY", "weight decay"),
-        Flag("--optim", "TRAIN.OPTIMIZER.NAME", "adamw, sgd or any timm optimizer", metavar="NAME"),
+        Flag("--optim", "TRAIN.OPTIMIZER.NAME", metavar="NAME"),
         Flag("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS"),
         Flag("--fit", "PLAN.FIT", "the largest micro-batch that fits into memory, accumulated to the recipe's global batch", "True"),
         Flag("--global-batch", "TRAIN.GLOBAL_BATCH", "images a step over all processes, for --fit to keep"),
         Flag("--use-checkpoint", "TRAIN.USE_CHECKPOINT", "activation checkpointing, to save memory", "True"),
     ],
     "device": [
-        Flag("--device", "DEVICE", "auto, cpu, cuda, cuda:N or mps"),
-        Flag("--precision", "PRECISION", "auto, fp32, bf16 or fp16"),
-        Flag("--compile", "COMPILE", "off, blocks or model: torch.compile", metavar="HOW"),
+        Flag("--device", "DEVICE"),
+        Flag("--precision", "PRECISION"),
+        Flag("--compile", "COMPILE", metavar="HOW"),
         Flag("--disable-amp", "AMP_ENABLE", "compute in fp32", "False"),
     ],
 }

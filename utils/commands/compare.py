@@ -20,7 +20,7 @@ from utils.evaluation.data_messages import tell_unreadable
 from utils.evaluation.label_sets import Labels
 from utils.evaluation.loop import evaluate
 from utils.evaluation.paired_test import report as paired_report
-from utils.evaluation.recorder import Answers, Recorder
+from utils.evaluation.recorder import Answers, PredictionRecorder
 from utils.evaluation.setup import open_loaders, prepare
 from utils.inference.evaluation_models import evaluation_models
 from utils.loggers.console import tell
@@ -35,7 +35,7 @@ Pair = tuple[CfgNode, Any]
 _OF_THE_FILE = ("MODEL.", "TRAIN.", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "TEST.CROP", "FUSED_LAYERNORM")
 
 
-class _Overheard(nn.Module):
+class _KeepsLogits(nn.Module):
     """A model that passes its logits on to ``record`` too, so that two of them answer in one pass over the images."""
 
     def __init__(self, model: nn.Module):
@@ -59,7 +59,7 @@ def compare_run(config: CfgNode, content: Sequence[Pair], device: torch.device, 
     labels = report.labels
     if labels.name == "real":
         raise ConfigError("--compare counts one label an image; leave --labels real out")
-    pairs = [content[0], (_on_the_data_of(config, content[1][0]), content[1][1])]
+    pairs = [content[0], (_with_data_of(config, content[1][0]), content[1][1])]
     precision = prepare(config, device, logger)
     alike = preprocessing(pairs[0][0]) == preprocessing(pairs[1][0]) and len({is_own(c) for _, c in pairs}) == 1
     answers = _in_one_pass(pairs, labels, device, precision, logger) if alike else _in_two_passes(pairs, labels, device, precision, logger)
@@ -67,7 +67,7 @@ def compare_run(config: CfgNode, content: Sequence[Pair], device: torch.device, 
         logger.info(line)
 
 
-def _on_the_data_of(first: CfgNode, own: CfgNode) -> CfgNode:
+def _with_data_of(first: CfgNode, own: CfgNode) -> CfgNode:
     """``own`` with everything that is not the file's own matter taken from ``first``."""
     opts = [item for key, *_ in KEYS if key != "BASE" and not key.startswith(_OF_THE_FILE) for item in (key, lookup(first, key))]
     return config_from_text(own.dump(), opts)
@@ -94,8 +94,8 @@ def _last_model(pair: Pair, classes: Sequence[str], device: torch.device) -> nn.
 def _in_one_pass(pairs: Sequence[Pair], labels: Labels, device: torch.device, precision: Precision,
                  logger: logging.Logger) -> list[Answers]:
     loaders, allowed = _opened(pairs[0], labels, device, logger)
-    first, second = _Overheard(_last_model(pairs[0], loaders.classes, device)), _last_model(pairs[1], loaders.classes, device)
-    recorders = Recorder(allowed), Recorder(allowed)
+    first, second = _KeepsLogits(_last_model(pairs[0], loaders.classes, device)), _last_model(pairs[1], loaders.classes, device)
+    recorders = PredictionRecorder(allowed), PredictionRecorder(allowed)
 
     def record(logits: Tensor, batch: Batch) -> None:
         recorders[0](first.logits.float(), batch[1])
@@ -114,7 +114,7 @@ def _in_two_passes(pairs: Sequence[Pair], labels: Labels, device: torch.device, 
     answers, classes = [], None
     for pair in pairs:
         loaders, allowed = _opened(pair, labels, device, logger, classes)
-        recorder = Recorder(allowed)
+        recorder = PredictionRecorder(allowed)
         with contextlib.closing(loaders):
             images = track(loaders.val, len(loaders.val), "comparing", logger)
             models = [_last_model(pair, loaders.classes, device)]
@@ -129,7 +129,7 @@ def _in_two_passes(pairs: Sequence[Pair], labels: Labels, device: torch.device, 
     return answers
 
 
-def _of(recorder: Recorder, loader: Any, allowed: np.ndarray | None) -> Answers:
+def _of(recorder: PredictionRecorder, loader: Any, allowed: np.ndarray | None) -> Answers:
     """What was recorded; where answers are chosen from ``allowed``, images of other classes do not count."""
     answers = recorder.answers(loader)
     return answers if allowed is None else answers.on(allowed)

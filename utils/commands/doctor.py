@@ -17,16 +17,17 @@ from yacs.config import CfgNode
 
 from config import ConfigError
 from data.doctor.diagnose import Diagnosis, diagnose, manifests
-from data.doctor.finding import Finding, Move
+from data.doctor.finding import ERROR, NOTE, WARNING, Finding, Move
 from data.doctor.survey import Survey, base_of
 from data.sources.folder import ImageFolder
-from data.sources.index_cache import DAMAGED, Index
+from data.sources.index_cache import NPZ_ERRORS, Index
 from utils.loggers.console import plain
 from utils.loggers.progress import ProgressLines, is_live, listing_shown
 from utils.reporting.doctor_text import render
 from utils.runtime.files import replace_file, write_atomically
 
 EXIT_GRAVE = 3
+_COLOURS = {ERROR: "red", WARNING: "yellow", NOTE: "cyan"}
 _HEAD = """#!/bin/sh
 # {title}
 # Written by main.py --doctor. What is taken out goes to the folder below; nothing is deleted, nothing is overwritten.
@@ -61,7 +62,7 @@ def examine_run(config: CfgNode, logger: logging.Logger) -> int:
         with listing_shown(progress.say):
             diagnosis = diagnose(config, begun, progress, earlier)
     finally:
-        progress.clear_live_line()
+        progress.end()
     scripts = _write_scripts(diagnosis, folder)
     for name, content in manifests(diagnosis.survey).items():
         write_atomically(os.path.join(folder, f"manifest-{name}.npz"), lambda file, content=content: np.savez(file, **content))
@@ -74,7 +75,7 @@ def examine_run(config: CfgNode, logger: logging.Logger) -> int:
         _to_standard_output(diagnosis, scripts)
     else:
         for line in lines:
-            logger.info(line)
+            logger.info(line, extra={"colour": _COLOURS.get(getattr(line, "severity", ""), "")})
     return EXIT_GRAVE if diagnosis.grave else 0
 
 
@@ -110,7 +111,7 @@ def _read_manifest(path: str) -> Index | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in ("names.blob", "names.ends", "sha256")}
-    except DAMAGED:
+    except NPZ_ERRORS:
         return None
 
 

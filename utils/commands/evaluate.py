@@ -33,7 +33,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
     models = evaluation_models(task, config, path, content, loaders.classes, device)
     logger.info(f"evaluating {path}" + (f" (step {content['step']})" if is_own(content) else "")
                 + f" on {config.DATA.VAL_PATH or config.DATA.DATA_PATH}, "
-                f"{len(loaders.val.dataset.folder) or 'an unknown number of'} images, {len(loaders.classes)} classes"
+                f"{len(loaders.val.dataset.source) or 'an unknown number of'} images, {len(loaders.classes)} classes"
                 + (f", mean of {config.TEST.FLIP} with the mirror image" if config.TEST.FLIP != "none" else ""))
     with contextlib.closing(loaders):
         images = track(loaders.val, len(loaders.val), "evaluating", logger)

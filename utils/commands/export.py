@@ -25,7 +25,7 @@ from yacs.config import CfgNode
 from config import ConfigError, ProgramError, config_from_text
 from data import preprocessing
 from models import architecture
-from utils.inference.exporters import LIMIT, _onnx_runner, _quiet, difference, require_packages, trace, trace_onnx
+from utils.inference.exporters import LIMIT, difference, onnx_runner, quiet_exporter, require_packages, trace, trace_onnx
 from utils.inference.trained_model import Trained, open_trained
 from utils.runtime.files import TEMPORARY, open_atomically, replace_file, require_place
 from utils.tasks.build import build_task
@@ -121,7 +121,7 @@ def _write_onnx(config: CfgNode, trained: Trained, model: nn.Module, path: str) 
         program.model.metadata_props.update(_description(config, trained))
         with open_atomically(path) as file:
             program.save(file.name, external_data=False)
-            worst = _largest_difference(config, model, _onnx_runner(file.name), "onnxruntime")
+            worst = _largest_difference(config, model, onnx_runner(file.name), "onnxruntime")
     opset = program.model.opset_imports[""]
     return f"wrote {path}: ONNX, operator set {opset}; {_facts(config, path)}; {_verdict(worst, 'onnxruntime')}"
 
@@ -133,10 +133,10 @@ def _write_pt2(config: CfgNode, trained: Trained, model: nn.Module, path: str) -
             node.meta.pop("stack_trace", None)
         described = {f"{key}.json": text for key, text in _description(config, trained).items()}
         with open_atomically(path) as file:
-            with _quiet():
+            with quiet_exporter():
                 torch.export.save(program, file, extra_files=described)
             file.flush()
-            with open(file.name, "rb") as written, _quiet():
+            with open(file.name, "rb") as written, quiet_exporter():
                 again = torch.export.load(written).module()
             worst = _largest_difference(config, model, again, "torch.export")
     return f"wrote {path}: torch.export; {_facts(config, path)}; {_verdict(worst, 'torch.export.load')}"

@@ -27,6 +27,7 @@ from utils.profiling.run_speed import Speed, measure
 from utils.profiling.step_speed import multiply_adds
 from utils.runtime import distributed, memory
 from utils.runtime.files import free_bytes
+from utils.runtime.memory import format_size
 from utils.runtime.stop_signals import StopRequest
 from utils.training.batch_size import DoesNotFit, two_steps
 from utils.training.setup import Prepared, prepare
@@ -41,7 +42,7 @@ def plan_run(config: CfgNode, content: Any, device: torch.device, logger: loggin
     if scratch and not (os.path.isdir(scratch) and os.access(scratch, os.W_OK | os.X_OK)):
         raise ConfigError(f"PLAN.SCRATCH is {scratch}; name a folder that is there and can be written")
     try:
-        with StopRequest(), memory.allowed(device, config.PLAN.MEMORY):
+        with StopRequest(), memory.limited_to(device, config.PLAN.MEMORY):
             ready = prepare(config, content, device, logger, dry=True)
             if ready is not None:
                 with contextlib.closing(ready.loaders):
@@ -106,8 +107,8 @@ def _require_disk(ready: Prepared, logger: logging.Logger) -> None:
     config, size = ready.config, ready.state.size()
     number = checkpoints_kept(config)
     wanted = min(number * size, config.TRAIN.CHECKPOINT_BUDGET or number * size)
-    logger.info(f"disk: a checkpoint takes {memory.shown(size)}, the {number} that the run keeps at a time {memory.shown(wanted)}; "
-                f"{memory.shown(free_bytes(ready.folder))} are free")
+    logger.info(f"disk: a checkpoint takes {format_size(size)}, the {number} that the run keeps at a time {format_size(wanted)}; "
+                f"{format_size(free_bytes(ready.folder))} are free")
     try:
         require_room(config, ready.folder, size, logger)
     except ConfigError as error:
@@ -122,17 +123,17 @@ def _require_memory(ready: Prepared) -> None:
     """Two steps of this process alone on synthetic images: whoever lacks memory here would leave the others waiting in an exchange."""
     config, sampler = ready.config, ready.loaders.train.batch_sampler
     local, num_classes = sampler.local_images(), len(ready.loaders.classes)
-    most = memory.limit(ready.device, config.PLAN.MEMORY)
+    most = memory.available(ready.device, config.PLAN.MEMORY)
     sizes = [config.DATA.BATCH_SIZE]
     if ready.device.type == "cpu":  # a process that takes too much is killed: small ones foretell what the whole takes
         sizes = sorted({max(1, config.DATA.BATCH_SIZE // 8), max(1, config.DATA.BATCH_SIZE // 4), config.DATA.BATCH_SIZE})
     peak: int | None = 0
     measured: dict[int, int] = {}
     for micro in sizes:
-        if len(measured) == 2 and (foretold := memory.expected(measured, micro)) > 1.1 * most:
+        if len(measured) == 2 and (foretold := memory.extrapolated(measured, micro)) > 1.1 * most:
             peak = int(foretold)
             break
-        peak = memory.taken(lambda micro=micro: two_steps(ready.state, ready.plan, config, local, micro, num_classes), ready.device)
+        peak = memory.peak_of(lambda micro=micro: two_steps(ready.state, ready.plan, config, local, micro, num_classes), ready.device)
         if peak is None or peak > most:
             break
         measured[micro] = peak
@@ -142,22 +143,22 @@ def _require_memory(ready: Prepared) -> None:
         if taken is None or taken > allowed:
             where = f" on rank {rank}" if len(peaks) > 1 else ""
             raise DoesNotFit(f"memory: a micro-batch of {config.DATA.BATCH_SIZE} images takes "
-                           f"{'' if taken is None else memory.shown(taken) + ', '}more than {memory.shown(allowed)}{where}; --fit "
+                           f"{'' if taken is None else format_size(taken) + ', '}more than {format_size(allowed)}{where}; --fit "
                            "finds one that fits and keeps the global batch")
 
 
 def _require_used_memory(ready: Prepared, logger: logging.Logger) -> None:
     """What the real steps, the evaluation and the save took, DataLoader workers included."""
     own, has_workers = memory.peak(ready.device), ready.device.type == "cpu" and ready.loaders.train.num_workers > 0
-    workers = memory.of_children() if has_workers else 0
-    most = memory.limit(ready.device, ready.config.PLAN.MEMORY)
+    workers = memory.of_workers() if has_workers else 0
+    most = memory.available(ready.device, ready.config.PLAN.MEMORY)
     every = distributed.gather_objects((own, workers, most))
     own, workers, most = max(every, key=lambda used: (used[0] + used[1]) / used[2])
-    logger.info(f"memory: {memory.shown(own)} at the peak"
-                + (f" and {memory.shown(workers)} in {ready.loaders.train.num_workers} DataLoader workers" if workers else "")
-                + f", of {memory.shown(most)}" + (" a process" if len(every) > 1 else ""))
+    logger.info(f"memory: {format_size(own)} at the peak"
+                + (f" and {format_size(workers)} in {ready.loaders.train.num_workers} DataLoader workers" if workers else "")
+                + f", of {format_size(most)}" + (" a process" if len(every) > 1 else ""))
     if own + workers > most:
-        raise DoesNotFit(f"memory: {memory.shown(own + workers)} are more than {memory.shown(most)}; --fit finds a micro-batch that fits "
+        raise DoesNotFit(f"memory: {format_size(own + workers)} are more than {format_size(most)}; --fit finds a micro-batch that fits "
                          "and keeps the global batch, fewer --num-workers take less")
 
 
@@ -188,7 +189,7 @@ class Save:
 
 def _try_save(ready: Prepared, per_epoch: int, logger: logging.Logger) -> Save:
     """Write a checkpoint to a folder of its own, read it back, take it over, remove it: rank 0's business."""
-    distributed.mark("planning: saving")
+    distributed.begin_phase("planning: saving")
     save, line = Save(0.0, 0.0, 0.0), ""
     if distributed.is_main():
         try:
@@ -216,7 +217,7 @@ def _save_and_load(ready: Prepared, per_epoch: int) -> tuple[Save, str]:
         size = os.path.getsize(path)
     copy, write, read = (later - before for before, later in itertools.pairwise(times))
     beside = " beside the training" if config.TRAIN.BACKGROUND_SAVE else ""
-    return Save(copy, write, read), (f"checkpoint: {memory.shown(size)} copied in {copy:.1f} s, written in {write:.1f} s{beside}, read and "
+    return Save(copy, write, read), (f"checkpoint: {format_size(size)} copied in {copy:.1f} s, written in {write:.1f} s{beside}, read and "
                                      f"taken over in {read:.1f} s")
 
 
@@ -232,9 +233,9 @@ def _say_time(ready: Prepared, speed: Speed, save: Save, logger: logging.Logger)
         saving += sampler.steps_per_epoch / config.TRAIN.SAVE_EVERY_STEPS * (save.copy if config.TRAIN.BACKGROUND_SAVE else saving / 2)
     epoch = training + evaluation / config.TRAIN.EVAL_FREQ + saving
     epochs = (sampler.total_steps - ready.state.step) / sampler.steps_per_epoch
-    judging = f"{_seconds(evaluation / config.TRAIN.EVAL_FREQ)} evaluation" if speed.evaluation is not None else \
+    evaluation = f"{_seconds(evaluation / config.TRAIN.EVAL_FREQ)} evaluation" if speed.evaluation is not None else \
         "an evaluation of unknown length"
-    logger.info(f"epoch: {clock(epoch)} = {_seconds(training)} training + {judging} + {_seconds(saving)} saving")
+    logger.info(f"epoch: {clock(epoch)} = {_seconds(training)} training + {evaluation} + {_seconds(saving)} saving")
     hours, unit = epoch * epochs * distributed.world_size() / 3600, "GPU" if ready.device.type == "cuda" else "process"
     logger.info(f"run: {clock(epoch * epochs)} for {epochs:.4g} epochs, {hours:.3g} {unit} hours")
 

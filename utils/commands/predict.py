@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from data.build import build_given
-from data.layouts.input_paths import GivenImages, find_given
+from data.build import build_prediction_loader
+from data.layouts.input_paths import InputImages, find_input_images
 from data.loading.loader import ImageLoader
 from utils.evaluation.setup import prepare
 from utils.inference.outputs import Console, CsvTable, Features, JsonLines, PredictionFormat, standard_output, text_file
@@ -41,14 +41,14 @@ def predict_run(config: CfgNode, content: Any, device: torch.device, logger: log
     files = [os.path.expanduser(path) for path in (wanted.CSV, wanted.JSON, wanted.FEATURES, wanted.SHEET) if path not in ("", "-")]
     for path in files:
         require_place(path)
-    given = find_given(wanted.PATHS, getattr(sys.stdin, "buffer", None))
+    given = find_input_images(wanted.PATHS, getattr(sys.stdin, "buffer", None))
     task = build_task(config)
     trained = open_trained(task, config, content, "--predict")
     form = task.prediction_format(config, trained)
     if wanted.FEATURES:
         require_features(trained.model, config)
     precision = prepare(config, device, logger)
-    loader, notices = build_given(config, given, device, trained.published)
+    loader, notices = build_prediction_loader(config, given, device, trained.published)
     tell(logger, notices)
     logger.info(f"predicting {len(given)} image{'s' * (len(given) != 1)} by {trained.line()}, {len(trained.classes)} classes, on {device} "
                 f"in {precision.name}")
@@ -62,7 +62,7 @@ def predict_run(config: CfgNode, content: Any, device: torch.device, logger: log
     return EXIT_UNREADABLE if bad else 0
 
 
-def _predict(config: CfgNode, task: Task, trained: Trained, form: PredictionFormat, given: GivenImages, loader: ImageLoader,
+def _predict(config: CfgNode, task: Task, trained: Trained, form: PredictionFormat, given: InputImages, loader: ImageLoader,
              device: torch.device, precision: Precision, logger: logging.Logger) -> int:
     """Every prediction to every output; how many items could not be read."""
     wanted, bad = config.PREDICT, 0

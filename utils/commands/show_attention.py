@@ -20,7 +20,7 @@ from models.weights import check_finite, unwrap_state_dict
 from utils.checkpoints.file_format import is_own
 from utils.inference.trained_model import weights_to_evaluate
 from utils.runtime import distributed
-from utils.visualization.attention_map import KINDS, _tokens, attended, chosen, page
+from utils.visualization.attention_map import KINDS, attended, chosen, page, token_count
 from utils.visualization.drawing import require_png, save, to_image
 
 
@@ -46,14 +46,14 @@ def show_attention(config: CfgNode, content: Any, device: torch.device, logger: 
     own, best = is_own(content), model(image).softmax(-1)[0]
     answer = int(best.argmax())
     name = content["classes"][answer] if own else f"class {answer}"
-    title = f"{os.path.basename(config.SHOW.ATTENTION)}: taken for {name} ({100 * float(best[answer]):.1f} %)"
+    title = f"{os.path.basename(config.SHOW.ATTENTION)}: predicted {name} ({100 * float(best[answer]):.1f} %)"
     shown = chosen(found)
     save(page(to_image(image[0], prepare["mean"], prepare["std"]), shown, len(model.layers), point, title,
               f"{config.MODEL.NAME}, weights {os.path.basename(weights)}; last block of each kind in a stage, mean of its heads"), path)
     for item in shown:
         top = int(item.weights.argmax())
         logger.info(f"stage {item.stage + 1} block {item.block + 1} ({KINDS[item.far]}): token {item.token[0]},{item.token[1]} of the map "
-                    f"attends to {_tokens(item)}, most to {item.cells[top][0]},{item.cells[top][1]} "
+                    f"attends to {token_count(item)}, most to {item.cells[top][0]},{item.cells[top][1]} "
                     f"({100 * item.weights[top]:.1f} %)")
     logger.info(f"wrote {path}: attention of the token at {point[0]},{point[1]} (y,x in pixels)")
 

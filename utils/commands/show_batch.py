@@ -32,7 +32,7 @@ def show_batch(config: CfgNode, content: Any, device: torch.device, logger: logg
         return
     classes = content["classes"] if is_own(content) else None
     task = build_task(config)
-    loaders = open_loaders(task, config, device, logger, splits=("train",), classes=classes, rank=0, world_size=1)
+    loaders = open_loaders(task, config, device, logger, splits=("train",), classes=classes, rank=0, world_size=1, local_world_size=1)
     with contextlib.closing(loaders):
         images, targets = next(loaders.batches())
     transform = task.batch_transform(config, len(loaders.classes), rank=0)

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from data.messages import NOTICE
 from utils.checkpoints.folder import CheckpointFolder
-from utils.checkpoints.run_folder import _open_run_folder, require_room
+from utils.checkpoints.run_folder import open_run_folder, require_room
 from utils.loggers.console import RESULT, tell
 from utils.reporting.run_reader import read_run
 from utils.reporting.write import write_plots, write_report
@@ -37,8 +37,8 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
     if start.content is not None:
         logger.info(f"resumed {start.path} at step {state.step}", extra=RESULT)
 
-    distributed.mark("opening the run's folder")
-    with _open_run_folder(folder, logger):
+    distributed.begin_phase("opening the run's folder")
+    with open_run_folder(folder, logger):
         files = CheckpointFolder(folder, config.TRAIN.KEEP_CHECKPOINTS, os.path.expanduser(config.MODEL.RESUME),
                                  config.TRAIN.CHECKPOINT_BUDGET)
         here = start.content is not None and files.holds(start.path)

@@ -32,8 +32,8 @@ def tell_unreadable(loader: Any, result: Evaluation, logger: logging.Logger) -> 
     Raises:
         DataError: none could be read.
     """
-    bad = sum(distributed.gather_objects(loader.met))
+    bad = sum(distributed.gather_objects(loader.unreadable))
     if bad and not result.samples:
-        raise DataError(f"{loader.dataset.folder.root}: none of its {bad} validation images can be read; the lines above say why")
+        raise DataError(f"{loader.dataset.source.root}: none of its {bad} validation images can be read; the lines above say why")
     if bad:
         logger.warning(f"{bad} of {result.samples + bad} validation images could not be read and are not counted")

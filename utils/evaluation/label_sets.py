@@ -20,7 +20,7 @@ from config import LABEL_SETS, ConfigError
 from data import DataError
 from data.messages import Caution
 from data.sources.base import Source
-from data.sources.classes import carried_by_timm, imagenet_classes, some
+from data.sources.classes import first_few, imagenet_classes, timm_label_file
 from data.sources.lists import read_text
 from data.streaming.stream import Stream
 
@@ -77,7 +77,7 @@ class Labels:
         def choose(found: Sequence[str]) -> Sequence[str] | None:
             numbers = all(name.isascii() and name.isdecimal() for name in found)
             if self.name == "v2" and not numbers:
-                raise DataError(f"the class folders of ImageNet-V2 are numbers, these are not ({some(found, 3)}); leave --labels out")
+                raise DataError(f"the class folders of ImageNet-V2 are numbers, these are not ({first_few(found, 3)}); leave --labels out")
             names = own if own is not None else imagenet_classes() if thousand and found else None
             if own is None and names and not (numbers and len(found) <= len(names)) and not set(found) <= set(names):
                 names = None  # 1,000 classes of somebody else
@@ -101,7 +101,7 @@ class Labels:
         absent = sorted(set(range(len(classes))) - set(present.tolist()))
         if self.name in ("imagenet", "sketch", "v2") and absent:
             raise DataError(f"{source.root}: lacks {len(absent)} of the classifier's {len(classes)} classes "
-                            f"({some([classes[i] for i in absent], 3)}); leave --labels out to judge among those that are there")
+                            f"({first_few([classes[i] for i in absent], 3)}); leave --labels out to evaluate among those that are there")
         if self.name in ("a", "r"):
             if not absent:
                 raise DataError(f"{source.root}: holds all of the classifier's {len(classes)} classes, {_NAMES[self.name]} has 200; "
@@ -116,12 +116,13 @@ def _positions(names: Sequence[str], classes: Sequence[str], path: str) -> np.nd
     number = {name: i for i, name in enumerate(classes)}
     unknown = [name for name in names if name not in number]
     if unknown:
-        raise DataError(f"{path}: {unknown[0]!r} is no class of this classifier ({len(unknown)} such); its classes are {some(classes, 3)}")
+        raise DataError(f"{path}: {unknown[0]!r} is no class of this classifier ({len(unknown)} such); its classes are "
+                        f"{first_few(classes, 3)}")
     return np.array(sorted({number[name] for name in names}))
 
 
 def _compare_with_list(name: str, present: Sequence[str], root: str) -> tuple[str, ...]:
-    listed = carried_by_timm(f"imagenet_{name}_synsets.txt")
+    listed = timm_label_file(f"imagenet_{name}_synsets.txt")
     if listed is None or not all(re.fullmatch(r"n\d{8}", wnid) for wnid in present) or set(listed.split()) == set(present):
         return ()
     return (Caution(f"{root}: its {len(present)} classes are not the 200 of {_NAMES[name]}; answers are chosen from those {len(present)}"),)
@@ -132,7 +133,7 @@ def _read_real(path: str) -> list[list[int]]:
     if path:
         text, path = read_text(os.path.expanduser(path)), os.path.expanduser(path)
     else:
-        text, path = carried_by_timm("imagenet_real_labels.json"), "timm's imagenet_real_labels.json"
+        text, path = timm_label_file("imagenet_real_labels.json"), "timm's imagenet_real_labels.json"
         if text is None:
             raise ConfigError("this timm does not carry the ReaL labels; give real.json with --real-labels FILE")
     try:

@@ -31,11 +31,11 @@ def evaluate(task: Task, models: Sequence[nn.Module], loader: Collection[Any], d
     evaluators = [task.evaluator(device) for _ in models]
     for model in models:
         model.eval()
-    distributed.mark("evaluating")
+    distributed.begin_phase("evaluating")
     # A rank with fewer batches takes part in the others' exchanges all the same.
     polls = 0 if poll is None else max(distributed.gather_objects(len(loader)))
     for number, batch in enumerate(loader):
-        distributed.mark(f"evaluating, batch {number}")
+        distributed.begin_phase(f"evaluating, batch {number}")
         batch = task.to_device(batch, device)
         for model, evaluator in zip(models, evaluators, strict=True):
             with precision.autocast():
@@ -46,6 +46,6 @@ def evaluate(task: Task, models: Sequence[nn.Module], loader: Collection[Any], d
         if poll is not None:
             poll()
     for _ in range(polls - len(loader)):
-        distributed.mark("evaluating, done with its own images")
+        distributed.begin_phase("evaluating, done with its own images")
         poll()
     return [evaluator.result() for evaluator in evaluators]

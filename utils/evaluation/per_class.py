@@ -1,4 +1,4 @@
-"""How each class fared in an evaluation. Imports no torch."""
+"""Recall, precision, F1 and confusions of each class in an evaluation. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class PerClass:
 
     Attributes:
         images: images of the class.
-        correct: those answered rightly.
-        answered: images, of whatever class, that were taken for it.
-        mistaken, times: the class it is most often mistaken for (-1: never), and how often.
+        correct: those predicted rightly.
+        answered: images, of whatever class, that were predicted as it.
+        mistaken, times: the class it is most often confused with (-1: never), and how often.
     """
 
     images: np.ndarray
@@ -51,7 +51,7 @@ class PerClass:
 
     @property
     def precision(self) -> np.ndarray:
-        """Share of the images taken for a class that are of it; 0 where none was."""
+        """Share of the images predicted as a class that are of it; 0 where none was."""
         return _share(self.correct, self.answered, 0.0)
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data.sources.index_cache import DAMAGED
+from data.sources.index_cache import NPZ_ERRORS
 from utils.evaluation.statistics import BINS, bins_of, expected_calibration_error
 from utils.runtime.files import write_atomically
 
@@ -82,7 +82,7 @@ class Outcomes:
             return made
         except FileNotFoundError:
             raise OutcomesError(f"{path}: no such file") from None
-        except DAMAGED as error:
+        except NPZ_ERRORS as error:
             raise OutcomesError(f"{path}: no file of predictions, or damaged ({type(error).__name__})") from None
 
     def check(self) -> None:
@@ -142,7 +142,7 @@ def confused_pairs(cells: np.ndarray, most: int = 20) -> list[tuple[int, int, in
 
 
 def reliability(predictions: Outcomes, bins: int = BINS) -> tuple[list[tuple[int, float, float]], float]:
-    """([(images, mean confidence, share right) of each bin of confidence], expected calibration error in [0, 1])."""
+    """([(images, mean confidence, accuracy) of each bin of confidence], expected calibration error in [0, 1])."""
     place = bins_of(predictions.probability, bins)
     images = np.bincount(place, minlength=bins)
     divisor = np.maximum(images, 1)

@@ -54,7 +54,7 @@ class Answers:
         return Answers(np.where(np.isin(self.target, classes), self.target, -1), self.top1, self.in5, self.confidence, self.loss)
 
 
-class Recorder:
+class PredictionRecorder:
     """Keeps the answers of a pass on the device: ``evaluate`` may be given one as ``record``.
 
     Args:
@@ -96,7 +96,7 @@ _THUMBNAILS = 24
 
 def recordable(loader: Any) -> bool:
     """Whether the images of ``loader`` have numbers (a stream's have none), and are no more than ``MOST_IMAGES``."""
-    return isinstance(loader.batch_sampler, ShardSampler) and len(loader.dataset.folder) <= MOST_IMAGES
+    return isinstance(loader.batch_sampler, ShardSampler) and len(loader.dataset.source) <= MOST_IMAGES
 
 
 def write_outcomes(answers: Answers, loader: Any, classes: Sequence[str], path: str) -> None:
@@ -107,7 +107,7 @@ def write_outcomes(answers: Answers, loader: Any, classes: Sequence[str], path: 
     """
     if not distributed.is_main():
         return
-    source, index = loader.dataset.folder, np.flatnonzero(answers.target >= 0)
+    source, index = loader.dataset.source, np.flatnonzero(answers.target >= 0)
     target, top1, confidence, loss = (column[index] for column in (answers.target, answers.top1, answers.confidence, answers.loss))
     made = Outcomes(index, target.astype(np.int32), top1.astype(np.int32), confidence, np.exp(-loss), names_of(source, index.tolist()),
                     list(classes), {})

@@ -13,7 +13,7 @@ from data import Loaders
 from utils.evaluation.data_messages import unreadable_image_reporter
 from utils.loggers.console import tell
 from utils.loggers.progress import listing_shown, log_periodic
-from utils.runtime import distributed
+from utils.runtime import distributed, launcher
 from utils.runtime.compile import require_compiler
 from utils.runtime.precision import Precision, choose_precision
 from utils.runtime.seed import make_deterministic
@@ -29,8 +29,9 @@ def open_loaders(task: Task, config: CfgNode, device: torch.device, logger: logg
         options: as of ``data.build_loaders``: splits, classes, published, or another rank and world size.
     """
     with listing_shown(functools.partial(log_periodic, logger)):
-        loaders = task.build_loaders(config, **dict(rank=distributed.rank(), world_size=distributed.world_size(), device=device) | options)
-    loaders.tell(unreadable_image_reporter(logger))
+        here = dict(rank=distributed.rank(), world_size=distributed.world_size(), local_world_size=launcher.local_world_size())
+        loaders = task.build_loaders(config, **here | dict(device=device) | options)
+    loaders.report_unreadable(unreadable_image_reporter(logger))
     tell(logger, loaders.notices)
     return loaders
 

@@ -37,23 +37,23 @@ def require_packages() -> None:
 
 def trace(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
     """torch.export of ``model`` for any batch size of images like ``images`` (two or more: one would be taken for a constant)."""
-    with _quiet():
+    with quiet_exporter():
         return torch.export.export(model, (images,), dynamic_shapes=_any_batch())
 
 
 def trace_onnx(model: nn.Module, images: Tensor, opset: int = 18) -> torch.onnx.ONNXProgram:
     """As ``trace``, an ONNX program with the input ``images`` and the output ``logits``."""
-    with _quiet():
+    with quiet_exporter():
         return torch.onnx.export(model, (images,), dynamo=True, input_names=["images"], output_names=["logits"],
                                  dynamic_shapes=_any_batch(), opset_version=opset, verbose=False)
 
 
 def run_onnx(path: str, images: Tensor) -> Tensor:
     """The logits by onnxruntime on the CPU."""
-    return _onnx_runner(path)(images)
+    return onnx_runner(path)(images)
 
 
-def _onnx_runner(path: str) -> Callable[[Tensor], Tensor]:
+def onnx_runner(path: str) -> Callable[[Tensor], Tensor]:
     import onnxruntime
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
@@ -64,7 +64,7 @@ def _any_batch() -> tuple[dict[int, Any]]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """The exporters warn and log about their own inner life."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)

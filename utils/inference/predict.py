@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import ConfigError
-from data.layouts.input_paths import GivenImages
+from data.layouts.input_paths import InputImages
 from data.loading.loader import ImageLoader
 from utils.inference.outputs import Prediction, PredictionFormat
 from utils.runtime.precision import Precision
@@ -26,9 +26,9 @@ def predictions_of(task: Task, model: nn.Module, form: PredictionFormat, loader:
     """The predictions of each batch in the order given; with the features (images that were read, C) if asked for.
 
     Args:
-        loader: of ``GivenImages``, whose targets are the images' numbers.
+        loader: of ``InputImages``, whose targets are the images' numbers.
     """
-    given, done = loader.dataset.folder, 0
+    given, done = loader.dataset.source, 0
     faults = _Faults(loader, given)
     model.eval()
     for images, numbers in loader:
@@ -49,12 +49,12 @@ def predictions_of(task: Task, model: nn.Module, form: PredictionFormat, loader:
 class _Faults:
     """Why images could not be read, by their numbers."""
 
-    def __init__(self, loader: ImageLoader, given: GivenImages):
+    def __init__(self, loader: ImageLoader, given: InputImages):
         self.loader, self.given, self.known, self.looked_at = loader, given, {}, 0
 
     def of(self, index: int) -> str:
-        if index in self.given.faults:
-            return self.given.faults[index]
+        if index in self.given.errors:
+            return self.given.errors[index]
         for failure in self.loader.failures[self.looked_at:]:
             self.known[failure.index] = failure.reason
         self.looked_at = len(self.loader.failures)

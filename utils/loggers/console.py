@@ -15,7 +15,7 @@ from utils.loggers import progress
 
 QUICK = 1.0  # seconds between two lines of many alike, at least; log.txt has them all
 
-RESULT = {"result": True}  # ``extra`` of a line that says what has been reached; a terminal shows it in green
+RESULT = {"colour": "green"}  # ``extra`` of a line that says what has been reached
 _LEVELS = {NOTICE: ("notice", "cyan"), logging.WARNING: ("warning", "yellow"), logging.ERROR: ("error", "red")}
 
 
@@ -41,10 +41,10 @@ class _Console(logging.Handler):
         return sys.stderr if self.to_error else sys.stdout
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.closed or self.needless(record):
+        if self.closed or self.is_redundant(record):
             return
         line = printable(self.format(record))
-        _, tint = _LEVELS.get(record.levelno, ("", "green" if getattr(record, "result", False) else ""))
+        _, tint = _LEVELS.get(record.levelno, ("", getattr(record, "colour", "")))
         if self.colour and tint:
             line = colored(line, tint)
         try:
@@ -55,7 +55,7 @@ class _Console(logging.Handler):
             # Python flushes its streams at exit and would complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if self.to_error else 1)
 
-    def needless(self, record: logging.LogRecord) -> bool:
+    def is_redundant(self, record: logging.LogRecord) -> bool:
         """Whether the live line on this very terminal says the same, or a line of its kind was written a moment ago."""
         if not getattr(record, "periodic", False):
             return False
@@ -96,11 +96,11 @@ def create_logger(speaks: bool, to_error: bool = False) -> logging.Logger:
     logger.setLevel(logging.INFO)
     logger.addHandler(_Console(to_error) if speaks else logging.NullHandler())
     if speaks:
-        logger.addHandler(_Kept())
+        logger.addHandler(_EarlyLines())
     return logger
 
 
-class _Kept(logging.Handler):
+class _EarlyLines(logging.Handler):
     """Keeps the first lines until there is a file for them: a mistake must leave no run folder behind."""
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ def log_to_file(logger: logging.Logger, path: str) -> None:
     """Append every line to ``path`` as well, those said already first."""
     handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(_Lines())
-    for kept in [h for h in logger.handlers if isinstance(h, _Kept)]:
+    for kept in [h for h in logger.handlers if isinstance(h, _EarlyLines)]:
         for record in kept.records:
             handler.handle(record)
         logger.removeHandler(kept)

@@ -65,7 +65,7 @@ class MetricsLog:
     def __init__(self, folder: str, step: int, logger: logging.Logger = LOGGER):
         self.lines = JsonLines(os.path.join(folder, EPOCHS), step, logger)
         self.table, self.rows = os.path.join(folder, TABLE), read_rows(self.lines.path)
-        self._columns: list[str] = []  # of the file as it stands; none: it must be written anew
+        self._columns: list[str] = []  # of the file as it stands; none: it must be written again
 
     def write(self, row: dict[str, Any]) -> None:
         self.lines.write(row)
@@ -78,7 +78,7 @@ class MetricsLog:
             columns = list(dict.fromkeys(key for row in self.rows for key in row))
             replace_file(self.table, (_csv(columns, [dict(zip(columns, columns, strict=True))]) + _csv(columns, self.rows)).encode())
             self._columns = columns
-        except OSError:  # metrics.jsonl has told it; the next row writes the table anew
+        except OSError:  # metrics.jsonl has told it; the next row writes the table again
             self._columns = []
 
 

@@ -33,7 +33,7 @@ Compose = Callable[[int, float], tuple[str, Sequence[str]]]
 class _Drawn(tqdm):
     """A line of one's own wording: what it begins with, the bar, then what fits, in order of importance."""
 
-    monitor_interval = 0  # no thread beside the work: loading processes are forked
+    monitor_interval = 0  # no thread beside the work: DataLoader workers are forked
 
     def __init__(self, total: int | None, start: int, compose: Compose):
         self.compose, self.begun_at = compose, start

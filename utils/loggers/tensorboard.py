@@ -18,7 +18,7 @@ from data.messages import NOTICE
 _GRID_IMAGES, _GRID_SIDE = 16, 128  # images of the grid, and its images' longer side in pixels at most
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:100] if text else type(error).__name__
 
@@ -35,7 +35,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=step + 1 if step else None)
         except Exception as error:  # not installed, or its dependencies are broken
-            self.logger.log(NOTICE, f"no TensorBoard curves ({type(error).__name__}: {_first_line(error)})")
+            self.logger.log(NOTICE, f"no TensorBoard curves ({type(error).__name__}: {first_line(error)})")
 
     @contextlib.contextmanager
     def _writing(self) -> Any:
@@ -44,7 +44,7 @@ class TensorBoard:
             yield
         except Exception as error:
             self.writer = None
-            self.logger.warning(f"TensorBoard curves end here ({_first_line(error)}); metrics.jsonl goes on")
+            self.logger.warning(f"TensorBoard curves end here ({first_line(error)}); metrics.jsonl goes on")
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Add what is a number, by its name such as ``val/top1``."""

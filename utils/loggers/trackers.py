@@ -14,7 +14,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from config import ConfigError
-from utils.loggers.tensorboard import _first_line, settings
+from utils.loggers.tensorboard import first_line, settings
 from utils.runtime.files import replace_file
 
 IDENTITY = "tracker.json"
@@ -31,7 +31,7 @@ def require_tracker(name: str) -> None:
     try:
         importlib.import_module(name)
     except Exception as error:
-        raise ConfigError(f"TRACKER is {name}, which cannot be imported ({_first_line(error)}); install it with pip install {name}, or "
+        raise ConfigError(f"TRACKER is {name}, which cannot be imported ({first_line(error)}); install it with pip install {name}, or "
                           "leave TRACKER none") from None
 
 
@@ -64,7 +64,7 @@ class Tracker:
             yield
         except Exception as error:
             self.module = None
-            self.logger.warning(f"{self.name} gets no more figures of this run ({_first_line(error)}); metrics.jsonl goes on")
+            self.logger.warning(f"{self.name} gets no more figures of this run ({first_line(error)}); metrics.jsonl goes on")
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Send what is a number."""

@@ -44,7 +44,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def on(self, device: torch.device) -> Iterator[nn.Module]:
-        """The average on ``device`` for a while, to be judged there."""
+        """The average on ``device`` for a while, to be evaluated there."""
         home = next(self.module.parameters()).device
         if home == device:
             yield self.module

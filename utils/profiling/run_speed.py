@@ -43,17 +43,17 @@ def measure(ready: Prepared, logger: logging.Logger) -> Speed:
         state.model, ready.device, ready.config.TRAIN.ACCUMULATION_STEPS, ready.config.TRAIN.GRAD_COMPRESSION), state.step
     batches = _endless(loaders, first)
     one = next(batches)
-    distributed.mark("planning: steps")
+    distributed.begin_phase("planning: steps")
     ready_batches = itertools.repeat(one)
     trial = _timed_steps(model, ready, ready_batches, WARM_UP)[-1]
     step = statistics.median(_timed_steps(model, ready, ready_batches, _agreed(seconds / trial)))
-    distributed.mark("planning: loading")
+    distributed.begin_phase("planning: loading")
     batch = _loading_seconds(batches, loaders.train.num_workers, ready.device, seconds / 2)
     workers = loaders.train.num_workers
-    distributed.mark("planning: steps with loading")
+    distributed.begin_phase("planning: steps with loading")
     number = max(_agreed(2 * seconds / max(step, batch)), _agreed(2 * workers))
     both = statistics.mean(_timed_steps(model, ready, batches, number))
-    distributed.mark("planning: evaluation")
+    distributed.begin_phase("planning: evaluation")
     evaluation = _evaluation_seconds(ready, logger)
     every = distributed.gather_objects((step, batch, both, evaluation or 0.0))
     step, batch, both, longest = (max(column) for column in zip(*every, strict=True))
@@ -89,7 +89,7 @@ def _timed_steps(model: nn.Module, ready: Prepared, batches: Iterable[Batch], nu
 
 
 def _loading_seconds(batches: Iterator[Any], workers: int, device: torch.device, least: float) -> float:
-    """Seconds of a batch when nothing else is done: over whole rounds of the loading processes, which finish together at first."""
+    """Seconds of a batch when nothing else is done: over whole rounds of the DataLoader workers, which finish together at first."""
     for _ in range(1 + 3 * workers):  # what they had ready
         next(batches)
     begun, number = time.perf_counter(), 0

@@ -25,6 +25,12 @@ def shortened(text: str, width: int, keep_end: bool = False) -> str:
     return "..." + text[len(text) - width + 3:] if keep_end else text[:width - 3] + "..."
 
 
+class FindingLine(str):
+    """The first line of a finding, which knows how grave it is."""
+
+    severity: str
+
+
 def render(diagnosis: Diagnosis, mends: dict[str, str], folder: str, width: int) -> Iterator[str]:
     """The lines of the report.
 
@@ -135,7 +141,10 @@ def _speed(diagnosis: Diagnosis, width: int) -> Iterator[str]:
 
 
 def _finding(finding: Finding, script: str | None, survey: Survey, width: int) -> Iterator[str]:
-    yield from _wrapped(plain(finding.title), f"{finding.severity:9}", _INDENT, width)
+    first, *more = _wrapped(plain(finding.title), f"{finding.severity:9}", _INDENT, width)
+    first = FindingLine(first)
+    first.severity = finding.severity
+    yield from (first, *more)
     room = width - len(_INDENT) - 2
     for i in range(min(finding.count, _SHOWN)):
         yield f"{_INDENT}  {_item(finding.item(i), survey, room)}"

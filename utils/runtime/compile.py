@@ -1,7 +1,7 @@
 """torch.compile, of the whole model or block by block (``COMPILE``).
 
 Modules are compiled in place: names, state dict, hooks and copies of a model stay those of the plain one. Every shape is static,
-and a graph break is an error, so a family trains in one graph (or one a kind of block) and is judged in another.
+and a graph break is an error, so a family trains in one graph (or one a kind of block) and is evaluated in another.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def init(device: torch.device, minutes: float = 20.0) -> None:
                 raise ConfigError(f"DEVICE is {device} for every process; with {group.world_size} of them use DEVICE cuda")
         wait = timedelta(minutes=minutes + 1)
         try:
-            # torchrun's store outlives the processes it starts anew, who would read the addresses of those before them (seen
+            # torchrun's store outlives the processes it starts again, who would read the addresses of those before them (seen
             # with torch 2.15 and gloo): so each attempt has names of its own there.
             store = _launcher_store(wait) if launcher.has_torchruns_store() else None
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=wait, store=store,
@@ -99,15 +99,15 @@ def _launcher_store(wait: timedelta) -> Any:
     return dist.PrefixStore(f"attempt {launcher.attempt()}", store)
 
 
-def mark(phase: str, step: int | None = None) -> None:
+def begin_phase(phase: str, step: int | None = None) -> None:
     """Note what this process begins to do, for the sentence of a job that hangs or breaks."""
     if _group.heartbeat is not None:
-        _group.heartbeat.mark(phase, step)
+        _group.heartbeat.begin_phase(phase, step)
 
 
-def place() -> str:
+def current_place() -> str:
     """Where this process of several stands, such as ``rank 1, training, step 12``."""
-    return f"rank {_group.rank}" + (f", {_group.heartbeat.place()}" if _group.heartbeat is not None else "")
+    return f"rank {_group.rank}" + (f", {_group.heartbeat.current_place()}" if _group.heartbeat is not None else "")
 
 
 def announce_failure(sentence: str) -> None:
@@ -124,7 +124,7 @@ def peer_lost(error: Exception) -> PeerLost | None:
     """The error of ours for one that torch raised when an exchange broke; None for any other error."""
     if _group.world_size == 1 or not isinstance(error, RuntimeError) or not any(word in str(error) for word in _BROKEN):
         return None
-    culprit = _group.heartbeat.blame() if _group.heartbeat is not None else None
+    culprit = _group.heartbeat.broken_by() if _group.heartbeat is not None else None
     return PeerLost("another process of this job stopped; its own message says why" if culprit is None else culprit)
 
 

@@ -43,13 +43,13 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def mark(self, phase: str, step: int | None) -> None:
+    def begin_phase(self, phase: str, step: int | None) -> None:
         """Begin a phase; called several times a step, so it only writes attributes."""
         if step is not None and step != self.step:
             self.step, self.count = step, 0
         self.phase, self.count, self.since = phase, self.count + 1, time.monotonic()
 
-    def place(self) -> str:
+    def current_place(self) -> str:
         """The phase and the step it belongs to."""
         return f"{self.phase}, step {self.step}"
 
@@ -66,7 +66,7 @@ class Heartbeat:
         except Exception:  # the store's process may be the one that is gone
             return
 
-    def blame(self) -> str | None:
+    def broken_by(self) -> str | None:
         """What to say after an exchange broke: a sentence; nothing when another process says it; None if nothing is known."""
         try:
             deadline = time.monotonic() + SILENT

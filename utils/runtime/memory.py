@@ -33,7 +33,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: not enough memory" in str(error)
 
 
-def limit(device: torch.device, budget: int) -> int:
+def available(device: torch.device, budget: int) -> int:
     """Bytes that this process may use on ``device``.
 
     Args:
@@ -85,7 +85,7 @@ def reset_peak(device: torch.device) -> None:
         file.write("5")
 
 
-def taken(work: Callable[[], None], device: torch.device) -> int | None:
+def peak_of(work: Callable[[], None], device: torch.device) -> int | None:
     """Bytes in use at the peak of ``work``, what lay there before included; None when memory did not suffice."""
     reset_peak(device)
     try:
@@ -100,7 +100,7 @@ def taken(work: Callable[[], None], device: torch.device) -> int | None:
     return peak(device)
 
 
-def expected(measured: Mapping[int, int | None], size: int) -> float:
+def extrapolated(measured: Mapping[int, int | None], size: int) -> float:
     """Bytes that ``size`` images will take, by the line through the two largest sizes measured; 0 before there are two."""
     known = sorted((n, peak) for n, peak in measured.items() if peak is not None)[-2:]
     if len(known) < 2:
@@ -109,7 +109,7 @@ def expected(measured: Mapping[int, int | None], size: int) -> float:
     return second + max(0.0, (second - first) / (b - a)) * (size - b)
 
 
-def of_children() -> int:
+def of_workers() -> int:
     """Bytes that this process's children (the DataLoader workers) have for themselves."""
     total = 0
     for child in psutil.Process().children():
@@ -119,7 +119,7 @@ def of_children() -> int:
 
 
 @contextlib.contextmanager
-def allowed(device: torch.device, budget: int) -> Iterator[None]:
+def limited_to(device: torch.device, budget: int) -> Iterator[None]:
     """Inside, a GPU's allocator gives no more than ``budget`` bytes, as a smaller GPU's would."""
     if device.type != "cuda" or not budget:
         yield
@@ -132,6 +132,6 @@ def allowed(device: torch.device, budget: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def shown(size: float) -> str:
+def format_size(size: float) -> str:
     """``1.2 GiB`` or ``350 MiB``."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -62,5 +62,5 @@ def choose_precision(config: CfgNode, device: torch.device) -> Precision:
     lacking = (wanted == "fp16" and device.type != "cuda") or (wanted == "bf16" and device.type == "mps") \
         or (wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported())
     if lacking:
-        return Precision(device, notice=Notice(f"{wanted} training is not to be had on {device.type}; computing in fp32"))
+        return Precision(device, notice=Notice(f"{wanted} training is not supported on {device.type}; computing in fp32"))
     return Precision(device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted])

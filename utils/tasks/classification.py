@@ -15,7 +15,7 @@ from data.transforms.mixup import build_mixup
 from utils.evaluation.classification_metrics import METRICS, counted, detail
 from utils.evaluation.metrics import SumEvaluator
 from utils.evaluation.predictions_file import FILE
-from utils.evaluation.recorder import Recorder, recordable, write_outcomes
+from utils.evaluation.recorder import PredictionRecorder, recordable, write_outcomes
 from utils.inference.evaluation_models import Flipped, Reordered
 from utils.inference.outputs import TopClasses
 from utils.inference.trained_model import Trained
@@ -73,7 +73,7 @@ class _PredictionLog:
     """predictions.npz of a run's last evaluation."""
 
     def __init__(self, loaders: Loaders):
-        self.loaders, self.recorder = loaders, Recorder()
+        self.loaders, self.recorder = loaders, PredictionRecorder()
 
     def __call__(self, outputs: Tensor, batch: Batch) -> None:
         self.recorder(outputs, batch[1])

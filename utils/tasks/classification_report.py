@@ -17,7 +17,7 @@ from utils.evaluation.label_sets import Labels, LabelSet
 from utils.evaluation.metrics import Evaluation
 from utils.evaluation.per_class import PerClass
 from utils.evaluation.predictions_file import MOST_IMAGES
-from utils.evaluation.recorder import Answers, Recorder, recordable, write_outcomes
+from utils.evaluation.recorder import Answers, PredictionRecorder, recordable, write_outcomes
 from utils.evaluation.summary import describe
 from utils.runtime.files import replace_file, require_place
 from utils.tasks.base import Batch, EvaluationReport, Task
@@ -49,8 +49,8 @@ class ClassificationReport(EvaluationReport):
         if self.config.TEST.PREDICTIONS and not recordable(loaders.val):
             raise ConfigError("TEST.PREDICTIONS: not for a stream, whose images have no numbers, nor beyond "
                               f"{MOST_IMAGES:,} images; leave it empty")
-        self.loaders, self.label_set = loaders, self.labels.on(loaders.val.dataset.folder, loaders.classes)
-        self._everything, self._chosen = Recorder(), Recorder(self.label_set.allowed)
+        self.loaders, self.label_set = loaders, self.labels.on(loaders.val.dataset.source, loaders.classes)
+        self._everything, self._chosen = PredictionRecorder(), PredictionRecorder(self.label_set.allowed)
         return list(self.label_set.notices)
 
     def record(self, outputs: Tensor, batch: Batch) -> None:
@@ -90,9 +90,9 @@ class ClassificationReport(EvaluationReport):
 
 
 def _real_line(real: Sequence[Sequence[int]], answers: Answers) -> str:
-    judged = [(label_list, answer) for label_list, answer, target in zip(real, answers.top1.tolist(), answers.target.tolist(), strict=True)
-              if target >= 0]
-    counted = [(label_list, answer) for label_list, answer in judged if label_list]
-    right = sum(answer in label_list for label_list, answer in counted)
-    return (f"top1 {100 * right / max(1, len(counted)):.2f} by ReaL labels ({right} of {len(counted)}; "
-            f"images without a label, left out: {len(judged) - len(counted)})")
+    rows = zip(real, answers.top1.tolist(), answers.target.tolist(), strict=True)
+    evaluated = [(labels, predicted) for labels, predicted, target in rows if target >= 0]
+    labelled = [(labels, predicted) for labels, predicted in evaluated if labels]
+    right = sum(predicted in labels for labels, predicted in labelled)
+    return (f"top1 {100 * right / max(1, len(labelled)):.2f} by ReaL labels ({right} of {len(labelled)}; "
+            f"images without a label, left out: {len(evaluated) - len(labelled)})")

@@ -15,7 +15,8 @@ from data.loading.workers import worker_count
 from data.messages import NOTICE
 from utils.checkpoints.state import TrainState
 from utils.evaluation.setup import open_loaders
-from utils.runtime import distributed, memory
+from utils.runtime import distributed, launcher, memory
+from utils.runtime.memory import format_size
 from utils.runtime.precision import choose_precision
 from utils.runtime.seed import make_deterministic
 from utils.tasks.base import Task
@@ -37,7 +38,7 @@ def local_batch(wanted: int, whose: str, world_size: int) -> int:
     """
     if wanted % world_size:
         near = sorted(divisors(wanted), key=lambda n: abs(n - world_size))[:4]
-        other = "begin anew with --pretrained" if whose == "the checkpoint's" else "state another with --global-batch"
+        other = "start again with --pretrained" if whose == "the checkpoint's" else "state another with --global-batch"
         raise ConfigError(f"{whose} global batch of {wanted} cannot be shared by {world_size} processes; "
                           f"start {', '.join(map(str, sorted(near)))} processes, or {other}")
     return wanted // world_size
@@ -73,16 +74,16 @@ def largest_micro_batch(config: CfgNode, task: Task, local: int, num_classes: in
         DoesNotFit: a micro-batch of one image does not fit.
     """
     sizes = divisors(local)
-    most = int(memory.HEADROOM * memory.limit(device, config.PLAN.MEMORY)) - _of_loading(config, local, device)
-    with memory.allowed(device, config.PLAN.MEMORY):
+    most = int(memory.HEADROOM * memory.available(device, config.PLAN.MEMORY)) - _of_loading(config, local, device)
+    with memory.limited_to(device, config.PLAN.MEMORY):
         found, measured = _try_sizes(Trial(config, task, local, num_classes, device), sizes, most)
     memory.reset_peak(device)  # gives back what the trial had
     found = min(distributed.gather_objects(found))
     if not found:
-        raise DoesNotFit(f"a micro-batch of one image does not fit into {memory.shown(max(0, most))}; add --use-checkpoint, or take a "
+        raise DoesNotFit(f"a micro-batch of one image does not fit into {format_size(max(0, most))}; add --use-checkpoint, or take a "
                          "smaller model or --img-size")
     peak, beyond = measured.get(found), next((n for n in sizes if n > found), None)
-    return found, (f"{memory.shown(peak)} of " if peak else "") + memory.shown(most) + " are taken at the peak" + (
+    return found, (f"{format_size(peak)} of " if peak else "") + format_size(most) + " are taken at the peak" + (
         f", {beyond} images would not fit" if beyond is not None else "")
 
 
@@ -108,9 +109,9 @@ def search(sizes: Sequence[int], fits: Callable[[int], bool], measured: dict[int
     while high - low > 1:
         at = high - 1 if measured is None and high == len(sizes) else (low + high) // 2
         if measured is not None:
-            while at > low + 1 and (low < 0 or sizes[at] > STRETCH * sizes[low] or memory.expected(measured, sizes[at]) > most):
+            while at > low + 1 and (low < 0 or sizes[at] > STRETCH * sizes[low] or memory.extrapolated(measured, sizes[at]) > most):
                 at -= 1
-            if memory.expected(measured, sizes[at]) > most:
+            if memory.extrapolated(measured, sizes[at]) > most:
                 high = at
                 continue
         if fits(sizes[at]):
@@ -123,7 +124,9 @@ def search(sizes: Sequence[int], fits: Callable[[int], bool], measured: dict[int
 def _of_loading(config: CfgNode, local: int, device: torch.device) -> int:
     """Bytes of the batches that DataLoader workers hold ready; a matter of the CPU's memory alone."""
     height, width = image_size(config)
-    return 0 if device.type != "cpu" else worker_count(config) * BATCHES_AHEAD * local * 3 * height * width * 4
+    if device.type != "cpu":
+        return 0
+    return worker_count(config.DATA.NUM_WORKERS, launcher.local_world_size()) * BATCHES_AHEAD * local * 3 * height * width * 4
 
 
 class Trial:
@@ -138,7 +141,7 @@ class Trial:
 
     def peak(self, micro: int) -> int | None:
         """Bytes in use at the peak of training in micro-batches of ``micro`` images; None when memory did not suffice."""
-        return memory.taken(lambda: two_steps(self.state, self.plan, self.config, self.local, micro, self.num_classes), self.plan.device)
+        return memory.peak_of(lambda: two_steps(self.state, self.plan, self.config, self.local, micro, self.num_classes), self.plan.device)
 
 
 def two_steps(state: TrainState, plan: StepPlan, config: CfgNode, local: int, micro: int, num_classes: int) -> None:
@@ -193,7 +196,7 @@ def fit_micro_batch(config: CfgNode, task: Task, start: Start, device: torch.dev
     whose = "the recipe's" if start.content is None else "the checkpoint's"
     wanted = recipe_batch(config, world_size) if start.content is None else start.content["global_batch"]
     local = local_batch(wanted, whose, world_size)
-    distributed.mark("looking for the largest micro-batch")
+    distributed.begin_phase("looking for the largest micro-batch")
     num_classes = config.MODEL.NUM_CLASSES or len((start.content or {}).get("classes", ()))
     if not num_classes:
         num_classes = len(open_loaders(task, config, device, logger, splits=("train",)).classes)

@@ -123,10 +123,10 @@ def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[Batch
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     while state.step < until:
         waited = time.perf_counter()
-        distributed.mark("waiting for data", state.step)
+        distributed.begin_phase("waiting for data", state.step)
         batch = next(batches)
         progress.data_seconds += time.perf_counter() - waited
-        distributed.mark("training", state.step)
+        distributed.begin_phase("training", state.step)
         batch = plan.transform(plan.task.to_device(batch, plan.device), state.step)
         set_lr(state.optimizer, plan.schedule.lr_at(state.step))
         statistics.keep()

@@ -105,7 +105,7 @@ def open_run(config: CfgNode, state: TrainState, plan: StepPlan, loaders: Any, g
 
 def _facts(plan: StepPlan, loaders: Any, description: dict[str, Any]) -> dict[str, Any]:
     """Of this start, for the run's history; nothing that names the machine."""
-    data = {name: dict(images=len(loader.dataset.folder), fingerprint=loader.dataset.folder.fingerprint()[:16])
+    data = {name: dict(images=len(loader.dataset.source), fingerprint=loader.dataset.source.fingerprint()[:16])
             for name, loader in (("train", loaders.train), ("val", loaders.val))}
     metrics = [dict(name=m.name, label=m.label, higher_is_better=m.higher_is_better, digits=m.digits) for m in plan.task.metrics]
     return dict(flags=sys.argv[1:], task=plan.task.name, metrics=metrics, best=plan.task.best.name, versions=description["versions"],

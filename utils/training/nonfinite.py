@@ -96,7 +96,7 @@ class NonFiniteGuard:
                 f"{self._advice(any_loss)}; evidence in {self._evidence}"), progress)
 
     def _describe(self, step: int, norm: float, losses: list[float]) -> dict[str, Any]:
-        source, sampler, plan = self.loader.dataset.folder, self.loader.batch_sampler, self.plan
+        source, sampler, plan = self.loader.dataset.source, self.loader.batch_sampler, self.plan
         keys = [sampler.keys(step, rank) for rank in range(plan.world_size)]
         return dict(
             step=step + 1, epoch=1 + step // sampler.steps_per_epoch, loss_sum_by_rank=[_json_number(loss) for loss in losses],

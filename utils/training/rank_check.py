@@ -20,7 +20,7 @@ def require_agreement(config: CfgNode, loaders: Any) -> None:
     if distributed.world_size() == 1:
         return
     sources = {"training images": loaders.train, "validation images": loaders.val}
-    own = {f"{what} ({len(loader.dataset.folder)})": loader.dataset.folder.fingerprint() for what, loader in sources.items()}
+    own = {f"{what} ({len(loader.dataset.source)})": loader.dataset.source.fingerprint() for what, loader in sources.items()}
     own |= {f"config key {key.name}": str(lookup(config, key.name)) for key in KEYS if key.scope != PROCESS}
     own |= {"class names": "\n".join(loaders.classes), "program": program_digest()}
     own |= {f"version of {name}": version for name, version in versions().items()}

@@ -70,12 +70,12 @@ def accept_changes(start: Start, config: CfgNode, logger: logging.Logger) -> Non
                     "shorter schedule")
     if changes and not config.TRAIN.ACCEPT_CHANGES:
         raise ConfigError(f"the recipe is not that of {start.path}: {'; '.join(changes.values())}; go on with it by --accept-changes, "
-                          "or begin anew under another --tag")
+                          "or start again under another --tag")
     for line in changes.values():
         logger.log(NOTICE, f"{line} since {start.path} was written")
 
 
-def _check_same_data(start: Start, classes: list[str], steps_per_epoch: int) -> None:
+def check_same_data(start: Start, classes: list[str], steps_per_epoch: int) -> None:
     then = start.content["classes"]
     if then != classes:
         raise CheckpointError(f"{start.path}: was trained on {len(then)} classes ({', '.join(then[:3])}, ...), the data has "

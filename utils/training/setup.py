@@ -14,7 +14,7 @@ from data import Loaders
 from data.messages import NOTICE
 from models import load_pretrained
 from utils.checkpoints.folder import CheckpointFolder
-from utils.checkpoints.run_folder import _require_writable, run_folder
+from utils.checkpoints.run_folder import require_writable, run_folder
 from utils.checkpoints.state import TrainState
 from utils.evaluation.setup import open_loaders
 from utils.loggers.console import tell
@@ -31,7 +31,7 @@ from utils.training.batch_size import fit_micro_batch, keep_global_batch, recipe
 from utils.training.engine import StepPlan
 from utils.training.loop import best_line
 from utils.training.rank_check import require_agreement
-from utils.training.resume import Start, _check_same_data, accept_changes, choose_start
+from utils.training.resume import Start, accept_changes, check_same_data, choose_start
 
 
 @dataclass
@@ -59,8 +59,8 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
     optim.check_optimizer(config)
     if distributed.is_main():
         require_tracker(config.TRACKER)
-    _require_writable(folder, dry)
-    distributed.mark("choosing where to start")
+    require_writable(folder, dry)
+    distributed.begin_phase("choosing where to start")
     start = choose_start(config, resume_content, folder, logger)
     if config.PLAN.FIT:
         config = fit_micro_batch(config, task, start, device, world_size, logger)
@@ -73,7 +73,7 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
     make_deterministic(device)
     require_compiler(device, config.COMPILE)
 
-    distributed.mark("indexing the images")
+    distributed.begin_phase("indexing the images")
     loaders = open_loaders(task, config, device, logger)
     sampler = loaders.train.batch_sampler
     global_batch = nominal_global_batch(config, world_size)
@@ -81,12 +81,12 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
     tell(logger, (*optim.apex_notices(config), precision.notice))
     require_agreement(config, loaders)
     if start.content is None:
-        _require_steps(config, len(loaders.train.dataset.folder), world_size)
+        _require_steps(config, len(loaders.train.dataset.source), world_size)
         if global_batch != recipe_batch(config, world_size):
             logger.log(NOTICE, f"the recipe's global batch is {config.TRAIN.GLOBAL_BATCH}, this one {global_batch}; the learning rate "
                         "follows it, results may not; --fit keeps the recipe's")
     else:
-        _check_same_data(start, loaders.classes, steps_per_epoch)
+        check_same_data(start, loaders.classes, steps_per_epoch)
         if start.content["step"] >= total_steps and start.content.get("evaluated", total_steps) >= total_steps:
             if start.kind == "auto-resume" and distributed.is_main() and not dry:
                 CheckpointFolder(folder).relink(start.content)
@@ -94,7 +94,7 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
                         f"{best_line(task, start.content['best'])}; raise --epochs to go on, or choose another --tag for a new run")
             return None
 
-    distributed.mark("building the model")
+    distributed.begin_phase("building the model")
     model = build_initial_model(config, task, len(loaders.classes))
     if start.kind == "pretrained":
         logger.info(load_pretrained(model, start.path, config).summary(start.path))
@@ -132,8 +132,8 @@ def introduce(ready: Prepared, logger: logging.Logger) -> None:
     part = f" ({trained / 1e6:.2f} M of them trained)" if trained < parameters else ""
     logger.info(f"model {config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters{part}, {len(loaders.classes)} classes, "
                 f"on {ready.device} in {plan.precision.name}, torch {torch.__version__}")
-    val, schedule = len(loaders.val.dataset.folder) or "an unknown number of", plan.schedule
-    logger.info(f"data {config.DATA.DATA_PATH} ({loaders.layout}): {len(loaders.train.dataset.folder)} training and {val} validation "
+    val, schedule = len(loaders.val.dataset.source) or "an unknown number of", plan.schedule
+    logger.info(f"data {config.DATA.DATA_PATH} ({loaders.layout}): {len(loaders.train.dataset.source)} training and {val} validation "
                 f"images, {loaders.train.batch_sampler.steps_per_epoch} steps an epoch, {loaders.train.num_workers} workers; "
                 f"{loaders.train.dataset.pipeline.description()}")
     logger.info(f"global batch {ready.global_batch} = {config.DATA.BATCH_SIZE} images x {config.TRAIN.ACCUMULATION_STEPS} accumulated x "

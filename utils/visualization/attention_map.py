@@ -98,7 +98,7 @@ def chosen(found: Sequence[Attended]) -> list[Attended]:
     return list({(item.stage, item.far): item for item in found}.values())
 
 
-def _tokens(item: Attended) -> str:
+def token_count(item: Attended) -> str:
     return f"{len(item.cells)} token{'' if len(item.cells) == 1 else 's'}"
 
 
@@ -135,7 +135,7 @@ def page(image: Image.Image, shown: Sequence[Attended], stages: int, point: tupl
         if inset is not None:
             heated.paste(*inset)
         _panel(sheet, draw, heated, place, f"stage {item.stage + 1}, {KINDS[item.far]}",
-               f"block {item.block + 1}, {_tokens(item)}, up to {100 * strongest:.1f} %{rest}")
+               f"block {item.block + 1}, {token_count(item)}, up to {100 * strongest:.1f} %{rest}")
     _legend(draw, (_MARGIN + cell_width, sheet.height - _MARGIN - 8))
     return sheet
 

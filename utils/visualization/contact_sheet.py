@@ -8,7 +8,7 @@ import os
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data.errors import UnreadableImage
-from data.layouts.input_paths import GivenImages
+from data.layouts.input_paths import InputImages
 from data.messages import NOTICE
 from utils.inference.outputs import Prediction
 from utils.runtime.files import write_atomically
@@ -29,7 +29,7 @@ class Sheet:
         given: the images; those on the sheet are read once more.
     """
 
-    def __init__(self, path: str, given: GivenImages, logger: logging.Logger):
+    def __init__(self, path: str, given: InputImages, logger: logging.Logger):
         self.path, self.given, self.logger = path, given, logger
         self.tiles: list[Image.Image] = []
         self.pages = 0

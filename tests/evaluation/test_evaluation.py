@@ -23,7 +23,7 @@ from utils.checkpoints.file_format import write_checkpoint
 from utils.evaluation.loop import evaluate
 from utils.evaluation.paired_test import report
 from utils.evaluation.per_class import PerClass
-from utils.evaluation.recorder import Answers, Recorder
+from utils.evaluation.recorder import Answers, PredictionRecorder
 from utils.evaluation.statistics import bootstrap_difference, mcnemar
 from utils.evaluation.summary import describe
 from utils.runtime.precision import Precision
@@ -180,7 +180,7 @@ def test_numbered_folders_are_positions_whatever_their_order_as_text(world: Path
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_split_is_not_taken_for_a_set_of_its_own(split: str, world: Path, program) -> None:
-    """Or the training images would be judged where the data's folder was meant."""
+    """Or the training images would be evaluated where the data's folder was meant."""
     done = program("--eval", "--resume", world / "a.pth", "--data-path", world / "data" / split)
     assert done.returncode == 3 and "looks like one split" in done.stderr
 
@@ -297,7 +297,7 @@ def test_answers_stand_in_the_order_of_the_images() -> None:
     class Loader:
         class batch_sampler:
             low, high = 0, 5
-    recorder = Recorder(np.array([1, 2]))
+    recorder = PredictionRecorder(np.array([1, 2]))
     recorder(torch.tensor([[9.0, 1.0, 0.0], [0.0, 1.0, 2.0], [5.0, 0.0, 4.0]]), torch.tensor([0, 2, -1]))
     recorder(torch.tensor([[0.0, 3.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), torch.tensor([1, 1, -1]))
     answers = recorder.answers(Loader())
@@ -313,8 +313,8 @@ def test_the_answers_of_two_ranks_are_those_of_one(world: Path, monkeypatch: pyt
     model = build_model(config, 12).eval()
     model.load_state_dict(content["ema"])
 
-    def of_rank(rank: int, world_size: int) -> tuple[Recorder, object]:
-        recorder, loader = Recorder(), build_loaders(config, rank, world_size, splits=("val",), classes=content["classes"]).val
+    def of_rank(rank: int, world_size: int) -> tuple[PredictionRecorder, object]:
+        recorder, loader = PredictionRecorder(), build_loaders(config, rank, world_size, splits=("val",), classes=content["classes"]).val
         evaluate(build_task(config), [model], loader, torch.device("cpu"), Precision(torch.device("cpu")),
                  record=lambda outputs, batch: recorder(outputs, batch[1]))
         return recorder, loader

@@ -29,9 +29,9 @@ def epochs(model: nn.Module, average: nn.Module) -> list[int]:
                 logits = model(images)
             logits.float().sum().backward()
         made.append(compile.compiled_graphs())
-        for judged in (model.eval(), average.eval()):
+        for evaluated in (model.eval(), average.eval()):
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-                judged(images)
+                evaluated(images)
             made.append(compile.compiled_graphs())
     return made
 
@@ -75,7 +75,7 @@ def plain_names(cfg: Path) -> set[str]:
 
 
 def test_a_compiled_run_resumes_to_the_same_bits(tiny_cfg: Path, program, quick: None) -> None:
-    """With accumulation, an average of weights and a last batch of evaluation that is not full; then judged, compiled."""
+    """With accumulation, an average of weights and a last batch of evaluation that is not full; then evaluated, compiled."""
     command = ("--cfg", tiny_cfg, "--compile", "blocks", "--batch-size", 4, "--accumulation-steps", 2,
                "--opts", "TRAIN.SAVE_EVERY_STEPS", 4, "TRAIN.KEEP_CHECKPOINTS", 0)
     whole = program(*command)
@@ -92,8 +92,8 @@ def test_a_compiled_run_resumes_to_the_same_bits(tiny_cfg: Path, program, quick:
     resumed = program(*command)
     assert resumed.returncode == 0 and "at step 4\n" in resumed.stdout, resumed.stderr
     assert differences(*[{k: s[k] for k in ("model", "ema", "optimizer")} for s in (straight, load(folder / "last.pth"))]) == []
-    judged = program("--eval", "--resume", folder / "last.pth")
-    assert re.findall(r"^top1 .*", judged.stdout, re.M) == re.findall(r"^top1 .*", whole.stdout, re.M)[-1:]
+    evaluated = program("--eval", "--resume", folder / "last.pth")
+    assert re.findall(r"^top1 .*", evaluated.stdout, re.M) == re.findall(r"^top1 .*", whole.stdout, re.M)[-1:]
 
 
 def test_a_model_that_breaks_the_graph_is_one_sentence(tiny_cfg: Path, program, quick: None, monkeypatch) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from config import ConfigError, get_config
-from data.layouts.input_paths import find_given
+from data.layouts.input_paths import find_input_images
 from models.crossformer import CrossFormer
 from utils.commands import predict
 from utils.inference.trained_model import describe_classes, open_trained
@@ -48,8 +48,8 @@ def rows_of(text: str) -> list[dict[str, str]]:
 
 
 def test_predictions_are_those_of_evaluation_bit_for_bit(program, tiny_run: Path, images: Path, logits) -> None:
-    judged = program("--eval", "--resume", tiny_run)
-    assert judged.returncode == 0, judged.stderr
+    evaluated = program("--eval", "--resume", tiny_run)
+    assert evaluated.returncode == 0, evaluated.stderr
     last = logits[-1][0]  # the averaged weights come last and count
     expected = torch.cat([output for model, output in logits if model == last])
     logits.clear()
@@ -60,7 +60,7 @@ def test_predictions_are_those_of_evaluation_bit_for_bit(program, tiny_run: Path
     rows = rows_of(done.stdout)
     assert [row["path"] for row in rows] == sorted(row["path"] for row in rows) and len(rows) == 19
     right = sum(Path(row["path"]).parent.name == row["class_1"] for row in rows)
-    assert f"({right} of 19)" in judged.stdout.splitlines()[-1]
+    assert f"({right} of 19)" in evaluated.stdout.splitlines()[-1]
     for row, output in zip(rows, expected[:19].softmax(dim=1), strict=True):
         assert [row[f"class_{rank}"] for rank in range(1, 5)] == ["abcd"[i] for i in output.argsort(descending=True)]
         assert float(row["probability_1"]) == pytest.approx(float(output.max()), rel=1e-5)
@@ -109,7 +109,7 @@ def test_lists_relative_to_the_current_folder_and_on_standard_input(program, tin
     shutil.copytree(images / "val/b", here / "b")
     (here / "lists").mkdir()
     (here / "lists/list.txt").write_text("b/0.jpg\nb/1.png\n")
-    assert list(find_given(["lists/list.txt"]).names) == ["b/0.jpg", "b/1.png"]
+    assert list(find_input_images(["lists/list.txt"]).names) == ["b/0.jpg", "b/1.png"]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"b/3.png\r\nb/2.jpg")))
     done = program("--predict", "-", "--resume", tiny_run, "--json", "-")
     assert [json.loads(line)["path"] for line in done.stdout.splitlines()] == ["b/3.png", "b/2.jpg"]

@@ -181,7 +181,7 @@ def test_a_killed_loading_process_is_told_and_nothing_is_lost(tiny_cfg: Path, tm
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[0]), signal.SIGKILL)
     status, out, err = ends([process])[0]
-    assert status == 1 and "a data loading process was killed" in err and "--shm-size" in err and err.count("\n") == 1, err
+    assert status == 1 and "a DataLoader worker was killed" in err and "--shm-size" in err and err.count("\n") == 1, err
     step = int(re.search(r"^saved \S+ckpt_(\d+)\.pth$", out, re.M)[1])
     assert step >= 10 and load(tmp_path / RUN / "last.pth")["step"] == step
 
@@ -212,8 +212,8 @@ def test_when_every_checkpoint_is_damaged_nothing_is_overwritten(straight: Path,
     done = program(*command)
     assert done.returncode == 3 and "--restart" in done.stderr and done.stderr.count("\n") == 1
     assert contents(folder) == before
-    anew = program(*command, "--restart")
-    assert anew.returncode == 0 and "moved to" in anew.stdout and "start: scratch" in anew.stdout
+    again = program(*command, "--restart")
+    assert again.returncode == 0 and "moved to" in again.stdout and "start: scratch" in again.stdout
     assert same(folder, straight) == []
     kept = {path.name: path.read_bytes() for path in (folder / "superseded-1").glob("ckpt_*")}
     assert kept == {name: content for name, content in before.items() if name.startswith("ckpt_")}

@@ -176,7 +176,7 @@ def test_precisions_on_a_cpu(tiny_cfg: Path, program) -> None:
     bf16 = program("--cfg", tiny_cfg, "--tag", "bf16", "--precision", "bf16", "--device", "cpu")
     assert "on cpu in fp32" in disabled.stdout and "on cpu in fp32" in o0.stdout and "on cpu in bf16" in bf16.stdout
     assert "notice: --amp-opt-level" in o0.stdout
-    assert fp16.stdout.count("notice: fp16 training is not to be had on cpu; computing in fp32") == 1
+    assert fp16.stdout.count("notice: fp16 training is not supported on cpu; computing in fp32") == 1
     states = {tag: load(program.folder / f"output/tiny/{tag}/last.pth")["model"] for tag in ("fp32", "off", "fp16", "bf16")}
     assert plain.returncode == 0 and differences(states["fp32"], states["off"]) == differences(states["fp32"], states["fp16"]) == []
     flat = {tag: torch.cat([t.flatten() for t in state.values()]) for tag, state in states.items()}

@@ -1,4 +1,4 @@
-"""RandAugment here against timm on Pillow: the draws, every operation in a worker, every operation on the device."""
+"""RandAugment here against timm on Pillow: the random parameters, every operation in a worker, every operation on the device."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from data.sources.base import Source
 from data.transforms import randaugment as ra
 from data.transforms.build import build_train_transform
 from data.transforms.device_transforms import _OPERATIONS, DeviceAugment, normal_noise
-from data.transforms.params import Recipe
-from data.transforms.pipeline import PillowPipeline, TrainPipeline, eval_pipeline, train_pipeline
+from data.transforms.params import Augmentation
+from data.transforms.pipeline import PillowPipeline, TrainPipeline, build_eval_pipeline, build_train_pipeline
 
 FILL = (124, 116, 104)
 CPU = torch.device("cpu")
 
 
-def recipe(*opts: object) -> Recipe:
-    return Recipe(build_train_transform(get_config(None, ["DATA.IMG_SIZE", "64", *map(str, opts)])))
+def augmentation_of(*opts: object) -> Augmentation:
+    return Augmentation(build_train_transform(get_config(None, ["DATA.IMG_SIZE", "64", *map(str, opts)])))
 
 
 def seed(number: int) -> None:
@@ -64,32 +64,32 @@ GEOMETRY = [
 ]
 
 
-def on_device(pixels: np.ndarray, operation: int, argument: float, kind: Recipe) -> np.ndarray:
+def on_device(pixels: np.ndarray, operation: int, argument: float, augmentation: Augmentation) -> np.ndarray:
     images = torch.from_numpy(pixels).permute(2, 0, 1)[None].repeat(2, 1, 1, 1).float()
-    return _OPERATIONS[operation](images, np.array([argument, argument]), kind)[1].permute(1, 2, 0).numpy()
+    return _OPERATIONS[operation](images, np.array([argument, argument]), augmentation)[1].permute(1, 2, 0).numpy()
 
 
 @pytest.mark.parametrize("operation, arguments, of_timm", TABLE)
 def test_table_operations_are_pillows_bit_for_bit(operation, arguments, of_timm) -> None:
-    kind = recipe()
+    augmentation = augmentation_of()
     for pixels in pictures():
         for argument in arguments:
             expected = np.asarray(of_timm(Image.fromarray(pixels), argument, {}))
             assert np.array_equal(ra.apply(pixels, operation, argument, FILL, "bicubic"), expected), argument
-            assert np.array_equal(on_device(pixels, operation, argument, kind), expected), argument
+            assert np.array_equal(on_device(pixels, operation, argument, augmentation), expected), argument
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("operation, arguments, of_timm", GEOMETRY)
 def test_geometric_operations_are_pillows_within_rounding(operation, arguments, of_timm, mode, monkeypatch) -> None:
     monkeypatch.setattr(ra, "cv2", None)
-    kind = recipe("DATA.INTERPOLATION", mode)
-    assert kind.mode == mode and kind.fill == FILL
+    augmentation = augmentation_of("DATA.INTERPOLATION", mode)
+    assert augmentation.mode == mode and augmentation.fill == FILL
     keywords = dict(fillcolor=FILL, resample=getattr(Image.Resampling, mode.upper()))
     for pixels in pictures():
         for argument in arguments:
             expected = np.asarray(of_timm(Image.fromarray(pixels), argument, keywords)).astype(int)
-            for mine in (ra.apply(pixels, operation, argument, FILL, mode), on_device(pixels, operation, argument, kind)):
+            for mine in (ra.apply(pixels, operation, argument, FILL, mode), on_device(pixels, operation, argument, augmentation)):
                 off = np.abs(mine.astype(int) - expected)
                 assert off.max() <= 1 or (off > 1).mean() < 2e-3, (argument, off.max())  # a pixel on the border may be in or out
                 # Where a sum comes to a whole number, single and double precision may round down to either side of it.
@@ -107,15 +107,15 @@ def test_rotation_by_opencv_is_close() -> None:
     assert np.abs(mine - theirs).mean() < 2 and np.abs(mine - theirs)[16:48, 16:48].max() <= 4
 
 
-def test_no_draw_fails_and_zero_bits_are_black() -> None:
+def test_no_parameters_fail_and_zero_bits_are_black() -> None:
     """timm's own posterize asks Pillow for 0 bits about once in 650 images, which new Pillow refuses."""
-    kind, pixels = recipe(), np.random.RandomState(0).randint(0, 255, (64, 64, 3)).astype(np.uint8)
+    augmentation, pixels = augmentation_of(), np.random.RandomState(0).randint(0, 255, (64, 64, 3)).astype(np.uint8)
     seen = np.zeros(15, int)
     bits = set()
     for number in range(50_000):
         if number % 1000 == 0:
             seed(number)
-        for operation, argument in kind._draw_policy():
+        for operation, argument in augmentation._sample_policy():
             seen[operation] += 1
             if operation == ra.POSTERIZE:
                 bits.add(argument)
@@ -124,7 +124,7 @@ def test_no_draw_fails_and_zero_bits_are_black() -> None:
             if operation != ra.POSTERIZE or argument == 0 or seen[operation] < 40:
                 assert ra.apply(pixels, operation, argument, FILL, "bicubic").shape == pixels.shape
     assert bits >= {0, 1} and not ra.apply(pixels, ra.POSTERIZE, 0, FILL, "bicubic").any()
-    assert not on_device(pixels, ra.POSTERIZE, 0, kind).any()
+    assert not on_device(pixels, ra.POSTERIZE, 0, augmentation).any()
     # two of fifteen operations, each applied with probability 1/2: 3,333 of each are expected, 57 the deviation
     assert abs(seen - 50_000 / 15).max() < 300
 
@@ -133,7 +133,7 @@ def test_no_draw_fails_and_zero_bits_are_black() -> None:
                                   ("AUG.AUTO_AUGMENT", "rand-m9-tweights-inc1", "AUG.VFLIP", 0.5), ("DATA.INTERPOLATION", "bilinear"),
                                   ("AUG.REMODE", "rand", "AUG.REPROB", 1, "AUG.RECOUNT", 3), ("AUG.REMODE", "const", "AUG.REPROB", 1)])
 def test_a_sample_is_the_one_timm_makes_of_the_same_seeds(opts, monkeypatch) -> None:
-    """Not only the same distribution: the same draws, so that the images differ by the resize's rounding alone."""
+    """Not only the same distribution: the same random numbers, so that the images differ by the resize's rounding alone."""
     monkeypatch.setattr(ra, "cv2", None)
     config = get_config(None, ["DATA.IMG_SIZE", "[48, 64]", *map(str, opts)])
     transform = build_train_transform(config)
@@ -148,7 +148,7 @@ def test_a_sample_is_the_one_timm_makes_of_the_same_seeds(opts, monkeypatch) -> 
             image.save(file := io.BytesIO(), "PNG")
             return file.getvalue()
 
-    worker, device = TrainPipeline(Recipe(transform), on_device=False), TrainPipeline(Recipe(transform), on_device=True)
+    worker, device = TrainPipeline(Augmentation(transform), on_device=False), TrainPipeline(Augmentation(transform), on_device=True)
     off, cross = [], []
     for number in range(40):
         seed(number)
@@ -158,7 +158,7 @@ def test_a_sample_is_the_one_timm_makes_of_the_same_seeds(opts, monkeypatch) -> 
         seed(number)
         crop, row = device(OneImage(), 0)
         finished = device.finish(crop[None], row[None])[0]
-        boxes = worker.recipe.columns(row[None].numpy())[2][0].astype(int)
+        boxes = worker.augmentation.unpack(row[None].numpy())[2][0].astype(int)
         plain = torch.ones(48, 64, dtype=torch.bool)  # what is erased is noise of another source on the device
         for top, left, height, width in boxes:
             plain[top:top + height, left:left + width] = False
@@ -170,29 +170,29 @@ def test_a_sample_is_the_one_timm_makes_of_the_same_seeds(opts, monkeypatch) -> 
 
 
 def test_crop_boxes_flips_and_erasing_have_timms_distribution() -> None:
-    """A check by statistics, on draws that share no seed with timm's."""
+    """A check by statistics, on samples that share no seed with timm's."""
     from timm.data.random_erasing import RandomErasing
     from timm.data.transforms import RandomResizedCropAndInterpolation
-    kind, picture = recipe("AUG.REPROB", 0.25), Image.new("RGB", (500, 375))
+    augmentation, picture = augmentation_of("AUG.REPROB", 0.25), Image.new("RGB", (500, 375))
     seed(1)
-    draws = [kind.draw(500, 375) for _ in range(3000)]
+    samples = [augmentation.sample(500, 375) for _ in range(3000)]
     seed(2)
     crops = [RandomResizedCropAndInterpolation.get_params(picture, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)]
     for part in range(4):
-        assert stats.ks_2samp([d.crop[part] for d in draws], [c[part] for c in crops]).pvalue > 1e-3
-    assert abs(np.mean([d.hflip for d in draws]) - 0.5) < 0.04 and not any(d.vflip for d in draws)
-    assert abs(np.mean([bool(d.boxes) for d in draws]) - 0.25) < 0.04
+        assert stats.ks_2samp([s.crop[part] for s in samples], [c[part] for c in crops]).pvalue > 1e-3
+    assert abs(np.mean([d.hflip for d in samples]) - 0.5) < 0.04 and not any(d.vflip for d in samples)
+    assert abs(np.mean([bool(d.boxes) for d in samples]) - 0.25) < 0.04
     erase = RandomErasing(1.0, mode="const", device="cpu")
     areas = [1 - erase(torch.ones(1, 64, 64)).mean().item() for _ in range(1000)]
-    mine = [d.boxes[0][2] * d.boxes[0][3] / 64 ** 2 for d in draws if d.boxes]
+    mine = [d.boxes[0][2] * d.boxes[0][3] / 64 ** 2 for d in samples if d.boxes]
     assert stats.ks_2samp(mine, areas).pvalue > 1e-3
 
 
 def test_magnitudes_have_timms_distribution() -> None:
-    kind = recipe()
+    augmentation = augmentation_of()
     seed(3)
-    mine = [a for _ in range(12_000) for o, a in kind._draw_policy() if o == ra.SHEAR_X]
-    op = next(o for o in kind.policy.ops if o.name == "ShearX")
+    mine = [a for _ in range(12_000) for o, a in augmentation._sample_policy() if o == ra.SHEAR_X]
+    op = next(o for o in augmentation.policy.ops if o.name == "ShearX")
     seen = []
     op.aug_fn = lambda image, factor, **_: seen.append(factor)
     for _ in range(1600):
@@ -200,14 +200,14 @@ def test_magnitudes_have_timms_distribution() -> None:
     assert stats.ks_2samp(mine, seen).pvalue > 1e-3 and 0.2 < np.abs(mine).mean() < 0.3
 
 
-def test_device_samples_do_not_hang_on_their_batch() -> None:
-    kind = recipe("AUG.REPROB", 1.0, "AUG.RECOUNT", 2)
-    augment = DeviceAugment(kind)
+def test_device_samples_do_not_depend_on_their_batch() -> None:
+    augmentation = augmentation_of("AUG.REPROB", 1.0, "AUG.RECOUNT", 2)
+    augment = DeviceAugment(augmentation)
     crops = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (24, 64, 64, 3)).astype(np.uint8))
     rows = []
     for number in range(24):
         seed(number)
-        rows.append(kind.row(kind.draw(90, 80), random.getrandbits(48)))
+        rows.append(augmentation.pack(augmentation.sample(90, 80), random.getrandbits(48)))
     rows = torch.stack(rows)
     whole = augment(crops, rows)
     assert whole.shape == (24, 3, 64, 64) and whole.is_contiguous()
@@ -225,18 +225,18 @@ def test_noise_is_normal_and_differs_by_seed_and_place() -> None:
     assert torch.equal(normal_noise(torch.tensor([7919 + (1 << 30)]), (3, 40, 40))[0], noise[1])
 
 
-def test_what_is_not_covered_is_timms_with_a_notice() -> None:
+def test_what_is_not_supported_is_timms_with_a_notice() -> None:
     for opts in (("AUG.AUTO_AUGMENT", "augmix-m3-w3"), ("AUG.AUTO_AUGMENT", "original"), ("AUG.AUTO_AUGMENT", "3a"),
                  ("AUG.AUTO_AUGMENT", "v0"), ("AUG.AUTO_AUGMENT", "rand-m9-t3aw"), ("DATA.INTERPOLATION", "lanczos"),
                  ("DATA.INTERPOLATION", "random")):
-        pipeline, lines = train_pipeline(get_config(None, list(opts)), CPU)
+        pipeline, lines = build_train_pipeline(get_config(None, list(opts)), CPU)
         assert isinstance(pipeline, PillowPipeline) and [line.level for line in lines] == [NOTICE], opts
-        with pytest.raises(ConfigError, match="DATA.AUGMENT_ON is device, which does not know"):
-            train_pipeline(get_config(None, [*opts, "DATA.AUGMENT_ON", "device"]), CPU)
-    assert isinstance(train_pipeline(get_config(None, []), CPU)[0], TrainPipeline)
-    assert isinstance(train_pipeline(get_config(None, ["DATA.DECODER", "pillow"]), CPU)[0], PillowPipeline)
-    with pytest.raises(ConfigError, match="does not go with"):
-        train_pipeline(get_config(None, ["DATA.DECODER", "pillow", "DATA.AUGMENT_ON", "device"]), CPU)
-    assert train_pipeline(get_config(None, []), torch.device("cuda"))[0].on_device  # auto, on a GPU
-    assert isinstance(eval_pipeline(get_config(None, []), CPU, published=True)[0], PillowPipeline)
-    assert not isinstance(eval_pipeline(get_config(None, ["DATA.DECODER", "fast"]), CPU, published=True)[0], PillowPipeline)
+        with pytest.raises(ConfigError, match="DATA.AUGMENT_ON is device"):
+            build_train_pipeline(get_config(None, [*opts, "DATA.AUGMENT_ON", "device"]), CPU)
+    assert isinstance(build_train_pipeline(get_config(None, []), CPU)[0], TrainPipeline)
+    assert isinstance(build_train_pipeline(get_config(None, ["DATA.DECODER", "pillow"]), CPU)[0], PillowPipeline)
+    with pytest.raises(ConfigError, match="DATA.AUGMENT_ON device .*DATA.DECODER pillow"):
+        build_train_pipeline(get_config(None, ["DATA.DECODER", "pillow", "DATA.AUGMENT_ON", "device"]), CPU)
+    assert build_train_pipeline(get_config(None, []), torch.device("cuda"))[0].on_device  # auto, on a GPU
+    assert isinstance(build_eval_pipeline(get_config(None, []), CPU, published=True)[0], PillowPipeline)
+    assert not isinstance(build_eval_pipeline(get_config(None, ["DATA.DECODER", "fast"]), CPU, published=True)[0], PillowPipeline)

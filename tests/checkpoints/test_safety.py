@@ -1,4 +1,4 @@
-"""Nothing that was saved is lost: stops, second runs in a folder, runs begun anew, weights gone bad, changed recipes."""
+"""Nothing that was saved is lost: stops, second runs in a folder, runs started again, weights gone bad, changed recipes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def wait_for(path: Path, words: str, seconds: float = 60, binary: bool = False) 
 
 @pytest.mark.parametrize(("name", "workers", "group"), [("SIGTERM", 2, True), ("SIGINT", 0, False), ("SIGHUP", 1, True)])
 def test_a_signal_saves_and_stops(tiny_cfg: Path, tmp_path: Path, name: str, workers: int, group: bool) -> None:
-    """To the whole process group as a terminal or a scheduler sends it, loading processes included."""
+    """To the whole process group as a terminal or a scheduler sends it, DataLoader workers included."""
     process = start("--cfg", tiny_cfg, "--num-workers", workers, *ENDLESS, cwd=tmp_path)
     folder = tmp_path / "output/tiny/default"
     wait_for(folder / "log.txt", "epoch 2/4000")
@@ -85,8 +85,8 @@ def test_a_run_begun_anew_is_not_taken_for_the_old_one(tiny_cfg: Path, program) 
     folder = program.folder / "output/tiny/default"
     assert program("--cfg", tiny_cfg, "--epochs", 3).returncode == 0
     old = load(folder / "last.pth")
-    anew = program("--cfg", tiny_cfg, "--epochs", 1, "--seed", 7, "--opts", "TRAIN.AUTO_RESUME", "False")
-    assert anew.returncode == 0 and "what an earlier run left here is moved to" in anew.stdout
+    again = program("--cfg", tiny_cfg, "--epochs", 1, "--seed", 7, "--opts", "TRAIN.AUTO_RESUME", "False")
+    assert again.returncode == 0 and "what an earlier run left here is moved to" in again.stdout
     assert load(folder / "last.pth")["step"] == 5 and [p.name for p in folder.glob("ckpt_*.pth")] == ["ckpt_00000005.pth"]
     kept = load(folder / "superseded-1/ckpt_00000015.pth")
     assert differences(kept["model"], old["model"]) == []
@@ -282,11 +282,11 @@ def test_what_one_command_asked_is_not_in_the_checkpoint_it_left(tiny_cfg: Path,
 def test_a_restart_under_a_launcher_is_obeyed_once(tiny_cfg: Path, program, monkeypatch) -> None:
     folder, command = program.folder / "output/tiny/default", ["--cfg", tiny_cfg, "--epochs", 2]
     assert program(*command).returncode == 0
-    # The job dies before it has begun anew and is started again: what is there is not its own.
+    # The job dies before it has started again and is started again: what is there is not its own.
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    anew = program(*command, "--restart")
-    assert anew.returncode == 0 and "start: scratch" in anew.stdout and len(list(folder.glob("superseded-1/ckpt_*"))) == 2
+    again = program(*command, "--restart")
+    assert again.returncode == 0 and "start: scratch" in again.stdout and len(list(folder.glob("superseded-1/ckpt_*"))) == 2
     again = program(*command, "--restart")  # and once more, now its own
     assert again.returncode == 0 and "finished already" in again.stdout and not (folder / "superseded-2").exists()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -79,7 +80,7 @@ def test_onnx_with_normalisation_inside(program, tiny_run: Path, images: Path, s
     prepared = timm_pixels(dict(prepare, mean=[0, 0, 0], std=[1, 1, 1]), images / "val/c/1.png")
     logits = session.run(None, {"images": np.repeat((255 * prepared).round().to(torch.uint8).numpy(), 3, axis=0)})[0]
     assert torch.allclose(torch.from_numpy(logits).softmax(dim=1)[1], shares, atol=1e-5)
-    assert str(Path(__file__).parent.parent).encode() not in path.read_bytes()  # no path of this machine
+    assert str(ROOT).encode() not in path.read_bytes()  # no path of this machine
 
 
 def test_normalised_takes_pixels() -> None:

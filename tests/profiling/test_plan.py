@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import load, torchrun
+from conftest import ROOT, load, torchrun
 
 from config import ConfigError, get_config
 from utils.commands import plan
@@ -99,12 +99,12 @@ def test_fit_keeps_the_global_batch_and_the_checkpoints_on_resume(tiny_cfg: Path
     assert "fit: 20 images x 1 accumulated x 1 processes = 20, the checkpoint's global batch" in again.stdout
     assert "TRAIN.GLOBAL_BATCH is 8, but" in again.stdout and "has a global batch of 20, which is kept" in again.stdout
     recorded = yaml.safe_load((program.folder / "output/tiny/small/config.yaml").read_text())
-    assert not recorded["PLAN"]["FIT"] and recorded["DATA"]["BATCH_SIZE"] == 20  # as --cfg it asks for no fitting anew
+    assert not recorded["PLAN"]["FIT"] and recorded["DATA"]["BATCH_SIZE"] == 20  # as --cfg it asks for no fitting again
     assert "would not fit" not in again.stdout and "epoch 3/3 step 2/2" in again.stdout
     before = stamps(program.folder)
     finished = program("--cfg", tiny_cfg, "--plan", "--fit", "--tag", "small", "--epochs", 3)
     assert finished.returncode == 0 and "finished already" in finished.stdout and finished.stdout.endswith("\nfits: yes\n")
-    assert stamps(program.folder) == before  # not even a link is made anew
+    assert stamps(program.folder) == before  # not even a link is made again
     path = program.folder / "output/tiny/small/ckpt_00000004.pth"
     planned = program("--plan", "--resume", path, "--restart", "--epochs", 5, "--opts", *QUICK)
     assert planned.returncode == 0 and f"\nsteps: continues {path} after step 4 of 10\n" in planned.stdout, planned
@@ -114,7 +114,7 @@ def test_fit_keeps_the_global_batch_and_the_checkpoints_on_resume(tiny_cfg: Path
 def test_the_recipe_says_its_global_batch_where_it_is_not_kept(tiny_cfg: Path, program) -> None:
     done = program("--cfg", tiny_cfg, "--plan", "--global-batch", 1024, "--opts", *QUICK)
     assert "notice: the recipe's global batch is 1024, this one 8; " in done.stdout and "--fit keeps the recipe's" in done.stdout
-    config = get_config(str(Path(__file__).parent.parent / "configs/crossformer_t.yaml"), ["DATA.BATCH_SIZE", "4"])
+    config = get_config(str(ROOT / "configs/crossformer_t.yaml"), ["DATA.BATCH_SIZE", "4"])
     assert recipe_batch(config, 1) == 1024 == recipe_batch(config, 8)
 
 
@@ -143,13 +143,13 @@ def test_measured_memory_is_that_of_the_work() -> None:
         torch.ones(mib << 18)
 
     keep_freed_memory()  # as main.py does: what an earlier piece of work left must not count for the next
-    large, small, again = (memory.taken(lambda mib=mib: work(mib), torch.device("cpu")) for mib in (256, 64, 256))
+    large, small, again = (memory.peak_of(lambda mib=mib: work(mib), torch.device("cpu")) for mib in (256, 64, 256))
     assert abs(large - small - (192 << 20)) < 20 << 20 and abs(again - large) < 20 << 20
-    assert memory.limit(torch.device("cpu"), 123) == 123 and memory.limit(torch.device("cpu"), 0) > 100 << 20
+    assert memory.available(torch.device("cpu"), 123) == 123 and memory.available(torch.device("cpu"), 0) > 100 << 20
 
 
 def test_a_real_fit_stays_within_its_memory(tiny_cfg: Path, program) -> None:
-    here = memory.taken(lambda: None, torch.device("cpu"))
+    here = memory.peak_of(lambda: None, torch.device("cpu"))
     done = program("--cfg", tiny_cfg, "--plan", "--fit", "--global-batch", 64, "--opts", "PLAN.MEMORY", here + (600 << 20), *QUICK)
     assert done.returncode == 0 and done.stdout.endswith("\nfits: yes\n"), done
     assert re.search(r"^fit: \d+ images x \d+ accumulated x 1 processes = 64, .* are taken at the peak", done.stdout, re.M), done

@@ -39,8 +39,8 @@ def test_an_average_elsewhere_comes_to_be_judged_and_goes_back() -> None:
     """As that of a model on a GPU, kept by the CPU; without a GPU both places are one."""
     model = nn.Linear(2, 2)
     average = WeightAverage(model, 0.5, device="cpu")
-    with average.on(torch.device("cpu")) as judged:
-        assert judged is average.module
+    with average.on(torch.device("cpu")) as evaluated:
+        assert evaluated is average.module
     start = model.weight.detach().clone()
     with torch.no_grad():
         model.weight += 1
@@ -48,8 +48,8 @@ def test_an_average_elsewhere_comes_to_be_judged_and_goes_back() -> None:
     assert torch.allclose(average.module.weight, start + 0.5)
     if torch.cuda.is_available():
         far = WeightAverage(model.cuda(), 0.5, device="cpu")
-        with far.on(torch.device("cuda", 0)) as judged:
-            assert judged.weight.is_cuda
+        with far.on(torch.device("cuda", 0)) as evaluated:
+            assert evaluated.weight.is_cuda
         before = far.module.weight.clone()
         with torch.no_grad():
             model.weight += 1
