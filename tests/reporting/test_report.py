@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -212,6 +215,7 @@ def test_report_of_a_run(finished: Path) -> None:
                   "expected calibration error", "Most confident mistakes", "TRAIN.TENSORBOARD_HISTOGRAMS", "command line", "torch",
                   "git commit", "skipped steps", "finished"):
         assert words in page.text, words
+    assert all(words in page.text for words in ("recall (%)", "precision (%)", "mostly confused with"))
     assert [tag for tag, _ in page.tags].count("svg") == 8  # six charts, the matrix, the reliability
 
 
@@ -297,6 +301,27 @@ def test_hostile_names_do_no_harm(finished: Path, tmp_path: Path, capsys) -> Non
         page = Page(tmp_path / "page.html")
         assert page.harmless() and "<script>alert(1)" in page.text and "\x1b" not in (tmp_path / "page.html").read_text()
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_the_pages_own_script_may_run_and_no_other(finished: Path) -> None:
+    script = re.search(r"<script>(.*?)</script>", (finished / RUN / "report.html").read_text(), re.S)[1]
+    policy = next(attrs["content"] for _, attrs in Page(finished / RUN / "report.html").tags if "http-equiv" in attrs)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def test_runs_of_different_tasks_beside_each_other(finished: Path, tmp_path: Path) -> None:
+    from utils.reporting.write import write_plots, write_report
+    other, evil = tmp_path / "other", "../<u>$x"
+    other.mkdir()
+    start = dict(event="start", step=0, task="regression", best=evil, metrics=[dict(name=evil, label=evil, higher_is_better=False)])
+    (other / "history.jsonl").write_text(json.dumps(start) + "\n")
+    (other / "metrics.jsonl").write_text("".join(json.dumps({"step": 5 * i, "epoch": i, evil: 1 / i}) + "\n" for i in (1, 2, 3)))
+    runs = [read_run(str(folder)) for folder in (finished / RUN, other)]
+    page = Page(Path(write_report(runs, str(tmp_path / "page.html"))))
+    assert page.harmless() and "0.3333" in page.text and "best top-1" in page.text and f"best {evil}" in page.text
+    assert "u" not in [tag for tag, _ in page.tags]
+    assert "accuracy.png" in write_plots(runs, str(tmp_path)) and (tmp_path / "comparison-plots/val__u_x.png").exists()
 
 
 @pytest.mark.parametrize(("kept", "words"), [

@@ -79,7 +79,7 @@ def test_it_is_evaluated_predicted_planned_and_reported(trained: Path, tiny_cfg:
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "fits: yes", done.stderr
     done = run(trained, tiny_cfg, "--report", RUN)
     page = (trained / RUN / "report.html").read_text()
-    assert done.returncode == 0 and f"{best['error']:.4f}" in page and "error on validation" in page.lower() and "top-1" not in page
+    assert done.returncode == 0 and f"{best['error']:.4f}" in page and "Validation error" in page and "top-1" not in page
     assert "predictions.npz" not in page and (trained / RUN / "plots/val_error.png").exists()
     done = run(trained, tiny_cfg, "--diff", f"{RUN}/best.pth", f"{RUN}/last.pth")
     assert done.returncode == 0 and f"best error {best['error']:.4f}" in " ".join(done.stdout.split())

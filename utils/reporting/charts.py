@@ -106,7 +106,7 @@ def _of_metric(metric: ReportedMetric) -> tuple[str, str, str, Callable[[Run], S
     y_label = f"{metric.label} ({metric.unit.strip()})" if metric.unit else metric.label
     if metric.name == "top1":
         return "accuracy", "Accuracy on validation", y_label, series
-    return re.sub(r"\W+", "_", f"val_{metric.name}"), f"{metric.label} on validation".capitalize(), y_label, series
+    return re.sub(r"\W+", "_", f"val_{metric.name}"), f"Validation {metric.label}", y_label, series
 
 
 _CHARTS = [
