@@ -59,6 +59,11 @@ class Loaders:
         self.train.batch_sampler.start = start
         return iter(self.train)
 
+    def fingerprints(self) -> dict[str, str]:
+        """Digest of the names and labels of each split: another list of images has another one, wherever they lie."""
+        loaders = dict(train=self.train, val=self.val)
+        return {split: loader.dataset.source.fingerprint() for split, loader in loaders.items() if loader is not None}
+
     def report_unreadable(self, report: Callable[[str], None]) -> None:
         """Call ``report`` with a message for each image that turns out to be unreadable."""
         for loader in (self.train, self.val):

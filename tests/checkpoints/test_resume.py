@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, differences, environment, load, run_main, torchrun
+from conftest import ROOT, differences, environment, load, run_main, torchrun, write_images
 
 STATE = ("model", "ema", "optimizer", "step", "best", "loss_sums")
 TIMES = ("images_per_s", "seconds")
@@ -65,7 +66,7 @@ def test_metrics_after_the_checkpoint_are_cut_off(straight: Path, tmp_path: Path
 
 
 def test_damaged_newest_checkpoint_is_passed_over(straight: Path, tiny_cfg: Path, program) -> None:
-    import shutil
+
     folder = program.folder / "output/tiny/default"
     shutil.copytree(straight, folder, symlinks=True)
     steps = sorted(int(p.stem[5:]) for p in folder.glob("ckpt_*.pth"))
@@ -97,12 +98,52 @@ def test_another_number_of_processes_keeps_the_global_batch(tiny_cfg: Path, prog
 
 
 def test_finished_run_says_so_and_changes_nothing(straight: Path, tiny_cfg: Path, program) -> None:
-    import shutil
+
     folder = program.folder / "output/tiny/default"
     shutil.copytree(straight, folder, symlinks=True)
     done = program("--cfg", tiny_cfg, "--epochs", 6)
     assert done.returncode == 0 and "finished already" in done.stdout and "epoch 6/6" not in done.stdout
     assert rows(folder) == rows(straight)
+
+
+OTHER_RECIPES = {
+    "rate": ("--lr", "1e-2"), "optimizer": ("--optim", "sgd"), "size": ("--img-size", "64"), "weights": ("--pretrained", "/no/such.pth"),
+    "images": ("--data-path", "other")}
+
+
+@pytest.mark.parametrize("change", OTHER_RECIPES)
+def test_a_finished_run_is_not_the_result_of_another_recipe(straight: Path, tiny_cfg: Path, program, change: str) -> None:
+    """A sweep that forgot --tag would report one result again and again. Its own command is answered as before; what is advised works."""
+    folder = program.folder / "output/tiny/default"
+    shutil.copytree(straight, folder, symlinks=True)
+    write_images(program.folder / "other", "train", dict(a=12, b=10, c=11, d=11))  # as many images, and the classes' names
+    write_images(program.folder / "other", "val", dict(a=5, b=5, c=5, d=4))
+    command = ("--cfg", tiny_cfg, "--epochs", 6, *OTHER_RECIPES[change])
+    refused = program(*command)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused
+    assert "--tag" in refused.stderr and "--restart" in refused.stderr and "finished already" not in refused.stdout
+    assert rows(folder) == rows(straight)
+    if change == "images":
+        short = ("--epochs", 1, "--opts", "TRAIN.WARMUP_EPOCHS", 0)
+        named = re.search(r"--pretrained (\S+)", refused.stderr)[1]
+        assert program(*command, *short, "--tag", "fresh", "--pretrained", named).returncode == 0
+        assert program(*command, "--accept-changes").returncode == 0
+        again = program(*command, *short, "--restart")
+        assert again.returncode == 0 and (folder / "superseded-1").is_dir()
+
+
+def test_images_changed_under_a_run_are_told(straight: Path, tiny_cfg: Path, images: Path, program) -> None:
+    """Two class folders swapped: as many steps, the same names."""
+    shutil.copytree(straight, program.folder / "output/tiny/default", symlinks=True)
+    shutil.copytree(images, "moved")
+    moved = ("--cfg", tiny_cfg, "--epochs", 7, "--data-path", "moved")
+    assert program(*moved).returncode == 0  # the same images at another place
+    for split in ("train", "val"):
+        Path("moved", split, "d", "2.jpg").rename(Path("moved", split, "d", "9.jpg"))
+    more = ("--cfg", tiny_cfg, "--epochs", 8, "--data-path", "moved")
+    refused = program(*more)
+    assert refused.returncode == 2 and "training images" in refused.stderr and "validation images" in refused.stderr
+    assert program(*more, "--accept-changes").returncode == 0
 
 
 def test_only_the_newest_and_the_best_are_kept(straight: Path) -> None:

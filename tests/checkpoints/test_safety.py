@@ -120,7 +120,9 @@ def test_another_optimizer_is_refused_and_new_numbers_hold(tiny_cfg: Path, progr
     assert program("--cfg", tiny_cfg, "--epochs", 1).returncode == 0
     for name in ("sgd", "lion", "lamb"):
         done = program("--cfg", tiny_cfg, "--epochs", 2, "--optim", name)
-        assert done.returncode == 3 and "AdamW" in done.stderr and "--pretrained" in done.stderr and done.stderr.count("\n") == 1
+        assert done.returncode == 2 and "TRAIN.OPTIMIZER.NAME" in done.stderr and "--tag" in done.stderr
+        done = program("--cfg", tiny_cfg, "--epochs", 2, "--optim", name, "--accept-changes")
+        assert done.returncode == 3 and "AdamW" in done.stderr and "--tag" in done.stderr and done.stderr.count("\n") == 1
     asked = program("--cfg", tiny_cfg, "--epochs", 2, "--weight-decay", 0.3, "--seed", 4)
     assert asked.returncode == 2 and asked.stderr.count("\n") == 1 and "--accept-changes" in asked.stderr
     assert "SEED changed from 0 to 4; TRAIN.WEIGHT_DECAY changed from 0.05 to 0.3; go on" in asked.stderr

@@ -68,10 +68,14 @@ def is_own(content: Any) -> bool:
     return isinstance(content, dict) and isinstance(content.get(FORMAT_KEY), int)
 
 
-def describe(config_text: str, classes: list[str], preprocessing: dict[str, Any], data_path: str, global_batch: int,
-             steps_per_epoch: int) -> dict[str, Any]:
-    """What a checkpoint says beside the state: enough to evaluate or continue it with no other file."""
+def describe(config_text: str, classes: list[str], preprocessing: dict[str, Any], data_path: str, fingerprints: dict[str, str],
+             global_batch: int, steps_per_epoch: int) -> dict[str, Any]:
+    """What a checkpoint says beside the state: enough to evaluate or continue it with no other file.
+
+    Args:
+        fingerprints: of each split's list of images.
+    """
     return {FORMAT_KEY: FORMAT, "config": config_text, "classes": list(classes), "preprocessing": preprocessing,
             "data_path": data_path if "://" in data_path else os.path.abspath(os.path.expanduser(data_path)),
-            "global_batch": global_batch, "steps_per_epoch": steps_per_epoch,
+            "fingerprints": fingerprints, "global_batch": global_batch, "steps_per_epoch": steps_per_epoch,
             "versions": versions(), "git_commit": git_commit()}

@@ -80,7 +80,7 @@ class TrainState:
             self.optimizer.load_state_dict(content["optimizer"])
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: its optimizer state does not fit {wanted} ({error}); keep the optimizer and the "
-                                  f"parameter groups of the run, or start from scratch with --pretrained {path}") from None
+                                  f"parameter groups of the run, or start a new run with another --tag and --pretrained {path}") from None
         for group, values in zip(self.optimizer.param_groups, ours, strict=True):
             group.update(values)  # the config's weight decay and betas hold, not the file's
         self.model.load_state_dict(content["model"])

@@ -11,13 +11,10 @@ import shlex
 from collections.abc import Sequence
 
 from config import KEY, MODEL_TYPES
-from utils.cli.flags import all_flags
+from utils.cli.flags import FILE_ARGUMENTS, all_flags
 from utils.cli.suggestions import primary
 
 SHELLS = ("bash", "zsh", "fish")
-
-_FILES = ("FILE", "PATH", "FOLDER", "IMAGE", "RUN")  # arguments that are files; they are called so in the help
-
 
 def completion_text(parser: argparse.ArgumentParser, shell: str) -> str:
     """The script for one of ``SHELLS``."""
@@ -36,7 +33,7 @@ def _flags(parser: argparse.ArgumentParser) -> list[tuple[str, str, str]]:
         elif name in ("--cfg", "--opts"):
             kind = "yaml" if name == "--cfg" else "keys"
         else:
-            kind = "files" if action.metavar in _FILES else "text"
+            kind = "files" if action.metavar in FILE_ARGUMENTS else "text"
         found.append((name, kind, " ".join((action.help or "").split())))
     return found
 

@@ -45,6 +45,8 @@ GROUPS: dict[str, list[Flag]] = {
     ],
 }
 
+FILE_ARGUMENTS = ("FILE", "PATH", "FOLDER", "IMAGE", "RUN")  # arguments that are files; they are called so in the help
+
 # Flags of the Swin and CrossFormer trainers that mean something else here. Their help, behind the flag, is one line of advice.
 OLD_FLAGS = (
     Flag("--amp-opt-level", "AMP_OPT_LEVEL", "is apex's; --precision fp32, bf16 or fp16 says the same", metavar="LEVEL"),

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from config import COMMANDS, KEY, KEYS, ConfigError, Flag, converted, describe_keys
 from data.messages import Notice
 from utils.cli.completion import SHELLS
-from utils.cli.flags import GROUPS, OLD_FLAGS, PRINT_FLAGS, all_flags
+from utils.cli.flags import FILE_ARGUMENTS, GROUPS, OLD_FLAGS, PRINT_FLAGS, all_flags
 from utils.cli.suggestions import primary, require_pairs, unknown
 
 
@@ -73,10 +73,10 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
     given = vars(args)
     opts, advice = list(given.get("opts", [])), []
     require_pairs(opts)
-    commands = {command.flag.name for command in COMMANDS}
     for flag in all_flags():
         if (value := given.get(_destination(flag))) is not None:
-            if value == "" and flag.name in commands:  # it would train instead
+            # An unset shell variable: something else would be done without a word, such as training from scratch.
+            if metavar(flag) in FILE_ARGUMENTS and "" in (value if flag.several else [value]):
                 raise ConfigError(f"{flag.name} was given an empty value; give {metavar(flag)}, or leave {flag.name} out")
             converted(flag.key, value, flag.name)  # a mistake is told under the name that was typed
             opts += [flag.key, value]

@@ -203,7 +203,7 @@ def _try_save(ready: Prepared, per_epoch: int, logger: logging.Logger) -> Save:
 
 def _save_and_load(ready: Prepared, per_epoch: int) -> tuple[Save, str]:
     config, state = ready.config, ready.state
-    described = describe(config.dump(), ready.loaders.classes, preprocessing(config), config.DATA.DATA_PATH, ready.global_batch,
+    described = describe(config.dump(), ready.loaders.classes, preprocessing(config), config.DATA.DATA_PATH, {}, ready.global_batch,
                                     per_epoch)
     with tempfile.TemporaryDirectory(prefix="plan-", dir=os.path.expanduser(config.PLAN.SCRATCH) or None) as scratch:
         path, times = os.path.join(scratch, "ckpt_00000000.pth"), [time.perf_counter()]

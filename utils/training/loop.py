@@ -85,8 +85,8 @@ def open_run(config: CfgNode, state: TrainState, plan: StepPlan, loaders: Any, g
         saved: the folder holds a checkpoint of just this state.
     """
     sampler = loaders.train.batch_sampler
-    description = describe(config.dump(), loaders.classes, preprocessing(config), config.DATA.DATA_PATH, global_batch,
-                           sampler.steps_per_epoch)
+    description = describe(config.dump(), loaders.classes, preprocessing(config), config.DATA.DATA_PATH, loaders.fingerprints(),
+                           global_batch, sampler.steps_per_epoch)
     saver = Saver(files, config.TRAIN.BACKGROUND_SAVE, state.best, logger)
     records = Records(config, files.folder, state.step, state.evaluated, [metric.name for metric in plan.task.metrics],
                       _facts(plan, loaders, description), logger) if distributed.is_main() else None
@@ -105,8 +105,8 @@ def open_run(config: CfgNode, state: TrainState, plan: StepPlan, loaders: Any, g
 
 def _facts(plan: StepPlan, loaders: Any, description: dict[str, Any]) -> dict[str, Any]:
     """Of this start, for the run's history; nothing that names the machine."""
-    data = {name: dict(images=len(loader.dataset.source), fingerprint=loader.dataset.source.fingerprint()[:16])
-            for name, loader in (("train", loaders.train), ("val", loaders.val))}
+    data = {split: dict(images=len(getattr(loaders, split).dataset.source), fingerprint=fingerprint[:16])
+            for split, fingerprint in description["fingerprints"].items()}
     metrics = [dict(name=m.name, label=m.label, higher_is_better=m.higher_is_better, digits=m.digits) for m in plan.task.metrics]
     return dict(flags=sys.argv[1:], task=plan.task.name, metrics=metrics, best=plan.task.best.name, versions=description["versions"],
                 git_commit=description["git_commit"], device=device_name(plan.device), precision=plan.precision.name,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from yacs.config import CfgNode
 
 from config import KEYS, RECIPE, ConfigError, config_from_text, lookup
+from data import Loaders
 from data.messages import NOTICE
 from models.safe_load import CheckpointError
 from utils.checkpoints.file_format import require_own
@@ -65,22 +67,47 @@ def accept_changes(start: Start, config: CfgNode, logger: logging.Logger) -> Non
         return
     pairs = [(key.name, lookup(old, key.name), lookup(config, key.name)) for key in KEYS if key.scope == RECIPE]
     changes = {key: f"{key} changed from {before} to {now}" for key, before, now in pairs if before != now}
+    asked, before = config.MODEL.PRETRAINED, old.MODEL.PRETRAINED
+    if start.kind == "auto-resume" and asked not in ("", before):
+        changes["MODEL.PRETRAINED"] = f"MODEL.PRETRAINED changed from {before or 'none'} to {asked}"
     if (epochs := changes.pop("TRAIN.EPOCHS", None)) is not None:
         logger.log(NOTICE, f"{epochs} since {start.path} was written; from its step on the learning rate follows the longer or "
-                    "shorter schedule")
+                           "shorter schedule")
+    _accept(start, "the recipe", changes.values(), config, logger)
+
+
+def check_same_data(start: Start, config: CfgNode, loaders: Loaders, logger: logging.Logger) -> None:
+    """Compare the images with those that the checkpoint was trained on.
+
+    Raises:
+        ConfigError: the classes or the number of steps of an epoch differ, or other images do and TRAIN.ACCEPT_CHANGES is not set.
+    """
+    then, now, steps = start.content["classes"], loaders.classes, loaders.train.batch_sampler.steps_per_epoch
+    if then != now:
+        raise ConfigError(f"{start.path}: was trained on {len(then)} classes ({', '.join(then[:3])}, ...), the data has {len(now)} "
+                          f"({', '.join(now[:3])}, ...); {_new_run(start)}")
+    if start.content["steps_per_epoch"] != steps:
+        raise ConfigError(f"{start.path}: its epochs had {start.content['steps_per_epoch']} steps, with this data they have {steps}, so "
+                          f"the training images are others; {_new_run(start)}")
+    known, found = start.content.get("fingerprints", {}), loaders.fingerprints()  # older files have none
+    names = dict(train="training", val="validation")
+    changed = [f"the {names[split]} images are others" for split in found if known.get(split, found[split]) != found[split]]
+    _accept(start, "the data", changed, config, logger)
+
+
+def _accept(start: Start, what: str, changes: Iterable[str], config: CfgNode, logger: logging.Logger) -> None:
+    """Tell ``changes`` where TRAIN.ACCEPT_CHANGES means them; raise ``ConfigError`` for them elsewhere."""
+    changes = list(changes)
     if changes and not config.TRAIN.ACCEPT_CHANGES:
-        raise ConfigError(f"the recipe is not that of {start.path}: {'; '.join(changes.values())}; go on with it by --accept-changes, "
-                          "or start again under another --tag")
-    for line in changes.values():
+        raise ConfigError(f"{what} is not that of {start.path}: {'; '.join(changes)}; go on all the same with --accept-changes, or "
+                          f"{_new_run(start)}")
+    for line in changes:
         logger.log(NOTICE, f"{line} since {start.path} was written")
 
 
-def check_same_data(start: Start, classes: list[str], steps_per_epoch: int) -> None:
-    then = start.content["classes"]
-    if then != classes:
-        raise CheckpointError(f"{start.path}: was trained on {len(then)} classes ({', '.join(then[:3])}, ...), the data has "
-                              f"{len(classes)} ({', '.join(classes[:3])}, ...); to fine-tune on other classes, "
-                              f"use --pretrained {start.path}")
-    if start.content["steps_per_epoch"] != steps_per_epoch:
-        raise CheckpointError(f"{start.path}: its epochs had {start.content['steps_per_epoch']} steps, with this data they have "
-                              f"{steps_per_epoch}; the training images are others, use --pretrained {start.path} to start from it")
+def _new_run(start: Start) -> str:
+    """How to have a run of its own instead of continuing ``start``; the run's folder would be continued again by the same --tag."""
+    if start.kind == "auto-resume":
+        return (f"start a new run with another --tag (and --pretrained {start.path} to begin with its weights), or start again in this "
+                "folder with --restart")
+    return f"start a new run from its weights with --pretrained {start.path} in place of --resume"

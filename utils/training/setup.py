@@ -86,7 +86,8 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
             logger.log(NOTICE, f"the recipe's global batch is {config.TRAIN.GLOBAL_BATCH}, this one {global_batch}; the learning rate "
                         "follows it, results may not; --fit keeps the recipe's")
     else:
-        check_same_data(start, loaders.classes, steps_per_epoch)
+        check_same_data(start, config, loaders, logger)
+        accept_changes(start, config, logger)
         if start.content["step"] >= total_steps and start.content.get("evaluated", total_steps) >= total_steps:
             if start.kind == "auto-resume" and distributed.is_main() and not dry:
                 CheckpointFolder(folder).relink(start.content)
@@ -108,7 +109,6 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
                            steps_per_epoch=steps_per_epoch, rank=rank, world_size=world_size)
     if start.content is not None:
         state.load_state_dict(start.content, start.path)
-        accept_changes(start, config, logger)
     compile_model(model, config.COMPILE)
     if state.ema is not None:
         compile_model(state.ema.module, config.COMPILE, like=model)
