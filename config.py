@@ -674,6 +674,9 @@ KEYS: tuple[Key, ...] = (
 
     Key("TEST.CROP", True, _bool, "resize to 256/224 of the size (or as the timm model was) and crop the centre; False squashes"),
     Key("TEST.BATCH_SIZE", 0, _int, "images per process in evaluation; 0 is DATA.BATCH_SIZE", NOT_NEGATIVE, scope=RUN),
+    Key("TEST.WEIGHTS", "auto", _str,
+        "weights of a checkpoint that are evaluated, predicted with or exported: ema, the average; auto, the average where there is one",
+        choices=("auto", "raw", "ema"), scope=COMMAND),
     Key("TEST.SEQUENTIAL", False, _bool, "accepted from old files; evaluation is always exact"),
     Key("TEST.SHUFFLE", False, _bool, "accepted from old files; has no effect"),
 

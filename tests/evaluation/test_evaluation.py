@@ -348,3 +348,20 @@ def test_names_of_classes_stay_on_their_line() -> None:
     names = ["a\ntop1 99.99", "b\udcff"]
     told = describe(answers, table, names)
     assert all("\n" not in line for line in told) and r"a\ntop1 99.99: 0 of 1 right, mostly confused with b\udcff" in told[-1]
+
+
+def test_either_weights_of_a_run_are_evaluated_predicted_and_exported(world: Path, program) -> None:
+    """Raw ones that know nothing beside averaged ones that do, and a file without an average."""
+    content = load(world / "a.pth")
+    content["model"] = {name: torch.zeros_like(tensor) for name, tensor in content["model"].items()}
+    write_checkpoint(str(program.folder / "both.pth"), content)
+    write_checkpoint(str(program.folder / "one.pth"), dict(content, model=content["ema"], ema={}))
+    right = {weights: last(program("--eval", "--resume", "both.pth", "--weights", weights).stdout) for weights in ("auto", "raw", "ema")}
+    assert right["auto"] == right["ema"] != right["raw"] and right["ema"] == last(program("--eval", "--resume", "one.pth").stdout)
+    image = next((world / "data/val").rglob("*.*"))
+    told = [program("--predict", image, "--resume", "both.pth", "--weights", weights, "--json", "-").stdout for weights in ("ema", "raw")]
+    shares = [json.loads(line)["top"][0]["probability"] for line in told]
+    assert shares[1] == pytest.approx(1 / 12, abs=1e-5) and shares[0] > shares[1]
+    assert program("--export", "raw.pt2", "--resume", "both.pth", "--weights", "raw").returncode == 0
+    refused = program("--eval", "--resume", "one.pth", "--weights", "ema")
+    assert refused.returncode == 2 and "one.pth" in refused.stderr and "--weights" in refused.stderr

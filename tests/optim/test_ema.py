@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -65,3 +68,14 @@ def test_warm_up_forgets_the_beginning() -> None:
     before = average.module.weight.clone()
     average.update(1)
     assert float(average.module.weight - before) == pytest.approx(1 - 2 / 11)
+
+
+@pytest.mark.parametrize(("keys", "warned"), [
+    (["TRAIN.EMA_DECAY", 0.9999], True), (["TRAIN.EMA_DECAY", 0.9999, "TRAIN.EMA_WARMUP", True], False), (["TRAIN.EMA_DECAY", 0], False)])
+def test_an_average_longer_than_the_run_is_told(tiny_cfg: Path, program, keys: list, warned: bool) -> None:
+    done = program("--cfg", tiny_cfg, "--opts", *keys)
+    found = re.search(r"^warning: TRAIN.EMA_DECAY 0.9999 .* 10 steps.*; TRAIN.EMA_DECAY ([\d.]+) fits", done.stdout, re.M)
+    assert done.returncode == 0 and (found is not None) == warned
+    if warned:
+        again = program("--cfg", tiny_cfg, "--tag", "fits", "--opts", "TRAIN.EMA_DECAY", found[1])
+        assert again.returncode == 0 and "TRAIN.EMA_DECAY" not in again.stdout

@@ -18,6 +18,7 @@ GROUPS: dict[str, list[Flag]] = {
     "weights and runs": [
         Flag("--resume", "MODEL.RESUME", "checkpoint to continue, or to evaluate with --eval", metavar="FILE"),
         Flag("--pretrained", "MODEL.PRETRAINED", "weights to start from; the head is replaced when it does not fit", metavar="FILE"),
+        Flag("--weights", "TEST.WEIGHTS"),
         Flag("--restart", "TRAIN.AUTO_RESUME", "start again in a used run folder; its checkpoints are moved aside", "False"),
         Flag("--accept-changes", "TRAIN.ACCEPT_CHANGES", "continue although the recipe differs from the run's", "True"),
         Flag("--output", "OUTPUT", "folder of all runs", metavar="FOLDER"),

@@ -18,7 +18,7 @@ from models import build_model, check_input_size, load_state
 from models.crossformer import CrossFormer
 from models.weights import check_finite, unwrap_state_dict
 from utils.checkpoints.file_format import is_own
-from utils.inference.trained_model import weights_to_evaluate
+from utils.inference.trained_model import chosen_state, weights_to_evaluate
 from utils.runtime import distributed
 from utils.visualization.attention_map import KINDS, attended, chosen, page, token_count
 from utils.visualization.drawing import require_png, save, to_image
@@ -60,7 +60,7 @@ def show_attention(config: CfgNode, content: Any, device: torch.device, logger: 
 
 def _load(config: CfgNode, path: str, content: Any) -> CrossFormer:
     own = is_own(content)
-    state = (content["ema"] or content["model"]) if own else unwrap_state_dict(content, path)
+    state = chosen_state(config, content, path)[0] if own else unwrap_state_dict(content, path)
     classes = content["classes"] if own else state.get("head.bias")
     model = build_model(config, None if classes is None else len(classes))
     check_input_size(model, config)

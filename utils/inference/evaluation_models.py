@@ -16,6 +16,7 @@ from data.sources.classes import imagenet_classes
 from models import check_input_size, load_state
 from models.weights import check_finite, unwrap_state_dict
 from utils.checkpoints.file_format import is_own
+from utils.inference.trained_model import chosen_state
 from utils.runtime.compile import compile_model
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ def evaluation_models(task: Task, config: CfgNode, path: str, content: Any, clas
     own = is_own(content)
     model = task.build_model(config, len(classes))
     check_input_size(model, config)
-    states = [s for s in (content["model"], content["ema"]) if s] if own else [unwrap_state_dict(content, path)]
+    states = [chosen_state(config, content, path)[0]] if own else [unwrap_state_dict(content, path)]
+    if own and config.TEST.WEIGHTS == "auto" and content["ema"]:
+        states.insert(0, content["model"])
     models = [model, *(copy.deepcopy(model) for _ in states[1:])]
     for evaluated, state in zip(models, states, strict=True):
         check_finite(state, path)

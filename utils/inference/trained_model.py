@@ -76,8 +76,8 @@ def open_trained(task: Task, config: CfgNode, content: Any, command: str) -> Tra
         return Trained(model.eval(), "hub", True, None, False, _published_names(config, model.num_classes))
     path, content = weights_to_evaluate(config, content, command)
     if is_own(content):
-        classes, step, averaged = content["classes"], content["step"], bool(content["ema"])
-        state = content["ema"] or content["model"]
+        classes, step = content["classes"], content["step"]
+        state, averaged = chosen_state(config, content, path)
         model = task.build_model(config, len(classes))
     else:
         state, step, averaged = unwrap_state_dict(content, path), None, False
@@ -87,6 +87,18 @@ def open_trained(task: Task, config: CfgNode, content: Any, command: str) -> Tra
     load_state(model, state, config, path)
     check_input_size(model, config)
     return Trained(model.eval(), path, not is_own(content), step, averaged, list(classes))
+
+
+def chosen_state(config: CfgNode, content: dict[str, Any], path: str) -> tuple[dict[str, Tensor], bool]:
+    """(state dict, whether it is the average) of a checkpoint of ours, by TEST.WEIGHTS.
+
+    Raises:
+        ConfigError: the average is asked for, and the run kept none.
+    """
+    if config.TEST.WEIGHTS == "ema" and not content["ema"]:
+        raise ConfigError(f"{path} holds no average of weights (its run had TRAIN.EMA_DECAY 0); leave --weights out")
+    averaged = bool(content["ema"]) and config.TEST.WEIGHTS != "raw"
+    return content["ema" if averaged else "model"], averaged
 
 
 def _published_model(task: Task, config: CfgNode, state: dict[str, Tensor], path: str) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ from utils.training.engine import StepPlan
 from utils.training.loop import best_line
 from utils.training.rank_check import require_agreement
 from utils.training.resume import Start, accept_changes, check_same_data, choose_start
+
+MOST_OF_THE_START = 0.01  # share of the initial weights in an average at the end, without a warning
 
 
 @dataclass
@@ -139,3 +142,13 @@ def introduce(ready: Prepared, logger: logging.Logger) -> None:
     logger.info(f"global batch {ready.global_batch} = {config.DATA.BATCH_SIZE} images x {config.TRAIN.ACCUMULATION_STEPS} accumulated x "
                 f"{plan.world_size} processes; learning rate {config.TRAIN.BASE_LR:g} x {lr_scale(config, ready.global_batch):g} "
                 f"= {schedule.base:g}, from {schedule.warmup:g} over {schedule.warmup_steps} steps, to {schedule.floor:g}")
+    _warn_of_a_long_average(config, loaders.train.batch_sampler.total_steps, logger)
+
+
+def _warn_of_a_long_average(config: CfgNode, steps: int, logger: logging.Logger) -> None:
+    """Say so where the averaged weights, which count as the run's result, would be those of its beginning."""
+    decay = config.TRAIN.EMA_DECAY
+    if decay and not config.TRAIN.EMA_WARMUP and decay ** steps > MOST_OF_THE_START:
+        fitting = math.floor(1e4 * MOST_OF_THE_START ** (1 / steps)) / 1e4
+        logger.warning(f"TRAIN.EMA_DECAY {decay:g} is long for {steps} steps: {100 * decay ** steps:.0f} % of the averaged weights, which "
+                       f"are what is evaluated, will be the initial ones; TRAIN.EMA_DECAY {fitting:g} fits, or TRAIN.EMA_WARMUP True")
