@@ -36,13 +36,56 @@ def _ratio(scale: float) -> Callable[[Tensor], float]:
     return value
 
 
-METRICS = (
+def _per_class(logits: Tensor, targets: Tensor) -> Tensor:
+    """(3, C): of each class the images predicted rightly, its images, and the images predicted as it."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, 0]
+    counts = (targets >= 0).long()
+    targets = targets.clamp(min=0)
+    sums = torch.zeros(3, logits.shape[1], dtype=torch.int64, device=logits.device)
+    sums[0].scatter_add_(0, targets, counts * (best == targets))
+    sums[1].scatter_add_(0, targets, counts)
+    sums[2].scatter_add_(0, best, counts)
+    return sums
+
+
+def _mean_recall(sums: Tensor) -> float:
+    right, images, _ = sums.double()
+    return 100 * float((right / images)[images > 0].mean())
+
+
+def _macro_f1(sums: Tensor) -> float:
+    right, images, predicted = sums.double()
+    return 100 * float((2 * right / (images + predicted))[images > 0].mean())
+
+
+def _kappa(sums: Tensor) -> float:
+    """Cohen's kappa (1960): agreement beyond that of chance; 0 where chance alone agrees always."""
+    right, images, predicted = sums.double()
+    total = images.sum()
+    observed, chance = float(right.sum() / total), float((images * predicted).sum() / total ** 2)
+    return (observed - chance) / (1 - chance) if chance < 1 else 0.0
+
+
+HEADLINE = (
     SumMetric("top1", "top1", sums=_hits(1), value=_ratio(100)),
     SumMetric("top5", "top5", sums=_hits(5), value=_ratio(100)),
     SumMetric("val_loss", "loss", higher_is_better=False, digits=4, sums=_loss, value=_ratio(1)),
 )
+METRICS = (*HEADLINE, SumMetric("mean_recall", "mean recall", sums=_per_class, value=_mean_recall))
+# What TRAIN.BEST_METRIC may name besides.
+OTHERS = (
+    SumMetric("f1", "F1", sums=_per_class, value=_macro_f1),
+    SumMetric("kappa", "kappa", digits=4, sums=_per_class, value=_kappa),
+)
+UNEVEN = 1.5  # images of the largest class over those of the smallest, from where the mean recall is told beside top-1
 
 
 def detail(values: Mapping[str, float], samples: int) -> str:
     """``(313 of 360)``: images answered rightly, of all."""
-    return f"({round(values['top1'] * samples / 100)} of {samples})"
+    return f"({round(values['top1'] * samples / 100) if samples else 0} of {samples})"
+
+
+def uneven(sums: Tensor) -> bool:
+    """Whether the classes of an evaluation, by its ``mean_recall`` sums, have so different numbers of images that top-1 misleads."""
+    images = sums[1][sums[1] > 0]
+    return len(images) > 1 and float(images.max() / images.min()) > UNEVEN

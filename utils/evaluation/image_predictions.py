@@ -13,7 +13,7 @@ from torch import Tensor
 from data import DataError
 from data.errors import UnreadableImage
 from data.loading.sampler import ShardSampler
-from utils.evaluation.classification_metrics import METRICS, detail
+from utils.evaluation.classification_metrics import HEADLINE, detail
 from utils.evaluation.metrics import Evaluation, line
 from utils.evaluation.predictions_file import MOST_IMAGES, PredictionsFile, names_of, thumbnail
 from utils.runtime import distributed
@@ -46,8 +46,8 @@ class ImagePredictions:
         counted = (self.target >= 0) & (True if counted is None else counted)
         number = int(counted.sum())
         sums = dict(top1=self.right[counted].sum(), top5=self.in5[counted].sum(), val_loss=self.loss[counted].astype(np.float64).sum())
-        values = {metric.name: metric.value(torch.tensor([sums[metric.name], number])) for metric in METRICS}
-        return Evaluation(values, number, line(METRICS, values, detail(values, number)))
+        values = {metric.name: metric.value(torch.tensor([sums[metric.name], number])) for metric in HEADLINE}
+        return Evaluation(values, number, line(HEADLINE, values, detail(values, number)))
 
     def on(self, classes: np.ndarray) -> ImagePredictions:
         """The same, with images of other ``classes`` (K,) marked as such that do not count."""

@@ -74,11 +74,13 @@ class SumEvaluator:
     Args:
         count: the samples of a batch that count, from its targets, as an integer on the device.
         detail: what stands behind the metrics in the printed line, from the evaluation's values and samples.
+        shown: whether a metric stands in that line, from the metric and all metrics' sums by name; by default all do.
     """
 
     def __init__(self, metrics: Sequence[SumMetric], device: torch.device, count: Callable[[Any], Tensor],
-                 detail: Callable[[Mapping[str, float], int], str] = lambda values, samples: f"({samples})"):
-        self.metrics, self.device, self.count, self.detail = metrics, device, count, detail
+                 detail: Callable[[Mapping[str, float], int], str] = lambda values, samples: f"({samples})",
+                 shown: Callable[[SumMetric, Mapping[str, Tensor]], bool] = lambda metric, sums: True):
+        self.metrics, self.device, self.count, self.detail, self.shown = metrics, device, count, detail, shown
         self.samples = torch.zeros((), dtype=torch.int64, device=device)
         self.sums: dict[str, Tensor] = {}
 
@@ -95,11 +97,11 @@ class SumEvaluator:
         samples = int(distributed.all_reduce_sum(self.samples))
         # A rank without images has no sums of its own, but takes part in the exchange.
         parts = distributed.gather_objects({name: sums.cpu() for name, sums in self.sums.items()})
-        values = {}
-        for metric in self.metrics:
-            found = [part[metric.name] for part in parts if metric.name in part]
-            values[metric.name] = metric.value(torch.stack(found).sum(dim=0)) if found else math.nan
-        return Evaluation(values, samples, line(self.metrics, values, self.detail(values, samples)))
+        found = {metric.name: [part[metric.name] for part in parts if metric.name in part] for metric in self.metrics}
+        sums = {name: torch.stack(of_ranks).sum(dim=0) for name, of_ranks in found.items() if of_ranks}
+        values = {metric.name: metric.value(sums[metric.name]) if metric.name in sums else math.nan for metric in self.metrics}
+        told = [metric for metric in self.metrics if metric.name in sums and self.shown(metric, sums)]
+        return Evaluation(values, samples, line(told, values, self.detail(values, samples)))
 
 
 def line(metrics: Sequence[Metric], values: Mapping[str, float], detail: str) -> str:

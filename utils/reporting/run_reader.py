@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,9 +97,15 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The row of the best evaluation; the first of several."""
-        metric = self.deciding
-        return (max if metric.higher_is_better else min)(self.evaluated, key=lambda row: row[metric.name], default=None)
+        """The row of the best evaluation, of equals the one that the run's second metric prefers, else the first."""
+        second = next((metric for metric in self.metrics if metric.name == self._told("tie_break", None)), None)
+        deciding = [metric for metric in (self.deciding, second) if metric is not None]
+
+        def rank(row: dict[str, Any]) -> list[float]:
+            return [(1 if metric.higher_is_better else -1) * row[metric.name] if _is_number(row.get(metric.name)) else -math.inf
+                    for metric in deciding]
+
+        return max(self.evaluated, key=rank, default=None)
 
     @property
     def seconds(self) -> float | None:

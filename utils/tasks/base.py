@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -77,14 +77,22 @@ class Task(Protocol):
         name: as the config key TASK has it.
         metrics: what an evaluation gives, in the order in which it is told.
         best: the metric that decides which checkpoint is the best.
+        tie_break: the metric that decides between evaluations that are equal in that.
     """
 
     name: str
     metrics: Sequence[Metric]
     best: Metric
+    tie_break: Metric | None = None
 
     def __init__(self, config: CfgNode):
         """Raises ``ConfigError`` for keys that do not go with this task."""
+
+    def beats(self, values: Mapping[str, float], best: Mapping[str, float]) -> bool:
+        """Whether an evaluation is better than the best one so far, which is empty before the first."""
+        value, than = values[self.best.name], best.get(self.best.name)
+        tied = self.tie_break is not None and value == than and self.tie_break.name in best
+        return self.tie_break.better(values[self.tie_break.name], best[self.tie_break.name]) if tied else self.best.better(value, than)
 
     # What is trained on what
 

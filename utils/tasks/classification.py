@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ from yacs.config import CfgNode
 
 from data import Loaders
 from data.transforms.mixup import build_mixup
-from utils.evaluation.classification_metrics import METRICS, counted, detail
+from utils.evaluation.classification_metrics import METRICS, OTHERS, counted, detail, uneven
 from utils.evaluation.image_predictions import PredictionRecorder, recordable, write_predictions
-from utils.evaluation.metrics import SumEvaluator
+from utils.evaluation.metrics import SumEvaluator, SumMetric
 from utils.evaluation.predictions_file import FILE
 from utils.inference.evaluation_models import Flipped, Reordered
 from utils.inference.outputs import TopClasses
@@ -28,11 +28,13 @@ class Classification(Task):
     mixed and smoothed (B, C) that mixup makes of them. Outputs are logits (B, C), float32."""
 
     name = "classification"
-    metrics = METRICS
-    best = METRICS[0]
 
     def __init__(self, config: CfgNode):
         self.smoothing = config.MODEL.LABEL_SMOOTHING
+        known = {metric.label.replace(" ", "_").lower(): metric for metric in (*METRICS, *OTHERS)}
+        self.best, loss = known[config.TRAIN.BEST_METRIC], known["loss"]
+        self.metrics = METRICS if self.best in METRICS else (*METRICS, self.best)
+        self.tie_break = loss if self.best is not loss else None
 
     def batch_transform(self, config: CfgNode, num_classes: int, rank: int) -> Callable[[Batch, int], Batch]:
         mixup = build_mixup(config, num_classes, rank)
@@ -51,7 +53,10 @@ class Classification(Task):
         return F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=smoothing)
 
     def evaluator(self, device: torch.device) -> SumEvaluator:
-        return SumEvaluator(METRICS, device, counted, detail)
+        return SumEvaluator(self.metrics, device, counted, detail, self._is_shown)
+
+    def _is_shown(self, metric: SumMetric, sums: Mapping[str, Tensor]) -> bool:
+        return metric.name != "mean_recall" or metric is self.best or uneven(sums["mean_recall"])
 
     def prediction_log(self, loaders: Loaders) -> _PredictionLog | None:
         return _PredictionLog(loaders) if recordable(loaders.val) else None

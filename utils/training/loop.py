@@ -108,7 +108,8 @@ def _facts(plan: StepPlan, loaders: Any, description: dict[str, Any]) -> dict[st
     data = {split: dict(images=len(getattr(loaders, split).dataset.source), fingerprint=fingerprint[:16])
             for split, fingerprint in description["fingerprints"].items()}
     metrics = [dict(name=m.name, label=m.label, higher_is_better=m.higher_is_better, digits=m.digits) for m in plan.task.metrics]
-    return dict(flags=sys.argv[1:], task=plan.task.name, metrics=metrics, best=plan.task.best.name, versions=description["versions"],
+    return dict(flags=sys.argv[1:], task=plan.task.name, metrics=metrics, best=plan.task.best.name,
+                tie_break=plan.task.tie_break.name if plan.task.tie_break is not None else None, versions=description["versions"],
                 git_commit=description["git_commit"], device=device_name(plan.device), precision=plan.precision.name,
                 processes=plan.world_size, global_batch=description["global_batch"], steps_per_epoch=description["steps_per_epoch"],
                 data=data)
@@ -257,11 +258,12 @@ def end_epoch(run: Run, epoch: int, progress: Progress) -> None:
     if epoch % config.TRAIN.EVAL_FREQ == 0 or final:
         if due and run.saved_step != state.step:
             save(run, progress, best=False)  # evaluation may take long, and what was trained stands
-        value = evaluate_epoch(run, row, progress, final).values[plan.task.best.name]
+        values, task = evaluate_epoch(run, row, progress, final).values, plan.task
         state.best = distributed.gather_objects(run.saver.best_saved(state.best))[0]
-        best = plan.task.best.better(value, state.best.get(plan.task.best.name))
+        best = task.beats(values, state.best)
         if best:
-            state.best = {plan.task.best.name: value, "epoch": epoch, "step": state.step}
+            decided_by = [metric.name for metric in (task.best, task.tie_break) if metric is not None]
+            state.best = {name: values[name] for name in decided_by} | {"epoch": epoch, "step": state.step}
     if run.records is not None:
         run.records.epoch(row)
         run.records.weights(epoch, state.step, state.model)
