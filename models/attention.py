@@ -118,7 +118,7 @@ class _BiasedSelfAttentionInBf16(torch.autograd.Function):
 
 
 def _softmax_gradient(grad: Tensor, weights: Tensor) -> Tensor:
-    """Of the logits, given that of the weights."""
+    """The gradient of the logits from that of the weights, (B*h, N, N)."""
     if weights.shape[-1] >= FEW_TOKENS:
         return torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
     return torch.ops.aten._softmax_backward_data(grad.float(), weights.float(), -1, torch.float32).to(weights.dtype)

@@ -198,7 +198,7 @@ def _build_family(config: CfgNode, common: dict[str, Any]) -> nn.Module:
     for leaf, accepted in family.ONLY.items():
         if node[leaf] is not None and node[leaf] != accepted:
             raise ConfigError(f"{key}.{leaf} is {node[leaf]}; only {accepted} is supported here, no published model uses another")
-    given = _node_arguments(family, config)
+    from_node = _node_arguments(family, config)
     if name not in family.VARIANTS:
         # A label, as in the repositories' files: the node's numbers make the model.
         missing = [f"{key}.{leaf}" for leaf in family.REQUIRED if node[leaf] is None]
@@ -208,7 +208,7 @@ def _build_family(config: CfgNode, common: dict[str, Any]) -> nn.Module:
                               + (f"; did you mean {near[0]}?" if near else "")
                               + f"; a name of your own needs {', '.join(missing)}")
     try:
-        return family.build(name, dict(family.VARIANTS.get(name, {}), **given, **common), image_size(config))
+        return family.build(name, dict(family.VARIANTS.get(name, {}), **from_node, **common), image_size(config))
     except (ValueError, AssertionError, ZeroDivisionError) as error:
         raise ConfigError(f"MODEL.NAME {name}: {error or 'these sizes make no model'}") from None
 
@@ -216,8 +216,8 @@ def _build_family(config: CfgNode, common: dict[str, Any]) -> nn.Module:
 def _node_arguments(family: ModuleType, config: CfgNode) -> dict[str, Any]:
     """The model's arguments that the family's config node sets."""
     node = config.MODEL[config.MODEL.TYPE.upper()]
-    given = {argument: node[key] for key, argument in family.NODE_KEYS.items() if node[key] is not None}
-    return family.arguments(given) if hasattr(family, "arguments") else given
+    arguments = {argument: node[key] for key, argument in family.NODE_KEYS.items() if node[key] is not None}
+    return family.arguments(arguments) if hasattr(family, "arguments") else arguments
 
 
 def _create_timm(config: CfgNode, common: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:

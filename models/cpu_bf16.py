@@ -36,8 +36,8 @@ class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` whose gradients of weight and bias are right on a CPU in bf16 (``_LayerNormInBf16``). (.., C) -> the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        ours = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if ours and self.elementwise_affine and len(self.normalized_shape) == 1:
+        trains = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if trains and self.elementwise_affine and len(self.normalized_shape) == 1:
             return _LayerNormInBf16.apply(x, self.weight, self.bias, self.eps)
         return super().forward(x)
 
@@ -75,8 +75,8 @@ class _LayerNormInBf16(torch.autograd.Function):
             to_x, _, _ = gradients(grad, x, shape, mean, rstd, weight, bias, [True, False, False])
         if any(ctx.needs_input_grad[1:3]):
             # x minus its mean is exact to what rounding has left of x.
-            apart = (torch.sub(x, mean.to(x.dtype)) * grad).flatten(0, -2)
-            to_weight = (rstd.view(1, -1).to(x.dtype) @ apart)[0].to(weight.dtype)
+            centred = (torch.sub(x, mean.to(x.dtype)) * grad).flatten(0, -2)
+            to_weight = (rstd.view(1, -1).to(x.dtype) @ centred)[0].to(weight.dtype)
             to_bias = None if bias is None else sum_rows(grad.flatten(0, -2)).to(bias.dtype)
         return to_x, to_weight, to_bias, None
 
@@ -90,8 +90,8 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b as ``Linear`` computes it. (.., C), (C', C), (C') -> (.., C')."""
-    ours = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    if ours and x.ndim > 1 and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+    in_bf16 = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if in_bf16 and x.ndim > 1 and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         with torch.autocast("cpu", enabled=False):
             product = _LinearInBf16.apply if torch.is_grad_enabled() else _product
             return product(x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16())
@@ -167,9 +167,9 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs:
 
 
 def onednn_may_fail(weight: Tensor) -> bool:
-    """Whether oneDNN 3.13 may answer a convolution by ``weight`` (C', C, k, k) with numbers that have nothing to do with it.
+    """Whether oneDNN 3.13 may give wrong numbers for a convolution by ``weight`` (C', C, k, k).
 
-    With AMX it does so, or even writes where it must not, for some even C below 32 and k of 4 and more: 12 channels under a
+    With AMX it does, or even writes where it must not, for some even C below 32 and k of 4 and more: 12 channels under a
     kernel of 8 or 4 under one of 16 at any stride, 16 or 24 in patches of 4. No report of it is known; this is what a scan over
     channels, kernels, strides, paddings and sizes found, taken a little wider.
     """

@@ -15,7 +15,7 @@ from models.cpu_bf16 import Linear
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al., ECCV 2016): a residual branch left out whole, sample by sample, in training.
 
-    What is kept is scaled by 1/(1 - rate). The rate lives in a tensor, unlike in timm's: ``torch.compile`` takes a number for
+    Samples that keep it have it scaled by 1/(1 - rate). The rate lives in a tensor, unlike in timm's: ``torch.compile`` takes a number for
     a constant and would compile every block again. It is in no state dict.
     """
 

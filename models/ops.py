@@ -92,7 +92,7 @@ class _Depthwise(torch.autograd.Function):
 
 
 def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """The gradient's own convolution by the kernel turned round; a strided one is the plain one whose other outputs nobody used."""
+    """The gradient convolved with the flipped kernel; for a stride, spread over the plain convolution's outputs with zeros between."""
     if stride > 1:
         spread = torch.zeros_like(x)
         spread[:, :, ::stride, ::stride] = grad

@@ -48,7 +48,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """SRA (section 3.3): all tokens ask, the tokens of the reduced map answer. (B, N, C) -> the same."""
+    """SRA (section 3.3): queries from all tokens, keys and values from the reduced map. (B, N, C) -> the same."""
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int, qkv_bias: bool = True, attn_drop: float = 0.0,
                  proj_drop: float = 0.0):

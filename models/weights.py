@@ -243,7 +243,7 @@ def _pick_classes(state: dict[str, Tensor], own: Mapping[str, Tensor], heads: tu
         report.mapped.append(f"{name} {rows} -> {wanted} rows")
 
 
-def _is_input_weight(own: Tensor, given: Tensor) -> bool:
+def _is_input_weight(own: Tensor, loaded: Tensor) -> bool:
     """A convolution over image channels: same kernels and outputs, only the input channels differ, from 3."""
-    return own.ndim == 4 and given.ndim == 4 and given.shape[1] == 3 and own.shape[0] == given.shape[0] \
-        and own.shape[2:] == given.shape[2:]
+    return own.ndim == 4 and loaded.ndim == 4 and loaded.shape[1] == 3 and own.shape[0] == loaded.shape[0] \
+        and own.shape[2:] == loaded.shape[2:]

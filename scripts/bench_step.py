@@ -240,7 +240,7 @@ def compare_logits(ours: nn.Module, textbook: nn.Module, size: int) -> str:
         fp32 = error(ours.eval()(images))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             ours_bf16, textbook_bf16 = error(ours(images)), error(textbook(images))
-    return (f"logits: fp32 apart by {fp32:.1e} of the largest; in bf16 from the textbook's fp32: ours {ours_bf16:.1e}, "
+    return (f"logits: fp32 differ by {fp32:.1e} of the largest; in bf16 from the textbook's fp32: ours {ours_bf16:.1e}, "
             f"textbook {textbook_bf16:.1e}" + ("" if fp32 < 1e-4 else "  NOT EQUAL"))
 
 

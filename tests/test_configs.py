@@ -51,7 +51,7 @@ def test_config_builds_its_model(name: str) -> None:
 def test_compared_means_that_there_are_reference_outputs() -> None:
     for reference in model_table.COMPARED.values():
         assert (ROOT / "tests/reference" / f"{reference}.npz").exists()
-        assert any(reference in path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+        assert any(reference in path.read_text(encoding="utf-8") for path in (ROOT / "tests/models").glob("test_*.py"))
 
 
 @pytest.mark.parametrize("name", ["crossformer_t", "pvt_v2_b0"])

@@ -106,11 +106,11 @@ def _classes(survey: Survey) -> Iterator[Finding]:
                       f"{many(len(double), 'class')} under several names that differ only in case or blanks", len(double),
                       lambda i: dict(name=double[i][0], detail="also " + ", ".join(map(repr, double[i][1:]))),
                       advice="join them with a file of lines label<TAB>class, given as DATA.CLASS_NAMES")
-    odd = [name for name in names if not name.isprintable() or len(name) > 100]
-    if odd:
+    unusual = [name for name in names if not name.isprintable() or len(name) > 100]
+    if unusual:
         yield Finding("odd-names", NOTE,
-                      f"{many(len(odd), 'class')} with control characters in the name, or more than 100 letters", len(odd),
-                      lambda i: dict(name=odd[i], detail=f"{len(odd[i])} letters"),
+                      f"{many(len(unusual), 'class')} with control characters in the name, or more than 100 letters", len(unusual),
+                      lambda i: dict(name=unusual[i], detail=f"{len(unusual[i])} letters"),
                       advice="this works here; rename those that other programs cannot use")
     present = in_train[in_train > 0]
     if len(present) and present.max() >= 10 * present.min() and len(present) > 1:

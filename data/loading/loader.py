@@ -30,39 +30,39 @@ def _to_tensor(part: Tensor | np.ndarray) -> Tensor:
     return torch.from_numpy(part) if isinstance(part, np.ndarray) else part
 
 
-class _Deaths:
-    """A DataLoader worker that dies is an error where the next batch is waited for, and nowhere else.
+class _WorkerDeaths:
+    """Within it, where the next batch is waited for, a dead DataLoader worker is an error, and nowhere else.
 
     torch raises it wherever the main process happens to be, which may be the middle of an update or of writing a file.
     """
 
     def __init__(self) -> None:
-        self.waiting, self.pending, self.check = False, False, None
+        self.waiting, self.pending, self.torch_handler = False, False, None
 
     def take_over(self) -> None:
-        """Put this before torch's handler, which is set when an iterator is made."""
+        """Replace torch's signal handler, which is set when an iterator is made, by one that calls it only while waiting."""
         if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
             handler = signal.getsignal(signal.SIGCHLD)
-            if callable(handler) and handler != self.noted:
-                self.check = handler
-                signal.signal(signal.SIGCHLD, self.noted)
+            if callable(handler) and handler != self.on_signal:
+                self.torch_handler = handler
+                signal.signal(signal.SIGCHLD, self.on_signal)
 
-    def noted(self, number: int, frame: Any) -> None:
+    def on_signal(self, number: int, frame: Any) -> None:
         if self.waiting:
-            self.check(number, frame)
+            self.torch_handler(number, frame)
         self.pending = True
 
     def __enter__(self) -> None:
         self.waiting = True
         if self.pending:
             self.pending = False
-            self.check(signal.SIGCHLD, None)
+            self.torch_handler(signal.SIGCHLD, None)
 
     def __exit__(self, *_: object) -> None:
         self.waiting = False
 
 
-_deaths = _Deaths()
+_worker_deaths = _WorkerDeaths()
 
 
 class ImageLoader:
@@ -103,10 +103,6 @@ class ImageLoader:
         return self._loader.batch_sampler
 
     @property
-    def pipe(self) -> bool:
-        return self.dataset.pipe
-
-    @property
     def num_workers(self) -> int:
         return self._loader.num_workers
 
@@ -116,14 +112,14 @@ class ImageLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._iterator, self.unreadable, self.decoded = iter(self._loader), 0, (0, 0)
         if self.num_workers:
-            _deaths.take_over()
+            _worker_deaths.take_over()
         return to_device(self._batches(self._iterator), self.dataset.pipeline.finish, self.device)
 
     def _batches(self, iterator: Iterator[Batch]) -> Iterator[tuple[Tensor, ...]]:
         while True:
             try:
-                with _deaths:
-                    parts, failures, (fast, odd) = next(iterator)
+                with _worker_deaths:
+                    parts, failures, (fast, by_pillow) = next(iterator)
             except StopIteration:
                 return
             except DataError as error:  # torch puts the traceback of a worker before the sentence
@@ -132,16 +128,15 @@ class ImageLoader:
                 raise WorkerDied from None
             except RuntimeError as error:  # torch has no types for these
                 if "timed out after" in str(error):
-                    raise self._hung() from None
+                    raise self._timeout_error() from None
                 if "DataLoader worker" in str(error):
                     raise WorkerDied from None
                 raise
-            if failures:
-                self._account(failures)
-            self.decoded = self.decoded[0] + fast, self.decoded[1] + odd
+            self._count_failures(failures)
+            self.decoded = self.decoded[0] + fast, self.decoded[1] + by_pillow
             yield tuple(_to_tensor(part) for part in parts)
 
-    def _account(self, failures: list[Failure]) -> None:
+    def _count_failures(self, failures: list[Failure]) -> None:
         for failure in failures:
             self.unreadable += 1
             if failure.index in self._reported:
@@ -157,15 +152,15 @@ class ImageLoader:
                 instead = "another image replaces it" if self.budget is not None else "it is not counted"
                 self.report(Caution(f"{failure.path}: not a readable image ({failure.reason}); {instead}"))
 
-    def _hung(self) -> DataError:
+    def _timeout_error(self) -> DataError:
         busy = [self.dataset.source.path(i) for i in self.dataset.corrupt_policy.reading.tolist() if i >= 0]
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each process that is killed
         for process in getattr(self._iterator, "_workers", ()):
             process.kill()  # they would be waited for
         at = f"being read at that moment: {', '.join(busy[:10])}" if busy else "no file was being read at that moment"
-        return DataError(f"no batch came for {self.timeout:g} seconds (DATA.TIMEOUT); {at}; look at the disk or the share that holds it, "
-                         "or raise DATA.TIMEOUT")
+        return DataError(f"no batch came for {self.timeout:g} seconds (DATA.TIMEOUT); {at}; check the disk or network share that holds "
+                         "it, or raise DATA.TIMEOUT")
 
     def close(self) -> None:
         """End the workers now; left to the garbage collector they end after a time-out each."""

@@ -35,12 +35,12 @@ def open_hub_stream(path: str, split: str, names: list[str]) -> Stream:
     name, _, configuration = path[len("hf://"):].partition(":")
     try:
         tables = datasets.load_dataset(name, configuration or None, streaming=True)
-        found = next((n for n in SPLIT_NAMES[split] if n in tables), None)
-        if found is None:
+        split_name = next((n for n in SPLIT_NAMES[split] if n in tables), None)
+        if split_name is None:
             raise DataError(f"{path}: has no {split} split (only {', '.join(tables)})")
-        table = tables[found] if tables[found].features else tables[found]._resolve_features()
+        table = tables[split_name] if tables[split_name].features else tables[split_name]._resolve_features()
         image, label = find_columns(path, table.features)
-        label_feature, info = table.features[label], (table.info.splits or {}).get(found)
+        label_feature, info = table.features[label], (table.info.splits or {}).get(split_name)
         if isinstance(table.features[image], datasets.Image):
             table = table.cast_column(image, datasets.Image(decode=False))
         table = table.select_columns([image, label])
@@ -62,8 +62,8 @@ def open_hub_stream(path: str, split: str, names: list[str]) -> Stream:
                     with fsspec.open(cell["path"], "rb") as file:
                         data = file.read()
                 file_name = cell.get("path") or f"image of SHA-256 {hashlib.sha256(data).hexdigest()[:16]}"
-                yield Record(f"{path}/{found}: {os.path.basename(file_name)}", data, row[label] if row[label] is not None else -1)
+                yield Record(f"{path}/{split_name}: {os.path.basename(file_name)}", data, row[label] if row[label] is not None else -1)
         return read
 
     names = list(label_feature.names) if isinstance(label_feature, datasets.ClassLabel) else names
-    return Stream(f"{path} ({found})", [segment(i) for i in range(shards)], info.num_examples if info else None, names)
+    return Stream(f"{path} ({split_name})", [segment(i) for i in range(shards)], info.num_examples if info else None, names)

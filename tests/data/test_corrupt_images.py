@@ -140,7 +140,8 @@ def test_few_open_files_still_run(spoiled: Path) -> None:
     """A hard limit of 64: the batches go through pipes, and the stream is the same."""
     def run(pipe) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-        pipe.send(digest(stream(spoiled, 0, 10, "DATA.NUM_WORKERS", 2)[0]))
+        loaders = build_loaders(config_for(spoiled, "DATA.NUM_WORKERS", 2), splits=("train",))
+        pipe.send((loaders.train.dataset.pipe, digest(stream(spoiled, 0, 10, "DATA.NUM_WORKERS", 2)[0])))
 
     def digest(batches) -> str:
         return hashlib.sha256(b"".join(x.numpy().tobytes() for x, _ in batches)).hexdigest()
@@ -149,7 +150,7 @@ def test_few_open_files_still_run(spoiled: Path) -> None:
     here, there = context.Pipe()
     process = context.Process(target=run, args=(there,))
     process.start()
-    assert here.poll(60) and here.recv() == digest(stream(spoiled, 0, 10)[0])
+    assert here.poll(60) and here.recv() == (True, digest(stream(spoiled, 0, 10)[0]))
     process.join(10)
     assert process.exitcode == 0
 
@@ -161,13 +162,13 @@ def test_batches_go_through_pipes_where_shared_memory_is_small(spoiled: Path, mo
     opts = ("DATA.NUM_WORKERS", 2, "DATA.CORRUPT_BUDGET", 5, "TEST.BATCH_SIZE", 200, *pipeline)
     loaders = build_loaders(config_for(spoiled, *opts))
     assert any("2.0 MiB" in line and "--shm-size" in line for line in loaders.notices)
-    assert loaders.train.pipe and loaders.val.pipe
+    assert loaders.train.dataset.pipe and loaders.val.dataset.pipe
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", None)  # in the workers too: they are forked
     images, targets = next(loaders.batches())
     assert sum(len(y[y >= 0]) for _, y in loaders.val) == 8
     same_batches([(images, targets)], stream(spoiled, 0, 1, *pipeline)[0])
     loaders.close()
-    assert not build_loaders(config_for(spoiled)).train.pipe
+    assert not build_loaders(config_for(spoiled)).train.dataset.pipe
     monkeypatch.setattr(build, "free_shared_memory", lambda: 1000)
     loaders = build_loaders(config_for(spoiled, *opts))
     assert loaders.train.num_workers == 0 and any("/dev/shm has 0 KiB" in line for line in loaders.notices)

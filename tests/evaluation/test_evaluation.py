@@ -20,10 +20,10 @@ from config import config_from_text
 from data import build_loaders
 from models import build_model
 from utils.checkpoints.file_format import write_checkpoint
+from utils.evaluation.image_predictions import ImagePredictions, PredictionRecorder
 from utils.evaluation.loop import evaluate
 from utils.evaluation.paired_test import report
 from utils.evaluation.per_class import PerClass
-from utils.evaluation.recorder import Answers, PredictionRecorder
 from utils.evaluation.statistics import bootstrap_difference, mcnemar
 from utils.evaluation.summary import describe
 from utils.runtime.precision import Precision
@@ -134,7 +134,7 @@ def test_figures_of_each_class(world: Path, program) -> None:
 
 def test_the_table_by_hand() -> None:
     target, top1 = np.array([0, 0, 0, 1, 1, -1]), np.array([0, 2, 2, 1, 0, 1])
-    answers = Answers(target, top1, top1 == target, np.ones(6, np.float32), np.ones(6, np.float32))
+    answers = ImagePredictions(target, top1, top1 == target, np.ones(6, np.float32), np.ones(6, np.float32))
     table = PerClass.of(answers.target, answers.top1, 4)
     assert table.images.tolist() == [3, 2, 0, 0] and table.correct.tolist() == [1, 1, 0, 0] and table.answered.tolist() == [2, 1, 2, 0]
     assert table.mistaken.tolist() == [2, 0, -1, -1] and table.times.tolist() == [2, 1, 0, 0]
@@ -287,7 +287,7 @@ def test_verdict_by_hand() -> None:
     target = np.zeros(n, np.int64)
     a, b = np.ones(n, np.int64), np.ones(n, np.int64)
     a[:20], b[18:22] = 0, 0  # A alone: 18, both: 2, B alone: 2
-    answers = [Answers(target, top1, top1 == 0, np.ones(n), np.ones(n)) for top1 in (a, b)]
+    answers = [ImagePredictions(target, top1, top1 == 0, np.ones(n), np.ones(n)) for top1 in (a, b)]
     lines = report(["x", "y"], *answers)
     assert "right: both 2, A alone 18, B alone 2, neither 18, of 40 images" in lines[2] and "+40.00 points" in lines[3]
     assert lines[4].startswith(f"McNemar's exact test: p = {mcnemar(18, 2):.3g}; A is better")
@@ -300,7 +300,7 @@ def test_answers_stand_in_the_order_of_the_images() -> None:
     recorder = PredictionRecorder(np.array([1, 2]))
     recorder(torch.tensor([[9.0, 1.0, 0.0], [0.0, 1.0, 2.0], [5.0, 0.0, 4.0]]), torch.tensor([0, 2, -1]))
     recorder(torch.tensor([[0.0, 3.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), torch.tensor([1, 1, -1]))
-    answers = recorder.answers(Loader())
+    answers = recorder.predictions(Loader())
     assert answers.target.tolist() == [0, 2, -1, 1, 1] and answers.top1.tolist() == [1, 2, 2, 1, 2]
     assert answers.right.tolist() == [False, True, False, True, False]
     assert answers.confidence[1] == pytest.approx(1 / (1 + np.exp(-1)))
@@ -320,12 +320,12 @@ def test_the_answers_of_two_ranks_are_those_of_one(world: Path, monkeypatch: pyt
         return recorder, loader
 
     recorder, loader = of_rank(0, 1)
-    alone = recorder.answers(loader)
+    alone = recorder.predictions(loader)
     parts: list[list[np.ndarray]] = []
     for rank in range(2):
         recorder, loader = of_rank(rank, 2)
         monkeypatch.setattr("utils.runtime.distributed.gather_objects", lambda columns: parts.append(columns) or parts)
-        together = recorder.answers(loader)
+        together = recorder.predictions(loader)
         monkeypatch.undo()
     assert [len(columns[0]) for columns in parts] == [18, 18]
     assert np.array_equal(alone.target, together.target) and np.array_equal(alone.top1, together.top1)
@@ -343,7 +343,7 @@ def test_a_full_disk_costs_the_file_not_the_figures(world: Path, program, monkey
 
 
 def test_names_of_classes_stay_on_their_line() -> None:
-    answers = Answers(np.array([0, 1]), np.array([1, 1]), np.ones(2, bool), np.ones(2), np.ones(2))
+    answers = ImagePredictions(np.array([0, 1]), np.array([1, 1]), np.ones(2, bool), np.ones(2), np.ones(2))
     table = PerClass.of(answers.target, answers.top1, 2)
     names = ["a\ntop1 99.99", "b\udcff"]
     told = describe(answers, table, names)

@@ -42,18 +42,18 @@ def test_biased_self_attention_in_every_form(side, dtype, kind):
         q, k, v = qkv.float().permute(2, 0, 3, 1, 4)
         return ((scale * q @ k.transpose(-2, -1) + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
-    def apart(a: Tensor, b: Tensor) -> float:
+    def difference(a: Tensor, b: Tensor) -> float:
         return float((a.detach().float() - b.detach().float()).norm() / b.detach().float().norm())
 
     drop, limit = nn.Dropout(0.5), 1e-5 if dtype == torch.float32 else 0.01
     ours, plain = biased_self_attention(qkv, bias, scale, drop.eval()), formula(*inputs)
     pull = torch.randn(plain.shape).to(dtype)
-    assert ours.dtype == dtype and apart(ours, plain) < limit
+    assert ours.dtype == dtype and difference(ours, plain) < limit
     for a, b in zip(torch.autograd.grad(ours, inputs, pull), torch.autograd.grad(plain, inputs, pull.float()), strict=True):
-        assert a.shape == b.shape and apart(a, b) < limit
+        assert a.shape == b.shape and difference(a, b) < limit
     with torch.no_grad():
-        assert apart(biased_self_attention(qkv, bias, scale, drop), plain) < limit
-    assert apart(biased_self_attention(qkv, bias, scale, drop.train()), plain) > 0.1
+        assert difference(biased_self_attention(qkv, bias, scale, drop), plain) < limit
+    assert difference(biased_self_attention(qkv, bias, scale, drop.train()), plain) > 0.1
 
 
 def test_cuda_kernels_of_a_biased_attention(monkeypatch):

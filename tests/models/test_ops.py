@@ -130,10 +130,10 @@ def test_layer_norm_sums_its_gradients_in_fp32(weight: bool, bias: bool) -> None
     norm, x = cpu_bf16.LayerNorm(24), (torch.randn(5, 41, 43, 24) + torch.randn(5, 41, 43, 1)).bfloat16()
     torch.nn.init.normal_(norm.weight)
     norm.weight.requires_grad_(weight), norm.bias.requires_grad_(bias)
-    given = [p for p in norm.parameters() if p.requires_grad]
-    ours = gradients(lambda y, *_: norm(y), x.requires_grad_(), *given)
-    plain = gradients(lambda y, *_: F.layer_norm(y.float(), (24,), norm.weight, norm.bias).bfloat16(), x, *given)
-    assert close(ours, plain, 0.01) and [g.dtype for g in ours[2:]] == [torch.float32] * len(given)
+    inputs = [p for p in norm.parameters() if p.requires_grad]
+    ours = gradients(lambda y, *_: norm(y), x.requires_grad_(), *inputs)
+    plain = gradients(lambda y, *_: F.layer_norm(y.float(), (24,), norm.weight, norm.bias).bfloat16(), x, *inputs)
+    assert close(ours, plain, 0.01) and [g.dtype for g in ours[2:]] == [torch.float32] * len(inputs)
 
 
 def test_layer_norms_of_timm_are_ours() -> None:
@@ -157,7 +157,7 @@ def test_depthwise_convolution(kernel, stride, size, dtype, skip):
         return
     torch.manual_seed(0)
     conv, x = ops.DepthwiseConv2d(10, kernel, stride, skip=skip), torch.randn(2, 10, *size, requires_grad=True)
-    given = (x, *conv.parameters())
+    inputs = (x, *conv.parameters())
 
     def ours(x: Tensor, *_: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
@@ -168,9 +168,9 @@ def test_depthwise_convolution(kernel, stride, size, dtype, skip):
         return (x + y if skip else y).to(dtype)
 
     assert ours(x).dtype == dtype
-    assert close(gradients(ours, *given), gradients(plain, *given), 1e-5 if dtype == torch.float32 else 0.03)
+    assert close(gradients(ours, *inputs), gradients(plain, *inputs), 1e-5 if dtype == torch.float32 else 0.03)
     with torch.no_grad():
-        assert torch.allclose(conv(x), plain(*given).float(), atol=1e-6 if dtype == torch.float32 else 0.03)
+        assert torch.allclose(conv(x), plain(*inputs).float(), atol=1e-6 if dtype == torch.float32 else 0.03)
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1)])
@@ -184,9 +184,9 @@ def test_large_depthwise_maps_in_slices_of_channels(monkeypatch, kernel, stride)
 def test_merged_patches(size):
     torch.manual_seed(0)
     conv, x = nn.Conv2d(5, 7, 2, stride=2), torch.randn(2, *size, 5, requires_grad=True)
-    given = (x, *conv.parameters())
-    plain = gradients(lambda x, *_: conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), *given)
-    assert close(gradients(lambda x, *_: ops.merge_patches(conv, x), *given), plain, 1e-5)
+    inputs = (x, *conv.parameters())
+    plain = gradients(lambda x, *_: conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), *inputs)
+    assert close(gradients(lambda x, *_: ops.merge_patches(conv, x), *inputs), plain, 1e-5)
     with torch.no_grad():
         assert close([ops.merge_patches(conv, x)], plain[:1], 1e-5)
 
@@ -196,13 +196,13 @@ def test_batch_norm_in_the_convolution():
     conv, norm, x = nn.Conv2d(4, 6, 3, 2, 1, groups=2, bias=False), nn.BatchNorm2d(6), torch.randn(3, 4, 7, 8, requires_grad=True)
     for p in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
         p.data.uniform_(0.5, 1.5)
-    given = (x, *conv.parameters(), *norm.parameters())
+    inputs = (x, *conv.parameters(), *norm.parameters())
     for training in (False, True, False):  # the last time with other statistics than the first
         norm.train(training)
-        plain = gradients(lambda x, *_: norm(conv(x)), *given)
+        plain = gradients(lambda x, *_: norm(conv(x)), *inputs)
         if training:
             norm.running_mean.mul_(0.9)
-        assert close(gradients(lambda x, *_: ops.conv_norm(conv, norm, x), *given), plain, 1e-5)
+        assert close(gradients(lambda x, *_: ops.conv_norm(conv, norm, x), *inputs), plain, 1e-5)
 
 
 def test_one_graph_for_training():

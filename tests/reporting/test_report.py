@@ -23,7 +23,7 @@ from conftest import ROOT, environment
 from config import ConfigError, get_config, history
 from utils.evaluation.paired_test import compare
 from utils.evaluation.per_class import PerClass
-from utils.evaluation.predictions_file import Outcomes, OutcomesError, confused_pairs, confusion, reliability
+from utils.evaluation.predictions_file import PredictionsFile, PredictionsFileError, confused_pairs, confusion, reliability
 from utils.evaluation.statistics import mcnemar
 from utils.loggers.metrics_files import JsonLines, MetricsLog
 from utils.reporting.charts import charts
@@ -90,7 +90,7 @@ def test_a_run_records_its_steps_epochs_starts_and_images(finished: Path, images
     assert [{key: str(value) for key, value in row.items()} for row in rows] == table
     assert [event["event"] for event in lines(run / "history.jsonl")] == ["start", "finished"]
 
-    made = Outcomes.read(str(run / "predictions.npz"))
+    made = PredictionsFile.read(str(run / "predictions.npz"))
     assert sorted(made.paths) == sorted(str(path.relative_to(images / "val")) for path in (images / "val").rglob("*.*"))
     assert [path.split("/")[0] for path in made.paths] == [made.classes[target] for target in made.target]
     assert 100 * made.right.mean() == pytest.approx(rows[-1]["top1"])
@@ -101,7 +101,7 @@ def test_a_run_records_its_steps_epochs_starts_and_images(finished: Path, images
 def test_predictions_of_an_evaluation_are_those_of_the_run(finished: Path, program) -> None:
     done = program("--eval", "--resume", finished / RUN / "last.pth", "--batch-size", 4, "--opts", "TEST.PREDICTIONS", "own.npz")
     assert done.returncode == 0, done.stderr
-    ours, theirs = (Outcomes.read(str(path)) for path in (program.folder / "own.npz", finished / RUN / "predictions.npz"))
+    ours, theirs = (PredictionsFile.read(str(path)) for path in (program.folder / "own.npz", finished / RUN / "predictions.npz"))
     assert ours.paths == theirs.paths and np.array_equal(ours.predicted, theirs.predicted)
     assert np.allclose(ours.correct_probability, theirs.correct_probability, atol=1e-5)
     lost = program("--eval", "--resume", finished / RUN / "last.pth", "--opts", "TEST.PREDICTIONS", "nowhere/own.npz")
@@ -113,7 +113,7 @@ def test_images_of_all_ranks_keep_their_numbers(images: Path, tmp_path: Path, mo
     import torch
 
     from data import build_loaders
-    from utils.evaluation.recorder import PredictionRecorder, recordable, write_outcomes
+    from utils.evaluation.image_predictions import PredictionRecorder, recordable, write_predictions
     from utils.runtime import distributed
     root = tmp_path / "images"
     shutil.copytree(images, root)
@@ -131,8 +131,8 @@ def test_images_of_all_ranks_keep_their_numbers(images: Path, tmp_path: Path, mo
         with monkeypatch.context() as patch:
             patch.setattr(distributed, "gather_objects", lambda own, kept=parts: kept.append(own) or kept)
             answers = record.answers(val)
-    write_outcomes(answers, val, val.dataset.source.classes, str(tmp_path / "all.npz"))
-    made = Outcomes.read(str(tmp_path / "all.npz"))
+    write_predictions(answers, val, val.dataset.source.classes, str(tmp_path / "all.npz"))
+    made = PredictionsFile.read(str(tmp_path / "all.npz"))
     assert made.index.tolist() == [i for i in range(19) if i != 7] and "b/2.jpg" not in made.paths
     assert [path[0] for path in made.paths] == [made.classes[target] for target in made.target]
     assert (~made.right == (made.target == 3)).all()
@@ -230,10 +230,10 @@ def test_report_of_two_runs_tests_them_on_the_same_images(finished: Path, progra
     assert "A and B on 19 images" in page.text and "0.05" in page.text and "TRAIN.BASE_LR" in page.text
 
 
-def predictions(right: list[bool], names: list[str] | None = None) -> Outcomes:
+def predictions(right: list[bool], names: list[str] | None = None) -> PredictionsFile:
     target = np.zeros(len(right), dtype=np.int32)
     probability = np.linspace(0.5, 0.9, len(right), dtype=np.float32)
-    return Outcomes(np.arange(len(right)), target, (~np.array(right)).astype(np.int32), probability, probability,
+    return PredictionsFile(np.arange(len(right)), target, (~np.array(right)).astype(np.int32), probability, probability,
                        names or [f"{i}.png" for i in range(len(right))], ["x", "y"], {})
 
 
@@ -254,7 +254,7 @@ def test_paired_test_by_hand() -> None:
 def test_figures_of_classes_and_confidence_by_hand() -> None:
     target, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 1, 0])
     probability = np.array([0.9, 0.9, 0.5, 0.5, 0.9, 0.9])
-    made = Outcomes(np.arange(6), target, predicted, probability, probability, list("abcdef"), ["u", "v", "w"], {})
+    made = PredictionsFile(np.arange(6), target, predicted, probability, probability, list("abcdef"), ["u", "v", "w"], {})
     counts = confusion(made)
     assert counts.tolist() == [[0, 0, 1], [0, 1, 2], [1, 1, 2], [2, 0, 1]]
     table = PerClass.of(target, predicted, 3)
@@ -275,8 +275,8 @@ def test_a_damaged_file_of_predictions_is_told(tmp_path: Path) -> None:
     for place in range(0, len(content), 5):
         path.write_bytes(content[:place] + bytes([content[place] ^ 12]) + content[place + 1:])
         try:
-            Outcomes.read(str(path))
-        except OutcomesError as error:
+            PredictionsFile.read(str(path))
+        except PredictionsFileError as error:
             told += "or damaged" in str(error)
     assert told > len(content) // 10
 
@@ -285,7 +285,7 @@ def test_hostile_names_do_no_harm(finished: Path, tmp_path: Path, capsys) -> Non
     import main
     run, evil = tmp_path / "run", '"><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m'
     shutil.copytree(finished / RUN, run, symlinks=True)
-    made = Outcomes.read(str(run / "predictions.npz"))
+    made = PredictionsFile.read(str(run / "predictions.npz"))
     made.classes = [f"{evil}\udcff{number}" for number in range(4)]
     made.paths = [f"'{evil}\udcff/{number}.png" for number in range(len(made.paths))]
     made.write(str(run / "predictions.npz"))

@@ -17,10 +17,10 @@ from data import DataError, preprocessing
 from data.messages import NOTICE
 from utils.checkpoints.file_format import is_own
 from utils.evaluation.data_messages import tell_unreadable
+from utils.evaluation.image_predictions import ImagePredictions, PredictionRecorder
 from utils.evaluation.label_sets import Labels
 from utils.evaluation.loop import evaluate
 from utils.evaluation.paired_test import report as paired_report
-from utils.evaluation.recorder import Answers, PredictionRecorder
 from utils.evaluation.setup import open_loaders, prepare
 from utils.inference.evaluation_models import evaluation_models
 from utils.loggers.console import tell
@@ -36,7 +36,7 @@ _OF_THE_FILE = ("MODEL.", "TRAIN.", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA
 
 
 class _KeepsLogits(nn.Module):
-    """A model that passes its logits on to ``record`` too, so that two of them answer in one pass over the images."""
+    """A model that passes its logits on to ``record`` too, so that two of them are evaluated in one pass over the images."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -62,8 +62,9 @@ def compare_run(config: CfgNode, content: Sequence[Pair], device: torch.device, 
     pairs = [content[0], (_with_data_of(config, content[1][0]), content[1][1])]
     precision = prepare(config, device, logger)
     alike = preprocessing(pairs[0][0]) == preprocessing(pairs[1][0]) and len({is_own(c) for _, c in pairs}) == 1
-    answers = _in_one_pass(pairs, labels, device, precision, logger) if alike else _in_two_passes(pairs, labels, device, precision, logger)
-    for line in paired_report(config.COMPARE.FILES, *answers):
+    evaluate_both = _in_one_pass if alike else _in_two_passes
+    predictions = evaluate_both(pairs, labels, device, precision, logger)
+    for line in paired_report(config.COMPARE.FILES, *predictions):
         logger.info(line)
 
 
@@ -75,7 +76,7 @@ def _with_data_of(first: CfgNode, own: CfgNode) -> CfgNode:
 
 def _opened(pair: Pair, labels: Labels, device: torch.device, logger: logging.Logger,
             classes: Sequence[str] | None = None) -> tuple[Any, Any]:
-    """(loaders, classes that answers are chosen from or None) for a file; its targets count ``classes``, else the file's own."""
+    """(loaders, classes that predictions are chosen from or None) for a file; its targets count ``classes``, else the file's own."""
     report = ClassificationReport(build_task(pair[0]), pair[0], labels)
     loaders = open_loaders(report.task, pair[0], device, logger, splits=("val",), classes=classes or report.classes_wanted(pair[1]),
                            published=not is_own(pair[1]))
@@ -92,7 +93,7 @@ def _last_model(pair: Pair, classes: Sequence[str], device: torch.device) -> nn.
 
 
 def _in_one_pass(pairs: Sequence[Pair], labels: Labels, device: torch.device, precision: Precision,
-                 logger: logging.Logger) -> list[Answers]:
+                 logger: logging.Logger) -> list[ImagePredictions]:
     loaders, allowed = _opened(pairs[0], labels, device, logger)
     first, second = _KeepsLogits(_last_model(pairs[0], loaders.classes, device)), _last_model(pairs[1], loaders.classes, device)
     recorders = PredictionRecorder(allowed), PredictionRecorder(allowed)
@@ -109,9 +110,9 @@ def _in_one_pass(pairs: Sequence[Pair], labels: Labels, device: torch.device, pr
 
 
 def _in_two_passes(pairs: Sequence[Pair], labels: Labels, device: torch.device, precision: Precision,
-                   logger: logging.Logger) -> list[Answers]:
+                   logger: logging.Logger) -> list[ImagePredictions]:
     logger.log(NOTICE, "the two prepare their images differently; two passes over the data")
-    answers, classes = [], None
+    predictions, classes = [], None
     for pair in pairs:
         loaders, allowed = _opened(pair, labels, device, logger, classes)
         recorder = PredictionRecorder(allowed)
@@ -122,14 +123,14 @@ def _in_two_passes(pairs: Sequence[Pair], labels: Labels, device: torch.device, 
                               record=lambda logits, batch, recorder=recorder: recorder(logits, batch[1]))[-1]
             tell_unreadable(loaders.val, result, logger)
         classes = loaders.classes
-        answers.append(_of(recorder, loaders.val, allowed))
-    a, b = (found.target for found in answers)
+        predictions.append(_of(recorder, loaders.val, allowed))
+    a, b = (found.target for found in predictions)
     if len(a) != len(b) or ((a != b) & (a >= 0) & (b >= 0)).any():
         raise DataError("the data has changed between the two passes; run it again")
-    return answers
+    return predictions
 
 
-def _of(recorder: PredictionRecorder, loader: Any, allowed: np.ndarray | None) -> Answers:
-    """What was recorded; where answers are chosen from ``allowed``, images of other classes do not count."""
-    answers = recorder.answers(loader)
-    return answers if allowed is None else answers.on(allowed)
+def _of(recorder: PredictionRecorder, loader: Any, allowed: np.ndarray | None) -> ImagePredictions:
+    """What was recorded; where predictions are chosen from ``allowed``, images of other classes do not count."""
+    predictions = recorder.predictions(loader)
+    return predictions if allowed is None else predictions.on(allowed)

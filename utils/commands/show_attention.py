@@ -44,9 +44,9 @@ def show_attention(config: CfgNode, content: Any, device: torch.device, logger: 
     image = build_eval_transform(prepare)(picture)[None]
     found = attended(model, image, point)
     own, best = is_own(content), model(image).softmax(-1)[0]
-    answer = int(best.argmax())
-    name = content["classes"][answer] if own else f"class {answer}"
-    title = f"{os.path.basename(config.SHOW.ATTENTION)}: predicted {name} ({100 * float(best[answer]):.1f} %)"
+    predicted = int(best.argmax())
+    name = content["classes"][predicted] if own else f"class {predicted}"
+    title = f"{os.path.basename(config.SHOW.ATTENTION)}: predicted {name} ({100 * float(best[predicted]):.1f} %)"
     shown = chosen(found)
     save(page(to_image(image[0], prepare["mean"], prepare["std"]), shown, len(model.layers), point, title,
               f"{config.MODEL.NAME}, weights {os.path.basename(weights)}; last block of each kind in a stage, mean of its heads"), path)

@@ -1,7 +1,7 @@
-"""Which answers of a classifier count on which images: ImageNet's variants and their 200-class subsets, and the ReaL labels.
+"""Which predictions of a classifier count on which images: ImageNet's variants and their 200-class subsets, and the ReaL labels.
 
 Sources: ImageNet-V2 (Recht et al., ICML 2019), folders numbered 0 to 999; ImageNet-A (Hendrycks et al., CVPR 2021) and ImageNet-R
-(ICCV 2021), 200 classes each, among which answers are chosen; ImageNet-Sketch (Wang et al., NeurIPS 2019); ReaL (Beyer et al., 2020),
+(ICCV 2021), 200 classes each, among which predictions are chosen; ImageNet-Sketch (Wang et al., NeurIPS 2019); ReaL (Beyer et al., 2020),
 several labels an image, images without any left out.
 """
 
@@ -33,9 +33,9 @@ class LabelSet:
     """What an evaluation counts.
 
     Attributes:
-        allowed: the classes that answers are chosen from, as positions in the loaders' classes (K,); None allows all.
+        allowed: the classes that predictions are chosen from, as positions in the loaders' classes (K,); None allows all.
         headline: the figure is that among the allowed classes; else it stands beside that among all.
-        real: the labels of each image, right answers all, empty where the image does not count; None without ReaL labels.
+        real: the labels of each image, right predictions all, empty where the image does not count; None without ReaL labels.
         notices: lines the user should see.
     """
 
@@ -125,7 +125,8 @@ def _compare_with_list(name: str, present: Sequence[str], root: str) -> tuple[st
     listed = timm_label_file(f"imagenet_{name}_synsets.txt")
     if listed is None or not all(re.fullmatch(r"n\d{8}", wnid) for wnid in present) or set(listed.split()) == set(present):
         return ()
-    return (Caution(f"{root}: its {len(present)} classes are not the 200 of {_NAMES[name]}; answers are chosen from those {len(present)}"),)
+    return (Caution(f"{root}: its {len(present)} classes are not the 200 of {_NAMES[name]}; predictions are chosen from those "
+                    f"{len(present)}"),)
 
 
 def _read_real(path: str) -> list[list[int]]:

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.evaluation.predictions_file import Outcomes
+from utils.evaluation.predictions_file import PredictionsFile
 from utils.evaluation.statistics import accuracy_interval, bootstrap_difference, mcnemar
 
 if TYPE_CHECKING:
-    from utils.evaluation.recorder import Answers
+    from utils.evaluation.image_predictions import ImagePredictions
 
 
-def report(names: Sequence[str], a: Answers, b: Answers) -> list[str]:
-    """The lines of a comparison of the answers of A and B."""
+def report(names: Sequence[str], a: ImagePredictions, b: ImagePredictions) -> list[str]:
+    """The lines of a comparison of the predictions of A and B."""
     counted = (a.target >= 0) & (b.target >= 0)
     total, right_a, right_b = int(counted.sum()), a.right & counted, b.right & counted
     lines = []
-    for letter, name, answers in zip("AB", names, (a, b), strict=True):
-        result = answers.evaluation(counted)
-        low, high = accuracy_interval(int((answers.right & counted).sum()), total)
+    for letter, name, predictions in zip("AB", names, (a, b), strict=True):
+        result = predictions.evaluation(counted)
+        low, high = accuracy_interval(int((predictions.right & counted).sum()), total)
         lines.append(f"{letter} {name}: {result.line}, 95 % interval {100 * low:.2f} to {100 * high:.2f}")
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     both = int((right_a & right_b).sum())
@@ -61,7 +61,7 @@ class Paired:
     interval: tuple[float, float]
 
 
-def compare(first: Outcomes, second: Outcomes) -> Paired | None:
+def compare(first: PredictionsFile, second: PredictionsFile) -> Paired | None:
     """The two on the images that both name alike and under the same class; None where there are none."""
     keys = [{(path, p.classes[target]): right for path, target, right in zip(p.paths, p.target.tolist(), p.right.tolist(), strict=True)}
             for p in (first, second)]

@@ -28,21 +28,21 @@ class PerClass:
     times: np.ndarray
 
     @classmethod
-    def of(cls, target: np.ndarray, answer: np.ndarray, classes: int) -> PerClass:
-        """From the class of each image (N,), negative where it does not count, and the class answered (N,)."""
+    def of(cls, target: np.ndarray, predicted: np.ndarray, classes: int) -> PerClass:
+        """From the class of each image (N,), negative where it does not count, and the class predicted (N,)."""
         counted = target >= 0
-        target, answer = target[counted].astype(np.int64), answer[counted]
+        target, predicted = target[counted].astype(np.int64), predicted[counted]
 
         def count(values: np.ndarray) -> np.ndarray:
             return np.bincount(values, minlength=classes)
 
         mistaken, times = np.full(classes, -1), np.zeros(classes, dtype=np.int64)
-        wrong = target != answer
-        pairs, often = np.unique(target[wrong] * classes + answer[wrong], return_counts=True)
+        wrong = target != predicted
+        pairs, often = np.unique(target[wrong] * classes + predicted[wrong], return_counts=True)
         for pair, number in zip(pairs[::-1].tolist(), often[::-1].tolist(), strict=True):  # of equals the first class
             if number >= times[pair // classes]:
                 mistaken[pair // classes], times[pair // classes] = pair % classes, number
-        return cls(count(target), count(target[~wrong]), count(answer), mistaken, times)
+        return cls(count(target), count(target[~wrong]), count(predicted), mistaken, times)
 
     @property
     def recall(self) -> np.ndarray:

@@ -19,12 +19,12 @@ FILE = "predictions.npz"
 MOST_IMAGES = 200_000
 
 
-class OutcomesError(ValueError):
+class PredictionsFileError(ValueError):
     """A file of predictions cannot be used; one sentence."""
 
 
 @dataclass
-class Outcomes:
+class PredictionsFile:
     """An evaluation, image by image, in the order of ``index``; images that could not be read are left out.
 
     Attributes:
@@ -65,10 +65,10 @@ class Outcomes:
         write_atomically(path, lambda file: np.savez_compressed(file, **content))
 
     @classmethod
-    def read(cls, path: str) -> Outcomes:
+    def read(cls, path: str) -> PredictionsFile:
         """
         Raises:
-            OutcomesError: no such file, or it holds something else.
+            PredictionsFileError: no such file, or it holds something else.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -81,9 +81,9 @@ class Outcomes:
             made.check()
             return made
         except FileNotFoundError:
-            raise OutcomesError(f"{path}: no such file") from None
+            raise PredictionsFileError(f"{path}: no such file") from None
         except NPZ_ERRORS as error:
-            raise OutcomesError(f"{path}: no file of predictions, or damaged ({type(error).__name__})") from None
+            raise PredictionsFileError(f"{path}: no file of predictions, or damaged ({type(error).__name__})") from None
 
     def check(self) -> None:
         """Raise ``ValueError`` unless the parts belong together."""
@@ -128,7 +128,7 @@ def thumbnail(image: Any, side: int = 112) -> bytes:
 # What follows from them
 # --------------------------------------------------------------------------------------------------
 
-def confusion(predictions: Outcomes) -> np.ndarray:
+def confusion(predictions: PredictionsFile) -> np.ndarray:
     """(target, predicted, times) of what occurs, in that order, int64 (K, 3): with many classes most pairs never do."""
     classes = len(predictions.classes)
     cells, times = np.unique(predictions.target.astype(np.int64) * classes + predictions.predicted, return_counts=True)
@@ -141,7 +141,7 @@ def confused_pairs(cells: np.ndarray, most: int = 20) -> list[tuple[int, int, in
     return [tuple(cell) for cell in wrong[np.argsort(-wrong[:, 2], kind="stable")][:most].tolist()]
 
 
-def reliability(predictions: Outcomes, bins: int = BINS) -> tuple[list[tuple[int, float, float]], float]:
+def reliability(predictions: PredictionsFile, bins: int = BINS) -> tuple[list[tuple[int, float, float]], float]:
     """([(images, mean confidence, accuracy) of each bin of confidence], expected calibration error in [0, 1])."""
     place = bins_of(predictions.probability, bins)
     images = np.bincount(place, minlength=bins)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from utils.evaluation.image_predictions import ImagePredictions
 from utils.evaluation.per_class import PerClass
-from utils.evaluation.recorder import Answers
 from utils.evaluation.statistics import accuracy_interval, expected_calibration_error
 from utils.loggers.console import plain
 
 
-def describe(answers: Answers, table: PerClass, names: Sequence[str]) -> list[str]:
+def describe(predictions: ImagePredictions, table: PerClass, names: Sequence[str]) -> list[str]:
     """Lines on how certain, how calibrated and how even the figures are."""
-    counted = answers.target >= 0
-    confidence, right = answers.confidence[counted], answers.right[counted]
+    counted = predictions.target >= 0
+    confidence, right = predictions.confidence[counted], predictions.right[counted]
     low, high = accuracy_interval(int(right.sum()), len(right))
     recall, precision, f1 = table.macro()
     lines = [f"interval of top1: {100 * low:.2f} to {100 * high:.2f} (95 %, Wilson's)",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Flipped(nn.Module):
-    """Test-time flip: one answer from an image and its mirror image. (B, 3, H, W) -> logits (B, C).
+    """Test-time flip: one prediction from an image and its mirror image. (B, 3, H, W) -> logits (B, C).
 
     ``mean`` is of ``logits``, or of ``probabilities``, whose logarithm is then the logits.
     """

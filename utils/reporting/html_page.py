@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from utils.evaluation.paired_test import Paired, compare
 from utils.evaluation.per_class import PerClass
-from utils.evaluation.predictions_file import Outcomes, confused_pairs, confusion
+from utils.evaluation.predictions_file import PredictionsFile, confused_pairs, confusion
 from utils.evaluation.statistics import accuracy_interval
 from utils.loggers.console import printable
 from utils.reporting import plots
@@ -101,7 +101,7 @@ def _paired(paired: Paired, a: str, b: str) -> Table:
         ["McNemar's exact test", f"p = {paired.p:.3g}: {verdict} (at 5 %)"]])
 
 
-def _class_changes(first: Outcomes, second: Outcomes, a: str, b: str) -> Table:
+def _class_changes(first: PredictionsFile, second: PredictionsFile, a: str, b: str) -> Table:
     recalls = [dict(zip(p.classes, _figures(p).recall.tolist(), strict=True)) for p in (first, second)]
     changes = [(recalls[1].get(name, math.nan) - recall, name) for name, recall in recalls[0].items()]
     rows = [(change, name) for change, name in changes if not math.isnan(change)]
@@ -141,11 +141,11 @@ def _percent(share: float) -> tuple[float, str]:
     return (-1.0, "–") if math.isnan(share) else (round(share, 6), f"{100 * share:.1f}")
 
 
-def _figures(predictions: Outcomes) -> PerClass:
+def _figures(predictions: PredictionsFile) -> PerClass:
     return PerClass.of(predictions.target, predictions.predicted, len(predictions.classes))
 
 
-def _classes(predictions: Outcomes) -> dict[str, Any]:
+def _classes(predictions: PredictionsFile) -> dict[str, Any]:
     classes, figures = predictions.classes, _figures(predictions)
     low, high = (100 * bound for bound in accuracy_interval(int(predictions.right.sum()), len(predictions.right)))
     recall, precision = figures.recall, np.where(figures.answered > 0, figures.precision, np.nan)
@@ -163,7 +163,7 @@ def _classes(predictions: Outcomes) -> dict[str, Any]:
         plots=[_placed(plot, wide=not plot.scales and len(classes) > 12) for plot in plots.of_predictions(predictions)])
 
 
-def _mistakes(predictions: Outcomes) -> list[dict[str, str]]:
+def _mistakes(predictions: PredictionsFile) -> list[dict[str, str]]:
     return [dict(path=predictions.paths[position], picture=base64.b64encode(predictions.thumbnails.get(position, b"")).decode(),
                  true=plots.shortened(predictions.classes[predictions.target[position]], 40),
                  predicted=plots.shortened(predictions.classes[predictions.predicted[position]], 40),

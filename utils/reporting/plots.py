@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from utils.evaluation.predictions_file import Outcomes, confusion, reliability
+from utils.evaluation.predictions_file import PredictionsFile, confusion, reliability
 from utils.loggers.console import plain
 from utils.reporting.charts import Chart, charts
 from utils.reporting.run_reader import Run
@@ -126,7 +126,7 @@ def curves(runs: Sequence[Run]) -> list[Plot]:
     return [_curves(chart) for chart in charts(runs)]
 
 
-def of_predictions(predictions: Outcomes) -> list[Plot]:
+def of_predictions(predictions: PredictionsFile) -> list[Plot]:
     """The confusion matrix, unless there are too many classes, and the reliability diagram."""
     matrix = [_confusion(confusion(predictions), predictions.classes)] if len(predictions.classes) <= MOST_CLASSES else []
     return [*matrix, _reliability(*reliability(predictions))]

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from config import COMMAND_LINE, KEYS, ConfigError, of_the_command
-from utils.evaluation.predictions_file import FILE, Outcomes, OutcomesError
+from utils.evaluation.predictions_file import FILE, PredictionsFile, PredictionsFileError
 from utils.loggers.metrics_files import CONFIG, EPOCHS, EVENTS, EVIDENCE, SOURCES, STEPS, read_rows
 
 _DEFAULTS = {key: default for key, default, *_ in KEYS}
@@ -59,7 +59,7 @@ class Run:
     steps: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     evidence: list[dict[str, Any]] = field(default_factory=list)
-    predictions: Outcomes | None = None
+    predictions: PredictionsFile | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -160,8 +160,8 @@ def read_run(folder: str) -> Run:
     elif not run.steps:
         run.problems.append(f"{STEPS} is missing: curves have a point an epoch")
     try:
-        run.predictions = Outcomes.read(os.path.join(folder, FILE))
-    except OutcomesError as error:
+        run.predictions = PredictionsFile.read(os.path.join(folder, FILE))
+    except PredictionsFileError as error:
         missing = not os.path.exists(os.path.join(folder, FILE))
         if missing and run.task != "classification":
             return run

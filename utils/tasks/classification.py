@@ -13,9 +13,9 @@ from yacs.config import CfgNode
 from data import Loaders
 from data.transforms.mixup import build_mixup
 from utils.evaluation.classification_metrics import METRICS, counted, detail
+from utils.evaluation.image_predictions import PredictionRecorder, recordable, write_predictions
 from utils.evaluation.metrics import SumEvaluator
 from utils.evaluation.predictions_file import FILE
-from utils.evaluation.recorder import PredictionRecorder, recordable, write_outcomes
 from utils.inference.evaluation_models import Flipped, Reordered
 from utils.inference.outputs import TopClasses
 from utils.inference.trained_model import Trained
@@ -79,5 +79,5 @@ class _PredictionLog:
         self.recorder(outputs, batch[1])
 
     def write(self, folder: str) -> None:
-        answers = self.recorder.answers(self.loaders.val)
-        write_outcomes(answers, self.loaders.val, self.loaders.classes, os.path.join(folder, FILE))
+        predictions = self.recorder.predictions(self.loaders.val)
+        write_predictions(predictions, self.loaders.val, self.loaders.classes, os.path.join(folder, FILE))

@@ -13,11 +13,11 @@ from config import ConfigError
 from data import Loaders
 from models.weights import unwrap_state_dict
 from utils.checkpoints.file_format import is_own
+from utils.evaluation.image_predictions import ImagePredictions, PredictionRecorder, recordable, write_predictions
 from utils.evaluation.label_sets import Labels, LabelSet
 from utils.evaluation.metrics import Evaluation
 from utils.evaluation.per_class import PerClass
 from utils.evaluation.predictions_file import MOST_IMAGES
-from utils.evaluation.recorder import Answers, PredictionRecorder, recordable, write_outcomes
 from utils.evaluation.summary import describe
 from utils.runtime.files import replace_file, require_place
 from utils.tasks.base import Batch, EvaluationReport, Task
@@ -28,8 +28,8 @@ class ClassificationReport(EvaluationReport):
 
     loaders: Loaders
     label_set: LabelSet
-    answers: Answers
-    among: Answers | None
+    predictions: ImagePredictions
+    among: ImagePredictions | None
 
     def __init__(self, task: Task, config: CfgNode, labels: Labels | None = None):
         """``labels``: those of TEST.LABELS, where they have been read already."""
@@ -60,37 +60,37 @@ class ClassificationReport(EvaluationReport):
 
     def lines(self, result: Evaluation, raw: Sequence[Evaluation]) -> list[str]:
         classes, label_set, allowed = self.loaders.classes, self.label_set, self.label_set.allowed
-        self.answers = answers = self._everything.answers(self.loaders.val)
-        self.among = self._chosen.answers(self.loaders.val) if allowed is not None else None
+        self.predictions = predictions = self._everything.predictions(self.loaders.val)
+        self.among = self._chosen.predictions(self.loaders.val) if allowed is not None else None
         lines = []
         if self.among is not None and label_set.headline:
-            lines.append(f"predictions from all {len(classes)} classes: {answers.on(allowed).evaluation().line}")
-            answers = self.among.on(allowed)
-            result = answers.evaluation()
+            lines.append(f"predictions from all {len(classes)} classes: {predictions.on(allowed).evaluation().line}")
+            predictions = self.among.on(allowed)
+            result = predictions.evaluation()
         elif self.among is not None:
             lines.append(f"predictions from the {len(allowed)} classes with images alone: {self.among.evaluation().line}")
-        lines += describe(answers, PerClass.of(answers.target, answers.top1, len(classes)), classes)
+        lines += describe(predictions, PerClass.of(predictions.target, predictions.top1, len(classes)), classes)
         whose = "raw, all images and classes:" if label_set.headline else "raw"
         lines += [f"{whose} {other.line}" for other in raw]
         if label_set.real is not None:
-            return [*lines, f"by the original labels: {result.line}", _real_line(label_set.real, answers)]
+            return [*lines, f"by the original labels: {result.line}", _real_line(label_set.real, predictions)]
         return [*lines, result.line]
 
     def write(self) -> list[str]:
         lines, config, classes, allowed = [], self.config, self.loaders.classes, self.label_set.allowed
         if config.TEST.PREDICTIONS:
-            write_outcomes(self.answers, self.loaders.val, classes, os.path.expanduser(config.TEST.PREDICTIONS))
+            write_predictions(self.predictions, self.loaders.val, classes, os.path.expanduser(config.TEST.PREDICTIONS))
             lines.append(f"prediction of each image: {config.TEST.PREDICTIONS}")
         if config.TEST.PER_CLASS:
-            counted = self.among.on(allowed) if self.among is not None and self.label_set.headline else self.answers
+            counted = self.among.on(allowed) if self.among is not None and self.label_set.headline else self.predictions
             table = PerClass.of(counted.target, counted.top1, len(classes)).csv(classes, allowed)
             replace_file(os.path.expanduser(config.TEST.PER_CLASS), table.encode("utf-8", "backslashreplace"))
             lines.append(f"figures of each class: {config.TEST.PER_CLASS}")
         return lines
 
 
-def _real_line(real: Sequence[Sequence[int]], answers: Answers) -> str:
-    rows = zip(real, answers.top1.tolist(), answers.target.tolist(), strict=True)
+def _real_line(real: Sequence[Sequence[int]], predictions: ImagePredictions) -> str:
+    rows = zip(real, predictions.top1.tolist(), predictions.target.tolist(), strict=True)
     evaluated = [(labels, predicted) for labels, predicted, target in rows if target >= 0]
     labelled = [(labels, predicted) for labels, predicted in evaluated if labels]
     right = sum(predicted in labels for labels, predicted in labelled)

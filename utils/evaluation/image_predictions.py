@@ -1,4 +1,4 @@
-"""What a classifier answered on each image of a pass, and the figures that follow from it."""
+"""What a classifier predicts on each image of a pass, and the figures that follow from it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from data.errors import UnreadableImage
 from data.loading.sampler import ShardSampler
 from utils.evaluation.classification_metrics import METRICS, detail
 from utils.evaluation.metrics import Evaluation, line
-from utils.evaluation.predictions_file import MOST_IMAGES, Outcomes, names_of, thumbnail
+from utils.evaluation.predictions_file import MOST_IMAGES, PredictionsFile, names_of, thumbnail
 from utils.runtime import distributed
 
 
 @dataclass(frozen=True)
-class Answers:
+class ImagePredictions:
     """The images of a pass in the order of the data, (N,) each; those that could not be read have target -1.
 
     Attributes:
         target: class of the image.
-        top1: class answered.
-        in5: the image's class is among the first five answers.
-        confidence: probability of the class answered.
+        top1: class predicted.
+        in5: the image's class is among the first five predictions.
+        confidence: probability of the class predicted.
         loss: cross entropy, float32; its negative exponential is the probability of the image's class.
     """
 
@@ -49,16 +49,16 @@ class Answers:
         values = {metric.name: metric.value(torch.tensor([sums[metric.name], number])) for metric in METRICS}
         return Evaluation(values, number, line(METRICS, values, detail(values, number)))
 
-    def on(self, classes: np.ndarray) -> Answers:
+    def on(self, classes: np.ndarray) -> ImagePredictions:
         """The same, with images of other ``classes`` (K,) marked as such that do not count."""
-        return Answers(np.where(np.isin(self.target, classes), self.target, -1), self.top1, self.in5, self.confidence, self.loss)
+        return ImagePredictions(np.where(np.isin(self.target, classes), self.target, -1), self.top1, self.in5, self.confidence, self.loss)
 
 
 class PredictionRecorder:
-    """Keeps the answers of a pass on the device: ``evaluate`` may be given one as ``record``.
+    """Keeps the predictions of a pass on the device: ``evaluate`` may be given one as ``record``.
 
     Args:
-        allowed: classes that answers are chosen from, positions among the classes (K,); None: all of them.
+        allowed: classes that predictions are chosen from, positions among the classes (K,); None: all of them.
     """
 
     def __init__(self, allowed: np.ndarray | None = None):
@@ -76,8 +76,8 @@ class PredictionRecorder:
         of_target = logs.gather(1, targets.clamp(min=0)[:, None])[:, 0]
         self._rows.append((targets, best.indices[:, 0], (best.indices == targets[:, None]).any(1), best.values[:, 0], -of_target))
 
-    def answers(self, loader: Any) -> Answers:
-        """The answers of all ranks together, in the order of ``loader``'s images; every rank must ask."""
+    def predictions(self, loader: Any) -> ImagePredictions:
+        """The predictions of all ranks together, in the order of ``loader``'s images; every rank must ask."""
         columns = [torch.cat(column).cpu().numpy() for column in zip(*self._rows, strict=True)] if self._rows else _EMPTY
         sampler = loader.batch_sampler
         if hasattr(sampler, "high"):  # what fills the last batch up stands at the end
@@ -85,7 +85,7 @@ class PredictionRecorder:
         else:
             columns = [column[columns[0] >= 0] for column in columns]
         target, top1, in5, log, loss = (np.concatenate(parts) for parts in zip(*distributed.gather_objects(columns), strict=True))
-        return Answers(target, top1, in5, np.exp(log), loss)
+        return ImagePredictions(target, top1, in5, np.exp(log), loss)
 
 
 _EMPTY = [np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0, np.float32), np.zeros(0, np.float32)]
@@ -99,23 +99,23 @@ def recordable(loader: Any) -> bool:
     return isinstance(loader.batch_sampler, ShardSampler) and len(loader.dataset.source) <= MOST_IMAGES
 
 
-def write_outcomes(answers: Answers, loader: Any, classes: Sequence[str], path: str) -> None:
-    """Write the ``answers`` on the images of ``loader``, which are ``recordable``; rank 0's business.
+def write_predictions(predictions: ImagePredictions, loader: Any, classes: Sequence[str], path: str) -> None:
+    """Write the ``predictions`` on the images of ``loader``, which are ``recordable``; rank 0's business.
 
     Raises:
         OSError: it cannot be written.
     """
     if not distributed.is_main():
         return
-    source, index = loader.dataset.source, np.flatnonzero(answers.target >= 0)
-    target, top1, confidence, loss = (column[index] for column in (answers.target, answers.top1, answers.confidence, answers.loss))
-    made = Outcomes(index, target.astype(np.int32), top1.astype(np.int32), confidence, np.exp(-loss), names_of(source, index.tolist()),
-                    list(classes), {})
+    source, index = loader.dataset.source, np.flatnonzero(predictions.target >= 0)
+    target, top1 = (column[index].astype(np.int32) for column in (predictions.target, predictions.top1))
+    made = PredictionsFile(index, target, top1, predictions.confidence[index], np.exp(-predictions.loss[index]),
+                           names_of(source, index.tolist()), list(classes), {})
     made.thumbnails = _thumbnails(made, source)
     made.write(path)
 
 
-def _thumbnails(made: Outcomes, source: Any) -> dict[int, bytes]:
+def _thumbnails(made: PredictionsFile, source: Any) -> dict[int, bytes]:
     found = {}
     for position in made.worst(_THUMBNAILS):
         try:
