@@ -31,6 +31,7 @@ _TEXT, _SOFT, _RULE = "#1c2127", "#5e6873", "#dfe3e8"
 _VARIABLES = {color: f"var(--c{number})" for number, color in enumerate(_COLORS)} | {
     _TEXT: "var(--fg)", _SOFT: "var(--soft)", _RULE: "var(--line)"}
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 520, 280, 62, 12, 28, 40  # in units of the SVG, which are points
+_TICKS = (1, 2, 2.5, 5, 10)  # that they are apart
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 # Names may hold dollar signs, so no formulas; the salt makes the ids of the SVG, and so the file, the same each time.
 _STYLE = {
@@ -144,17 +145,18 @@ def _curves(chart: Chart) -> Plot:
             axes.fill_between(x, least, largest, color=color, alpha=0.16, linewidth=0)
         dots = line.dots or len(x) == 1
         tips = [f"{line.label} at {at:g}: {y:.4g}" for at, y in zip(x, mean, strict=True)]
-        drawn += axes.plot(x, mean, "o-" if dots else "-", color=color, gid=plot.tip(tips) if dots else None)
+        drawn += axes.plot(x, mean, "o-" if dots else "-", color=color, clip_on=False, gid=plot.tip(tips) if dots else None)
         if line.dashed:
             drawn[-1].set_linestyle((0, (4, 2.5)))
     _, means, least, largest = np.concatenate(all_points).T
     # All means, and all but the outermost hundredths of the bands: a spike must not flatten the rest.
-    ticks = MaxNLocator(5).tick_values(min(means.min(), np.quantile(least, 0.01)), max(means.max(), np.quantile(largest, 0.99)))
+    low, high = min(means.min(), np.quantile(least, 0.01)), max(means.max(), np.quantile(largest, 0.99))
+    ticks = MaxNLocator(5, steps=_TICKS).tick_values(low, high)
     right = max(points[-1, 0] for points in all_points) or 1
     axes.set(xlim=(0, right), ylim=(ticks[0], ticks[-1]), yticks=ticks)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    for axis, largest in ((axes.xaxis, right), (axes.yaxis, abs(ticks).max())):
-        axis.set_major_formatter(EngFormatter(sep="") if largest >= 10_000 else "{x:g}")
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=_TICKS, integer=True))
+    for axis, most in ((axes.xaxis, right), (axes.yaxis, abs(ticks).max())):
+        axis.set_major_formatter(EngFormatter(sep="") if most >= 10_000 else "{x:g}")
     for x, meaning in chart.marks:
         if 0 <= x <= right:
             axes.axvline(x, color=_SOFT, linestyle=(0, (3, 3)), linewidth=1, gid=plot.tip(meaning))
