@@ -88,6 +88,20 @@ def test_optimizers_by_name_step(name: str) -> None:
         assert optimizer.defaults["fused"] and optimizer.defaults["betas"] == (0.9, 0.999)
 
 
+def test_sgd_without_momentum_is_made() -> None:
+    optimizer = optim.build_optimizer(get_config(None, ["TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", "0"]), CrossFormer(**TINY))
+    assert optimizer.defaults["momentum"] == 0 and not optimizer.defaults["nesterov"]
+
+
+def test_an_optimizer_that_cannot_be_made_here_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm knows optimizers of packages that are not here (bitsandbytes, apex); asserts of its own say so."""
+    def missing(*_: object, **__: object) -> None:
+        raise AssertionError("bitsandbytes is not installed")
+    monkeypatch.setattr("timm.optim.get_optimizer_class", missing)
+    with pytest.raises(ConfigError, match="TRAIN.OPTIMIZER.NAME bnblion .*bitsandbytes"):
+        optim.build_optimizer(get_config(None, ["TRAIN.OPTIMIZER.NAME", "bnblion"]), CrossFormer(**TINY))
+
+
 def test_unknown_optimizer_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean .*adamw"):
         optim.check_optimizer(get_config(None, ["TRAIN.OPTIMIZER.NAME", "adamww"]))

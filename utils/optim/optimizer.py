@@ -83,15 +83,17 @@ def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             return fused(groups, lr=config.TRAIN.BASE_LR, momentum=options.MOMENTUM, nesterov=True)
         return fused(groups, lr=config.TRAIN.BASE_LR, eps=options.EPS or 1e-8, betas=tuple(options.BETAS or (0.9, 0.999))[:2])
     name = _APEX[name][1] if name in _APEX else name
-    accepted = inspect.signature(timm.optim.get_optimizer_class(name, bind_defaults=False)).parameters
-    extra: dict = {}
-    if options.BETAS is not None and "betas" in accepted:
-        extra["betas"] = tuple(options.BETAS)
-    if options.EPS is not None and "eps" in accepted:
-        extra["eps"] = options.EPS
-    if "fused" in accepted and next(model.parameters()).device.type in ("cpu", "cuda"):
-        extra["fused"] = True
     try:
+        accepted = inspect.signature(timm.optim.get_optimizer_class(name, bind_defaults=False)).parameters
+        extra: dict = {}
+        if options.BETAS is not None and "betas" in accepted:
+            extra["betas"] = tuple(options.BETAS)
+        if options.EPS is not None and "eps" in accepted:
+            extra["eps"] = options.EPS
+        if "fused" in accepted and next(model.parameters()).device.type in ("cpu", "cuda"):
+            extra["fused"] = True
+        if "nesterov" in accepted and not options.MOMENTUM:
+            extra["nesterov"] = False  # which needs a momentum
         optimizer = timm.optim.create_optimizer_v2(groups, opt=name, lr=config.TRAIN.BASE_LR, weight_decay=config.TRAIN.WEIGHT_DECAY,
                                                    momentum=options.MOMENTUM, **extra)
     except (AssertionError, ImportError, IndexError, RuntimeError, TypeError, ValueError) as error:
