@@ -70,7 +70,7 @@ def build_train_transform(config: CfgNode) -> Callable[[Image.Image], Any]:
     except (AssertionError, ValueError, KeyError, IndexError):
         raise ConfigError(f"AUG.AUTO_AUGMENT is {aug.AUTO_AUGMENT!r}; give a timm policy such as "
                           "rand-m9-mstd0.5-inc1, augmix-m3-w3, original or none") from None
-    _patch_posterize(transform)
+    _patch_operations(transform)
     return transform
 
 
@@ -82,15 +82,18 @@ def _posterize_with_zero_bits(image: Image.Image, bits_to_keep: int, **_: Any) -
     return posterize(image, bits_to_keep)
 
 
-def _patch_posterize(transform: Any) -> None:
-    """Replace timm's posterize by the one above wherever a policy holds it."""
+def _patch_operations(transform: Any) -> None:
+    """Replace timm's posterize by the one above wherever a policy holds it; turn and shear by bicubic where Lanczos resizes: Pillow
+    knows no affine transform by it."""
     if isinstance(transform, AugmentOp):
         if transform.aug_fn is posterize:
             transform.aug_fn = _posterize_with_zero_bits
+        if transform.kwargs.get("resample") == Image.Resampling.LANCZOS:
+            transform.kwargs["resample"] = Image.Resampling.BICUBIC
     elif isinstance(transform, (list, tuple)):
         for part in transform:
-            _patch_posterize(part)
+            _patch_operations(part)
     else:
         for attribute in ("transforms", "ops", "policy"):
             if hasattr(transform, attribute):
-                _patch_posterize(getattr(transform, attribute))
+                _patch_operations(getattr(transform, attribute))

@@ -37,9 +37,12 @@ def test_evaluation_transform_resizes_and_crops() -> None:
     assert inception["mean"] == [0.5, 0.5, 0.5]
 
 
-def test_thousands_of_augmentations_pass() -> None:
-    """timm's posterize with 0 bits is an error in new Pillow; some draws of RandAugment ask for it."""
-    transform = build_train_transform(get_config(None, ["DATA.IMG_SIZE", "32", "AUG.AUTO_AUGMENT", "rand-m10-n4-mstd0.5-inc1"]))
+@pytest.mark.parametrize("interpolation", ["bicubic", "lanczos"])
+def test_thousands_of_augmentations_pass(interpolation: str) -> None:
+    """timm's posterize with 0 bits is an error in new Pillow, Lanczos one of its affine transforms; some draws of RandAugment ask for
+    either."""
+    transform = build_train_transform(get_config(None, ["DATA.IMG_SIZE", "32", "AUG.AUTO_AUGMENT", "rand-m10-n4-mstd0.5-inc1",
+                                                        "DATA.INTERPOLATION", interpolation]))
     image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (36, 36, 3), dtype=np.uint8))
     random.seed(0)
     np.random.seed(0)

@@ -89,7 +89,8 @@ def test_optimizers_by_name_step(name: str) -> None:
 
 
 def test_sgd_without_momentum_is_made() -> None:
-    optimizer = optim.build_optimizer(get_config(None, ["TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", "0"]), CrossFormer(**TINY))
+    config = get_config(None, ["TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", "0"])
+    optimizer = optim.build_optimizer(config, CrossFormer(**TINY))
     assert optimizer.defaults["momentum"] == 0 and not optimizer.defaults["nesterov"]
 
 
