@@ -130,7 +130,7 @@ def test_images_of_all_ranks_keep_their_numbers(images: Path, tmp_path: Path, mo
             record(logits, targets)
         with monkeypatch.context() as patch:
             patch.setattr(distributed, "gather_objects", lambda own, kept=parts: kept.append(own) or kept)
-            answers = record.answers(val)
+            answers = record.predictions(val)
     write_predictions(answers, val, val.dataset.source.classes, str(tmp_path / "all.npz"))
     made = PredictionsFile.read(str(tmp_path / "all.npz"))
     assert made.index.tolist() == [i for i in range(19) if i != 7] and "b/2.jpg" not in made.paths

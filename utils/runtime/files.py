@@ -101,9 +101,10 @@ def lock_folder(folder: str) -> FileLock:
     try:
         lock.acquire(blocking=False)
     except Timeout:
+        who = ""
         with contextlib.suppress(OSError), open(holder, encoding="utf-8") as file:
-            raise BlockingIOError(errno.EAGAIN, "locked", file.read(200).strip()) from None
-        raise BlockingIOError(errno.EAGAIN, "locked", "") from None
+            who = file.read(200).strip()
+        raise BlockingIOError(errno.EAGAIN, "locked", who) from None
     with contextlib.suppress(OSError), open(holder, "w", encoding="utf-8") as file:  # a full disk: the lock itself holds
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     return lock
