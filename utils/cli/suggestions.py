@@ -21,7 +21,7 @@ ELSEWHERE: list[tuple[str, str]] = [
     ("dataset", "--data-set (or --data-path for the folder)"),
     ("input-size image-size imgsz size crop-size", "--img-size"),
     ("workers j num-worker", "--num-workers"),
-    ("checkpoint ckpt weights load initial-checkpoint", "--resume to continue or evaluate, --pretrained to start from weights"),
+    ("checkpoint ckpt load initial-checkpoint", "--resume to continue or evaluate, --pretrained to start from weights"),
     ("finetune fine-tune", "--pretrained FILE, which replaces the head where it does not fit"),
     ("model arch a name model-name", "--cfg configs/<model>.yaml, or --opts MODEL.TYPE timm MODEL.NAME <timm's name>"),
     ("config cfg-file config-file c", "--cfg"),

@@ -90,8 +90,8 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
                         "follows it, results may not; --fit keeps the recipe's")
     else:
         check_same_data(start, config, loaders, logger)
-        accept_changes(start, config, logger)
         if start.content["step"] >= total_steps and start.content.get("evaluated", total_steps) >= total_steps:
+            accept_changes(start, config, logger)
             if start.kind == "auto-resume" and distributed.is_main() and not dry:
                 CheckpointFolder(folder).relink(start.content)
             logger.info(f"finished already: {start.path} is at step {start.content['step']} of {total_steps}"
@@ -111,7 +111,8 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
     state, plan = assemble(config, task, model, device, precision, images=sampler.images_per_step, transform=transform,
                            steps_per_epoch=steps_per_epoch, rank=rank, world_size=world_size)
     if start.content is not None:
-        state.load_state_dict(start.content, start.path)
+        state.load_state_dict(start.content, start.path)  # first: what cannot fit is not a change to accept
+        accept_changes(start, config, logger)
     compile_model(model, config.COMPILE)
     if state.ema is not None:
         compile_model(state.ema.module, config.COMPILE, like=model)
