@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from collections.abc import Iterable
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
-from models.safe_load import FORMAT_KEY, TRAILER_MAGIC, CheckpointError
+from models.safe_load import FORMAT_KEY, TRAILER_MAGIC, CheckpointError, read_file
 from utils.runtime.files import write_atomically
 from utils.runtime.provenance import git_commit, versions
 
@@ -50,17 +52,54 @@ def write_checkpoint(path: str, content: dict[str, Any]) -> None:
         raise
 
 
+# What every checkpoint of ours has had, and of what kind.
+_PARTS: dict[str, type] = dict(
+    config=str, classes=list, data_path=str, global_batch=int, steps_per_epoch=int, step=int, model=dict, ema=dict, optimizer=dict,
+    scaler=dict, best=dict, loss_sums=list)
+
+
+def read_checkpoint(path: str) -> Any:
+    """The content of a file of weights, anyone's; if it is a checkpoint of this program, a whole one.
+
+    Raises:
+        CheckpointError: as of ``read_file`` and ``require_own``.
+    """
+    content = read_file(path)
+    return require_own(content, path) if is_own(content) else content
+
+
 def require_own(content: Any, path: str) -> dict[str, Any]:
     """``content`` of a file that must be a checkpoint of this program, in a format this version knows.
 
     Raises:
-        CheckpointError: somebody else's file of bare weights, or of a newer format.
+        CheckpointError: somebody else's file of bare weights, of a newer format, or with a part missing or of another kind.
     """
     if not is_own(content):
         raise CheckpointError(f"{path}: holds weights but no training state; start from it with --pretrained {path}")
     if content[FORMAT_KEY] > FORMAT:
         raise CheckpointError(f"{path}: written by a newer version of this program (format {content[FORMAT_KEY]}); update it")
+    missing = [name for name in _PARTS if name not in content]
+    wrong = [name for name, kind in _PARTS.items() if name in content and not isinstance(content[name], kind)]
+    wrong += [name for name in ("step", "global_batch", "steps_per_epoch")
+              if name not in (*missing, *wrong) and content[name] < (name != "step")]
+    if not missing and not wrong:
+        wrong = _wrong_within(content)
+    if missing or wrong:
+        raise CheckpointError(f"{path}: is no whole checkpoint of this program: " + "; ".join(
+            f"{what} {', '.join(names)}" for what, names in (("it lacks", missing), ("it has an impossible", wrong)) if names)
+            + "; use another one")
     return content
+
+
+def _wrong_within(content: dict[str, Any]) -> list[str]:
+    """Parts of which an entry is of another kind than it must be."""
+    def numbers(values: Iterable[Any]) -> bool:
+        return all(isinstance(value, (int, float)) for value in values)
+    sound = dict(classes=all(isinstance(name, str) for name in content["classes"]), best=numbers(content["best"].values()),
+                 loss_sums=numbers(content["loss_sums"]), model=bool(content["model"]))
+    for part in ("model", "ema"):
+        sound[part] = sound.get(part, True) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in content[part].items())
+    return [part for part, good in sound.items() if not good]
 
 
 def is_own(content: Any) -> bool:
