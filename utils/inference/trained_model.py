@@ -13,8 +13,8 @@ from yacs.config import CfgNode
 from config import ConfigError
 from data.layouts.splits import read_class_names
 from models import check_input_size, classifier_rows, load_pretrained, load_state
-from models.safe_load import read_file
 from models.weights import check_finite, unwrap_state_dict
+from utils.checkpoints.exported import read_trained
 from utils.checkpoints.file_format import is_own
 from utils.checkpoints.run_folder import run_folder
 from utils.runtime import distributed
@@ -144,4 +144,4 @@ def weights_to_evaluate(config: CfgNode, content: Any, command: str) -> tuple[st
     path = best if os.path.exists(best) else config.MODEL.PRETRAINED
     if not path:
         raise ConfigError(f"{command} needs weights: give --resume FILE (there is no {best})")
-    return path, read_file(path)
+    return path, read_trained(path)
