@@ -150,6 +150,6 @@ def weights_to_evaluate(config: CfgNode, content: Any, command: str) -> tuple[st
             raise ConfigError(f"{command} needs weights: give --resume FILE (there is no {best})")
         return pretrained, read_file(pretrained)
     content = read_file(best)
-    if pretrained and is_own(content) and config_from_text(content["config"]).MODEL.PRETRAINED != pretrained:
+    if pretrained and is_own(content) and pretrained != config_from_text(content["config"]).MODEL.PRETRAINED:
         raise ConfigError(f"{command} could take {best} of the run so named, or --pretrained {pretrained}; say which by --resume FILE")
     return best, content
