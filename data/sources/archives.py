@@ -24,7 +24,7 @@ import numpy as np
 from data.errors import DataError, UnreadableImage
 from data.messages import Caution
 from data.sources.base import Source
-from data.sources.classes import encode_labels, first_few, strip_zeros
+from data.sources.classes import encode_labels, first_few
 from data.sources.index_cache import Index, cached, names_of, store_names
 from data.sources.listing_progress import tick
 from data.sources.packed_names import PackedNames, is_hidden, is_image
@@ -233,7 +233,7 @@ def label_of(data: bytes, suffix: str) -> str | None:
             value = next((fields[key] for key in ("label", "cls", "class", "target") if key in fields), None)
     except (ValueError, TypeError, RecursionError):
         return None
-    return strip_zeros(str(value)) if type(value) in (int, str) and value != "" else None
+    return str(value) if type(value) in (int, str) and value != "" else None
 
 
 def _index_archives(files: list[str], name_in_split: Callable[[str], str | None]) -> tuple[Index, list[str]]:
