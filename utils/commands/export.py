@@ -103,7 +103,7 @@ def _require_operator_set(asked: int, written: int | None = None) -> None:
     """Raise ``ConfigError`` for a set that the packages here do not know, or that the exporter has not ``written``."""
     from onnx.defs import onnx_opset_version
     if asked > onnx_opset_version() or written not in (None, asked):
-        raise ConfigError(f"EXPORT.OPSET is {asked}, which the ONNX packages here cannot write; 18 is what the exporter speaks, leave it out")
+        raise ConfigError(f"EXPORT.OPSET is {asked}, which the ONNX packages here cannot write; leave it out, the exporter speaks 18")
 
 
 @contextlib.contextmanager
