@@ -22,8 +22,12 @@ from utils.commands.export import Normalised
 
 @pytest.fixture
 def shares(program, tiny_run: Path, images: Path) -> torch.Tensor:
+    return shares_of(program, tiny_run, images)
+
+
+def shares_of(program, tiny_run: Path, images: Path, *opts: str) -> torch.Tensor:
     """Probabilities of one validation image in the order of the classes, by --predict on Pillow's pixels."""
-    done = program("--predict", images / "val/c/1.png", "--resume", tiny_run, "--json", "-", "--opts", "DATA.DECODER", "pillow")
+    done = program("--predict", images / "val/c/1.png", "--resume", tiny_run, "--json", "-", "--opts", "DATA.DECODER", "pillow", *opts)
     top = json.loads(done.stdout)["top"]
     return torch.tensor([share for _, share in sorted((row["number"], row["probability"]) for row in top)])
 
@@ -94,13 +98,17 @@ def test_the_program_reads_its_own_export(program, tiny_run: Path, tiny_cfg: Pat
     assert done.returncode == 3 and "mine/config.json: damaged" in done.stderr
 
 
-def test_pt2_carries_what_it_needs(program, tiny_run: Path, images: Path, shares) -> None:
-    done = program("--export", "m.pt2", "--resume", tiny_run)
+def test_pt2_carries_what_it_needs(program, tiny_run: Path, images: Path) -> None:
+    """Of a model whose images are padded."""
+    shares = shares_of(program, tiny_run, images, "DATA.FIT", "pad")
+    done = program("--export", "m.pt2", "--resume", tiny_run, "--opts", "DATA.FIT", "pad")
     assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) == 2, done
     beside = {"classes.json": "", "preprocessing.json": ""}
     model = torch.export.load(str(program.folder / "m.pt2"), extra_files=beside).module()
     assert json.loads(beside["classes.json"]) == ["a", "b", "c", "d"]
-    pixels = timm_pixels(json.loads(beside["preprocessing.json"]), images / "val/c/1.png")
+    prepare = json.loads(beside["preprocessing.json"])
+    assert "pad" in prepare["steps"]
+    pixels = timm_pixels(prepare, images / "val/c/1.png")
     assert torch.allclose(model(pixels.expand(3, -1, -1, -1)).softmax(dim=1)[2], shares, atol=1e-5)
 
 

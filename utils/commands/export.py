@@ -224,10 +224,12 @@ def _pixels_as_evaluated(config: CfgNode, trained: Trained) -> CfgNode:
 def _description(config: CfgNode, trained: Trained) -> dict[str, str]:
     """What ONNX and pt2 files carry beside the graph, as JSON texts."""
     prepare = preprocessing(config)
+    resize = dict(squash="resize to the input's size, whatever the shape", border="resize until the whole image fits in, pad with the mean "
+                  "colour").get(prepare["crop_mode"], "resize and crop")
     if config.EXPORT.PREPROCESS:
-        steps = "resize and crop; the model takes uint8 pixels of 0 to 255 in RGB, (N, 3, H, W), and normalises them itself"
+        steps = f"{resize}; the model takes uint8 pixels of 0 to 255 in RGB, (N, 3, H, W), and normalises them itself"
     else:
-        steps = "resize, crop, divide by 255, subtract mean, divide by std; RGB, (N, 3, H, W), float32"
+        steps = f"{resize}, divide by 255, subtract mean, divide by std; RGB, (N, 3, H, W), float32"
     facts = dict(classes=trained.classes, preprocessing=dict(prepare, steps=steps), model=dict(name=config.MODEL.NAME, step=trained.step))
     if any(trained.descriptions):
         facts["descriptions"] = trained.descriptions
