@@ -17,7 +17,8 @@ from config import get_config
 from models import build_model, classifier_rows, load_pretrained, load_state
 from models.safe_load import MOST_REPEATED, CheckpointError, read_file
 from models.weights import LoadReport, check_finite, fit_pretrained, unwrap_state_dict
-from utils.checkpoints.file_format import read_checkpoint, write_checkpoint
+from utils.checkpoints.exported import read_trained
+from utils.checkpoints.file_format import require_training_state, write_checkpoint
 
 State = dict[str, Tensor]
 
@@ -192,8 +193,12 @@ def test_an_own_checkpoint_is_whole_or_refused(tmp_path: Path) -> None:
              "model": state, "ema": {}, "optimizer": {}, "scaler": {}, "best": {"top1": 3.0}, "loss_sums": [0.5]}
     path = str(tmp_path / "c.pth")
     write_checkpoint(path, whole)
-    assert read_checkpoint(path)["step"] == 3
+    assert read_trained(path)["step"] == 3
     broken = [{k: v for k, v in whole.items() if k != key} for key in whole if key != "hvt_format"]
+    trained = {k: v for k, v in whole.items() if k not in ("optimizer", "scaler", "loss_sums", "global_batch", "steps_per_epoch")}
+    write_checkpoint(path, trained)  # as an export or an average of checkpoints
+    with pytest.raises(CheckpointError, match="no training state"):
+        require_training_state(read_trained(path), path)
     broken += [{**whole, key: value} for key, value in dict(
         config=3, classes=[1], step=-1, model=[], ema=None, best={"top1": "x"}, loss_sums=[None], global_batch=0).items()]
     broken += [{**whole, "model": {}}, {**whole, "model": {"a": 1}}, {**whole, "ema": {1: state["a"]}}]
@@ -201,4 +206,4 @@ def test_an_own_checkpoint_is_whole_or_refused(tmp_path: Path) -> None:
         write_checkpoint(path, content)
         changed = next(key for key in whole if key not in content or content[key] is not whole[key])
         with pytest.raises(CheckpointError, match=f"is no whole checkpoint of this program: .*{changed}"):
-            read_checkpoint(path)
+            read_trained(path)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from models.safe_load import FORMAT_KEY, TRAILER_MAGIC, CheckpointError, read_file
+from models.safe_load import FORMAT_KEY, TRAILER_MAGIC, CheckpointError
 from utils.runtime.files import write_atomically
 from utils.runtime.provenance import git_commit, versions
 
@@ -52,20 +52,9 @@ def write_checkpoint(path: str, content: dict[str, Any]) -> None:
         raise
 
 
-# What every checkpoint of ours has had, and of what kind.
-_PARTS: dict[str, type] = dict(
-    config=str, classes=list, data_path=str, global_batch=int, steps_per_epoch=int, step=int, model=dict, ema=dict, optimizer=dict,
-    scaler=dict, best=dict, loss_sums=list)
-
-
-def read_checkpoint(path: str) -> Any:
-    """The content of a file of weights, anyone's; if it is a checkpoint of this program, a whole one.
-
-    Raises:
-        CheckpointError: as of ``read_file`` and ``require_own``.
-    """
-    content = read_file(path)
-    return require_own(content, path) if is_own(content) else content
+# What every checkpoint of ours has had, and of what kind; what a run is continued by, which exports and averages leave out.
+_MODEL: dict[str, type] = dict(config=str, classes=list, data_path=str, step=int, model=dict, ema=dict, best=dict)
+_TRAINING: dict[str, type] = dict(global_batch=int, steps_per_epoch=int, optimizer=dict, scaler=dict, loss_sums=list)
 
 
 def require_own(content: Any, path: str) -> dict[str, Any]:
@@ -78,10 +67,11 @@ def require_own(content: Any, path: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: holds weights but no training state; start from it with --pretrained {path}")
     if content[FORMAT_KEY] > FORMAT:
         raise CheckpointError(f"{path}: written by a newer version of this program (format {content[FORMAT_KEY]}); update it")
-    missing = [name for name in _PARTS if name not in content]
-    wrong = [name for name, kind in _PARTS.items() if name in content and not isinstance(content[name], kind)]
-    wrong += [name for name in ("step", "global_batch", "steps_per_epoch")
-              if name not in (*missing, *wrong) and content[name] < (name != "step")]
+    parts = _MODEL | (_TRAINING if any(name in content for name in _TRAINING) else {})
+    missing = [name for name in parts if name not in content]
+    wrong = [name for name, kind in parts.items() if name in content and not isinstance(content[name], kind)]
+    wrong += [name for name, least in (("step", 0), ("global_batch", 1), ("steps_per_epoch", 1))
+              if name in parts and name not in (*missing, *wrong) and content[name] < least]
     if not missing and not wrong:
         wrong = _wrong_within(content)
     if missing or wrong:
@@ -96,10 +86,17 @@ def _wrong_within(content: dict[str, Any]) -> list[str]:
     def numbers(values: Iterable[Any]) -> bool:
         return all(isinstance(value, (int, float)) for value in values)
     sound = dict(classes=all(isinstance(name, str) for name in content["classes"]), best=numbers(content["best"].values()),
-                 loss_sums=numbers(content["loss_sums"]), model=bool(content["model"]))
+                 loss_sums=numbers(content.get("loss_sums", ())), model=bool(content["model"]))
     for part in ("model", "ema"):
         sound[part] = sound.get(part, True) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in content[part].items())
     return [part for part, good in sound.items() if not good]
+
+
+def require_training_state(content: Any, path: str) -> dict[str, Any]:
+    """``require_own`` of a checkpoint that a run can be continued from: it is no export and no average of checkpoints."""
+    if is_own(content) and "optimizer" not in content:
+        raise CheckpointError(f"{path}: holds a trained model but no training state; start from it with --pretrained {path}")
+    return require_own(content, path)
 
 
 def is_own(content: Any) -> bool:
