@@ -101,7 +101,8 @@ def test_a_backbone_without_a_classifier_is_trained_from_but_not_evaluated() -> 
     source, config = model_of("crossformer"), config_of("crossformer")
     state = {name: x for name, x in backbone(source.state_dict()).items() if not name.startswith("norm.")}  # as detectors keep it
     ours, report = start("crossformer", {"state_dict": state})
-    assert same(ours, source.state_dict(), "head.", "norm.") and set(report.fresh) == {"head.weight", "head.bias", "norm.weight", "norm.bias"}
+    assert same(ours, source.state_dict(), "head.", "norm.")
+    assert set(report.fresh) == {"head.weight", "head.bias", "norm.weight", "norm.bias"}
     assert classifier_rows(source, state, config, "file") == 0
     with pytest.raises(CheckpointError, match="file: holds no classifier .*--pretrained file"):
         load_state(source, state, config, "file")
@@ -175,8 +176,9 @@ def test_tensors_that_are_no_weights_are_refused_before_work(tmp_path: Path) -> 
         "repeats 4 stored bytes": torch.zeros(1).expand(10**15)}
     for words, tensor in cases.items():
         torch.save({"model": {**good, name: tensor}, "optimizer": [tensor]}, tmp_path / "w.pth")
-        for load in (lambda: load_pretrained(model_of("crossformer"), str(tmp_path / "w.pth"), config_of("crossformer")),
-                     lambda: load_state(model_of("crossformer"), read_file(tmp_path / "w.pth")["model"], config_of("crossformer"), "w.pth")):
+        path, model, config = str(tmp_path / "w.pth"), model_of("crossformer"), config_of("crossformer")
+        for load in (lambda path=path, model=model, config=config: load_pretrained(model, path, config),
+                     lambda path=path, model=model, config=config: load_state(model, read_file(path)["model"], config, path)):
             with pytest.raises(CheckpointError, match=words):
                 load()
     with pytest.raises(CheckpointError, match="float8_e4m3fn"):
