@@ -109,9 +109,9 @@ def describe(config_text: str, classes: list[str], preprocessing: dict[str, Any]
     """What a checkpoint says beside the state: enough to evaluate or continue it with no other file.
 
     Args:
-        fingerprints: of each split's list of images.
+        fingerprints: of each split's images.
     """
     return {FORMAT_KEY: FORMAT, "config": config_text, "classes": list(classes), "preprocessing": preprocessing,
             "data_path": data_path if "://" in data_path else os.path.abspath(os.path.expanduser(data_path)),
-            "fingerprints": fingerprints, "global_batch": global_batch, "steps_per_epoch": steps_per_epoch,
+            "image_fingerprints": fingerprints, "global_batch": global_batch, "steps_per_epoch": steps_per_epoch,
             "versions": versions(), "git_commit": git_commit()}
