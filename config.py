@@ -94,6 +94,12 @@ def _str(value: Any) -> str:
     return str(value)
 
 
+def _output(value: Any) -> str:
+    """A file to write, or ``-`` for standard output, under whatever name."""
+    text = _str(value)
+    return "-" if text in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1") else text
+
+
 def _off_or(value: Any) -> str:
     """A word such as off, which YAML 1.1 reads as False."""
     return "off" if value is False else _str(value)
@@ -317,8 +323,8 @@ COMMANDS: tuple[Command, ...] = (
             "images to predict (--predict): files, folders, patterns, lists of them in .txt files; - is a list on standard input",
             Rule(all, "a path must not be empty")),
         Key("PREDICT.TOPK", 5, _int, "classes shown for an image, most probable first", AT_LEAST_1),
-        Key("PREDICT.CSV", "", _str, "table of the predictions, a row an image; - is standard output"),
-        Key("PREDICT.JSON", "", _str, "predictions as JSON, a line an image; - is standard output"),
+        Key("PREDICT.CSV", "", _output, "table of the predictions, a row an image; - is standard output"),
+        Key("PREDICT.JSON", "", _output, "predictions as JSON, a line an image; - is standard output"),
         Key("PREDICT.FEATURES", "", _str,
             "pooled features before the classifier: FILE.npy or FILE.safetensors, with FILE.paths.json", ends_in(".npy", ".safetensors")),
         Key("PREDICT.SHEET", "", _str,
@@ -361,7 +367,7 @@ COMMANDS: tuple[Command, ...] = (
         Key("DOCTOR_MODE", False, _bool, "read and check the data only (--doctor)"),
         Key("DOCTOR.FOLDER", "", _str,
             "where the doctor writes its report, manifests and scripts; empty is OUTPUT/doctor/<name of the data>"),
-        Key("DOCTOR.JSON", "", _str, "file for the doctor's report as JSON; - is standard output; empty is report.json in its folder"),
+        Key("DOCTOR.JSON", "", _output, "file for the doctor's report as JSON; - is standard output; empty is report.json in its folder"),
         Key("DOCTOR.NEAR", 8, _int,
             "bits of 128 in which the fingerprints of a training and a validation image may differ to be compared closer (0 to 11; -1: "
             "none)", Rule(lambda bits: -1 <= bits <= 11, "bits between 0 and 11, or -1 for none")),
@@ -990,9 +996,6 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
         yield "TRAIN.WARMUP_EPOCHS", f"the warm-up must end before training does (TRAIN.EPOCHS is {train.EPOCHS})"
     if config.PLAN.FIT and (config.EVAL_MODE or config.THROUGHPUT_MODE):
         yield "PLAN.FIT", "--fit chooses the micro-batch of training; leave it out with --eval and --throughput"
-    outputs = [key for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET") if lookup(config, key)]
-    for number, key in enumerate(outputs):
-        if not predict.PATHS:
+    for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET"):
+        if lookup(config, key) and not predict.PATHS:
             yield key, "it goes with --predict, which says what images to predict"
-        if lookup(config, key) in [lookup(config, other) for other in outputs[:number]]:
-            yield key, "another output goes there already"
