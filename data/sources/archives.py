@@ -28,8 +28,9 @@ from data.sources.classes import encode_labels, first_few
 from data.sources.index_cache import Index, cached, names_of, store_names
 from data.sources.listing_progress import tick
 from data.sources.packed_names import PackedNames, is_hidden, is_image
+from data.sources.regular_files import LARGEST_IMAGE
 
-LARGEST_MEMBER = 256 << 20  # bytes; no encoded image is larger, and a zip bomb unpacks to no more
+LARGEST_MEMBER = LARGEST_IMAGE  # a zip bomb unpacks to no more
 _OPEN_FILES = 16  # archives that a process keeps open: there may be thousands of shards
 _SPLIT_FOLDERS = {"train", "val", "validation", "test", "images", "data"}
 _LABEL_SUFFIXES = (".cls", ".json")
