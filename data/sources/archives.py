@@ -29,6 +29,7 @@ from data.sources.index_cache import Index, cached, names_of, store_names
 from data.sources.listing_progress import tick
 from data.sources.packed_names import PackedNames, is_hidden, is_image
 from data.sources.regular_files import LARGEST_IMAGE
+from data.sources.tar import BEGINNING, CheckedHeader, damaged
 
 LARGEST_MEMBER = LARGEST_IMAGE  # a zip bomb unpacks to no more
 _OPEN_FILES = 16  # archives that a process keeps open: there may be thousands of shards
@@ -178,12 +179,12 @@ def _tar_members(path: str, skipped: dict[str, list[str]]) -> Iterator[Member]:
 
 
 def _walk_tar(file, path: str, base: int, prefix: str, skipped: dict[str, list[str]]) -> Iterator[Member]:
-    name = "its beginning"
+    name, end = prefix + BEGINNING, 0  # of the member before
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedHeader) as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # it would keep a kilobyte for each member
-                name = prefix + member.name.removeprefix("./")
+                name, end = prefix + member.name.removeprefix("./"), tar.offset
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
@@ -193,12 +194,13 @@ def _walk_tar(file, path: str, base: int, prefix: str, skipped: dict[str, list[s
                 else:
                     yield Member(name, base + member.offset_data, member.size, -1, member.size, 0)
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise DataError(f"{path}: a damaged tar file ({' '.join(str(error).split())}, after {name}); copy it again") from None
+        raise damaged(path, base + end, name, error) from None
 
 
 def _zip_members(path: str, skipped: dict[str, list[str]]) -> Iterator[Member]:
     try:
         with zipfile.ZipFile(path) as file:
+            _require_alone(file)
             for info in file.infolist():
                 name = info.filename.removeprefix("./")
                 if info.is_dir():
@@ -211,6 +213,16 @@ def _zip_members(path: str, skipped: dict[str, list[str]]) -> Iterator[Member]:
                     yield Member(name, info.header_offset, info.compress_size, info.compress_type, info.file_size, info.CRC)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise DataError(f"{path}: a damaged zip file ({error}); copy it again") from None
+
+
+def _require_alone(file: zipfile.ZipFile) -> None:
+    """A zip file is read from its end: of two that were joined, the directory of one would count, and the images of the other be lost."""
+    first = min((info.header_offset for info in file.infolist()), default=0)
+    start, end = read_at(file.fp.fileno(), 0, 4), read_at(file.fp.fileno(), os.fstat(file.fp.fileno()).st_size - 22 - len(file.comment), 4)
+    if first and start == b"PK\x03\x04":
+        raise zipfile.BadZipFile(f"its directory does not list what lies before byte {first}; joined with another one?")
+    if end != b"PK\x05\x06":
+        raise zipfile.BadZipFile("more follows its directory; joined with another one?")
 
 
 def label_of(data: bytes, suffix: str) -> str | None:

@@ -18,11 +18,11 @@ from data.errors import DataError
 from data.messages import Notice
 from data.sources.archives import ArchiveImages
 from data.sources.base import Source, View
-from data.sources.classes import encode_labels, whole_number
+from data.sources.classes import class_positions, encode_labels, whole_number
 from data.sources.columns import NO_KEYS, Columns, ListKeys, find_columns, known_header
 from data.sources.folder import ImageFolder
 from data.sources.list_paths import find_listed
-from data.sources.packed_names import IMAGE_EXTENSIONS, PackedNames, is_image
+from data.sources.packed_names import IMAGE_EXTENSIONS, PackedNames, is_image, natural_key
 from data.sources.regular_files import NotARegularFile, read_regular
 
 LIST_EXTENSIONS = (".csv", ".tsv", ".txt", ".lst", ".json", ".jsonl")
@@ -240,7 +240,12 @@ def list_source(path: str, rows: Sequence[Row], roots: Sequence[str], keys: List
 def marks_of(rows: Sequence[Row]) -> dict[str, tuple[list[str], np.ndarray]]:
     """``Source.marks`` of rows."""
     columns = {"fold": [row.fold for row in rows], "group": [row.group for row in rows]}
-    return {what: encode_labels(cells) for what, cells in columns.items() if any(cells)}
+    marks = {}
+    for what, cells in columns.items():
+        if any(cells):
+            names = sorted(set(cells), key=lambda name: (natural_key(name), name))
+            marks[what] = names, class_positions(cells, names)
+    return marks
 
 
 def mapped_archive(archive: ArchiveImages, path: str) -> Source:
