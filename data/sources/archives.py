@@ -334,11 +334,11 @@ def scan_archives(files: Sequence[str], root: str, cache: str | None = None, spl
     return images
 
 
-def split_folders(path: str) -> set[str]:
-    """Which of train, val and validation are folders in an archive, at its top or up to two levels below."""
+def split_folders(path: str, wanted: set[str]) -> set[str]:
+    """Which of the names ``wanted``, in lower case, are folders in an archive, at its top or up to two levels below."""
     found: set[str] = set()
     for member in members(path, []):
-        found |= {part.lower() for part in member.name.split("/")[:3]} & {"train", "val", "validation"}
-        if "train" in found and len(found) > 1:
+        found |= {part.lower() for part in member.name.split("/")[:-1][:3]} & wanted
+        if found == wanted:
             break
     return found

@@ -88,21 +88,20 @@ def _best_way(path: str, sample: Sequence[str], roots: Sequence[str], keys: List
     beside = [] if keys.root else [folder for folder in _folders_below(os.path.dirname(path) or ".") if folder not in roots]
     best, most = _Way(roots[0], suffix=keys.suffix), 0
     for folders, drops in ((roots, [0]), (beside, [0]), (roots, range(1, depth + 1)), (beside, range(1, depth + 1))):
-        full = []
+        full: dict[str, _Way] = {}
         for root, dropped, suffix in itertools.product(folders, drops, suffixes):
             way = _Way(root, dropped, suffix)
-            if not any(map(way.leads, (sample[0], sample[-1]))):
+            if root in full or not any(map(way.leads, (sample[0], sample[-1]))):
                 continue
             count = sum(map(way.leads, sample))
             if count > most:
                 best, most = way, count
             if count == len(sample):
-                full.append(way)
                 if folders is roots:
                     return way, count
-                break
+                full[root] = way
         if full:
-            return _preferred(path, full), len(sample)
+            return _preferred(path, list(full.values())), len(sample)
     return best, most
 
 
@@ -110,8 +109,8 @@ def _preferred(path: str, ways: Sequence[_Way]) -> _Way:
     """Of folders beside the list that all hold its images the one named like the list: train_images for train.csv."""
     stem = os.path.splitext(os.path.basename(path))[0].lower()
     alike = [way for way in ways if os.path.relpath(way.root, os.path.dirname(path) or ".").lower().startswith(stem)] or list(ways)
-    if len({way.root for way in alike}) > 1:
-        raise DataError(f"{path}: {' and '.join(sorted({way.root for way in alike})[:3])} hold images of these names; say which is meant "
+    if len(alike) > 1:
+        raise DataError(f"{path}: {' and '.join(sorted(way.root for way in alike)[:3])} hold images of these names; say which is meant "
                         "with DATA.IMAGE_ROOT")
     return alike[0]
 

@@ -28,7 +28,7 @@ from data.sources.regular_files import NotARegularFile, read_regular
 LIST_EXTENSIONS = (".csv", ".tsv", ".txt", ".lst", ".json", ".jsonl")
 _LARGEST = 2 << 30  # bytes of a list; that of ImageNet-22K has 0.9 GB
 _SAMPLE = 1000  # rows by which the columns are told apart
-_LONGEST_LABEL = 10_000
+_LONGEST_PATH, _LONGEST_LABEL = 4096, 10_000  # characters
 _UNPRINTABLE = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 _JSON_LIST = re.compile(r'\s*\[\s*[\[{"]')
 _NAMED_FIRST = re.compile(rf'"?(.*(?:{"|".join(map(re.escape, IMAGE_EXTENSIONS))}))"?(?:\s*[,;]\s*|\s+)(\S.*)', re.IGNORECASE)
@@ -102,7 +102,7 @@ def read_list(path: str, keys: ListKeys = NO_KEYS) -> list[Row]:
     return rows
 
 
-def _row(path: str, line: int, image: str, label: str, *others: str) -> Row:
+def checked_row(path: str, line: int, image: str, label: str, *others: str) -> Row:
     """A checked row.
 
     Raises:
@@ -110,7 +110,7 @@ def _row(path: str, line: int, image: str, label: str, *others: str) -> Row:
     """
     if not image or not label:
         raise DataError(f"{path}:{line}: has no path or no label ({', '.join((image, label))[:80]!r})")
-    if "\0" in image or not _encodable(image):
+    if "\0" in image or len(image) > _LONGEST_PATH or not _encodable(image):
         raise DataError(f"{path}:{line}: {image[:80]!r} cannot be the name of a file")
     if len(label) > _LONGEST_LABEL or _UNPRINTABLE.search(label):
         raise DataError(f"{path}:{line}: {label[:80]!r} cannot be a label: it is too long or has control characters")
@@ -140,7 +140,7 @@ def _json_rows(text: str, path: str, by_line: bool, keys: ListKeys) -> Iterator[
     for number, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
         if not (isinstance(entry, list) and len(entry) >= 2 and isinstance(entry[0], str) and type(entry[1]) in (int, str)):
             raise DataError(f"{path}: entry {number} is not a [path, label] pair")
-        yield _row(path, number, entry[0], _cell(entry[1]))
+        yield checked_row(path, number, entry[0], _cell(entry[1]))
 
 
 def _cell(value: Any) -> str:
@@ -188,8 +188,8 @@ def _rows_of(path: str, where: str, header: Sequence[str], lines: Iterator[Cells
 def _filled(path: str, columns: Columns, lines: Iterable[Cells]) -> Iterator[Row]:
     for line, cells in lines:
         cells = [*cells, *[""] * (columns.highest + 1 - len(cells)), ""]  # the last is that of columns that are not there (-1)
-        yield _row(path, line, cells[columns.image], cells[columns.label], columns.split_of(cells[columns.split]), cells[columns.fold],
-                   cells[columns.group])
+        split = columns.split_of(cells[columns.split])
+        yield checked_row(path, line, cells[columns.image], cells[columns.label], split, cells[columns.fold], cells[columns.group])
 
 
 def _text_rows(text: str, path: str) -> Iterator[Row]:
@@ -198,7 +198,7 @@ def _text_rows(text: str, path: str) -> Iterator[Row]:
             name, label = split_line(line)
             if not label:
                 raise DataError(f"{path}:{number}: has no label ({line[:80]!r}); a line is a path, a tab or blank, and a label")
-            yield _row(path, number, name, label)
+            yield checked_row(path, number, name, label)
 
 
 def split_line(line: str) -> tuple[str, str]:
