@@ -63,6 +63,13 @@ def require_own(content: Any, path: str) -> dict[str, Any]:
     return content
 
 
+def require_training_state(content: Any, path: str) -> dict[str, Any]:
+    """``require_own`` of a checkpoint that a run can be continued from: it is no export and no average of checkpoints."""
+    if is_own(content) and "optimizer" not in content:
+        raise CheckpointError(f"{path}: holds a trained model but no training state; start from it with --pretrained {path}")
+    return require_own(content, path)
+
+
 def is_own(content: Any) -> bool:
     """Whether a file's content is a checkpoint of this program."""
     return isinstance(content, dict) and isinstance(content.get(FORMAT_KEY), int)
