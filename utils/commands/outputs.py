@@ -48,6 +48,10 @@ def _inputs(config: CfgNode, more: Iterable[str]) -> Iterator[str]:
     for key in _READ:
         value = lookup(config, key)
         yield from (os.path.expanduser(path) for path in (value if isinstance(value, list) else [value]) if path)
+    for path in map(os.path.expanduser, (config.MODEL.RESUME, config.MODEL.PRETRAINED)):
+        if os.path.isdir(path) or path.endswith(".safetensors"):  # an exported model, two files of a folder
+            folder = path if os.path.isdir(path) else os.path.dirname(path)
+            yield from (os.path.join(folder, name) for name in ("model.safetensors", "config.json"))
     for key in _READ_OF_THE_DATA:
         yield resolve_data_file(lookup(config, key), config.DATA.DATA_PATH)
     sources = {source.removeprefix("base ").rpartition(":")[0] for values in history(config).values() for source, _ in values}
