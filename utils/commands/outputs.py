@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from yacs.config import CfgNode
 
 from config import ConfigError, history, lookup
-from data.layouts.detect import SPLIT_NAMES, resolve_data_file
+from data.layouts.options import SPLIT_NAMES, resolve_data_file
 from data.sources.packed_names import is_image
 from utils.loggers.metrics_files import CONFIG, RECORDS
 from utils.runtime.files import require_outputs
@@ -19,7 +19,7 @@ _READ = ("MODEL.RESUME", "MODEL.PRETRAINED", "COMPARE.FILES", "SHOW.ATTENTION", 
          "PREDICT.PATHS", "REPORT.RUNS")
 _READ_OF_THE_DATA = ("DATA.CLASS_NAMES", "DATA.VAL_LABELS", "TEST.LABELS")
 _CHECKPOINTS = (".pth", ".pt", ".ckpt", ".bin")
-_SPLITS = {"test", *(name for names in SPLIT_NAMES.values() for name in names)}
+_SPLITS = {name for names in SPLIT_NAMES.values() for name in names}
 _ARCHIVES = (".tar", ".zip", ".parquet", ".arrow")
 _LISTS = re.compile(rf"(?:^|.*[^a-z])(?:{'|'.join([*_SPLITS, 'labels?', 'classes', 'solution', 'ground_truth', 'metadata'])})(?:[^a-z].*)?"
                     r"\.(?:csv|tsv|txt|jsonl?|mat|cls)", re.IGNORECASE)
