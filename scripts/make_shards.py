@@ -25,7 +25,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.errors import DataError
-from data.layouts.detect import Options, detect_layout
+from data.layouts.detect import detect_layout
+from data.layouts.options import Options
 from data.sources.base import Source
 from data.sources.classes import match_classes
 

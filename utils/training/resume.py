@@ -89,7 +89,7 @@ def check_same_data(start: Start, config: CfgNode, loaders: Loaders, logger: log
     if start.content["steps_per_epoch"] != steps:
         raise ConfigError(f"{start.path}: its epochs had {start.content['steps_per_epoch']} steps, with this data they have {steps}, so "
                           f"the training images are others; {_new_run(start)}")
-    known, found = start.content.get("fingerprints", {}), loaders.fingerprints()  # older files have none
+    known, found = start.content.get("image_fingerprints", {}), loaders.fingerprints()  # older files have none
     names = dict(train="training", val="validation")
     changed = [f"the {names[split]} images are others" for split in found if known.get(split, found[split]) != found[split]]
     _accept(start, "the data", changed, config, logger)
