@@ -154,6 +154,27 @@ def _int_or_list(value: Any) -> int | list[int]:
     return _ints(value) if isinstance(value, (list, tuple)) else _int(value)
 
 
+def _mapping(value: Any) -> CfgNode:
+    """Names with plain values: numbers, texts, lists of them. As a node of the tree: a dump then holds it."""
+    value = _literal(value)
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ValueError("a mapping of names to values, such as {name: 1}")
+    return CfgNode({name: _plain_value(item) for name, item in value.items()})
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain_value(item) for item in value]
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if not isinstance(value, (float, str)):
+        raise ValueError("a mapping of names to numbers, texts or lists of them")
+    try:
+        return _float(value)  # 1e-3, a text in YAML 1.1
+    except ValueError:
+        return value
+
+
 def _base(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else _strs(value)
 
@@ -687,6 +708,9 @@ KEYS: tuple[Key, ...] = (
         "betas; None is the optimizer's own (AdamW [0.9, 0.999])",
         Rule(lambda betas: len(betas) >= 2 and all(0 <= b < 1 for b in betas), "two betas or more, in [0, 1)")),
     Key("TRAIN.OPTIMIZER.MOMENTUM", 0.9, _float, "momentum of SGD's kind", BELOW_1),
+    Key("TRAIN.OPTIMIZER.ARGS", {}, _mapping,
+        "further arguments of the optimizer by its own names, e.g. {ns_steps: 4}; Muon's fallback_list: patterns of parameters that its "
+        "AdamW takes, by default embeddings, tables and the classifier"),
 
     Key("AUG.COLOR_JITTER", 0.4, _float, "colour jitter; used when AUTO_AUGMENT is none", NOT_NEGATIVE),
     Key("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", _str, "timm's policy text, or none"),

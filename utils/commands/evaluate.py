@@ -14,7 +14,7 @@ from utils.checkpoints.file_format import is_own
 from utils.commands.outputs import check_outputs
 from utils.evaluation.data_messages import decoding, tell_unreadable
 from utils.evaluation.loop import evaluate
-from utils.evaluation.setup import open_loaders, prepare
+from utils.evaluation.setup import config_for_data, open_loaders, prepare
 from utils.inference.evaluation_models import evaluation_models
 from utils.inference.trained_model import weights_to_evaluate
 from utils.loggers.console import RESULT, tell
@@ -29,6 +29,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
     check_outputs(config, [(key, lookup(config, key)) for key in ("TEST.PER_CLASS", "TEST.PREDICTIONS")])
     report = task.evaluation_report(config)
     path, content = weights_to_evaluate(config, content, "--eval")
+    config = config_for_data(task, config, content, logger)
     precision = prepare(config, device, logger)
     loaders = open_loaders(task, config, device, logger, splits=("val",), classes=report.classes_wanted(content),
                            published=not is_own(content))
