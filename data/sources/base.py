@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import time
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
@@ -46,6 +47,7 @@ class Source:
         notices: messages for the user.
         patience: seconds for which a failing read is tried again.
         exif: rotate images as their EXIF orientation says.
+        marks: what a list says of each image beside its class, "fold" or "group": (names, positions in them (images,) int64).
     """
 
     root: str
@@ -54,6 +56,7 @@ class Source:
     notices: list[str]
     patience: float = 0.0
     exif: bool = False
+    marks: Mapping[str, tuple[list[str], np.ndarray]] = {}
     _fingerprint: str | None = None
 
     def __len__(self) -> int:
@@ -128,6 +131,7 @@ class View(Source):
     def __init__(self, source: Source, indices: np.ndarray, classes: list[str], targets: np.ndarray, notices: list[str]):
         self.source, self.indices = source, indices
         self.root, self.classes, self.targets, self.notices = source.root, classes, targets, notices
+        self.marks = {what: (names, marked[indices]) for what, (names, marked) in source.marks.items()}
 
     def path(self, index: int) -> str:
         return self.source.path(int(self.indices[index]))
