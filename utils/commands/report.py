@@ -7,7 +7,9 @@ import os
 
 from yacs.config import CfgNode
 
+from data.messages import Caution
 from utils.loggers.console import tell
+from utils.reporting.repeats import repeats
 from utils.reporting.run_reader import read_run
 from utils.reporting.write import write_plots, write_report
 
@@ -22,4 +24,8 @@ def report_runs(config: CfgNode, logger: logging.Logger) -> int:
     path = write_report(runs, os.path.expanduser(config.REPORT.FILE))
     logger.info(f"report {path}")
     tell(logger, [write_plots(runs, os.path.dirname(path) or ".")])
+    for group in repeats(runs):
+        tell(logger, [Caution(f"{group.title}: {problem}") for problem in group.problems])
+        for figure in group.figures:
+            logger.info(f"{group.title}, {figure.line()}")
     return 0
