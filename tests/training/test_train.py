@@ -210,7 +210,7 @@ def test_a_hopeless_learning_rate_stops_with_a_verdict(tiny_cfg: Path, program) 
 
 def test_out_of_memory_advises_what_the_command_takes(trained: Path, tiny_cfg: Path, program, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9.")
 
     monkeypatch.setattr("utils.commands.evaluate.evaluate", refuse)
     monkeypatch.setattr("utils.training.engine.backward", refuse)
