@@ -265,7 +265,9 @@ RGB_NUMBERS = Rule(lambda values: len(values) == 3, "three numbers, one a channe
 RGB_POSITIVE = Rule(lambda values: len(values) == 3 and min(values) > 0, "three numbers above 0, one a channel")
 # Of models. Widths of later stages may be many times the first one's.
 WIDTH, WIDTHS = between(1, 8192), each(1, 65536)
-DEPTHS, HEADS, KERNELS, RATES = each(1, 1000), each(1, 1024), each(1, 1024), each(1, 1024)
+DEPTHS = Rule(lambda depths: 1 <= len(depths) <= MOST_STAGES and min(depths) >= 1 and sum(depths) <= 1000,
+              f"it takes a number a stage (1 to {MOST_STAGES} of them), each at least 1, together at most 1,000")
+HEADS, KERNELS, RATES = each(1, 1024), each(1, 1024), each(1, 1024)
 KERNEL, MLP_RATIO, MLP_RATIOS = between(1, 1024), between(0.001, 256), each(0.001, 256)
 ONE_OR_MORE_KERNELS, ONE_OR_MORE_RATIOS = one_or_each(1, 1024), one_or_each(0.001, 256)
 KERNEL_LISTS = Rule(lambda rows: len(rows) <= MOST_STAGES and all(KERNELS.holds(row) for row in rows),
@@ -843,13 +845,14 @@ class _PlainValues:
             raise ValueError(f"{node.tag}; only plain values are read")
         if verbatim and not node.tag.endswith(":null"):
             return node.value
+        kind = node.tag.rpartition(":")[2]
         try:
             value = self.loader.construct_object(node)
+            if kind != "int" or abs(value) < 10**_DIGITS:
+                return value
         except (ValueError, KeyError, yaml.YAMLError):
-            raise ValueError(f"{quoted(node.value)} is no {node.tag.rpartition(':')[2]}; only plain values are read") from None
-        if isinstance(value, int) and abs(value) >= 10**_DIGITS:
-            raise ValueError(f"a whole number of more than {_DIGITS} digits")
-        return value
+            pass
+        raise ValueError(f"{quoted(node.value)} is no {kind}" + (f" of at most {_DIGITS} digits" if kind == "int" else ""))
 
 
 def _compose(text: str) -> tuple[_Loader, yaml.Node | None]:

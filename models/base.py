@@ -213,8 +213,16 @@ def check_heads(widths: Sequence[int], num_heads: Sequence[int], least: int = 1)
     """Raise ``ValueError`` unless the heads of every stage share its width in equal parts of at least ``least`` channels."""
     for width, heads in zip(widths, num_heads, strict=True):
         if width % heads or width // heads < least:
-            raise ValueError(f"a stage of width {width} cannot have {heads} heads; the width must be a multiple of the heads"
-                             + (f" and at least {least} times as many" if least > 1 else ""))
+            raise ValueError(f"num_heads is {list(num_heads)}: a stage of width {width} cannot have {heads} heads; the width "
+                             "must be a multiple of the heads" + (f" and at least {least} times as many" if least > 1 else ""))
+
+
+def check_mlps(widths: Sequence[int], **ratios: Sequence[float]) -> None:
+    """Raise ``ValueError`` unless every stage's MLP has a hidden channel; ``ratios``: one argument, hidden width over width a stage."""
+    for name, values in ratios.items():
+        for width, ratio in zip(widths, values, strict=True):
+            if int(width * ratio) < 1:
+                raise ValueError(f"{name} is {list(values)}: {ratio} times a width of {width} leaves no hidden channel; raise it")
 
 
 def default_cfg(**overrides: Any) -> dict[str, Any]:
