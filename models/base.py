@@ -225,6 +225,14 @@ def check_mlps(widths: Sequence[int], **ratios: Sequence[float]) -> None:
                 raise ValueError(f"{name} is {list(values)}: {ratio} times a width of {width} leaves no hidden channel; raise it")
 
 
+def check_doubling(embed_dim: int, depths: Sequence[int], num_heads: Sequence[int], mlp_ratio: float = 4.0, **_: Any) -> None:
+    """The checks above for a model whose width doubles from stage to stage, from the arguments it is made of."""
+    widths = [embed_dim * 2**stage for stage in range(len(depths))]
+    check_stages(depths, num_heads=num_heads)
+    check_heads(widths, num_heads)
+    check_mlps(widths, mlp_ratio=[mlp_ratio] * len(depths))
+
+
 def default_cfg(**overrides: Any) -> dict[str, Any]:
     """timm's description of a model's input and classifier; ImageNet at 224 unless overridden."""
     return dict(dict(

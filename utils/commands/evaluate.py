@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
+from config import lookup
 from utils.checkpoints.file_format import is_own
+from utils.commands.outputs import check_outputs
 from utils.evaluation.data_messages import decoding, tell_unreadable
 from utils.evaluation.loop import evaluate
 from utils.evaluation.setup import config_for_data, open_loaders, prepare
@@ -24,6 +26,7 @@ from utils.tasks.build import build_task
 def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: logging.Logger) -> None:
     """Evaluate a checkpoint, or published weights, on the validation images; the training images are not touched."""
     task = build_task(config)
+    check_outputs(config, [(key, lookup(config, key)) for key in ("TEST.PER_CLASS", "TEST.PREDICTIONS")])
     report = task.evaluation_report(config)
     path, content = weights_to_evaluate(config, content, "--eval")
     config = config_for_data(task, config, content, logger)
