@@ -463,6 +463,9 @@ KEYS: tuple[Key, ...] = (
     Key("DATA.MEAN", None, _optional(_floats), "channel means of the normalisation; None is the model's, else ImageNet's", RGB_NUMBERS),
     Key("DATA.STD", None, _optional(_floats),
         "channel deviations of the normalisation; None is the model's, else ImageNet's", RGB_POSITIVE),
+    Key("DATA.WINDOW", None, _optional(_floats),
+        "values that are black and white in images of more than 8 bits a channel, e.g. [0, 4095]; None finds them in the data",
+        Rule(lambda pair: len(pair) == 2 and pair[0] < pair[1], "two numbers, rising")),
     Key("DATA.REPEATED_AUG", 1, _int, "copies of an image in an epoch, each augmented differently (DeiT uses 3)", AT_LEAST_1),
     Key("DATA.NUM_WORKERS", -1, _int,
         "DataLoader workers of each process; -1 chooses from the CPUs this process may use",
@@ -776,6 +779,8 @@ def _set(root: CfgNode, key: str, raw: Any, where: str, source: str = "") -> Non
 
 _HISTORY = "history"  # attribute of the root beside the tree: key -> [(source, value), ...]
 COMMAND_LINE = "command line"
+# Keys that a run finds in its data where they are None; its checkpoints hold what was found.
+FOUND_IN_DATA = ("DATA.WINDOW",)
 
 
 def history(config: CfgNode) -> dict[str, list[tuple[str, Any]]]:

@@ -9,7 +9,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from data.decoding.pillow import decode
+from data.decoding.pillow import AS_STORED, Reading, decode
 from data.errors import UnreadableImage
 
 # Errors of a network share that comes and goes; the same read may succeed a moment later.
@@ -43,7 +43,7 @@ class Source:
         targets: (images,) int64, positions in ``classes``.
         notices: messages for the user.
         patience: seconds for which a failing read is tried again.
-        exif: rotate images as their EXIF orientation says.
+        reading: how they become pixels.
     """
 
     root: str
@@ -51,7 +51,7 @@ class Source:
     targets: np.ndarray
     notices: list[str]
     patience: float = 0.0
-    exif: bool = False
+    reading: Reading = AS_STORED
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -77,9 +77,9 @@ class Source:
         """SHA-256, in hexadecimal, of the list of images and their labels, independent of the folder it lies in."""
         return hashlib.sha256(self.identity() + self.targets.tobytes()).hexdigest()
 
-    def configure(self, exif: bool, patience: float) -> None:
+    def configure(self, reading: Reading, patience: float) -> None:
         """Set how images are read."""
-        self.exif, self.patience = exif, patience
+        self.reading, self.patience = reading, patience
 
     def read(self, index: int) -> bytes:
         """The encoded image; a read that fails is tried again for ``patience`` seconds.
@@ -101,7 +101,7 @@ class Source:
         Raises:
             UnreadableImage: it cannot be read or decoded; the message names the file.
         """
-        return decode(self.read(index), self.path(index), self.exif)
+        return decode(self.read(index), self.path(index), self.reading)
 
 
 class View(Source):
@@ -110,6 +110,7 @@ class View(Source):
     def __init__(self, source: Source, indices: np.ndarray, classes: list[str], targets: np.ndarray, notices: list[str]):
         self.source, self.indices = source, indices
         self.root, self.classes, self.targets, self.notices = source.root, classes, targets, notices
+        self.reading, self.patience = source.reading, source.patience
 
     def path(self, index: int) -> str:
         return self.source.path(int(self.indices[index]))
@@ -117,9 +118,9 @@ class View(Source):
     def identity(self) -> bytes:
         return self.source.identity() + self.indices.tobytes()
 
-    def configure(self, exif: bool, patience: float) -> None:
-        self.source.configure(exif, patience)
-        super().configure(exif, patience)
+    def configure(self, reading: Reading, patience: float) -> None:
+        self.source.configure(reading, patience)
+        super().configure(reading, patience)
 
     def read(self, index: int) -> bytes:
         return self.source.read(int(self.indices[index]))

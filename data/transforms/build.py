@@ -41,6 +41,7 @@ def preprocessing(config: CfgNode) -> dict[str, Any]:
         std=list(config.DATA.STD or getattr(published, "std", None) or IMAGENET_DEFAULT_STD),
         crop_pct=(getattr(published, "crop_pct", None) or 224 / 256) if config.TEST.CROP else 1.0,
         crop_mode="center" if config.TEST.CROP else "squash",
+        **(dict(window=list(config.DATA.WINDOW)) if config.DATA.WINDOW else {}),
     )
 
 

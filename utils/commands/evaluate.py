@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from utils.checkpoints.file_format import is_own
+from utils.checkpoints.file_format import is_own, with_found
 from utils.evaluation.data_messages import decoding, tell_unreadable
 from utils.evaluation.loop import evaluate
 from utils.evaluation.setup import open_loaders, prepare
@@ -26,6 +26,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
     task = build_task(config)
     report = task.evaluation_report(config)
     path, content = weights_to_evaluate(config, content, "--eval")
+    config = with_found(config, content, path)
     precision = prepare(config, device, logger)
     loaders = open_loaders(task, config, device, logger, splits=("val",), classes=report.classes_wanted(content),
                            published=not is_own(content))

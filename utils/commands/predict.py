@@ -44,6 +44,7 @@ def predict_run(config: CfgNode, content: Any, device: torch.device, logger: log
     given = find_input_images(wanted.PATHS, getattr(sys.stdin, "buffer", None))
     task = build_task(config)
     trained = open_trained(task, config, content, "--predict")
+    config = trained.config
     form = task.prediction_format(config, trained)
     if wanted.FEATURES:
         require_features(trained.model, config)
