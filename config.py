@@ -458,6 +458,9 @@ KEYS: tuple[Key, ...] = (
         choices=("imagenet", "imagenet22K", "folder", "lists", "zip", "tar", "huggingface", "digits"), scope=RUN),
     Key("DATA.BATCH_SIZE", 128, _int, "images per process and micro-batch", AT_LEAST_1, scope=RUN),
     Key("DATA.IMG_SIZE", 224, _size, "input size in pixels: one number, or [height, width]", PIXELS),
+    Key("DATA.FIT", "crop", _str,
+        "how images come to DATA.IMG_SIZE, in training and evaluation: crop cuts parts out; squash and pad (with the mean colour) keep the "
+        "whole of wide or tall images in sight, AUG.RATIO being relative to their own", choices=("crop", "squash", "pad")),
     Key("DATA.INTERPOLATION", None, _optional(_str),
         "of resizing; None is the model's, else bicubic", choices=("bicubic", "bilinear", "lanczos", "nearest", "random")),
     Key("DATA.MEAN", None, _optional(_floats), "channel means of the normalisation; None is the model's, else ImageNet's", RGB_NUMBERS),
@@ -678,7 +681,8 @@ KEYS: tuple[Key, ...] = (
     Key("AUG.MIXUP_SWITCH_PROB", 0.5, _float, "probability of cutmix when both are on", PROBABILITY),
     Key("AUG.MIXUP_MODE", "batch", _str, "mix per batch, per pair or per element", choices=("batch", "pair", "elem")),
 
-    Key("TEST.CROP", True, _bool, "resize to 256/224 of the size (or as the timm model was) and crop the centre; False squashes"),
+    Key("TEST.CROP", True, _bool,
+        "DATA.FIT crop: resize to 256/224 of the size (or as the timm model was) and crop the centre; False squashes"),
     Key("TEST.BATCH_SIZE", 0, _int, "images per process in evaluation; 0 is DATA.BATCH_SIZE", NOT_NEGATIVE, scope=RUN),
     Key("TEST.WEIGHTS", "auto", _str,
         "weights of a checkpoint that are evaluated, predicted with or exported: ema, the average; auto, the average where there is one",

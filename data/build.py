@@ -187,7 +187,7 @@ def _open_sources(config: CfgNode, root: str, splits: Sequence[str],
 
 def _settle_reading(source: Source, config: CfgNode, given: bool) -> None:
     """As ``settle_reading``, by the config, with a line among the source's notices."""
-    levels = settle_reading(source, Reading.of(config), config.DATA.READ_PATIENCE, given)
+    levels = settle_reading(source, Reading.of(config), config.DATA.READ_PATIENCE, config.DATA.TIMEOUT, given)
     source.notices += levels.messages() if levels is not None else []
 
 

@@ -93,13 +93,23 @@ def _check_archive(path: str) -> None:
             raise CheckpointError(f"{path}: refused, its members claim to be larger than the file")
 
 
+def weights_file(path: str) -> str:
+    """The file of weights in the folder ``path`` where a config.json describes just one, as hubs have it; else ``path``."""
+    path = os.fspath(path)
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        return path
+    there = sorted(os.listdir(path))
+    found = [name for name in there if name.endswith(".safetensors")] or [name for name in there if name == "pytorch_model.bin"]
+    return os.path.join(path, found[0]) if len(found) == 1 else path
+
+
 def read_file(path: str) -> Any:
-    """The content of a ``.pth`` or ``.safetensors`` file as plain data, tensors on the CPU.
+    """The content of a ``.pth`` or ``.safetensors`` file, or of the one in a folder as hubs have them, as plain data, tensors on the CPU.
 
     Raises:
         CheckpointError: missing, empty, damaged, or holding anything but plain data and tensors.
     """
-    path = os.fspath(path)
+    path = weights_file(path)
     if os.path.isdir(path):
         raise CheckpointError(f"{path}: is a folder; name a checkpoint file in it")
     if not os.path.exists(path):

@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,20 @@ def write_shard(source: Source, indices: np.ndarray, path: str) -> str:
     return digest
 
 
+def class_lines(classes: Sequence[str]) -> str:
+    """The text of classes.txt: a name a line, in the order of the labels.
+
+    Raises:
+        DataError: a name that reading cuts, which would give every later class another's name.
+    """
+    for name in classes:
+        read = name.encode("utf-8", "ignore").decode().partition("\t")[0].strip()
+        if read != name or name.splitlines() != [name]:
+            raise DataError(f"class {name!r} has a tab, a line break, blanks at its ends or is not UTF-8, which classes.txt cannot hold; "
+                            "rename its folder")
+    return "".join(name + "\n" for name in classes)
+
+
 def sha256(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
@@ -76,6 +91,7 @@ def main() -> int:
         layout = detect_layout(args.data, Options(val_fraction=args.val_fraction))
         train = layout.open["train"]()
         sources = {"train": train, "val": match_classes(layout.open["val"](), train.classes)}
+        names = class_lines(train.classes)
         content = hashlib.sha256("\n".join(train.classes).encode()).hexdigest()
         made_from = dict(images={split: len(source) for split, source in sources.items()}, classes=content, images_a_shard=args.images,
                          seed=args.seed)
@@ -85,7 +101,7 @@ def main() -> int:
             manifest = json.loads(Path(manifest_path).read_text())
             if manifest.get("made_from") != made_from:
                 raise DataError(f"{manifest_path}: these shards were made from other images or with other options; choose another folder")
-        Path(args.output, "classes.txt").write_text("".join(name + "\n" for name in train.classes), encoding="utf-8")
+        Path(args.output, "classes.txt").write_text(names, encoding="utf-8", newline="\n")
         for split, source in sources.items():
             parts = shards_of(source, args.seed, args.images)
             for number, indices in enumerate(parts):

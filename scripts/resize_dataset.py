@@ -161,7 +161,7 @@ def main() -> int:
         sources = {"train": train, "val": match_classes(layout.open["val"](), train.classes)}
         if len(set(map(folder_name, train.classes))) < len(train.classes):
             raise DataError(f"{args.data}: two classes would share a folder; rename one")
-        levels = settle_reading(train, Reading(args.exif), 0)
+        levels = settle_reading(train, Reading(args.exif), 0, 0)
         sources["val"].configure(train.reading, 0)
         for line in levels.messages() if levels is not None else []:
             print(line)

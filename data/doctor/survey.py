@@ -133,7 +133,7 @@ def open_survey(config: CfgNode) -> Survey:
         if survey.splits:
             source.configure(next(iter(survey.splits.values())).source.reading, config.DATA.READ_PATIENCE)
         else:
-            survey.levels = settle_reading(source, Reading.of(config), config.DATA.READ_PATIENCE)
+            survey.levels = settle_reading(source, Reading.of(config), config.DATA.READ_PATIENCE, config.DATA.TIMEOUT)
         base = base_of(source)[0]
         entry = entries[0] if len(entries) == 1 and len(entries[0].index["targets"]) == len(base) else None
         survey.splits[name] = Split(name, layout.name, source, own, source.targets, np.zeros(0), entry=entry)

@@ -20,6 +20,7 @@ from data.layouts.splits import split_by_fraction
 from data.messages import Notice
 from data.sources import archives, huggingface, lists
 from data.sources.base import Source
+from data.sources.classes import whole_number
 from data.sources.folder import EXPECTED, VAL_NAMES, scan_flat, scan_folder, visible_entries
 from data.sources.index_cache import cache_folder
 from data.sources.packed_names import is_image
@@ -207,8 +208,9 @@ def _open_archives(files: list[str], where: str, split: str, options: Options, i
         loose = source.path(int((source.targets == source.classes.index("")).argmax()))
         raise DataError(f"{loose}: lies outside the class folders of the archive; remove it, or sort it into one")
     class_file = next((p for p in (os.path.join(d, "classes.txt") for d in (folder, os.path.dirname(folder))) if os.path.isfile(p)), None)
-    if class_file and all(name.isdecimal() for name in source.classes):
-        names, numbers = lists.read_text(class_file).splitlines(), np.array([int(name) for name in source.classes], dtype=np.int64)
+    positions = [whole_number(name) for name in source.classes]
+    if class_file and None not in positions:
+        names, numbers = lists.read_text(class_file).splitlines(), np.array(positions, dtype=np.int64)
         if len(names) < len(source.classes) or len(names) <= numbers.max():
             raise DataError(f"{class_file}: names {len(names)} classes, the archives have {max(len(numbers), numbers.max() + 1)}")
         source.targets, source.classes = numbers[source.targets], [name.partition("\t")[0].strip() for name in names]

@@ -10,7 +10,7 @@ import numpy as np
 from data.errors import DataError
 from data.messages import Caution, Notice
 from data.sources.base import Source
-from data.sources.classes import encode_labels, first_few, strip_zeros
+from data.sources.classes import encode_labels, first_few, whole_number
 from data.sources.folder import visible_entries
 from data.sources.lists import Row, read_list, read_text
 from data.sources.packed_names import is_image
@@ -60,7 +60,7 @@ def label_flat(source: Source, path: str) -> Source:
         if len(lines) != len(names):
             raise DataError(f"{path}: has {len(lines)} labels for the {len(names)} images of {source.root}; a line is a label, in the "
                             "order of the images' names, or an image's name and its label")
-        labels = [strip_zeros(line.strip()) for line in lines]
+        labels = [line.strip() for line in lines]
         if "ground_truth" in os.path.basename(path):
             labels = _wordnet_ids(labels, path)
         order = np.argsort(np.array(names), kind="stable")
@@ -94,7 +94,7 @@ def _label_rows(path: str) -> list[Row]:
             continue
         if len(words) < 2 or not words[1]:
             raise DataError(f"{path}:{number}: has no label ({line[:80]!r})")
-        rows.append(Row(number, words[0], strip_zeros(words[1])))
+        rows.append(Row(number, words[0], words[1]))
     return rows
 
 
@@ -109,9 +109,10 @@ def _wordnet_ids(labels: list[str], path: str) -> list[str]:
         table = _read_meta_mat(table_path)
     else:
         raise DataError(f"{path}: numbers classes in the devkit's own order; put the devkit's meta.mat or map_clsloc.txt into its folder")
-    if unknown := sorted(set(labels) - set(table)):
-        raise DataError(f"{table_path}: lacks class {unknown[0]} of {path}")
-    return [table[label] for label in labels]
+    numbers = [str(whole_number(label)) for label in labels]
+    if unknown := sorted(set(numbers) - set(table)):
+        raise DataError(f"{table_path}: lacks class {labels[numbers.index(unknown[0])]} of {path}")
+    return [table[number] for number in numbers]
 
 
 def _read_meta_mat(path: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ import numpy as np
 from data.errors import DataError
 from data.messages import Caution, Notice
 from data.sources.base import Source, View
-from data.sources.classes import first_few
+from data.sources.classes import first_few, join_by_number
 from data.sources.lists import read_text
 
 
@@ -89,8 +89,9 @@ def choose_classes(source: Source, path: str) -> Source:
         DataError: the source has none of these classes.
     """
     classes, table = read_class_names(path)
-    position = {name: i for i, name in enumerate(classes)}
-    positions = np.array([position[table[name]] if name in table else -1 for name in source.classes], dtype=np.int64)
+    position, labels = {name: i for i, name in enumerate(classes)}, list(table)
+    positions = np.array([position[table[labels[at]]] if at >= 0 else -1 for at in join_by_number(source.classes, labels).tolist()],
+                         dtype=np.int64)
     targets = positions[source.targets]
     indices = np.flatnonzero(targets >= 0)
     if not len(indices):

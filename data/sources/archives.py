@@ -24,10 +24,11 @@ import numpy as np
 from data.errors import DataError, UnreadableImage
 from data.messages import Caution
 from data.sources.base import Source
-from data.sources.classes import encode_labels, first_few, strip_zeros
+from data.sources.classes import encode_labels, first_few
 from data.sources.index_cache import Index, cached, names_of, store_names
 from data.sources.listing_progress import tick
 from data.sources.packed_names import PackedNames, is_hidden, is_image
+from data.sources.tar import BEGINNING, CheckedHeader, damaged
 
 LARGEST_MEMBER = 256 << 20  # bytes; no encoded image is larger, and a zip bomb unpacks to no more
 _OPEN_FILES = 16  # archives that a process keeps open: there may be thousands of shards
@@ -177,12 +178,12 @@ def _tar_members(path: str, skipped: dict[str, list[str]]) -> Iterator[Member]:
 
 
 def _walk_tar(file, path: str, base: int, prefix: str, skipped: dict[str, list[str]]) -> Iterator[Member]:
-    name = "its beginning"
+    name, end = prefix + BEGINNING, 0  # of the member before
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedHeader) as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # it would keep a kilobyte for each member
-                name = prefix + member.name.removeprefix("./")
+                name, end = prefix + member.name.removeprefix("./"), tar.offset
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
@@ -192,12 +193,13 @@ def _walk_tar(file, path: str, base: int, prefix: str, skipped: dict[str, list[s
                 else:
                     yield Member(name, base + member.offset_data, member.size, -1, member.size, 0)
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise DataError(f"{path}: a damaged tar file ({' '.join(str(error).split())}, after {name}); copy it again") from None
+        raise damaged(path, base + end, name, error) from None
 
 
 def _zip_members(path: str, skipped: dict[str, list[str]]) -> Iterator[Member]:
     try:
         with zipfile.ZipFile(path) as file:
+            _require_alone(file)
             for info in file.infolist():
                 name = info.filename.removeprefix("./")
                 if info.is_dir():
@@ -212,6 +214,16 @@ def _zip_members(path: str, skipped: dict[str, list[str]]) -> Iterator[Member]:
         raise DataError(f"{path}: a damaged zip file ({error}); copy it again") from None
 
 
+def _require_alone(file: zipfile.ZipFile) -> None:
+    """A zip file is read from its end: of two that were joined, the directory of one would count, and the images of the other be lost."""
+    first = min((info.header_offset for info in file.infolist()), default=0)
+    start, end = read_at(file.fp.fileno(), 0, 4), read_at(file.fp.fileno(), os.fstat(file.fp.fileno()).st_size - 22 - len(file.comment), 4)
+    if first and start == b"PK\x03\x04":
+        raise zipfile.BadZipFile(f"its directory does not list what lies before byte {first}; joined with another one?")
+    if end != b"PK\x05\x06":
+        raise zipfile.BadZipFile("more follows its directory; joined with another one?")
+
+
 def label_of(data: bytes, suffix: str) -> str | None:
     """The label in a .cls or .json member of a WebDataset sample; None where it has none."""
     try:
@@ -221,7 +233,7 @@ def label_of(data: bytes, suffix: str) -> str | None:
             value = next((fields[key] for key in ("label", "cls", "class", "target") if key in fields), None)
     except (ValueError, TypeError, RecursionError):
         return None
-    return strip_zeros(str(value)) if type(value) in (int, str) and value != "" else None
+    return str(value) if type(value) in (int, str) and value != "" else None
 
 
 def _index_archives(files: list[str], name_in_split: Callable[[str], str | None]) -> tuple[Index, list[str]]:

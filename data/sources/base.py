@@ -17,6 +17,8 @@ _TRANSIENT = {errno.ENOENT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOT
             errno.ECONNRESET, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE} | (
             {errno.EREMOTEIO} if hasattr(errno, "EREMOTEIO") else set())
 
+_SAMPLED = 256  # images that a fingerprint reads: a second or two on a slow share
+
 
 class Retry:
     """Growing pauses between attempts, ``patience`` seconds in all."""
@@ -52,6 +54,7 @@ class Source:
     notices: list[str]
     patience: float = 0.0
     reading: Reading = AS_STORED
+    _fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -74,8 +77,23 @@ class Source:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of the list of images and their labels, independent of the folder it lies in."""
-        return hashlib.sha256(self.identity() + self.targets.tobytes()).hexdigest()
+        """SHA-256, in hexadecimal, of the list of images, their labels and a sample of their bytes, independent of the folder it lies in.
+
+        The sample tells two class folders apart that were swapped and whose files have the same names.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = hashlib.sha256(self.identity() + self.targets.tobytes() + self.sample()).hexdigest()
+        return self._fingerprint
+
+    def sample(self) -> bytes:
+        """SHA-256 of the bytes of up to 256 images that lie evenly over the list."""
+        digest = hashlib.sha256()
+        for index in np.unique(np.linspace(0, len(self) - 1, min(len(self), _SAMPLED)).round().astype(np.int64)).tolist():
+            try:
+                digest.update(self.read(index))
+            except UnreadableImage:  # told when it is trained on
+                digest.update(b"unreadable")
+        return digest.digest()
 
     def configure(self, reading: Reading, patience: float) -> None:
         """Set how images are read."""

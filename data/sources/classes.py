@@ -12,12 +12,15 @@ from data.messages import Caution, Notice
 from data.sources.base import Source
 from data.sources.packed_names import natural_key
 
+_MOST_DIGITS = 18  # what an int64 holds
+
 
 def match_classes(source: Source, classes: Sequence[str] | None) -> Source:
-    """``source`` with its targets as positions in ``classes``; None keeps its own classes.
+    """``source`` with its targets as positions in ``classes``, joined by name; None keeps its own classes.
 
-    Labels that are all whole numbers, and none of them a class name, are taken for positions in ``classes``, as in Swin's and
-    Caffe's lists of a flat validation folder.
+    Whole numbers join names that differ from them in leading zeros only (01 and 1), where this brings every label home. Labels that are
+    all whole numbers, and none of them a class name, are taken for positions in ``classes``, as in Swin's and Caffe's lists of a flat
+    validation folder.
 
     Raises:
         DataError: a class with images is missing from ``classes``.
@@ -28,43 +31,80 @@ def match_classes(source: Source, classes: Sequence[str] | None) -> Source:
             source.notices.append(Notice(f"{source.root}: numeric class folders are in alphabetical order, as in torchvision "
                                          f"({', '.join(source.classes[:3])}, ...); timm orders them by number; "
                                          "DATA.CLASS_NAMES sets an order"))
+        if alike := _differing_in_zeros(source.classes):
+            source.notices.append(Caution(f"{source.root}: {' and '.join(alike)} are different classes; if they are one, write them alike"))
         return source
     names = list(classes)
     if names == source.classes:
         return source
-    own, position = source.classes, {name: i for i, name in enumerate(names)}
-    unknown = sorted(set(own) - set(names))
-    if len(unknown) == len(own) and all(name.isdecimal() and int(name) < len(names) for name in own):
-        source.notices.append(Notice(f"{source.root}: its labels are numbers; they are taken for positions among the {len(names)} classes"))
-        table = np.array([int(name) for name in own], dtype=np.int64)
-    elif unknown:
+    used = np.unique(source.targets)
+    own = [source.classes[i] for i in used]
+    found, how = join_names(own, names)
+    if unknown := sorted(name for name, at in zip(own, found.tolist(), strict=True) if at < 0):
         raise DataError(f"{source.root}: class {unknown[0]!r} is unknown to the training classes"
                         f" ({len(unknown)} such: {first_few(unknown, 3)}); rename or remove the folder, or train with it")
-    else:
-        table = np.array([position[name] for name in own], dtype=np.int64)
-    absent = [names[i] for i in sorted(set(range(len(names))) - set(table.tolist()))]
+    if how:
+        source.notices.append(Notice(f"{source.root}: {how}"))
+    absent = [names[i] for i in sorted(set(range(len(names))) - set(found.tolist()))]
     if absent:
         source.notices.append(Caution(f"{source.root}: {len(absent)} classes without a folder ({first_few(absent)})", "missing-classes"))
-    source.targets, source.classes = table[source.targets] if len(table) else source.targets, names
+    table = np.full(len(source.classes), -1, dtype=np.int64)
+    table[used] = found
+    source.targets, source.classes = table[source.targets], names
     return source
+
+
+def join_names(own: Sequence[str], names: Sequence[str]) -> tuple[np.ndarray, str]:
+    """(positions in ``names`` of the labels ``own`` (labels,) int64, -1 for an unknown one; how they were joined, "" by name).
+
+    Names that are equal come first, then equal numbers, and positions only where not a single label is a name.
+    """
+    exact, by_number = _positions(own, names), join_by_number(own, names)
+    if (exact >= 0).all():
+        return exact, ""
+    if (by_number >= 0).all():
+        at = int(np.flatnonzero(exact < 0)[0])
+        return by_number, ("its labels and the classes differ in leading zeros; they are joined as numbers "
+                           f"({own[at]} is {names[by_number[at]]})")
+    numbers = [whole_number(name) for name in own]
+    if (exact < 0).all() and all(number is not None and number < len(names) for number in numbers):
+        return np.array(numbers, dtype=np.int64), (f"its labels are numbers; they are taken for positions among the {len(names)} classes "
+                                                   f"({own[0]} is {names[numbers[0]]})")
+    return exact, ""
+
+
+def join_by_number(own: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Positions in ``names`` of the labels ``own`` (labels,) int64: of the equal name, else of the equal number, else -1."""
+    places: dict[int | None, int] = {}
+    for i, name in enumerate(names):
+        number = whole_number(name)
+        places[number] = -1 if number is None or number in places else i  # 1 and 01 as two classes: neither is meant by 001
+    found = _positions(own, names)
+    return np.array([at if at >= 0 else places.get(whole_number(name), -1) for at, name in zip(found.tolist(), own, strict=True)],
+                    dtype=np.int64)
+
+
+def _positions(own: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    position = {name: i for i, name in enumerate(names)}
+    return np.array([position.get(name, -1) for name in own], dtype=np.int64)
 
 
 def encode_labels(labels: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """(class names, targets) of a list of labels; targets (labels,) int64 are positions in the names.
 
-    Names are sorted as folders are, whole numbers by value. Numbers that begin at 0 and leave less than half of their range
-    unused are taken for outputs of the classifier, so that an unused one stays a class without images.
+    Names are the labels as they are spelled, sorted as folders are, whole numbers by value. Numbers that begin at 0 and leave less than
+    half of their range unused are taken for outputs of the classifier, so that an unused one stays a class without images.
     """
-    distinct = set(labels)
-    if not all(label.isascii() and label.isdecimal() for label in distinct):
-        classes = sorted(distinct)
+    numbers = {label: whole_number(label) for label in set(labels)}
+    if None in numbers.values():
+        classes = sorted(numbers)
     else:
-        numbers = sorted({int(label) for label in distinct})
-        if numbers and numbers[0] == 0 and numbers[-1] < 2 * len(numbers):
-            numbers = list(range(numbers[-1] + 1))
-        classes = [str(number) for number in numbers]
-    position = {name: i for i, name in enumerate(classes)}
-    return classes, np.array([position[label] for label in labels], dtype=np.int64)
+        classes = sorted(numbers, key=lambda label: (numbers[label], label))
+        # 00, 01, 03: the unused one is spelled as the others are
+        outputs = [str(number).zfill(len(classes[0])) for number in range(2 * len(classes))] if classes else []
+        if set(classes) <= set(outputs) and classes[0] == outputs[0]:
+            classes = outputs[:numbers[classes[-1]] + 1]
+    return classes, _positions(labels, classes)
 
 
 def imagenet_classes() -> list[str]:
@@ -86,6 +126,15 @@ def first_few(names: Sequence[str], count: int = 5) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
-def strip_zeros(label: str) -> str:
-    """``label``; a whole number without its leading zeros."""
-    return str(int(label)) if label.isascii() and label.isdecimal() else label
+def whole_number(label: str) -> int | None:
+    """The number that a label is, leading zeros or not; None for other labels, and for more digits than any number of classes has."""
+    return int(label) if len(label) <= _MOST_DIGITS and label.isascii() and label.isdecimal() else None
+
+
+def _differing_in_zeros(names: Sequence[str]) -> list[str]:
+    """The first names that are the same number; [] where there are none."""
+    spelled: dict[int, list[str]] = {}
+    for name in names:
+        if (value := whole_number(name)) is not None:
+            spelled.setdefault(value, []).append(name)
+    return next((same for same in spelled.values() if len(same) > 1), [])

@@ -7,23 +7,22 @@ each image's own would make two shots of one scene differ: so the range is that 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from data.decoding.deep import Stored, Window, eight_bits
 from data.decoding.pillow import Reading, decode_stored
-from data.errors import UnreadableImage
+from data.errors import DataError, UnreadableImage
 from data.messages import Caution, Message, Notice
 from data.sources.base import Source
+from data.sources.threads import Hang, in_threads
 
 FEWEST_LEVELS = 64  # of 256; with less, what distinguishes images may be lost
 FIRST_LOOK, WHOLE_LOOK = 256, 2048  # images of a large set: whether there are deep ones, and what range they have
 _PIXELS = 4096  # of an image, at most, that levels are counted on; the range is that of all its pixels
 _OUTLIERS = 0.1  # percent of the pixels at each end that a window may leave out where their range wastes the levels
 _EIGHT_BITS = (".jpg", ".jpeg", ".webp", ".bmp", ".gif")  # formats without deep images are not opened
-_THREADS = 8
 
 Sample = tuple[float, float, np.ndarray]  # an image's lowest and highest value, and some of its values
 
@@ -70,30 +69,36 @@ def window_option(window: Window) -> str:
     return f"DATA.WINDOW '[{window[0]:.7g}, {window[1]:.7g}]'"
 
 
-def settle_reading(source: Source, reading: Reading, patience: float, given: bool = True) -> DeepLevels | None:
+def settle_reading(source: Source, reading: Reading, patience: float, timeout: float, given: bool = True) -> DeepLevels | None:
     """Have a source read as ``reading`` says, with the window of its own deep images where ``reading`` has none.
 
     Args:
         given: look at the images even where ``reading`` has a window, for the levels that it leaves.
+        patience: seconds that a failing read is tried again.
+        timeout: as of ``find_levels``.
     """
     source.configure(reading, patience)
-    levels = find_levels(source, reading.window) if given or reading.window is None else None
+    levels = find_levels(source, reading.window, timeout) if given or reading.window is None else None
     if levels is not None:
         source.configure(reading._replace(window=levels.window), patience)
     return levels
 
 
-def find_levels(source: Source, window: Window | None = None) -> DeepLevels | None:
+def find_levels(source: Source, window: Window | None = None, timeout: float = 0) -> DeepLevels | None:
     """The levels of a source's deep images, or None where it has none.
 
     Of more than ``FIRST_LOOK`` images that many, evenly spread, tell whether there are any, and ``WHOLE_LOOK`` their range.
 
     Args:
         window: one that is given, whose levels are counted.
+        timeout: seconds for which no image may be read; 0 waits for ever.
+
+    Raises:
+        DataError: no image could be read for so long.
     """
-    found = _look(source, FIRST_LOOK)
+    found = _look(source, FIRST_LOOK, timeout)
     if found and window is None and len(source) > FIRST_LOOK:
-        found = _look(source, WHOLE_LOOK)
+        found = _look(source, WHOLE_LOOK, timeout)
     return levels_of(found, window)
 
 
@@ -132,7 +137,7 @@ def _count(values: np.ndarray, window: Window) -> int:
     return len(np.unique(eight_bits(values, window)))
 
 
-def _look(source: Source, most: int) -> list[Sample]:
+def _look(source: Source, most: int, timeout: float) -> list[Sample]:
     """Samples of the deep images among ``most`` of a source."""
     places = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).astype(np.int64)).tolist() if len(source) else []
     places = [index for index in places if not source.path(index).lower().endswith(_EIGHT_BITS)]
@@ -144,7 +149,8 @@ def _look(source: Source, most: int) -> list[Sample]:
             return None
         return sample(stored) if stored is not None else None
 
-    if not places:
-        return []
-    with ThreadPoolExecutor(min(_THREADS, len(places))) as pool:
-        return [found for found in pool.map(look, places) if found is not None]
+    try:
+        return [found for found in in_threads(look, places, timeout) if found is not None]
+    except Hang as hang:
+        raise DataError(f"{', '.join(source.path(index) for index in hang.busy)}: could not be read within {timeout:g} seconds "
+                        "(DATA.TIMEOUT); check the disk or network share, or raise DATA.TIMEOUT") from None

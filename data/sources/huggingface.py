@@ -10,7 +10,7 @@ import numpy as np
 
 from data.errors import DataError, UnreadableImage
 from data.sources.base import Source
-from data.sources.classes import encode_labels, strip_zeros
+from data.sources.classes import encode_labels
 
 
 class HubImages(Source):
@@ -124,7 +124,7 @@ def hub_source(root: str, table: Any) -> HubImages:
     if isinstance(features[label], datasets.ClassLabel):
         classes, targets = list(features[label].names), np.asarray(values, dtype=np.int64)
     else:
-        classes, targets = encode_labels([strip_zeros(str(value)) for value in values])
+        classes, targets = encode_labels([str(value) for value in values])
     if len(targets) and targets.min() < 0:
         raise DataError(f"{root}: its images have no labels (-1); choose another split")
     if isinstance(features[image], datasets.Image):

@@ -15,7 +15,7 @@ from data.errors import DataError
 from data.messages import Notice
 from data.sources.archives import ArchiveImages
 from data.sources.base import Source, View
-from data.sources.classes import encode_labels, strip_zeros
+from data.sources.classes import encode_labels, whole_number
 from data.sources.folder import ImageFolder
 from data.sources.packed_names import PackedNames, is_image
 
@@ -88,7 +88,7 @@ def _json_rows(text: str, path: str) -> Iterator[Row]:
     for number, entry in enumerate(entries, 1):
         if not (isinstance(entry, list) and len(entry) >= 2 and isinstance(entry[0], str) and type(entry[1]) in (int, str)):
             raise DataError(f"{path}: entry {number} is not a [path, label] pair")
-        yield Row(number, entry[0], strip_zeros(str(entry[1])))
+        yield Row(number, entry[0], str(entry[1]))
 
 
 def _table_rows(text: str, path: str) -> Iterator[Row]:
@@ -113,7 +113,7 @@ def _table_rows(text: str, path: str) -> Iterator[Row]:
             at_path, at_label, at_split = columns
             if len(cells) <= max(columns) or not cells[at_path] or not cells[at_label]:
                 raise DataError(f"{path}:{reader.line_num}: has no path or no label ({delimiter.join(cells)[:80]!r})")
-            yield Row(reader.line_num, cells[at_path], strip_zeros(cells[at_label]), cells[at_split].lower() if at_split >= 0 else "")
+            yield Row(reader.line_num, cells[at_path], cells[at_label], cells[at_split].lower() if at_split >= 0 else "")
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: is not a table ({error})") from None
 
@@ -137,7 +137,7 @@ def _text_rows(text: str, path: str) -> Iterator[Row]:
         name, label = _split_line(line)
         if not name or not label:
             raise DataError(f"{path}:{number}: has no label ({line[:80]!r}); a line is a path, a tab or blank, and a label")
-        yield Row(number, name, strip_zeros(label))
+        yield Row(number, name, label)
 
 
 def _split_line(line: str) -> tuple[str, str]:
@@ -183,7 +183,7 @@ def mapped_archive(archive: ArchiveImages, path: str) -> Source:
     """
     rows = [row for row in read_list(path) if row.label]
     for row in rows:
-        if not row.label.isdecimal():
+        if whole_number(row.label) is None:
             raise DataError(f"{path}:{row.line}: the label {row.label!r} is not a number")
     position = {name: i for i, name in enumerate(archive.names)}
     tops = ["", *(f"{top}/" for top in sorted({name.split("/")[0] for name in position if "/" in name})[:3])]

@@ -51,4 +51,5 @@ def is_hidden(folder: str) -> bool:
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sort key that compares digits as numbers, as timm does: 2 before 10."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name.lower()) if part]
+    parts = [(part, part.lstrip("0")) for part in re.split(r"(\d+)", name.lower()) if part]
+    return [(0, len(digits), digits) if part.isdecimal() else (1, 0, part) for part, digits in parts]

@@ -18,6 +18,7 @@ from data import seeds
 from data.decoding.pillow import Reading
 from data.errors import DataError, UnreadableImage
 from data.sources.base import Retry, Source
+from data.sources.classes import join_by_number, whole_number
 
 
 class Record(NamedTuple):
@@ -47,6 +48,7 @@ class Stream(Source):
     def __init__(self, root: str, segments: Sequence[Callable[[], Iterable[Record]]], size: int | None, names: list[str]):
         self.root, self.segments, self.size, self.classes, self.notices = root, segments, size, names, []
         self.targets, self.label_names = np.arange(len(names), dtype=np.int64), list(names)
+        self._positions: dict[str, int] = {}
 
     def __len__(self) -> int:
         return self.size or 0
@@ -56,6 +58,9 @@ class Stream(Source):
 
     def identity(self) -> bytes:
         return f"{self.root} {len(self.segments)} {self.size}".encode()
+
+    def sample(self) -> bytes:
+        return b""  # reading ahead would cost a connection
 
     def records(self, order: Iterable[int]) -> Iterator[Record]:
         """The records of the segments in ``order``. A read that fails is tried again from the same record, for ``patience`` seconds.
@@ -101,10 +106,14 @@ class Stream(Source):
             DataError: the label is none of the stream's classes.
         """
         label = record.label
-        if isinstance(label, str) and not label.isdecimal():
-            label = self.label_names.index(label) if label in self.label_names else -1
-        if 0 <= int(label) < len(self.targets):
-            return int(self.targets[int(label)])
+        if isinstance(label, str):
+            if label not in self._positions:
+                at, number = int(join_by_number([label], self.label_names)[0]), whole_number(label)
+                numbered = any(whole_number(name) is not None for name in self.label_names)
+                self._positions[label] = at if at >= 0 or numbered or number is None else number  # a position only among names
+            label = self._positions[label]
+        if 0 <= label < len(self.targets):
+            return int(self.targets[label])
         raise DataError(f"{record.name}: its label {record.label!r} is none of the {len(self.targets)} classes; set MODEL.NUM_CLASSES or "
                         "DATA.CLASS_NAMES to what the stream has, or choose a split with labels")
 

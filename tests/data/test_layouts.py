@@ -263,6 +263,36 @@ def test_classes_are_joined_by_name(tmp_path: Path) -> None:
         sources(tmp_path)
 
 
+def test_zeros_before_a_number_do_not_move_an_image_to_another_class(tmp_path: Path) -> None:
+    def joined(name: str, train: list[str], val: list[str]) -> tuple[list[str], list[str]]:
+        """Classes, and those of the validation images; training labels are folders, or with ``list`` in the name a list's."""
+        root, folders = tmp_path / name, [f"{i}" for i in range(len(train))] if "list" in name else train
+        write_images(root, "train", dict.fromkeys(folders, 1))
+        write_images(root, "val", {f"x{i}": 1 for i in range(len(val))})
+        (root / "val").rename(root / "images")
+        if "list" in name:
+            (root / "train").rename(root / "pictures")
+            (root / "train.csv").write_text("path,label\n" + "".join(f"pictures/{i}/0.jpg,{c}\n" for i, c in enumerate(train)))
+        (root / "val.csv").write_text("path,label\n" + "".join(f"x{i}/0.jpg,{c}\n" for i, c in enumerate(val)))
+        loaders = sources(root)[2]
+        source = loaders.val.dataset.source
+        return loaders.classes, [loaders.classes[t] for t in source.targets]
+
+    three = ["01", "02", "03"]
+    assert joined("a", three, three) == (three, three) and joined("list b", three, three) == (three, three)
+    assert joined("c", ["1", "2", "3"], three) == (["1", "2", "3"], ["1", "2", "3"])  # a spreadsheet's zeros, or lack of them
+    assert joined("list d", three, ["2", "3", "1"]) == (three, ["02", "03", "01"])
+    assert joined("e", ["08", "09", "10"], ["8", "9", "10"])[1] == ["08", "09", "10"]
+    assert joined("f", three, ["0", "1", "2"])[1] == three  # no name fits the first: positions
+    assert joined("list g", ["00", "01", "03"], ["03", "00"]) == (["00", "01", "02", "03"], ["03", "00"])
+    assert joined("list h", ["1", "01", "02"], ["01", "1"]) == (["01", "1", "02"], ["01", "1"])
+    assert joined("list i", ["1" * 5000, "2"], ["2"])[1] == ["2"]  # more digits than int() takes
+    with pytest.raises(DataError, match="class '2'"):  # one name fits, so that no number is a position
+        joined("j", ["0", "1", "cat"], ["1", "2"])
+    (tmp_path / "names.txt").write_text("3\n1\n")
+    assert sources(tmp_path / "list b", "DATA.CLASS_NAMES", tmp_path / "names.txt")[0].targets.tolist() == [1, 0]
+
+
 def test_the_right_place_is_suggested(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "up").mkdir()
     (tmp_path / "up/imagenet").symlink_to(plain)

@@ -115,6 +115,20 @@ def test_flip_judges_the_mean_of_both_images(world: Path, program) -> None:
     assert losses[0] in one.stdout.splitlines()[-1] and losses[1] in without.stdout.splitlines()[-1] and losses[0] != losses[1]
 
 
+def test_weights_named_twice_are_refused_and_the_remedies_work(world: Path, program) -> None:
+    cfg, best = ["--cfg", world / "cfg.yaml"], world / "output/tiny/default/best.pth"
+    for asked, status, words in [
+            (["--eval", "--resume", world / "a.pth", "--pretrained", world / "b.pth"], 2, ["--resume", "--pretrained"]),
+            (["--predict", world / "data/val/n00/0.png", "--resume", world / "a.pth", "--pretrained", "absent.pth"], 2, ["--pretrained"]),
+            (["--throughput", *cfg, "--pretrained", "absent.pth"], 3, ["absent.pth"]),
+            (["--eval", *cfg, "--output", world / "output", "--pretrained", world / "a.pth"], 2, [str(best), str(world / "a.pth")])]:
+        done = program(*asked)
+        assert done.returncode == status and all(word in done.stderr for word in words), (asked, done)
+    for weights in (world / "a.pth", best):
+        assert f"evaluating {weights}" in program("--eval", *cfg, "--output", world / "output", "--resume", weights).stdout
+    assert f"evaluating {world / 'a.pth'}" in program("--eval", *cfg, "--pretrained", world / "a.pth").stdout  # no run here
+
+
 def test_figures_of_each_class(world: Path, program) -> None:
     logits, targets = logits_of(world / "a.pth")
     answers = logits.argmax(1)

@@ -65,6 +65,13 @@ def require_own(content: Any, path: str) -> dict[str, Any]:
     return content
 
 
+def require_training_state(content: Any, path: str) -> dict[str, Any]:
+    """``require_own`` of a checkpoint that a run can be continued from: it is no export and no average of checkpoints."""
+    if is_own(content) and "optimizer" not in content:
+        raise CheckpointError(f"{path}: holds a trained model but no training state; start from it with --pretrained {path}")
+    return require_own(content, path)
+
+
 def is_own(content: Any) -> bool:
     """Whether a file's content is a checkpoint of this program."""
     return isinstance(content, dict) and isinstance(content.get(FORMAT_KEY), int)
@@ -85,9 +92,9 @@ def describe(config_text: str, classes: list[str], preprocessing: dict[str, Any]
     """What a checkpoint says beside the state: enough to evaluate or continue it with no other file.
 
     Args:
-        fingerprints: of each split's list of images.
+        fingerprints: of each split's images.
     """
     return {FORMAT_KEY: FORMAT, "config": config_text, "classes": list(classes), "preprocessing": preprocessing,
             "data_path": data_path if "://" in data_path else os.path.abspath(os.path.expanduser(data_path)),
-            "fingerprints": fingerprints, "global_batch": global_batch, "steps_per_epoch": steps_per_epoch,
+            "image_fingerprints": fingerprints, "global_batch": global_batch, "steps_per_epoch": steps_per_epoch,
             "versions": versions(), "git_commit": git_commit()}

@@ -7,8 +7,9 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from config import ConfigError, config_for_another_command, get_config, lookup, with_values
-from models.safe_load import read_file
+from config import ConfigError, command_of, config_for_another_command, get_config, lookup, with_values
+from models.safe_load import CheckpointError
+from utils.checkpoints.exported import read_trained
 from utils.checkpoints.file_format import is_own, require_own, with_found
 
 # --------------------------------------------------------------------------------------------------
@@ -24,7 +25,21 @@ def resolve_config(cfg_file: str | None, opts: list[str]) -> tuple[CfgNode, Any]
     if compared := _asked_value("COMPARE.FILES", asked, opts):
         return _resolve_each(cfg_file, opts, compared)
     resume = os.path.expanduser(_asked_value("MODEL.RESUME", asked, opts))
-    return _resolve(asked, opts, resume, read_file(resume) if resume else None)
+    config, content = _resolve(asked, opts, resume, read_trained(resume) if resume else None)
+    _check_pretrained(config, opts)
+    return config, content
+
+
+def _check_pretrained(config: CfgNode, opts: list[str]) -> None:
+    """A command other than training takes one file of weights: --pretrained beside --resume would be left aside unsaid."""
+    command, path = command_of(config), _last_value(opts, "MODEL.PRETRAINED")
+    if command is None or path in ("", "hub"):
+        return
+    if config.MODEL.RESUME:
+        raise ConfigError(f"{command.flag.name} takes one file of weights, and both --resume {config.MODEL.RESUME} and --pretrained {path} "
+                          "name one; leave one of them out")
+    if not os.path.exists(os.path.expanduser(path)):
+        raise CheckpointError(f"{path}: no such checkpoint file")
 
 
 def _resolve(asked: CfgNode | None, opts: list[str], resume: str, content: Any) -> tuple[CfgNode, Any]:
@@ -45,7 +60,7 @@ def _resolve_each(cfg_file: str | None, opts: list[str], files: Any) -> tuple[Cf
     """(config of the first, [(config, content) of each]) of files to compare: each by its own config, bare weights by ``cfg_file``."""
     opts, found = [*opts, "COMPARE.FILES", files], []
     for path in map(os.path.expanduser, lookup(get_config(None, ["COMPARE.FILES", files]), "COMPARE.FILES")):
-        content, own = read_file(path), [*opts, "MODEL.RESUME", path]
+        content, own = read_trained(path), [*opts, "MODEL.RESUME", path]
         asked = get_config(cfg_file, own) if cfg_file and not is_own(content) else None
         found.append(_resolve(asked, own, path, content))
     return found[0][0], found

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError
+from config import ConfigError, config_from_text
 from data.layouts.splits import read_class_names
 from models import check_input_size, classifier_rows, load_pretrained, load_state
-from models.safe_load import read_file
 from models.weights import check_finite, unwrap_state_dict
+from utils.checkpoints.exported import read_trained
 from utils.checkpoints.file_format import is_own, with_found
 from utils.checkpoints.run_folder import run_folder
 from utils.runtime import distributed
@@ -140,11 +140,19 @@ def describe_classes(classes: list[str]) -> list[str]:
 
 
 def weights_to_evaluate(config: CfgNode, content: Any, command: str) -> tuple[str, Any]:
-    """(path, content) for ``command``: --resume, else the run folder's best, else --pretrained."""
+    """(path, content) for ``command``: --resume, else the run folder's best, else --pretrained.
+
+    Raises:
+        ConfigError: no weights are named, or --pretrained names others than those that the run folder's best began with.
+    """
     if content is not None:
         return config.MODEL.RESUME, content
-    best = os.path.join(run_folder(config), "best.pth")
-    path = best if os.path.exists(best) else config.MODEL.PRETRAINED
-    if not path:
-        raise ConfigError(f"{command} needs weights: give --resume FILE (there is no {best})")
-    return path, read_file(path)
+    best, pretrained = os.path.join(run_folder(config), "best.pth"), config.MODEL.PRETRAINED
+    if not os.path.exists(best):
+        if not pretrained:
+            raise ConfigError(f"{command} needs weights: give --resume FILE (there is no {best})")
+        return pretrained, read_trained(pretrained)
+    content = read_trained(best)
+    if pretrained and is_own(content) and pretrained != config_from_text(content["config"]).MODEL.PRETRAINED:
+        raise ConfigError(f"{command} could take {best} of the run so named, or --pretrained {pretrained}; say which by --resume FILE")
+    return best, content

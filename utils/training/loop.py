@@ -106,7 +106,7 @@ def open_run(config: CfgNode, state: TrainState, plan: StepPlan, loaders: Any, g
 def _facts(plan: StepPlan, loaders: Any, description: dict[str, Any]) -> dict[str, Any]:
     """Of this start, for the run's history; nothing that names the machine."""
     data = {split: dict(images=len(getattr(loaders, split).dataset.source), fingerprint=fingerprint[:16])
-            for split, fingerprint in description["fingerprints"].items()}
+            for split, fingerprint in description["image_fingerprints"].items()}
     metrics = [dict(name=m.name, label=m.label, higher_is_better=m.higher_is_better, digits=m.digits) for m in plan.task.metrics]
     return dict(flags=sys.argv[1:], task=plan.task.name, metrics=metrics, best=plan.task.best.name,
                 tie_break=plan.task.tie_break.name if plan.task.tie_break is not None else None, versions=description["versions"],
