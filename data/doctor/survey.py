@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -133,7 +134,8 @@ def open_survey(config: CfgNode) -> Survey:
         if survey.splits:
             source.configure(next(iter(survey.splits.values())).source.reading, config.DATA.READ_PATIENCE)
         else:
-            survey.levels = settle_reading(source, Reading.of(config), config.DATA.READ_PATIENCE, config.DATA.TIMEOUT)
+            with contextlib.suppress(DataError):  # a file hangs, which is told when all are read
+                survey.levels = settle_reading(source, Reading.of(config), config.DATA.READ_PATIENCE, config.DATA.TIMEOUT)
         base = base_of(source)[0]
         entry = entries[0] if len(entries) == 1 and len(entries[0].index["targets"]) == len(base) else None
         survey.splits[name] = Split(name, layout.name, source, own, source.targets, np.zeros(0), entry=entry)

@@ -152,5 +152,6 @@ def _look(source: Source, most: int, timeout: float) -> list[Sample]:
     try:
         return [found for found in in_threads(look, places, timeout) if found is not None]
     except Hang as hang:
-        raise DataError(f"{', '.join(source.path(index) for index in hang.busy)}: could not be read within {timeout:g} seconds "
-                        "(DATA.TIMEOUT); check the disk or network share, or raise DATA.TIMEOUT") from None
+        busy = ", ".join(source.path(index) for index in hang.busy)
+        raise DataError(f"no image came for {timeout:g} seconds (DATA.TIMEOUT); being read at that moment: {busy}; check the disk or "
+                        "network share that holds it, or raise DATA.TIMEOUT") from None

@@ -7,6 +7,7 @@ import json
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,9 +25,9 @@ from config import config_from_text
 from data import build_loaders
 from data.decoding.deep import stored_values
 from data.decoding.pillow import Reading, decode, is_single_colour
-from data.errors import UnreadableImage
+from data.errors import DataError, UnreadableImage
 from data.sources.deep_levels import FEWEST_LEVELS, find_levels
-from data.sources.folder import scan_flat
+from data.sources.folder import ImageFolder, scan_flat
 from utils.commands.export import _description
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -130,6 +131,15 @@ def test_levels_are_of_the_set_and_outliers_do_not_waste_them(tmp_path: Path) ->
     assert given.levels < FEWEST_LEVELS and given.few and given.better == pytest.approx(found["hot"].window)
     assert [line.code for line in given.messages()] == ["deep", "few-levels"] and "DATA.WINDOW '[" in given.messages()[1]
     assert [line.code for line in found["hot"].messages()] == ["deep"]
+
+
+def test_a_file_that_hangs_at_the_first_look_is_named(tmp_path: Path, monkeypatch) -> None:
+    write(tmp_path, [RAMP.astype(np.uint16)] * 3)
+    fetch, ended = ImageFolder.fetch, threading.Event()
+    monkeypatch.setattr(ImageFolder, "fetch", lambda self, index: (ended.wait(20) if index == 1 else 0, fetch(self, index))[1])
+    with pytest.raises(DataError, match=r"0\.3 seconds \(DATA\.TIMEOUT\).*1\.tif;"):
+        find_levels(scan_flat(str(tmp_path)), timeout=0.3)
+    ended.set()
 
 
 @pytest.fixture(scope="module")
