@@ -96,7 +96,7 @@ def test_official_files_load_at_another_window_too(tmp_path: Path) -> None:
                                   "MODEL:\n  SWIN_MOE:\n    EMBED_DIM: 96\n", "TRAIN:\n  MOE:\n    SAVE_MASTER: True\n"])
 def test_swin_moe_is_refused_by_what_it_needs(text: str, tmp_path: Path) -> None:
     (tmp_path / "vit.yaml").write_text("MODEL:\n  TYPE: vit\n  VIT:\n    EMBED_DIM: 768\n")
-    with pytest.raises(ConfigError, match="MODEL.TYPE vit: .*MODEL.TYPE timm, SimMIM's by MODEL.NAME beit_base_patch16_224"):
+    with pytest.raises(ConfigError, match="MODEL.VIT: .*MODEL.TYPE timm, SimMIM's by MODEL.NAME beit_base_patch16_224"):
         get_config(str(tmp_path / "vit.yaml"))
     assert timm.is_model("beit_base_patch16_224")
     (tmp_path / "moe.yaml").write_text(text)
