@@ -564,6 +564,9 @@ KEYS: tuple[Key, ...] = (
     Key("DATA.MEAN", None, _optional(_floats), "channel means of the normalisation; None is the model's, else ImageNet's", RGB_NUMBERS),
     Key("DATA.STD", None, _optional(_floats),
         "channel deviations of the normalisation; None is the model's, else ImageNet's", RGB_POSITIVE),
+    Key("DATA.WINDOW", None, _optional(_floats),
+        "values that are black and white in images of more than 8 bits a channel, e.g. [0, 4095]; None finds them in the data",
+        Rule(lambda pair: len(pair) == 2 and -1e30 <= pair[0] < pair[1] <= 1e30, "two numbers, rising")),
     Key("DATA.MASK_PATCH_SIZE", 32, _int, "TASK simmim: side in pixels of the squares that are masked", KERNEL),
     Key("DATA.MASK_RATIO", 0.6, _float, "TASK simmim: share of the squares that are masked",
         Rule(lambda share: 0 < share < 1, "it must lie between 0 and 1")),
@@ -1044,6 +1047,8 @@ def _set(root: CfgNode, key: str, raw: Any, where: str, source: str = "") -> Non
 
 _HISTORY = "history"  # attribute of the root beside the tree: key -> [(source, value), ...]
 COMMAND_LINE = "command line"
+# Keys that a run finds in its data where they are None; its checkpoints hold what was found.
+FOUND_IN_DATA = ("DATA.WINDOW",)
 
 
 def history(config: CfgNode) -> dict[str, list[tuple[str, Any]]]:
