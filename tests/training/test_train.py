@@ -214,7 +214,8 @@ def test_out_of_memory_advises_what_the_command_takes(trained: Path, tiny_cfg: P
 
     monkeypatch.setattr("utils.commands.evaluate.evaluate", refuse)
     monkeypatch.setattr("utils.training.engine.backward", refuse)
-    for arguments, words in (("--eval", "--resume", trained / "best.pth"), "TEST.BATCH_SIZE 8"), (("--cfg", tiny_cfg, "--tag", "oom"), "--fit"):
+    rows = {"TEST.BATCH_SIZE 8": ("--eval", "--resume", trained / "best.pth"), "--fit": ("--cfg", tiny_cfg, "--tag", "oom")}
+    for words, arguments in rows.items():
         done = program(*arguments)
         assert done.returncode == 1 and done.stderr.startswith("error: out of memory; ") and words in done.stderr, done
         assert ("--fit" in done.stderr) == (words == "--fit")
