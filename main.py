@@ -23,6 +23,8 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
+
 from config import command_of, get_config, takes_standard_output
 from utils.cli.errors import exit_status
 from utils.cli.parser import asks_for_light_command, parse
