@@ -60,7 +60,7 @@ def _translated(error: Exception) -> ProgramError | None:
 
 def _say(sentence: str, status: int, any_rank: bool = False) -> int:
     """Say it once: rank 0, or with its place any rank that may be alone in its trouble."""
-    from utils.loggers.console import printable
+    from utils.loggers.console import plain
     rank, where = launcher.rank(), ""
     if launcher.of_several():
         where = f" (rank {rank})"
@@ -68,5 +68,5 @@ def _say(sentence: str, status: int, any_rank: bool = False) -> int:
             distributed.announce_failure(sentence)
             where = f" ({distributed.current_place()})"
     if rank == 0 or any_rank or launcher.local_rank() == 0:
-        print(f"error{where if rank or any_rank else ''}: {printable(sentence)}", file=sys.stderr, flush=True)
+        print(f"error{where if rank or any_rank else ''}: {plain(sentence)}", file=sys.stderr, flush=True)
     return status
