@@ -76,6 +76,7 @@ def export_run(config: CfgNode, content: Any, device: torch.device, logger: logg
     if write is _write_hub:
         _require_folder(path, config)
     trained = open_trained(build_task(config), config, content, "--export")
+    config = trained.config
     model = trained.model.requires_grad_(False)
     if config.EXPORT.PREPROCESS:
         prepare = preprocessing(config)
@@ -214,12 +215,13 @@ def _hub_config(config: CfgNode, trained: Trained, name: str, arguments: dict[st
     """What timm keeps beside weights."""
     prepare, own = preprocessing(config), dict(getattr(trained.model, "pretrained_cfg", None) or {})
     kept = {key: own[key] for key in ("fixed_input_size", "first_conv", "classifier") if own.get(key) not in (None, "")}
+    window = dict(window=prepare.pop("window")) if "window" in prepare else {}  # timm knows no such field of pretrained_cfg
     interpolation = "bicubic" if prepare["interpolation"] == "random" else prepare["interpolation"]
     described = {label: words for label, words in zip(trained.classes, trained.descriptions, strict=True) if words}
     return dict(
         architecture=name, num_classes=len(trained.classes), num_features=getattr(trained.model, "num_features", None),
         model_args={key: value for key, value in arguments.items() if key != "num_classes"},  # transformers gives it itself
-        label_names=trained.classes, **(dict(label_descriptions=described) if described else {}),
+        label_names=trained.classes, **window, **(dict(label_descriptions=described) if described else {}),
         pretrained_cfg=dict(kept, **dict(prepare, interpolation=interpolation), num_classes=len(trained.classes), custom_load=False),
         **{OWN: recipe_of(_pixels_as_evaluated(config, trained), trained.step)})
 
@@ -240,6 +242,8 @@ def _description(config: CfgNode, trained: Trained) -> dict[str, str]:
         steps = f"{resize}; the model takes uint8 pixels of 0 to 255 in RGB, (N, 3, H, W), and normalises them itself"
     else:
         steps = f"{resize}, divide by 255, subtract mean, divide by std; RGB, (N, 3, H, W), float32"
+    if "window" in prepare:
+        steps = f"images of more than 8 bits a channel: from {prepare['window']} to 0 and 255, clipped and rounded; {steps}"
     facts = dict(classes=trained.classes, preprocessing=dict(prepare, steps=steps), model=dict(name=config.MODEL.NAME, step=trained.step))
     if any(trained.descriptions):
         facts["descriptions"] = trained.descriptions
