@@ -14,10 +14,12 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from config import ConfigError
+from data.decoding.pillow import Reading
 from data.errors import DataError
 from data.layouts import digits
-from data.layouts.detect import Options, detect_layout, resolve_data_file
+from data.layouts.detect import detect_layout
 from data.layouts.input_paths import InputImages
+from data.layouts.options import Options, resolve_data_file
 from data.layouts.splits import choose_classes, subset
 from data.loading.dataset import EvalImages, TrainImages
 from data.loading.loader import ImageLoader
@@ -26,6 +28,7 @@ from data.loading.workers import MIN_SHARED_MEMORY, free_shared_memory, ignore_s
 from data.messages import Notice
 from data.sources.base import Source
 from data.sources.classes import match_classes
+from data.sources.deep_levels import settle_reading
 from data.streaming.dataset import StreamEvalImages, StreamTrainImages
 from data.streaming.open import open_streams
 from data.streaming.sampler import StreamSampler, StreamShardSampler
@@ -46,6 +49,7 @@ class Loaders:
         classes: class names, in the order of the classifier's outputs.
         notices: messages for the user.
         layout: the name of the layout that was detected.
+        found: what the data told of keys that are None in the config (``config.FOUND_IN_DATA``).
     """
 
     train: ImageLoader | None
@@ -53,6 +57,7 @@ class Loaders:
     classes: list[str]
     notices: list[str] = field(default_factory=list)
     layout: str = ""
+    found: dict[str, Any] = field(default_factory=dict)
 
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The training stream from step ``start`` on."""
@@ -135,7 +140,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         dataset = kind(source, pipelines["val"], _val_batch(config), workers, pipe)
         sampler = _val_sampler(config, source, rank, world_size, workers > 0)
         val = ImageLoader(dataset, batch_sampler=sampler, persistent_workers=workers > 0, **options)  # it is used after every epoch
-    return Loaders(train, val, names, list(dict.fromkeys(notices)), layout)
+    return Loaders(train, val, names, list(dict.fromkeys(notices)), layout, _found(config, next(iter(sources.values()))))
 
 
 def build_prediction_loader(config: CfgNode, images: InputImages, device: torch.device,
@@ -149,7 +154,8 @@ def build_prediction_loader(config: CfgNode, images: InputImages, device: torch.
         published: as in ``build_loaders``.
     """
     pipeline, notices = build_eval_pipeline(config, device, published)
-    images.configure(config.DATA.EXIF, config.DATA.READ_PATIENCE)
+    _settle_reading(images, config, False)
+    notices += images.notices
     options, pipe = _loader_options(config, {"val": pipeline}, device, 1, notices)
     batch = min(_val_batch(config), len(images))
     sampler = ShardSampler(len(images), batch)
@@ -163,18 +169,37 @@ def _open_sources(config: CfgNode, root: str, splits: Sequence[str],
     """(sources by split, the layout's name) of data on a disk."""
     if config.DATA.VAL_PATH:
         raise ConfigError(f"DATA.VAL_PATH is for streams only, and {root} is not one; leave it empty")
-    layout = detect_layout(root, Options.of(config), splits)  # both splits before any listing: a missing val/ is an error at once
+    options = Options.of(config, alone=list(splits) == ["val"])
+    layout = detect_layout(root, options, splits)  # both splits before any listing: a missing val/ is an error at once
     class_file, sources = resolve_data_file(config.DATA.CLASS_NAMES, root), {}
     for split in (name for name in ("train", "val") if name in layout.open):
         source = layout.open[split]()
         source = choose_classes(source, class_file) if class_file else source
         source = match_classes(source, classes(source.classes) if callable(classes) else classes)
+        if sources:
+            source.configure(next(iter(sources.values())).reading, config.DATA.READ_PATIENCE)
+        else:
+            _settle_reading(source, config, split == "train")
         if split == "train":
             source = subset(source, config.DATA.SUBSET, config.SEED) if config.DATA.SUBSET < 1 else source
             classes = source.classes if classes is None else classes
-        source.configure(config.DATA.EXIF, config.DATA.READ_PATIENCE)
+        if not len(source):
+            raise DataError(f"{source.root}: holds no image for {dict(train='training', val='validation')[split]}; add some"
+                            + (", or raise DATA.VAL_FRACTION" if options.val_fraction else ""))
         sources[split] = source
     return sources, layout.name
+
+
+def _settle_reading(source: Source, config: CfgNode, given: bool) -> None:
+    """As ``settle_reading``, by the config, with a line among the source's notices."""
+    levels = settle_reading(source, Reading.of(config), config.DATA.READ_PATIENCE, config.DATA.TIMEOUT, given)
+    source.notices += levels.messages() if levels is not None else []
+
+
+def _found(config: CfgNode, source: Source) -> dict[str, Any]:
+    """What ``source`` told of keys that are None in the config."""
+    window = source.reading.window
+    return {"DATA.WINDOW": list(window)} if config.DATA.WINDOW is None and window is not None else {}
 
 
 def _train_sampler(config: CfgNode, source: Source, rank: int, world_size: int, thread: bool, notices: list[str]) -> StepSampler:

@@ -6,17 +6,21 @@ import copy
 import difflib
 import inspect
 import logging
+import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
+import psutil
 import timm
 import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import ConfigError, image_size
-from models import cpu_bf16, crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin
+from models import cpu_bf16, crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin, swin_mlp, swinv2
 from models.base import HierarchicalModel
 from models.safe_load import CheckpointError
 from models.weights import (
@@ -27,15 +31,15 @@ from models.weights import (
     fit_pretrained,
     load_pretrained_file,
     read_class_map,
-    translate,
+    read_names,
 )
 
 # A family's module gives VARIANTS (name -> arguments), build(name, arguments, img_size), checkpoint_filter_fn, NODE_KEYS (config key
 # -> argument, which arguments() may adjust), ONLY (keys that take one value) and REQUIRED, the numbers without which a name of one's
 # own is no model.
 _FAMILIES: dict[str, ModuleType] = {
-    "crossformer": crossformer, "swin": swin, "cvt": cvt, "shunted": shunted, "mpvit": mpvit, "pvt": pvt, "pvt_v2": pvt_v2,
-    "galerkin": galerkin}
+    "crossformer": crossformer, "swin": swin, "swinv2": swinv2, "swin_mlp": swin_mlp, "cvt": cvt, "shunted": shunted, "mpvit": mpvit,
+    "pvt": pvt, "pvt_v2": pvt_v2, "galerkin": galerkin}
 
 
 def variants(family: str) -> list[str]:
@@ -108,7 +112,7 @@ def load_pretrained(model: nn.Module, path: str, config: CfgNode) -> LoadReport:
 
 def _hub_weights(config: CfgNode) -> dict[str, Tensor]:
     name = _HUB.get(config.MODEL.NAME, config.MODEL.NAME)
-    described = timm.get_pretrained_cfg(name) if timm.is_model(name) and config.MODEL.TYPE in ("timm", "swin", "pvt_v2") else None
+    described = timm.get_pretrained_cfg(name) if timm.is_model(name) and config.MODEL.TYPE in ("timm", "swin", "swinv2", "pvt_v2") else None
     if described is None or not described.has_weights:
         raise ConfigError(f"MODEL.PRETRAINED is hub, but timm has no weights of {config.MODEL.NAME}; give a file")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each
@@ -124,14 +128,18 @@ def load_state(model: nn.Module, state: dict[str, Tensor], config: CfgNode, path
     """Load weights that must fit ``model`` entirely, ours or published ones (whose names the family translates)."""
     own = model.state_dict()
     if state.keys() != own.keys() or any(own[n].shape != state[n].shape for n in own):
-        state = translate(state, model, path, _filter_fn(model, config))
+        reading = read_names(state, model, path, _filter_fn(model, config))
+        if reading.fresh and not reading.misfits[0]:
+            raise CheckpointError(f"{path}: holds no classifier ({reading.fresh[0]}), so it can be trained from (--pretrained {path}) but "
+                                  "not evaluated or predicted with")
+        state = reading.state
     check_fits(model, state, path)
     model.load_state_dict(state)
 
 
 def classifier_rows(model: nn.Module, state: dict[str, Tensor], config: CfgNode, path: str) -> int:
     """Classes that published weights for ``model`` tell apart, whatever the model's own number; 0 where they hold no classifier."""
-    state = translate(state, model, path, _filter_fn(model, config))
+    state = read_names(state, model, path, _filter_fn(model, config)).state
     own, heads = model.state_dict(), tuple(head + "." for head in classifier_prefixes(model))
     rows = [len(state[name]) for name in own if name.startswith(heads) and name in state and own[name].ndim]
     return rows[-1] if rows else 0
@@ -184,7 +192,7 @@ def check_input_size(model: nn.Module, config: CfgNode) -> None:
     try:
         with torch.inference_mode():
             model.eval()(torch.zeros(1, 3, height, width))
-    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, ArithmeticError, AssertionError, TypeError, IndexError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise ConfigError(f"MODEL.NAME {config.MODEL.NAME} does not take images of {height} x {width} ({reason}); "
                           "change DATA.IMG_SIZE (--img-size)") from None
@@ -207,10 +215,36 @@ def _build_family(config: CfgNode, common: dict[str, Any]) -> nn.Module:
             raise ConfigError(f"MODEL.NAME {name!r} is no {config.MODEL.TYPE} variant ({', '.join(sorted(family.VARIANTS))})"
                               + (f"; did you mean {near[0]}?" if near else "")
                               + f"; a name of your own needs {', '.join(missing)}")
+    build = partial(family.build, name, dict(family.VARIANTS.get(name, {}), **from_node, **common), image_size(config))
+    if from_node or max(image_size(config)) > LARGE_IMAGE:
+        leaves = {argument: f"{key}.{leaf}" for leaf, argument in family.NODE_KEYS.items()}
+        _require_possible(build, name, leaves)
+    return build()
+
+
+LARGE_IMAGE = 1024  # pixels a side; for larger ones the tables of positions may not fit into memory
+
+
+def _require_possible(build: Callable[[], nn.Module], name: str, keys: dict[str, str]) -> None:
+    """Try numbers of the user's own on tensors without storage, before memory is taken for them.
+
+    Args:
+        keys: config key of each argument, for the message.
+
+    Raises:
+        ConfigError: they make no model, or one that is larger than this machine's memory.
+    """
     try:
-        return family.build(name, dict(family.VARIANTS.get(name, {}), **from_node, **common), image_size(config))
-    except (ValueError, AssertionError, ZeroDivisionError) as error:
-        raise ConfigError(f"MODEL.NAME {name}: {error or 'these sizes make no model'}") from None
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = build()
+    except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or ["these sizes make no model"])[0]
+        named = re.sub(rf"\b({'|'.join(keys)})\b", lambda found: keys[found[0]], reason)
+        raise ConfigError(f"MODEL.NAME {name}: {named}") from None
+    needed, free = sum(p.numel() * p.element_size() for p in model.parameters()), psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(f"MODEL.NAME {name}: its weights take {needed / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB of memory are free; "
+                          "give smaller numbers, or a smaller DATA.IMG_SIZE")
 
 
 def _node_arguments(family: ModuleType, config: CfgNode) -> dict[str, Any]:
