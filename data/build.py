@@ -17,8 +17,9 @@ from config import ConfigError, input_channels, with_values
 from data.decoding.pillow import Reading
 from data.errors import DataError
 from data.layouts import digits
-from data.layouts.detect import Options, detect_layout, resolve_data_file
+from data.layouts.detect import detect_layout
 from data.layouts.input_paths import InputImages
+from data.layouts.options import Options, resolve_data_file
 from data.layouts.splits import choose_classes, subset
 from data.loading.dataset import EvalImages, TrainImages
 from data.loading.loader import ImageLoader
@@ -179,7 +180,8 @@ def _open_sources(config: CfgNode, root: str, splits: Sequence[str],
     """(sources by split, the layout's name) of data on a disk."""
     if config.DATA.VAL_PATH:
         raise ConfigError(f"DATA.VAL_PATH is for streams only, and {root} is not one; leave it empty")
-    layout = detect_layout(root, Options.of(config), splits)  # both splits before any listing: a missing val/ is an error at once
+    options = Options.of(config, alone=list(splits) == ["val"])
+    layout = detect_layout(root, options, splits)  # both splits before any listing: a missing val/ is an error at once
     class_file, sources = resolve_data_file(config.DATA.CLASS_NAMES, root), {}
     for split in (name for name in ("train", "val") if name in layout.open):
         source = layout.open[split]()
@@ -192,6 +194,9 @@ def _open_sources(config: CfgNode, root: str, splits: Sequence[str],
         if split == "train":
             source = subset(source, config.DATA.SUBSET, config.SEED) if config.DATA.SUBSET < 1 else source
             classes = source.classes if classes is None else classes
+        if not len(source):
+            raise DataError(f"{source.root}: holds no image for {dict(train='training', val='validation')[split]}; add some"
+                            + (", or raise DATA.VAL_FRACTION" if options.val_fraction else ""))
         sources[split] = source
     return sources, layout.name
 

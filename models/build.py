@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import ConfigError, image_size, input_channels
-from models import cpu_bf16, crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin
+from models import cpu_bf16, crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin, swin_mlp, swinv2
 from models.base import HierarchicalModel
 from models.safe_load import CheckpointError
 from models.weights import (
@@ -27,15 +27,15 @@ from models.weights import (
     fit_pretrained,
     load_pretrained_file,
     read_class_map,
-    translate,
+    read_names,
 )
 
 # A family's module gives VARIANTS (name -> arguments), build(name, arguments, img_size), checkpoint_filter_fn, NODE_KEYS (config key
 # -> argument, which arguments() may adjust), ONLY (keys that take one value) and REQUIRED, the numbers without which a name of one's
 # own is no model.
 _FAMILIES: dict[str, ModuleType] = {
-    "crossformer": crossformer, "swin": swin, "cvt": cvt, "shunted": shunted, "mpvit": mpvit, "pvt": pvt, "pvt_v2": pvt_v2,
-    "galerkin": galerkin}
+    "crossformer": crossformer, "swin": swin, "swinv2": swinv2, "swin_mlp": swin_mlp, "cvt": cvt, "shunted": shunted, "mpvit": mpvit,
+    "pvt": pvt, "pvt_v2": pvt_v2, "galerkin": galerkin}
 
 
 def variants(family: str) -> list[str]:
@@ -108,7 +108,7 @@ def load_pretrained(model: nn.Module, path: str, config: CfgNode) -> LoadReport:
 
 def _hub_weights(config: CfgNode) -> dict[str, Tensor]:
     name = _HUB.get(config.MODEL.NAME, config.MODEL.NAME)
-    described = timm.get_pretrained_cfg(name) if timm.is_model(name) and config.MODEL.TYPE in ("timm", "swin", "pvt_v2") else None
+    described = timm.get_pretrained_cfg(name) if timm.is_model(name) and config.MODEL.TYPE in ("timm", "swin", "swinv2", "pvt_v2") else None
     if described is None or not described.has_weights:
         raise ConfigError(f"MODEL.PRETRAINED is hub, but timm has no weights of {config.MODEL.NAME}; give a file")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each
@@ -124,14 +124,18 @@ def load_state(model: nn.Module, state: dict[str, Tensor], config: CfgNode, path
     """Load weights that must fit ``model`` entirely, ours or published ones (whose names the family translates)."""
     own = model.state_dict()
     if state.keys() != own.keys() or any(own[n].shape != state[n].shape for n in own):
-        state = translate(state, model, path, _filter_fn(model, config))
+        reading = read_names(state, model, path, _filter_fn(model, config))
+        if reading.fresh and not reading.misfits[0]:
+            raise CheckpointError(f"{path}: holds no classifier ({reading.fresh[0]}), so it can be trained from (--pretrained {path}) but "
+                                  "not evaluated or predicted with")
+        state = reading.state
     check_fits(model, state, path)
     model.load_state_dict(state)
 
 
 def classifier_rows(model: nn.Module, state: dict[str, Tensor], config: CfgNode, path: str) -> int:
     """Classes that published weights for ``model`` tell apart, whatever the model's own number; 0 where they hold no classifier."""
-    state = translate(state, model, path, _filter_fn(model, config))
+    state = read_names(state, model, path, _filter_fn(model, config)).state
     own, heads = model.state_dict(), tuple(head + "." for head in classifier_prefixes(model))
     rows = [len(state[name]) for name in own if name.startswith(heads) and name in state and own[name].ndim]
     return rows[-1] if rows else 0

@@ -25,7 +25,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.errors import DataError
-from data.layouts.detect import Options, detect_layout
+from data.layouts.detect import detect_layout
+from data.layouts.options import Options
 from data.sources.base import Source
 from data.sources.classes import match_classes
 
@@ -88,6 +89,8 @@ def main() -> int:
     args = parser.parse_args()
     manifest_path = os.path.join(args.output, "manifest.json")
     try:
+        if os.path.realpath(args.output) == os.path.realpath(args.data):
+            raise DataError(f"{args.output}: is the folder of the data itself; choose another one")
         layout = detect_layout(args.data, Options(val_fraction=args.val_fraction))
         train = layout.open["train"]()
         sources = {"train": train, "val": match_classes(layout.open["val"](), train.classes)}

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.decoding.pillow import Reading, decode
 from data.errors import DataError, UnreadableImage
-from data.layouts.detect import Options, detect_layout
+from data.layouts.detect import detect_layout
+from data.layouts.options import Options
 from data.sources.base import Source
 from data.sources.classes import match_classes
 from data.sources.deep_levels import settle_reading, window_option
@@ -156,6 +157,8 @@ def main() -> int:
             raise DataError("give the data set to read and the folder to write")
         if not 256 <= args.side <= 512 or not 50 <= args.quality <= 100:
             raise DataError("--side lies between 256 and 512, --quality between 50 and 100")
+        if os.path.realpath(args.output) == os.path.realpath(args.data):
+            raise DataError(f"{args.output}: is the folder of the data itself; choose another one")
         layout = detect_layout(args.data, Options(val_fraction=args.val_fraction))
         train = layout.open["train"]()
         sources = {"train": train, "val": match_classes(layout.open["val"](), train.classes)}

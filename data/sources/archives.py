@@ -28,9 +28,10 @@ from data.sources.classes import encode_labels, first_few
 from data.sources.index_cache import Index, cached, names_of, store_names
 from data.sources.listing_progress import tick
 from data.sources.packed_names import PackedNames, is_hidden, is_image
+from data.sources.regular_files import LARGEST_IMAGE
 from data.sources.tar import BEGINNING, CheckedHeader, damaged
 
-LARGEST_MEMBER = 256 << 20  # bytes; no encoded image is larger, and a zip bomb unpacks to no more
+LARGEST_MEMBER = LARGEST_IMAGE  # a zip bomb unpacks to no more
 _OPEN_FILES = 16  # archives that a process keeps open: there may be thousands of shards
 _SPLIT_FOLDERS = {"train", "val", "validation", "test", "images", "data"}
 _LABEL_SUFFIXES = (".cls", ".json")
@@ -333,11 +334,11 @@ def scan_archives(files: Sequence[str], root: str, cache: str | None = None, spl
     return images
 
 
-def split_folders(path: str) -> set[str]:
-    """Which of train, val and validation are folders in an archive, at its top or up to two levels below."""
+def split_folders(path: str, wanted: set[str]) -> set[str]:
+    """Which of the names ``wanted``, in lower case, are folders in an archive, at its top or up to two levels below."""
     found: set[str] = set()
     for member in members(path, []):
-        found |= {part.lower() for part in member.name.split("/")[:3]} & {"train", "val", "validation"}
-        if "train" in found and len(found) > 1:
+        found |= {part.lower() for part in member.name.split("/")[:-1][:3]} & wanted
+        if found == wanted:
             break
     return found

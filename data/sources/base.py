@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import time
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
@@ -46,6 +47,7 @@ class Source:
         notices: messages for the user.
         patience: seconds for which a failing read is tried again.
         reading: how they become pixels.
+        marks: what a list says of each image beside its class, "fold" or "group": (names, positions in them (images,) int64).
     """
 
     root: str
@@ -54,6 +56,7 @@ class Source:
     notices: list[str]
     patience: float = 0.0
     reading: Reading = AS_STORED
+    marks: Mapping[str, tuple[list[str], np.ndarray]] = {}
     _fingerprint: str | None = None
 
     def __len__(self) -> int:
@@ -129,6 +132,7 @@ class View(Source):
         self.source, self.indices = source, indices
         self.root, self.classes, self.targets, self.notices = source.root, classes, targets, notices
         self.reading, self.patience = source.reading, source.patience
+        self.marks = {what: (names, marked[indices]) for what, (names, marked) in source.marks.items()}
 
     def path(self, index: int) -> str:
         return self.source.path(int(self.indices[index]))

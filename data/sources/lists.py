@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,64 +18,83 @@ from data.errors import DataError
 from data.messages import Notice
 from data.sources.archives import ArchiveImages
 from data.sources.base import Source, View
-from data.sources.classes import encode_labels, whole_number
+from data.sources.classes import class_positions, encode_labels, whole_number
+from data.sources.columns import NO_KEYS, Columns, ListKeys, find_columns, known_header
 from data.sources.folder import ImageFolder
-from data.sources.packed_names import PackedNames, is_image
+from data.sources.list_paths import find_listed
+from data.sources.packed_names import IMAGE_EXTENSIONS, PackedNames, is_image, natural_key
+from data.sources.regular_files import NotARegularFile, read_regular
 
-LIST_EXTENSIONS = (".csv", ".tsv", ".txt", ".lst", ".json")
-_PATH_COLUMNS = ("path", "filepath", "file_path", "file", "filename", "file_name", "image", "image_path", "image_file", "img", "img_path",
-                 "imageid", "image_id", "id", "name")
-_LABEL_COLUMNS = ("label", "labels", "class", "class_name", "classname", "category", "target", "class_id", "label_id", "y",
-                  "predictionstring")
-_SPLIT_COLUMNS = ("split", "set", "subset", "partition", "fold")
+LIST_EXTENSIONS = (".csv", ".tsv", ".txt", ".lst", ".json", ".jsonl")
 _LARGEST = 2 << 30  # bytes of a list; that of ImageNet-22K has 0.9 GB
+_SAMPLE = 1000  # rows by which the columns are told apart
+_LONGEST_PATH, _LONGEST_LABEL = 4096, 10_000  # characters
+_UNPRINTABLE = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
+_JSON_LIST = re.compile(r'\s*\[\s*[\[{"]')
+_NAMED_FIRST = re.compile(rf'"?(.*(?:{"|".join(map(re.escape, IMAGE_EXTENSIONS))}))"?(?:\s*[,;]\s*|\s+)(\S.*)', re.IGNORECASE)
 
 
 class Row(NamedTuple):
-    """A line of a list: its number, counted from 1, and its cells."""
+    """A line of a list: its number, counted from 1, and its cells; "" for a column that the list does not have."""
 
     line: int
     path: str
     label: str
     split: str = ""
+    fold: str = ""
+    group: str = ""
 
+
+Cells = tuple[int, list[str]]  # a line's number and its cells
 
 # --------------------------------------------------------------------------------------------------
 # Reading lists
 # --------------------------------------------------------------------------------------------------
 
 def read_text(path: str) -> str:
-    """A text file in UTF-8, with or without a byte order mark.
+    """A text file in UTF-8, with or without a byte order mark, or in UTF-16 with one.
 
     Raises:
-        DataError: unreadable, too large, or in another encoding.
+        DataError: unreadable, no regular file, too large, or in another encoding.
     """
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > _LARGEST:
-                raise DataError(f"{path}: is larger than any list of images")
-            return file.read().decode("utf-8-sig")
+        content = read_regular(path, _LARGEST)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except NotARegularFile as error:
+        raise DataError(f"{path!r}: {error}; give a text file") from None
+    try:
+        return content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text at byte {error.start}; save it as UTF-8") from None
 
 
-def read_list(path: str) -> list[Row]:
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
+    """(number from 1, line without the blanks around it) of the lines that are not empty; a line ends where an editor ends it."""
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+        if line := line.strip():
+            yield number, line
+
+
+def read_list(path: str, keys: ListKeys = NO_KEYS) -> list[Row]:
     """The rows of a CSV, TSV, text or JSON list.
 
-    CSV and TSV may begin with a header (path, label and optionally split, in any order and under their usual names); without
-    one the first column is the path and the second the label. Text: path and label, separated by a tab or by the line's last
-    blank or comma. JSON: a list of ``[path, label]``, as Swin's of ImageNet-22K.
+    CSV and TSV may begin with a header, whose columns ``find_columns`` tells apart; without one the first column is the path and the
+    second the label. Text: path and label, separated by a tab, or by the blank or comma behind the image's suffix. JSON: a list of
+    ``[path, label]``, as Swin's of ImageNet-22K, a mapping from paths to labels, or records, also a line each (Hugging Face's
+    metadata.jsonl).
+
+    Args:
+        keys: what the config says of the columns.
 
     Raises:
         DataError: the list is empty, or has a line that cannot be used; the message names the line.
     """
-    text = read_text(path)
-    if text.lstrip()[:1] == "[":
-        rows = list(_json_rows(text, path))
-    elif path.lower().endswith((".csv", ".tsv")):
-        rows = list(_table_rows(text, path))
+    text, extension = read_text(path), os.path.splitext(path)[1].lower()
+    if extension in (".json", ".jsonl") or (extension not in (".csv", ".tsv") and _JSON_LIST.match(text)):
+        rows = list(_json_rows(text, path, extension == ".jsonl", keys))
+    elif extension in (".csv", ".tsv") or known_header(re.split("[,;\t]", next(lines_of(text), (0, ""))[1])):
+        rows = list(_table_rows(text, path, keys))
     else:
         rows = list(_text_rows(text, path))
     if not rows:
@@ -80,97 +102,150 @@ def read_list(path: str) -> list[Row]:
     return rows
 
 
-def _json_rows(text: str, path: str) -> Iterator[Row]:
+def checked_row(path: str, line: int, image: str, label: str, *others: str) -> Row:
+    """A checked row.
+
+    Raises:
+        DataError: no path or label, or one that no file and no class can have.
+    """
+    if not image or not label:
+        raise DataError(f"{path}:{line}: has no path or no label ({', '.join((image, label))[:80]!r})")
+    if "\0" in image or len(image) > _LONGEST_PATH or not _encodable(image):
+        raise DataError(f"{path}:{line}: {image[:80]!r} cannot be the name of a file")
+    if len(label) > _LONGEST_LABEL or _UNPRINTABLE.search(label):
+        raise DataError(f"{path}:{line}: {label[:80]!r} cannot be a label: it is too long or has control characters")
+    return Row(line, image, label, *others)
+
+
+def _encodable(name: str) -> bool:
     try:
-        entries = json.loads(text)
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _json_rows(text: str, path: str, by_line: bool, keys: ListKeys) -> Iterator[Row]:
+    try:
+        entries = [json.loads(line) for _, line in lines_of(text)] if by_line else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not valid JSON ({error})") from None
-    for number, entry in enumerate(entries, 1):
+    if isinstance(entries, dict):
+        entries = [list(pair) for pair in entries.items()]
+    if isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries):
+        header = list(dict.fromkeys(name for entry in entries[:_SAMPLE] for name in entry))
+        yield from _rows_of(path, path, header, ((number, [_cell(entry.get(name)) for name in header])
+                                                 for number, entry in enumerate(entries, 1)), keys)
+        return
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
         if not (isinstance(entry, list) and len(entry) >= 2 and isinstance(entry[0], str) and type(entry[1]) in (int, str)):
             raise DataError(f"{path}: entry {number} is not a [path, label] pair")
-        yield Row(number, entry[0], str(entry[1]))
+        yield checked_row(path, number, entry[0], _cell(entry[1]))
 
 
-def _table_rows(text: str, path: str) -> Iterator[Row]:
-    first = text.split("\n", 1)[0]
-    others = [mark for mark in "\t;" if mark in first and "," not in first]
-    delimiter = "\t" if path.lower().endswith(".tsv") else others[0] if others else ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    columns: tuple[int, int, int] | None = None
+def _cell(value: Any) -> str:
+    """A value of a JSON record as it would stand in a table; "" for nested ones, which no column that counts has."""
+    if isinstance(value, str):
+        return value.strip()
     try:
+        return json.dumps(value) if isinstance(value, (bool, int, float)) else ""
+    except ValueError:  # more digits than Python writes
+        return ""
+
+
+def _table_rows(text: str, path: str, keys: ListKeys) -> Iterator[Row]:
+    if text[:4].lower() == "sep=":  # what Excel puts before the header
+        text = text.partition("\n")[2]
+    first = next(lines_of(text), (0, ""))[1]
+    delimiter = next((mark for mark in ("\t," if path.lower().endswith(".tsv") else ",\t") + ";|" if mark in first), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+
+    def cells_of_lines() -> Iterator[Cells]:
         for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if not any(cells):
-                continue
-            if columns is None:
-                columns = _columns(cells)
-                if columns is not None:
-                    continue
-                if not is_image(os.path.basename(cells[0])):
-                    raise DataError(f"{path}:{reader.line_num}: neither a header with a path and a label column (such as path,label) "
-                                    "nor an image's path")
-                columns = (0, 1, -1)
-            at_path, at_label, at_split = columns
-            if len(cells) <= max(columns) or not cells[at_path] or not cells[at_label]:
-                raise DataError(f"{path}:{reader.line_num}: has no path or no label ({delimiter.join(cells)[:80]!r})")
-            yield Row(reader.line_num, cells[at_path], cells[at_label], cells[at_split].lower() if at_split >= 0 else "")
+            if any(cells := [cell.strip() for cell in cells]):
+                yield reader.line_num, cells
+
+    lines = cells_of_lines()
+    try:
+        line, cells = next(lines, (0, []))
+        images = [i for i, cell in enumerate(cells) if is_image(os.path.basename(cell))]
+        if cells and images:
+            columns = Columns(images[0], 1 if images[0] == 0 else 0)
+            yield from _filled(path, columns, itertools.chain([(line, cells)], lines))
+        elif cells:
+            yield from _rows_of(path, f"{path}:{line}", cells, lines, keys)
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: is not a table ({error})") from None
 
 
-def _columns(header: Sequence[str]) -> tuple[int, int, int] | None:
-    """Positions of the path, label and split columns (-1: none), or None where the line is not a header."""
-    words = [word.lower() for word in header]
+def _rows_of(path: str, where: str, header: Sequence[str], lines: Iterator[Cells], keys: ListKeys) -> Iterator[Row]:
+    """The rows of a table with a header; ``where`` names the header in messages."""
+    first = list(itertools.islice(lines, _SAMPLE))
+    columns = find_columns(where, header, [cells for _, cells in first], keys)
+    yield from _filled(path, columns, itertools.chain(first, lines))
 
-    def find(names: Sequence[str]) -> int:
-        return next((words.index(name) for name in names if name in words), -1)
 
-    columns = find(_PATH_COLUMNS), find(_LABEL_COLUMNS), find(_SPLIT_COLUMNS)
-    return columns if min(columns[:2]) >= 0 else None
+def _filled(path: str, columns: Columns, lines: Iterable[Cells]) -> Iterator[Row]:
+    for line, cells in lines:
+        cells = [*cells, *[""] * (columns.highest + 1 - len(cells)), ""]  # the last is that of columns that are not there (-1)
+        split = columns.split_of(cells[columns.split])
+        yield checked_row(path, line, cells[columns.image], cells[columns.label], split, cells[columns.fold], cells[columns.group])
 
 
 def _text_rows(text: str, path: str) -> Iterator[Row]:
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        name, label = _split_line(line)
-        if not name or not label:
-            raise DataError(f"{path}:{number}: has no label ({line[:80]!r}); a line is a path, a tab or blank, and a label")
-        yield Row(number, name, label)
+    for number, line in lines_of(text):
+        if not line.startswith("#"):
+            name, label = split_line(line)
+            if not label:
+                raise DataError(f"{path}:{number}: has no label ({line[:80]!r}); a line is a path, a tab or blank, and a label")
+            yield checked_row(path, number, name, label)
 
 
-def _split_line(line: str) -> tuple[str, str]:
-    """(path, label) of a line; the path may contain blanks, and so may a label after a tab or a comma."""
+def split_line(line: str) -> tuple[str, str]:
+    """(path, label) of a line; the path may contain blanks and commas, and so may a label after a tab or the path's suffix."""
     if "\t" in line:
-        cells = line.split("\t")
-        return cells[0].strip(), cells[1].strip()
+        cells = [cell.strip() for cell in line.split("\t")]
+        if len(cells) == 3 and is_image(os.path.basename(cells[2])) and not is_image(os.path.basename(cells[0])):
+            return cells[2], cells[1]  # MXNet's: number, label, path
+        return cells[0], cells[1]
+    if found := _NAMED_FIRST.fullmatch(line):
+        return found[1], found[2]
     for separator in (",", None):
         cells = line.rsplit(separator, 1)
-        if len(cells) == 2:
+        if len(cells) == 2 and not is_image(line):
             return cells[0].strip(), cells[1].strip()
-    return "", ""
+    return line, ""
 
 
 # --------------------------------------------------------------------------------------------------
 # Sources of listed images
 # --------------------------------------------------------------------------------------------------
 
-def list_source(path: str, rows: Sequence[Row], roots: Sequence[str]) -> ImageFolder:
+def list_source(path: str, rows: Sequence[Row], roots: Sequence[str], keys: ListKeys = NO_KEYS) -> ImageFolder:
     """The image files that ``rows`` of the list ``path`` name.
 
     Args:
-        roots: folders that the rows' paths may be relative to; the first in which the first image is found counts.
+        roots: folders that the rows' paths may be relative to.
 
     Raises:
-        DataError: the first image is in none of them.
+        DataError: as of ``find_listed``.
     """
-    root = next((r for r in roots if os.path.exists(os.path.join(r, rows[0].path))), None)
-    if root is None:
-        raise DataError(f"{path}:{rows[0].line}: {rows[0].path} is not below {' or '.join(dict.fromkeys(roots))}; "
-                        "paths are relative to the list's folder, or absolute")
+    root, names, notices = find_listed(path, [row.line for row in rows], [row.path for row in rows], roots, keys)
     classes, targets = encode_labels([row.label for row in rows])
-    return ImageFolder(root, classes, PackedNames.of([row.path for row in rows]), targets)
+    source = ImageFolder(root, classes, PackedNames.of(names), targets, notices)
+    source.marks = marks_of(rows)
+    return source
+
+
+def marks_of(rows: Sequence[Row]) -> dict[str, tuple[list[str], np.ndarray]]:
+    """``Source.marks`` of rows."""
+    columns = {"fold": [row.fold for row in rows], "group": [row.group for row in rows]}
+    marks = {}
+    for what, cells in columns.items():
+        if any(cells):
+            names = sorted(set(cells), key=lambda name: (natural_key(name), name))
+            marks[what] = names, class_positions(cells, names)
+    return marks
 
 
 def mapped_archive(archive: ArchiveImages, path: str) -> Source:

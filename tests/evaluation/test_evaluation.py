@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import dataclasses
 import errno
 import json
 import os
@@ -148,7 +150,7 @@ def test_figures_of_each_class(world: Path, program) -> None:
 
 def test_the_table_by_hand() -> None:
     target, top1 = np.array([0, 0, 0, 1, 1, -1]), np.array([0, 2, 2, 1, 0, 1])
-    answers = ImagePredictions(target, top1, top1 == target, np.ones(6, np.float32), np.ones(6, np.float32))
+    answers = ImagePredictions(target, top1, top1, top1 == target, np.ones(6, np.float32), np.ones(6, np.float32), 6)
     table = PerClass.of(answers.target, answers.top1, 4)
     assert table.images.tolist() == [3, 2, 0, 0] and table.correct.tolist() == [1, 1, 0, 0] and table.answered.tolist() == [2, 1, 2, 0]
     assert table.mistaken.tolist() == [2, 0, -1, -1] and table.times.tolist() == [2, 1, 0, 0]
@@ -156,6 +158,7 @@ def test_the_table_by_hand() -> None:
     assert table.macro() == pytest.approx(((1 / 3 + 1 / 2) / 2, 0.75, (2 / 5 + 2 / 3) / 2))
     assert table.csv(list("abcd"))[:].splitlines()[3] == "c,0,0,,0.000000,,2,,0"
     assert answers.evaluation().line == "top1 40.00 top5 40.00 loss 1.0000 (2 of 5)"
+    assert dataclasses.replace(answers, choices=5).evaluation().line == "top1 40.00 loss 1.0000 (2 of 5)"
 
 
 def sorted_by_answer(world: Path, folder: Path, names: list[str]) -> list[int]:
@@ -197,6 +200,40 @@ def test_a_split_is_not_taken_for_a_set_of_its_own(split: str, world: Path, prog
     """Or the training images would be evaluated where the data's folder was meant."""
     done = program("--eval", "--resume", world / "a.pth", "--data-path", world / "data" / split)
     assert done.returncode == 3 and "looks like one split" in done.stderr
+
+
+def test_other_data_are_judged_whole_and_by_the_split_that_is_asked_for(world: Path, program) -> None:
+    """The checkpoint's own DATA.DATASET and DATA.VAL_FRACTION are about the images it was trained on, wherever these lie now."""
+    paths = sorted((world / "data/val").glob("*/*.png"))
+    shutil.copytree(world / "data/val", program.folder / "holdout")
+    shutil.make_archive(str(program.folder / "holdout"), "zip", program.folder, "holdout")
+    (program.folder / "holdout.csv").write_text("image_file,kind,split\n" + "".join(
+        f"{path},{path.parent.name},{'test' if i % 3 else 'other'}\n" for i, path in enumerate(paths)))
+    (program.folder / "plain.csv").write_text("image_file,kind\n" + "".join(f"{path},{path.parent.name}\n" for path in paths))
+    shutil.copytree(world / "data/train", program.folder / "whole")
+    content = load(world / "a.pth")
+    content["config"] = content["config"].replace("  DATASET: imagenet\n", "  DATASET: folder\n").replace("  FOLD: ''\n", "  FOLD: 2/4\n")
+    content["data_path"] = str(program.folder / "whole")
+    with contextlib.closing(build_loaders(config_from_text(content["config"], ["DATA.DATA_PATH", content["data_path"]]), splits=("val",),
+                                          classes=content["classes"])) as loaders:
+        content["image_fingerprints"] = loaders.fingerprints()
+    write_checkpoint(str(program.folder / "fold.pth"), content)
+    assert last(program("--eval", "--resume", "fold.pth").stdout)[1] == 12  # a fold of 48
+    (program.folder / "whole").rename(program.folder / "moved")
+    assert last(program("--eval", "--resume", "fold.pth", "--data-path", "moved").stdout)[1] == 12
+    right = last(program("--eval", "--resume", world / "a.pth").stdout)
+    for place in ("holdout", "holdout.zip", "plain.csv"):
+        done = program("--eval", "--resume", "fold.pth", "--data-path", place)
+        assert last(done.stdout) == right and "DATA.FOLD 2/4" in done.stderr + done.stdout, place
+    assert last(program("--eval", "--resume", "fold.pth", "--data-path", "plain.csv", "--opts", "DATA.FOLD", "1/4").stdout)[1] == 9
+    done = program("--eval", "--resume", "fold.pth", "--data-path", "holdout.csv", "--split", "test")
+    assert last(done.stdout)[1] == 24 and "12 of its 36 rows are left out" in done.stdout
+    assert "of 36 images" in program("--compare", "fold.pth", world / "a.pth", "--data-path", "plain.csv").stdout
+    refused = program("--eval", "--resume", "fold.pth", "--data-path", "holdout.csv")
+    assert refused.returncode == 3 and "test (24), other (12)" in refused.stderr and "--split all" in refused.stderr
+    assert last(program("--eval", "--resume", "fold.pth", "--data-path", "holdout.csv", "--split", "all").stdout) == right
+    assert last(program("--eval", "--resume", world / "a.pth", "--data-path", world / "data/val", "--split", "all").stdout) == right
+    assert last(program("--eval", "--resume", world / "a.pth", "--split", "train").stdout)[1] == 48
 
 
 def test_subsets_are_judged_among_their_classes_and_among_all(world: Path, program) -> None:
@@ -301,7 +338,7 @@ def test_verdict_by_hand() -> None:
     target = np.zeros(n, np.int64)
     a, b = np.ones(n, np.int64), np.ones(n, np.int64)
     a[:20], b[18:22] = 0, 0  # A alone: 18, both: 2, B alone: 2
-    answers = [ImagePredictions(target, top1, top1 == 0, np.ones(n), np.ones(n)) for top1 in (a, b)]
+    answers = [ImagePredictions(target, top1, top1, top1 == 0, np.ones(n), np.ones(n), 2) for top1 in (a, b)]
     lines = report(["x", "y"], *answers)
     assert "right: both 2, A alone 18, B alone 2, neither 18, of 40 images" in lines[2] and "+40.00 points" in lines[3]
     assert lines[4].startswith(f"McNemar's exact test: p = {mcnemar(18, 2):.3g}; A is better")
@@ -316,6 +353,7 @@ def test_answers_stand_in_the_order_of_the_images() -> None:
     recorder(torch.tensor([[0.0, 3.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), torch.tensor([1, 1, -1]))
     answers = recorder.predictions(Loader())
     assert answers.target.tolist() == [0, 2, -1, 1, 1] and answers.top1.tolist() == [1, 2, 2, 1, 2]
+    assert answers.second.tolist() == [2, 1, 1, 2, 1] and answers.choices == 2
     assert answers.right.tolist() == [False, True, False, True, False]
     assert answers.confidence[1] == pytest.approx(1 / (1 + np.exp(-1)))
 
@@ -357,7 +395,7 @@ def test_a_full_disk_costs_the_file_not_the_figures(world: Path, program, monkey
 
 
 def test_names_of_classes_stay_on_their_line() -> None:
-    answers = ImagePredictions(np.array([0, 1]), np.array([1, 1]), np.ones(2, bool), np.ones(2), np.ones(2))
+    answers = ImagePredictions(np.array([0, 1]), np.array([1, 1]), np.array([0, 0]), np.ones(2, bool), np.ones(2), np.ones(2), 2)
     table = PerClass.of(answers.target, answers.top1, 2)
     names = ["a\ntop1 99.99", "b\udcff"]
     told = describe(answers, table, names)

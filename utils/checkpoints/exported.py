@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from config import KEYS, RECIPE, lookup
 from models.safe_load import FORMAT_KEY, CheckpointError, read_file, weights_file
-from utils.checkpoints.file_format import FORMAT, is_own
+from utils.checkpoints.file_format import FORMAT, is_own, require_own
 
 OWN = "recipe"  # key of config.json for what timm has no word for
 _FILES_OF_THIS_MACHINE = ("DATA.VAL_PATH", "DATA.VAL_LABELS", "DATA.CLASS_NAMES", "MODEL.CLASS_MAP")
@@ -29,11 +29,13 @@ def read_trained(path: str) -> Any:
     """The content of a file of weights, or of a folder with one; of an export as of a checkpoint that keeps no training state.
 
     Raises:
-        CheckpointError: as ``read_file``, or the export's config.json is damaged.
+        CheckpointError: as ``read_file`` and ``require_own``, or the export's config.json is damaged.
     """
     content = read_file(path)
+    if is_own(content):
+        return require_own(content, path)
     beside = os.path.join(os.path.dirname(weights_file(path)), "config.json")
-    if is_own(content) or not weights_file(path).endswith(".safetensors") or not os.path.isfile(beside):
+    if not weights_file(path).endswith(".safetensors") or not os.path.isfile(beside):
         return content
     try:
         with open(beside, encoding="utf-8") as file:

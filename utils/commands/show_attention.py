@@ -20,6 +20,7 @@ from models import build_model, check_input_size, load_state
 from models.crossformer import CrossFormer
 from models.weights import check_finite, unwrap_state_dict
 from utils.checkpoints.file_format import is_own, with_found
+from utils.commands.outputs import check_outputs
 from utils.inference.trained_model import chosen_state, weights_to_evaluate
 from utils.runtime import distributed
 from utils.visualization.attention_map import KINDS, attended, chosen, page, token_count
@@ -37,6 +38,7 @@ def show_attention(config: CfgNode, content: Any, device: torch.device, logger: 
         raise ConfigError(f"--show-attention draws the attention of CrossFormer and CrossFormer++; MODEL.TYPE is {config.MODEL.TYPE}, "
                           "whose attention has no such groups")
     path, point = require_png(config.SHOW.FILE, "SHOW.FILE"), _point(config)
+    check_outputs(config, [("SHOW.FILE", path)])
     if not distributed.is_main():
         return
     weights, content = weights_to_evaluate(config, content, "--show-attention")

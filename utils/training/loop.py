@@ -48,6 +48,7 @@ class Run:
         records: on rank 0 alone.
         saved_step, saved_at: of the last checkpoint; -1 where the folder holds none of just this state.
         save_asked: a signal asked for a checkpoint in the middle of an evaluation.
+        cautioned: what is probably wrong with an evaluation's result has been said; once is enough.
         loader_failed: it was the data that ended training; the state is that of a whole step.
     """
 
@@ -66,6 +67,7 @@ class Run:
     saved_step: int = -1
     saved_at: float = field(default_factory=time.perf_counter)
     save_asked: bool = False
+    cautioned: bool = False
     loader_failed: bool = False
 
     @property
@@ -303,6 +305,9 @@ def evaluate_epoch(run: Run, row: dict[str, Any], progress: Progress, final: boo
     for other in raw:
         logger.info(f"raw {other.line}")
         row.update({f"raw_{name}": finite_or_none(value) for name, value in other.values.items()})
+    if result.caution and not run.cautioned:
+        run.cautioned = True
+        logger.warning(result.caution)
     logger.info(result.line, extra=RESULT)
     row.update({name: finite_or_none(value) for name, value in result.values.items()})
     return result
