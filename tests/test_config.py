@@ -69,7 +69,7 @@ def test_every_key_is_explained_in_help() -> None:
     (["AMP_OPT_LEVEL", "O3"], ["O0, O1, O2"]),
     (["TRAIN.AUTO_RESUME", "maybe"], ["true or false"]),
     (["MODEL.NUM_CLASSES", "-1"], ["must not be negative"]),
-    (["DATA.STD", "[1,1,0]"], ["three numbers"]),
+    (["DATA.STD", "[1,1,0]"], ["above 0"]), (["DATA.MEAN", "[1,1]"], ["3 numbers"]),
 ])
 def test_impossible_values_are_one_sentence(opts: list[str], words: list[str]) -> None:
     message = refused(opts=opts)
