@@ -6,10 +6,14 @@ import copy
 import difflib
 import inspect
 import logging
+import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
+import psutil
 import timm
 import torch
 from torch import Tensor, nn
@@ -188,7 +192,7 @@ def check_input_size(model: nn.Module, config: CfgNode) -> None:
     try:
         with torch.inference_mode():
             model.eval()(torch.zeros(1, channels, height, width))
-    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, ArithmeticError, AssertionError, TypeError, IndexError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise ConfigError(f"MODEL.NAME {config.MODEL.NAME} does not take images of {height} x {width} ({reason}); "
                           "change DATA.IMG_SIZE (--img-size)") from None
@@ -211,10 +215,36 @@ def _build_family(config: CfgNode, common: dict[str, Any]) -> nn.Module:
             raise ConfigError(f"MODEL.NAME {name!r} is no {config.MODEL.TYPE} variant ({', '.join(sorted(family.VARIANTS))})"
                               + (f"; did you mean {near[0]}?" if near else "")
                               + f"; a name of your own needs {', '.join(missing)}")
+    build = partial(family.build, name, dict(family.VARIANTS.get(name, {}), **from_node, **common), image_size(config))
+    if from_node or max(image_size(config)) > LARGE_IMAGE:
+        leaves = {argument: f"{key}.{leaf}" for leaf, argument in family.NODE_KEYS.items()}
+        _require_possible(build, name, leaves)
+    return build()
+
+
+LARGE_IMAGE = 1024  # pixels a side; for larger ones the tables of positions may not fit into memory
+
+
+def _require_possible(build: Callable[[], nn.Module], name: str, keys: dict[str, str]) -> None:
+    """Try numbers of the user's own on tensors without storage, before memory is taken for them.
+
+    Args:
+        keys: config key of each argument, for the message.
+
+    Raises:
+        ConfigError: they make no model, or one that is larger than this machine's memory.
+    """
     try:
-        return family.build(name, dict(family.VARIANTS.get(name, {}), **from_node, **common), image_size(config))
-    except (ValueError, AssertionError, ZeroDivisionError) as error:
-        raise ConfigError(f"MODEL.NAME {name}: {error or 'these sizes make no model'}") from None
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = build()
+    except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or ["these sizes make no model"])[0]
+        named = re.sub(rf"\b({'|'.join(keys)})\b", lambda found: keys[found[0]], reason)
+        raise ConfigError(f"MODEL.NAME {name}: {named}") from None
+    needed, free = sum(p.numel() * p.element_size() for p in model.parameters()), psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(f"MODEL.NAME {name}: its weights take {needed / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB of memory are free; "
+                          "give smaller numbers, or a smaller DATA.IMG_SIZE")
 
 
 def _node_arguments(family: ModuleType, config: CfgNode) -> dict[str, Any]:
