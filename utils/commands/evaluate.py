@@ -10,7 +10,7 @@ import torch
 from yacs.config import CfgNode
 
 from config import lookup
-from utils.checkpoints.file_format import is_own
+from utils.checkpoints.file_format import is_own, with_found
 from utils.commands.outputs import check_outputs
 from utils.evaluation.data_messages import decoding, tell_unreadable
 from utils.evaluation.loop import evaluate
@@ -29,6 +29,7 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
     check_outputs(config, [(key, lookup(config, key)) for key in ("TEST.PER_CLASS", "TEST.PREDICTIONS")])
     report = task.evaluation_report(config)
     path, content = weights_to_evaluate(config, content, "--eval")
+    config = with_found(config, content, path)
     config = config_for_data(task, config, content, logger)
     precision = prepare(config, device, logger)
     loaders = open_loaders(task, config, device, logger, splits=("val",), classes=report.classes_wanted(content),

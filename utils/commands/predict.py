@@ -47,6 +47,7 @@ def predict_run(config: CfgNode, content: Any, device: torch.device, logger: log
     files = [os.path.expanduser(path) for _, path in outputs if path != STANDARD]
     task = build_task(config)
     trained = open_trained(task, config, content, "--predict")
+    config = trained.config
     form = task.prediction_format(config, trained)
     if wanted.FEATURES:
         require_features(trained.model, config)

@@ -7,9 +7,11 @@ import os
 
 from yacs.config import CfgNode
 
+from data.messages import Caution
 from utils.commands.outputs import check_outputs
 from utils.evaluation.predictions_file import FILE
 from utils.loggers.console import tell
+from utils.reporting.repeats import repeats
 from utils.reporting.run_reader import read_run
 from utils.reporting.write import report_path, write_plots, write_report
 
@@ -26,4 +28,8 @@ def report_runs(config: CfgNode, logger: logging.Logger) -> int:
     write_report(runs, path)
     logger.info(f"report {path}")
     tell(logger, [write_plots(runs, os.path.dirname(path) or ".")])
+    for group in repeats(runs):
+        tell(logger, [Caution(f"{group.title}: {problem}") for problem in group.problems])
+        for figure in group.figures:
+            logger.info(f"{group.title}, {figure.line()}")
     return 0
