@@ -9,7 +9,7 @@ Differences: masked pixels are set to the mean as well, because the kernels of C
 patches into masked ones (Swin's do not, so nothing changes there); the mask is a function of a number given with each image, computed
 where the image lies; a size that is no multiple of the squares has cut ones at its lower and right edge.
 
-Shapes: B batch, H W image, h w map of tokens, C channels of the last map, r its stride, n squares of an image.
+Shapes: B batch, c H W image, h w map of tokens, C channels of the last map, r its stride, n squares of an image.
 """
 
 from __future__ import annotations
@@ -54,17 +54,18 @@ def enlarged(mask: Tensor, factor: int, height: int, width: int) -> Tensor:
 
 
 class SimMIM(nn.Module):
-    """The masked backbone and its decoder. Images (B, 3, H, W), masked squares (B, H/side, W/side) -> predicted pixels (B, 3, H, W).
+    """The masked backbone and its decoder. Images (B, c, H, W), masked squares (B, H/side, W/side) -> predicted pixels (B, c, H, W).
 
     Args:
         encoder: a backbone in Swin's layout, without a classifier.
         side: of a masked square in pixels, a multiple of the encoder's first stride.
+        channels: of the images.
 
     Raises:
         ValueError: another kind of encoder, or squares that are no whole number of its patches.
     """
 
-    def __init__(self, encoder: nn.Module, side: int):
+    def __init__(self, encoder: nn.Module, side: int, channels: int = 3):
         super().__init__()
         if not isinstance(encoder, (MergingModel, SwinTransformer, SwinTransformerV2)):
             raise ValueError("it takes a model of type crossformer, swin, swinv2, swin_mlp or galerkin")
@@ -75,7 +76,7 @@ class SimMIM(nn.Module):
         encoder.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.feature_info[0]["num_chs"]))
         trunc_normal_(encoder.mask_token, std=0.02)
         self.decoder = nn.Sequential(
-            nn.Conv2d(encoder.num_features, 3 * self.stride ** 2, kernel_size=1), nn.PixelShuffle(self.stride))
+            nn.Conv2d(encoder.num_features, channels * self.stride ** 2, kernel_size=1), nn.PixelShuffle(self.stride))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -101,7 +102,7 @@ def masked_error(predicted: Tensor, images: Tensor, mask: Tensor, side: int) -> 
     """Mean absolute error over the masked pixels of each image, (B,).
 
     Args:
-        predicted, images: (B, 3, H, W).
+        predicted, images: (B, c, H, W).
         mask: (B, H/side, W/side), as of ``masked_squares``.
     """
     hidden = enlarged(mask, side, *images.shape[2:])[:, None].to(images.dtype)
@@ -111,7 +112,7 @@ def masked_error(predicted: Tensor, images: Tensor, mask: Tensor, side: int) -> 
 def normalised_by_neighbourhood(images: Tensor, side: int) -> Tensor:
     """Every pixel less the mean and over the deviation of the ``side`` x ``side`` pixels around it, those beyond the edge left out.
 
-    (B, 3, H, W) -> the same; the deviation is that of a sample. 1e-6 is added to its square, as the authors' targets have it.
+    (B, c, H, W) -> the same; the deviation is that of a sample. 1e-6 is added to its square, as the authors' targets have it.
     """
     ones, half = torch.ones_like(images[:1, :1]), side // 2
 

@@ -108,8 +108,8 @@ def test_normalised_targets() -> None:
     for row, column, window in ((8, 9, x[..., 5:12, 6:13]), (0, 0, x[..., :4, :4]), (19, 3, x[..., 16:, :7])):
         expected = (x[..., row, column] - window.mean((2, 3))) / (window.flatten(2).var(2) + 1e-6).sqrt()
         assert torch.allclose(y[..., row, column], expected, atol=1e-4)
-    task, model = tiny("swin", "MODEL.SIMMIM.NORM_TARGET.ENABLE", True, "MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE", 7)
-    images, seeds = torch.randn(2, 3, 32, 32), torch.tensor([3, 4])
+    task, model = tiny("swin", "MODEL.SIMMIM.NORM_TARGET.ENABLE", True, "MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE", 7, "MODEL.IN_CHANS", 2)
+    images, seeds = torch.randn(2, 2, 32, 32), torch.tensor([3, 4])
     mask = masked_squares(seeds, (32, 32), 8, 0.6)
     expected = masked_error(model.eval()(images, mask), normalised_by_neighbourhood(images, 7), mask, 8)
     assert torch.equal(task.forward(model, (images, seeds)), expected)

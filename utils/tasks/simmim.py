@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError, image_size
+from config import ConfigError, image_size, input_channels
 from data import Loaders, build_loaders, seeds
 from data.loading.sampler import Key
 from models import build_model
@@ -28,7 +28,7 @@ def mask_seed(seed: int, key: Key) -> int:
 
 
 class MaskedImages(Task):
-    """Batches are ``(images (B, 3, H, W), mask seeds (B,) int64)``, the seed -1 in rows that only fill an evaluation batch; outputs are
+    """Batches are ``(images (B, C, H, W), mask seeds (B,) int64)``, the seed -1 in rows that only fill an evaluation batch; outputs are
     the error of each image over its masked pixels (B,), float32. An image is evaluated with the same mask every time."""
 
     name, pretrains = "simmim", True
@@ -57,7 +57,7 @@ class MaskedImages(Task):
 
     def build_model(self, config: CfgNode, num_classes: int | None = None) -> nn.Module:
         try:
-            return SimMIM(build_model(config, 0), self.side)
+            return SimMIM(build_model(config, 0), self.side, input_channels(config))
         except ValueError as error:
             if isinstance(error, ConfigError):
                 raise
