@@ -419,7 +419,8 @@ COMMANDS: tuple[Command, ...] = (
             Flag("--real-labels", "TEST.REAL_LABELS", "real.json, where another than timm's is to be used", metavar="FILE"),
             Flag("--per-class", "TEST.PER_CLASS", "CSV file for the figures of each class", metavar="FILE"),
             Flag("--test-flip", "TEST.FLIP", "evaluate the mean logits of each image and its mirror image", "logits"),
-        )),
+        ),
+        to_stdout=("PREDICT.CSV",)),
     Command(
         Flag("--compare", "COMPARE.FILES", "evaluate two checkpoints on the same images, with a paired test", several=True, metavar="FILE"),
         "compare.compare_run",
@@ -436,7 +437,8 @@ COMMANDS: tuple[Command, ...] = (
             "images to predict (--predict): files, folders, patterns, lists of them in .txt files; - is a list on standard input",
             Rule(all, "a path must not be empty")),
         Key("PREDICT.TOPK", 5, _int, "classes shown for an image, most probable first", AT_LEAST_1),
-        Key("PREDICT.CSV", "", _output, "table of the predictions, a row an image; - is standard output"),
+        Key("PREDICT.CSV", "", _output,
+            "table of the predictions, a row an image, or under --eval of the images not recognised; - is standard output"),
         Key("PREDICT.JSON", "", _output, "predictions as JSON, a line an image; - is standard output"),
         Key("PREDICT.FEATURES", "", _local,
             "pooled features before the classifier: FILE.npy or FILE.safetensors, with FILE.paths.json", ends_in(".npy", ".safetensors")),
@@ -445,7 +447,8 @@ COMMANDS: tuple[Command, ...] = (
         ),
         flags=(
             Flag("--topk", "PREDICT.TOPK", "classes shown for an image (5)", metavar="NUMBER"),
-            Flag("--csv", "PREDICT.CSV", "file for the predictions as a table; - is standard output", metavar="FILE"),
+            Flag("--csv", "PREDICT.CSV", "file for the predictions as a table, with --eval for the mistakes; - is standard output",
+                 metavar="FILE"),
             Flag("--json", "PREDICT.JSON", "file for the predictions, a line of JSON an image; - is standard output", metavar="FILE"),
             Flag("--features", "PREDICT.FEATURES", "file.npy or file.safetensors for the features before the classifier", metavar="FILE"),
             Flag("--sheet", "PREDICT.SHEET", "file.png for a picture of the images and their classes", metavar="FILE"),
@@ -1311,5 +1314,5 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
     if config.DATA.FOLD and config.DATA.VAL_FRACTION:
         yield "DATA.FOLD", "it takes the place of DATA.VAL_FRACTION; set that to 0"
     for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET"):
-        if lookup(config, key) and not predict.PATHS:
-            yield key, "it goes with --predict, which says what images to predict"
+        if lookup(config, key) and not predict.PATHS and not (key == "PREDICT.CSV" and config.EVAL_MODE):
+            yield key, "it goes with --predict, which says what images to predict" + (", or with --eval" if key == "PREDICT.CSV" else "")
