@@ -194,6 +194,19 @@ def _int_or_list(value: Any) -> int | list[int]:
     return _ints(value) if isinstance(value, (list, tuple)) else _int(value)
 
 
+BETA = "0.999"  # of the effective number of images, as its authors had it for ImageNet
+
+
+def _class_weights(value: Any) -> str | list[float]:
+    value = _literal(value)
+    if isinstance(value, (list, tuple)):
+        return _floats(value)
+    text = "none" if value in (None, False, "") else str(value).lower()
+    if not re.fullmatch(r"none|balanced|effective(:0?\.\d+)?", text):
+        raise ValueError(f"none, balanced, effective (or effective:{BETA}), or a list of numbers, one a class")
+    return text
+
+
 def _mapping(value: Any) -> CfgNode:
     """Names with plain values: numbers, texts, lists of them. As a node of the tree: a dump then holds it."""
     value = _literal(value)
@@ -620,6 +633,9 @@ KEYS: tuple[Key, ...] = (
     Key("DATA.IMAGE_ROOT", "", _str, "folder that the paths in a list are relative to; empty finds it", scope=PROCESS),
     Key("DATA.IMAGE_SUFFIX", "", _str, "suffix that a list leaves out of its images' names, such as .jpg; empty finds it", scope=RUN),
     Key("DATA.SUBSET", 1.0, _float, "share of each class's training images to use, chosen by the seed, e.g. 0.1", UP_TO_1),
+    Key("DATA.SAMPLING", "natural", _str,
+        "how often an epoch sees each class: as often as it has images; by the square root of that; all alike (balanced)",
+        choices=("natural", "sqrt", "balanced")),
     Key("DATA.EXIF", False, _bool, "turn images upright as their EXIF block says (the papers, torchvision and timm do not)"),
     Key("DATA.CORRUPT_BUDGET", 0.001, _float,
         "unreadable training images to go on with: below 1 a share of them, else a number", NOT_NEGATIVE, scope=RUN),
@@ -806,6 +822,11 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.BEST_METRIC", "top1", _str,
         "what decides which checkpoint is the best; of equals the one with the lower loss is; auroc is of two classes (classification)",
         choices=("top1", "loss", "mean_recall", "f1", "kappa", "auroc")),
+    Key("TRAIN.CLASS_WEIGHTS", "none", _class_weights,
+        "of classes in the training loss: the rarer the heavier, in full or by their effective numbers of images (effective:0.99 less "
+        "so), or a list in the classes' order; an image weighs 1 on average (classification)",
+        Rule(lambda asked: isinstance(asked, str) or min(asked, default=-1) >= 0 < max(asked), "weights are not negative, nor all 0"),
+        words=("none", "balanced", "effective")),
     Key("TRAIN.EMA_DECAY", 0.0, _float, "decay of the averaged weights, e.g. 0.9999 (0: no average)", BELOW_1),
     Key("TRAIN.EMA_WARMUP", False, _bool, "let that decay grow from 0 over the first steps"),
     Key("TRAIN.EMA_DEVICE", "auto", _str,

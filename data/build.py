@@ -234,7 +234,8 @@ def _train_sampler(config: CfgNode, source: Source, rank: int, world_size: int, 
     if isinstance(source, Stream):
         return StreamSampler(source, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, data.STREAM_BUFFER, thread,
                              data.TIMEOUT)
-    return StepSampler(size, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, data.REPEATED_AUG)
+    return StepSampler(size, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, data.REPEATED_AUG,
+                       source.targets, data.SAMPLING)
 
 
 def _val_sampler(config: CfgNode, source: Source, rank: int, world_size: int, thread: bool) -> ShardSampler | StreamShardSampler:

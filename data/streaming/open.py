@@ -33,7 +33,7 @@ def open_streams(config: CfgNode, splits: Sequence[str], classes: Sequence[str] 
     root, data = config.DATA.DATA_PATH, config.DATA
     for key, value, default in (("DATA.SUBSET", data.SUBSET, 1.0), ("DATA.VAL_FRACTION", data.VAL_FRACTION, 0.0),
                                 ("DATA.FOLD", data.FOLD, ""), ("DATA.REPEATED_AUG", data.REPEATED_AUG, 1),
-                                ("DATA.ZIP_MODE", data.ZIP_MODE, False)):
+                                ("DATA.SAMPLING", data.SAMPLING, "natural"), ("DATA.ZIP_MODE", data.ZIP_MODE, False)):
         if value != default:
             raise ConfigError(f"{key} {value} cannot be used with a stream ({root}); leave it at {default!r}, or copy the data to a disk")
     class_file = resolve_data_file(data.CLASS_NAMES, ".")
