@@ -115,9 +115,16 @@ def _str(value: Any) -> str:
 LONGEST_TEXT = 4095  # bytes: of a path, on Linux
 
 
+def _local(value: Any) -> str:
+    """A path, which ``scheme://`` begins nowhere: it would become a folder of that name."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text := _str(value)) and not re.match(r"[A-Za-z]:/(?!/)", text):
+        raise ValueError("a path on this machine's disks (mount a bucket as a folder, or copy from and to it)")
+    return text
+
+
 def _output(value: Any) -> str:
     """A file to write, or ``-`` for standard output, under whatever name."""
-    text = _str(value)
+    text = _local(value)
     return "-" if text in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1") else text
 
 
@@ -149,6 +156,18 @@ def _list_of(item: Callable[[Any], Any], what: str) -> Callable[[Any], list]:
 _ints, _floats, _strs = _list_of(_int, "whole numbers"), _list_of(_float, "numbers"), _list_of(_str, "texts")
 
 
+def _window(value: Any) -> list[float] | list[list[float]]:
+    value = _literal(value)
+    if isinstance(value, (list, tuple)) and any(isinstance(pair, (list, tuple)) for pair in value):
+        return [_floats(pair) for pair in value]
+    return _floats(value)
+
+
+def pairs_of(window: Sequence[Any]) -> Sequence[Sequence[float]]:
+    """The pairs of DATA.WINDOW: one, or one a band."""
+    return window if window and isinstance(window[0], (list, tuple)) else [window]
+
+
 def _int_lists(value: Any) -> list[list[int]]:
     value = _literal(value)
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, (list, tuple)) for v in value):
@@ -173,6 +192,19 @@ def _number_or_list(value: Any) -> float | list[float]:
 def _int_or_list(value: Any) -> int | list[int]:
     value = _literal(value)
     return _ints(value) if isinstance(value, (list, tuple)) else _int(value)
+
+
+BETA = "0.999"  # of the effective number of images, as its authors had it for ImageNet
+
+
+def _class_weights(value: Any) -> str | list[float]:
+    value = _literal(value)
+    if isinstance(value, (list, tuple)):
+        return _floats(value)
+    text = "none" if value in (None, False, "") else str(value).lower()
+    if not re.fullmatch(r"none|balanced|effective(:0?\.\d+)?", text):
+        raise ValueError(f"none, balanced, effective (or effective:{BETA}), or a list of numbers, one a class")
+    return text
 
 
 def _mapping(value: Any) -> CfgNode:
@@ -286,10 +318,11 @@ MILESTONES = Rule(lambda epochs: all(0 <= epoch <= 1_000_000 for epoch in epochs
 SECONDS = between(0, 10_000_000)  # which is four months; the system's clocks take no more than some centuries
 SHARES = Rule(lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1, "two shares, rising, in (0, 1]")
 RISING = Rule(lambda pair: len(pair) == 2 and 0.001 <= pair[0] <= pair[1] <= 1000, "two numbers, rising, between 0.001 and 1,000")
+WINDOW = Rule(lambda value: all(len(pair) == 2 and -1e30 <= pair[0] < pair[1] <= 1e30 for pair in pairs_of(value)),
+              "two numbers, rising, or such a pair a band")
 PAIR = Rule(lambda paths: len(paths) in (0, 2), "two are compared")
-RGB = Rule(lambda channels: channels == 3, "images are read in RGB, so only 3 works here")
-RGB_NUMBERS = Rule(lambda values: len(values) == 3, "three numbers, one a channel")
-RGB_POSITIVE = Rule(lambda values: len(values) == 3 and min(values) > 0, "three numbers above 0, one a channel")
+CHANNELS = between(1, 1024)
+POSITIVE = Rule(lambda values: min(values, default=0) > 0, "numbers above 0, one a channel")
 # Of models. Widths of later stages may be many times the first one's.
 WIDTH, WIDTHS = between(1, 8192), each(1, 65536)
 DEPTHS = Rule(lambda depths: 1 <= len(depths) <= MOST_STAGES and min(depths) >= 1 and sum(depths) <= 1000,
@@ -361,6 +394,7 @@ class Command(NamedTuple):
         light: it needs neither a model nor a device, nor torch where MODEL.RESUME is empty; one process of a job runs it.
         to_stdout: keys whose value ``-`` makes standard output this command's data.
         beside: flags of other commands that may stand beside its own, without effect (as other trainers have it).
+        takes_less: what has it take less memory.
     """
 
     flag: Flag
@@ -370,8 +404,10 @@ class Command(NamedTuple):
     light: bool = False
     to_stdout: Sequence[str] = ()
     beside: Sequence[str] = ()
+    takes_less: str = "evaluate smaller batches (--opts TEST.BATCH_SIZE 8)"
 
 
+TRAINING_TAKES_LESS = "add --fit, which takes a smaller micro-batch and keeps the recipe, or --use-checkpoint"
 COMMANDS: tuple[Command, ...] = (
     Command(
         Flag("--eval", "EVAL_MODE", "evaluate a checkpoint; with --resume nothing else is needed", "True"), "evaluate.evaluate_run",
@@ -385,11 +421,11 @@ COMMANDS: tuple[Command, ...] = (
         Key("TEST.LABELS", "auto", _str,
             "--eval: label set of an ImageNet variant, or a text file of the classes that predictions are chosen from, one a line",
             words=LABEL_SETS),
-        Key("TEST.REAL_LABELS", "", _str,
+        Key("TEST.REAL_LABELS", "", _local,
             "--eval: real.json of the ReaL labels (a list of labels an image); empty is the one that timm carries"),
-        Key("TEST.PER_CLASS", "", _str,
+        Key("TEST.PER_CLASS", "", _local,
             "--eval: CSV file for each class's recall, precision, F1 and the class it is most often confused with"),
-        Key("TEST.PREDICTIONS", "", _str, "file (.npz) for the prediction of every image under --eval; empty writes none"),
+        Key("TEST.PREDICTIONS", "", _local, "file (.npz) for the prediction of every image under --eval; empty writes none"),
         ),
         flags=(
             Flag("--split", "TEST.SPLIT"),
@@ -416,9 +452,9 @@ COMMANDS: tuple[Command, ...] = (
         Key("PREDICT.TOPK", 5, _int, "classes shown for an image, most probable first", AT_LEAST_1),
         Key("PREDICT.CSV", "", _output, "table of the predictions, a row an image; - is standard output"),
         Key("PREDICT.JSON", "", _output, "predictions as JSON, a line an image; - is standard output"),
-        Key("PREDICT.FEATURES", "", _str,
+        Key("PREDICT.FEATURES", "", _local,
             "pooled features before the classifier: FILE.npy or FILE.safetensors, with FILE.paths.json", ends_in(".npy", ".safetensors")),
-        Key("PREDICT.SHEET", "", _str,
+        Key("PREDICT.SHEET", "", _local,
             "picture of the images with their classes, FILE.png; more pages are FILE-2.png and so on", ends_in(".png")),
         ),
         flags=(
@@ -434,12 +470,12 @@ COMMANDS: tuple[Command, ...] = (
              metavar="FILE"),
         "export.export_run",
         keys=(
-        Key("EXPORT.FILE", "", _str,
+        Key("EXPORT.FILE", "", _local,
             "what --export writes: FILE.onnx, FILE.pt2, or a folder (or FILE.safetensors) as timm and its hub have it"),
         Key("EXPORT.OPSET", 18, _int,
             "ONNX operator set", Rule(lambda number: number >= 18, "the exporter writes operator sets from 18 on")),
         Key("EXPORT.PREPROCESS", False, _bool, "ONNX and pt2: normalise inside the model, which then takes pixels of 0 to 255"),
-        )),
+        ), takes_less="export where there is more"),
     Command(
         Flag("--plan", "PLAN.RUN", "dry run: memory, speed, time and disk that the run will take; status 1: it does not fit", "True"),
         "plan.plan_run",
@@ -449,14 +485,14 @@ COMMANDS: tuple[Command, ...] = (
         Key("PLAN.MEMORY", 0, _bytes,
             "memory that --plan and --fit may use, e.g. 24GB, for each GPU, or on a CPU for all processes together; 0: all there is"),
         Key("PLAN.SECONDS", 4.0, _float, "about how long --plan measures each speed; longer is more exact", between(0, 3600)),
-        Key("PLAN.SCRATCH", "", _str, "folder on whose disk --plan tries a save; empty is the system's folder for temporary files"),
-        )),
+        Key("PLAN.SCRATCH", "", _local, "folder on whose disk --plan tries a save; empty is the system's folder for temporary files"),
+        ), takes_less=TRAINING_TAKES_LESS),
     Command(
         Flag("--doctor", "DOCTOR_MODE", "read all images, say what is wrong and how to mend it; status 3: errors", "True"),
         "doctor.examine_run",
         keys=(
         Key("DOCTOR_MODE", False, _bool, "read and check the data only (--doctor)"),
-        Key("DOCTOR.FOLDER", "", _str,
+        Key("DOCTOR.FOLDER", "", _local,
             "where the doctor writes its report, manifests and scripts; empty is OUTPUT/doctor/<name of the data>"),
         Key("DOCTOR.JSON", "", _output, "file for the doctor's report as JSON; - is standard output; empty is report.json in its folder"),
         Key("DOCTOR.NEAR", 8, _int,
@@ -471,13 +507,13 @@ COMMANDS: tuple[Command, ...] = (
         keys=(
         Key("THROUGHPUT_MODE", False, _bool, "measure speed only (--throughput)"),
         ),
-        beside=("--eval",)),
+        beside=("--eval",), takes_less="measure a smaller --batch-size"),
     Command(
         Flag("--report", "REPORT.RUNS", "write a run folder's report.html; of several runs a comparison", several=True, metavar="RUN"),
         "report.report_runs",
         keys=(
         Key("REPORT.RUNS", [], _strs, "run folders to report on (--report); several are compared"),
-        Key("REPORT.FILE", "", _str,
+        Key("REPORT.FILE", "", _local,
             "where that report goes; empty is report.html (of several runs comparison.html) in the first run's folder"),
         ),
         light=True),
@@ -498,21 +534,21 @@ COMMANDS: tuple[Command, ...] = (
         Flag("--show-batch", "SHOW.BATCH", "PNG file: the first training batch with its labels, as the model sees it", metavar="FILE"),
         "show_batch.show_batch",
         keys=(
-        Key("SHOW.BATCH", "", _str, "PNG file for the first training batch as the model sees it (--show-batch)"),
-        )),
+        Key("SHOW.BATCH", "", _local, "PNG file for the first training batch as the model sees it (--show-batch)"),
+        ), takes_less="show a smaller --batch-size"),
     Command(
         Flag("--show-attention", "SHOW.ATTENTION", "image: draw which tokens of it a CrossFormer's token attends to", metavar="IMAGE"),
         "show_attention.show_attention",
         keys=(
-        Key("SHOW.ATTENTION", "", _str, "image on which a CrossFormer's attention is drawn (--show-attention)"),
+        Key("SHOW.ATTENTION", "", _local, "image on which a CrossFormer's attention is drawn (--show-attention)"),
         Key("SHOW.TOKEN", "", _str,
             "y,x in pixels of the model's input: the token whose attention is drawn; empty is the centre (--show-token)"),
-        Key("SHOW.FILE", "attention.png", _str, "PNG file for the attention (--show-file)"),
+        Key("SHOW.FILE", "attention.png", _local, "PNG file for the attention (--show-file)"),
         ),
         flags=(
             Flag("--show-token", "SHOW.TOKEN", "y,x in pixels of the input: that token, not the central one", metavar="Y,X"),
             Flag("--show-file", "SHOW.FILE", "PNG file for the attention; else attention.png", metavar="FILE"),
-        )),
+        ), takes_less="take a smaller --img-size"),
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -521,7 +557,7 @@ COMMANDS: tuple[Command, ...] = (
 
 KEYS: tuple[Key, ...] = (
     Key("BASE", [""], _base, "YAML files merged before this one, relative to it", scope=RUN),
-    Key("OUTPUT", "output", _str, "folder of all runs; a run lives in OUTPUT/MODEL.NAME/TAG", NO_CONTROLS, scope=PROCESS),
+    Key("OUTPUT", "output", _local, "folder of all runs; a run lives in OUTPUT/MODEL.NAME/TAG", NO_CONTROLS, scope=PROCESS),
     Key("TAG", "default", _str, "name of the run", FOLDER_NAME, scope=RUN),
     Key("SEED", 0, _int, "everything random derives from it: order, augmentation, mixup, dropout, initialisation", NOT_NEGATIVE),
     Key("TASK", "classification", _str, "what is learned: classification"),
@@ -561,12 +597,14 @@ KEYS: tuple[Key, ...] = (
         "whole of wide or tall images in sight, AUG.RATIO being relative to their own", choices=("crop", "squash", "pad")),
     Key("DATA.INTERPOLATION", None, _optional(_str),
         "of resizing; None is the model's, else bicubic", choices=("bicubic", "bilinear", "lanczos", "nearest", "random")),
-    Key("DATA.MEAN", None, _optional(_floats), "channel means of the normalisation; None is the model's, else ImageNet's", RGB_NUMBERS),
+    Key("DATA.MEAN", None, _optional(_floats),
+        "channel means of the normalisation; None is the model's, else ImageNet's, or for other channels than RGB the data's"),
     Key("DATA.STD", None, _optional(_floats),
-        "channel deviations of the normalisation; None is the model's, else ImageNet's", RGB_POSITIVE),
-    Key("DATA.WINDOW", None, _optional(_floats),
-        "values that are black and white in images of more than 8 bits a channel, e.g. [0, 4095]; None finds them in the data",
-        Rule(lambda pair: len(pair) == 2 and -1e30 <= pair[0] < pair[1] <= 1e30, "two numbers, rising")),
+        "channel deviations of the normalisation; None is the model's, else ImageNet's, or for other channels than RGB the data's",
+        POSITIVE),
+    Key("DATA.WINDOW", None, _optional(_window),
+        "values that are black and white in images of more than 8 bits a channel, e.g. [0, 4095], of more than 4 bands also a pair each; "
+        "None finds them in the data", WINDOW),
     Key("DATA.MASK_PATCH_SIZE", 32, _int, "TASK simmim: side in pixels of the squares that are masked", KERNEL),
     Key("DATA.MASK_RATIO", 0.6, _float, "TASK simmim: share of the squares that are masked",
         Rule(lambda share: 0 < share < 1, "it must lie between 0 and 1")),
@@ -585,7 +623,7 @@ KEYS: tuple[Key, ...] = (
         "one part of a cross-validation, for validation: 2/5 is the second of five, stratified by class (and by the fold column of a list, "
         "where it has one, whose own names do too)", FOLD),
     Key("DATA.VAL_LABELS", "", _str, "file with the labels of a flat validation folder; empty looks for the usual ones"),
-    Key("DATA.CLASS_NAMES", "", _str,
+    Key("DATA.CLASS_NAMES", "", _local,
         "text file, a line a class in the classifier's order: a label, or label<TAB>class; others are left out"),
     Key("DATA.IMAGE_COLUMN", "", _str, "lists with a header: column of the images' paths; empty finds it"),
     Key("DATA.LABEL_COLUMN", "", _str, "lists with a header: column of the labels; empty finds it"),
@@ -595,6 +633,9 @@ KEYS: tuple[Key, ...] = (
     Key("DATA.IMAGE_ROOT", "", _str, "folder that the paths in a list are relative to; empty finds it", scope=PROCESS),
     Key("DATA.IMAGE_SUFFIX", "", _str, "suffix that a list leaves out of its images' names, such as .jpg; empty finds it", scope=RUN),
     Key("DATA.SUBSET", 1.0, _float, "share of each class's training images to use, chosen by the seed, e.g. 0.1", UP_TO_1),
+    Key("DATA.SAMPLING", "natural", _str,
+        "how often an epoch sees each class: as often as it has images; by the square root of that; all alike (balanced)",
+        choices=("natural", "sqrt", "balanced")),
     Key("DATA.EXIF", False, _bool, "turn images upright as their EXIF block says (the papers, torchvision and timm do not)"),
     Key("DATA.CORRUPT_BUDGET", 0.001, _float,
         "unreadable training images to go on with: below 1 a share of them, else a number", NOT_NEGATIVE, scope=RUN),
@@ -610,9 +651,12 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.TYPE", "crossformer", _str, "family of the model; timm is any timm model", choices=MODEL_TYPES),
     Key("MODEL.NAME", "crossformer_tiny", _str, "variant of the family, or a label when the family's node gives the numbers", FOLDER_NAME),
     Key("MODEL.NUM_CLASSES", 0, _int, "0 counts them in the data; another number must agree with the data", between(0, 10**7), scope=RUN),
-    Key("MODEL.PRETRAINED", "", _str, "file of weights to start from (head and sizes are adapted), or hub for timm's own", scope=RUN),
-    Key("MODEL.CLASS_MAP", "", _str, "text file, a line a class: its row in the pretrained classifier (ImageNet-22k to 1k)"),
-    Key("MODEL.RESUME", "", _str, "checkpoint to continue (training), or to evaluate, predict with or export", scope=RUN),
+    Key("MODEL.PRETRAINED", "", _local, "file of weights to start from (head and sizes are adapted), or hub for timm's own", scope=RUN),
+    Key("MODEL.CLASS_MAP", "", _local, "text file, a line a class: its row in the pretrained classifier (ImageNet-22k to 1k)"),
+    Key("MODEL.RESUME", "", _local, "checkpoint to continue (training), or to evaluate, predict with or export", scope=RUN),
+    Key("MODEL.IN_CHANS", None, _optional(_int),
+        "channels of the images: 1 is grey, 4 RGB with alpha, others the bands of TIFF files; None is the family's IN_CHANS, else 3",
+        CHANNELS),
     Key("MODEL.DROP_RATE", 0.0, _float, "dropout rate", BELOW_1),
     Key("MODEL.DROP_PATH_RATE", 0.1, _float, "stochastic depth: rate of the last block, growing linearly from 0", BELOW_1),
     Key("MODEL.SIMMIM.NORM_TARGET.ENABLE", False, _bool,
@@ -630,7 +674,7 @@ KEYS: tuple[Key, ...] = (
         ONE_OR_MORE_KERNELS),
     Key("MODEL.CROSSFORMER.MERGE_SIZE", None, _optional(_int_lists), "kernels of the embeddings between stages", KERNEL_LISTS),
     Key("MODEL.CROSSFORMER.MLP_RATIO", None, _optional(_number_or_list), "hidden width of the MLPs over their width", ONE_OR_MORE_RATIOS),
-    Key("MODEL.CROSSFORMER.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.CROSSFORMER.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
     Key("MODEL.CROSSFORMER.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
     Key("MODEL.CROSSFORMER.QK_SCALE", None, _optional(_float), "scale of the queries; None is head width ** -0.5", between(1e-6, 1e6)),
     Key("MODEL.CROSSFORMER.ATTENTION", None, _optional(_str), "lsda (short and long distance in turn), sda or lda alone"),
@@ -649,7 +693,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.SWIN.NUM_HEADS", None, _optional(_ints), "heads per stage", HEADS),
     Key("MODEL.SWIN.WINDOW_SIZE", None, _optional(_int), "window size", KERNEL),
     Key("MODEL.SWIN.PATCH_SIZE", None, _optional(_int), "patch size", KERNEL),
-    Key("MODEL.SWIN.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.SWIN.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
     Key("MODEL.SWIN.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width", MLP_RATIO),
     Key("MODEL.SWIN.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
     Key("MODEL.SWIN.QK_SCALE", None, _optional(_float), "accepted from old files; only None"),
@@ -663,7 +707,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.SWINV2.PRETRAINED_WINDOW_SIZES", None, _optional(_ints),
         "window sizes per stage that the weights to start from were trained with; 0: this model's own", each(0, 1024)),
     Key("MODEL.SWINV2.PATCH_SIZE", None, _optional(_int), "patch size", KERNEL),
-    Key("MODEL.SWINV2.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.SWINV2.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
     Key("MODEL.SWINV2.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width", MLP_RATIO),
     Key("MODEL.SWINV2.QKV_BIAS", None, _optional(_bool), "bias of the query and value projection"),
     Key("MODEL.SWINV2.APE", None, _optional(_bool), "accepted from old files; only False"),
@@ -674,7 +718,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.SWIN_MLP.NUM_HEADS", None, _optional(_ints), "heads per stage", HEADS),
     Key("MODEL.SWIN_MLP.WINDOW_SIZE", None, _optional(_int), "window size", KERNEL),
     Key("MODEL.SWIN_MLP.PATCH_SIZE", None, _optional(_int), "patch size", KERNEL),
-    Key("MODEL.SWIN_MLP.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.SWIN_MLP.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
     Key("MODEL.SWIN_MLP.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width", MLP_RATIO),
     Key("MODEL.SWIN_MLP.APE", None, _optional(_bool), "accepted from old files; only False"),
     Key("MODEL.SWIN_MLP.PATCH_NORM", None, _optional(_bool), "accepted from old files; only True"),
@@ -688,7 +732,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.CVT.PATCH_PADDINGS", None, _optional(_ints), "paddings of the embeddings", each(0, 1024)),
     Key("MODEL.CVT.KV_STRIDES", None, _optional(_ints), "stride of the key and value projections per stage", RATES),
     Key("MODEL.CVT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    Key("MODEL.CVT.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.CVT.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
     Key("MODEL.SHUNTED.EMBED_DIMS", None, _optional(_ints), "width per stage", WIDTHS),
     Key("MODEL.SHUNTED.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
@@ -697,7 +741,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.SHUNTED.SR_RATIOS", None, _optional(_ints), "merging rate of keys and values per stage (even; 1 is none)", RATES),
     Key("MODEL.SHUNTED.NUM_CONV", None, _optional(_int), "plain 3x3 convolutions in the image embedding", between(0, 100)),
     Key("MODEL.SHUNTED.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    Key("MODEL.SHUNTED.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.SHUNTED.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
     Key("MODEL.MPVIT.EMBED_DIMS", None, _optional(_ints), "width per stage", WIDTHS),
     Key("MODEL.MPVIT.DEPTHS", None, _optional(_ints), "layers of each path's encoder per stage", DEPTHS),
@@ -707,7 +751,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.MPVIT.CRPE_WINDOWS", None, _optional(_int_lists),
         "pairs of a kernel and the heads it serves, e.g. [[3, 2], [5, 3], [7, 3]]", KERNEL_LISTS),
     Key("MODEL.MPVIT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    Key("MODEL.MPVIT.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.MPVIT.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
     Key("MODEL.PVT.EMBED_DIMS", None, _optional(_ints), "width per stage", WIDTHS),
     Key("MODEL.PVT.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
@@ -716,7 +760,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.PVT.SR_RATIOS", None, _optional(_ints), "reduction of keys and values per stage (1 in the last)", RATES),
     Key("MODEL.PVT.PATCH_SIZE", None, _optional(_int), "patches of the first stage", KERNEL),
     Key("MODEL.PVT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    Key("MODEL.PVT.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.PVT.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
     Key("MODEL.PVT_V2.EMBED_DIMS", None, _optional(_ints), "width per stage", WIDTHS),
     Key("MODEL.PVT_V2.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
@@ -725,7 +769,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.PVT_V2.SR_RATIOS", None, _optional(_ints), "reduction of keys and values per stage", RATES),
     Key("MODEL.PVT_V2.LINEAR", None, _optional(_bool), "keys and values from a 7x7 pooled map in every stage (b2_li)"),
     Key("MODEL.PVT_V2.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    Key("MODEL.PVT_V2.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.PVT_V2.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
     Key("MODEL.GALERKIN.EMBED_DIM", None, _optional(_int), "width of the first stage", WIDTH),
     Key("MODEL.GALERKIN.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
@@ -737,7 +781,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.GALERKIN.NORM_EPS", None, _optional(_float), "eps of the norms of keys and values", between(0, 1)),
     Key("MODEL.GALERKIN.OUT_PROJ", None, _optional(_bool), "a linear after the heads"),
     Key("MODEL.GALERKIN.POSITIONS", None, _optional(_bool), "give the attention the tokens' coordinates (implies OUT_PROJ)"),
-    Key("MODEL.GALERKIN.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.GALERKIN.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
     Key("TRAIN.EPOCHS", 300, _int, "passes over the training images", EPOCHS),
     Key("TRAIN.START_EPOCH", 0, _int, "accepted from old files; the checkpoint's step decides"),
@@ -778,6 +822,11 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.BEST_METRIC", "top1", _str,
         "what decides which checkpoint is the best; of equals the one with the lower loss is; auroc is of two classes (classification)",
         choices=("top1", "loss", "mean_recall", "f1", "kappa", "auroc")),
+    Key("TRAIN.CLASS_WEIGHTS", "none", _class_weights,
+        "of classes in the training loss: the rarer the heavier, in full or by their effective numbers of images (effective:0.99 less "
+        "so), or a list in the classes' order; an image weighs 1 on average (classification)",
+        Rule(lambda asked: isinstance(asked, str) or min(asked, default=-1) >= 0 < max(asked), "weights are not negative, nor all 0"),
+        words=("none", "balanced", "effective")),
     Key("TRAIN.EMA_DECAY", 0.0, _float, "decay of the averaged weights, e.g. 0.9999 (0: no average)", BELOW_1),
     Key("TRAIN.EMA_WARMUP", False, _bool, "let that decay grow from 0 over the first steps"),
     Key("TRAIN.EMA_DEVICE", "auto", _str,
@@ -1048,7 +1097,7 @@ def _set(root: CfgNode, key: str, raw: Any, where: str, source: str = "") -> Non
 _HISTORY = "history"  # attribute of the root beside the tree: key -> [(source, value), ...]
 COMMAND_LINE = "command line"
 # Keys that a run finds in its data where they are None; its checkpoints hold what was found.
-FOUND_IN_DATA = ("DATA.WINDOW",)
+FOUND_IN_DATA = ("DATA.WINDOW", "DATA.MEAN", "DATA.STD")
 
 
 def history(config: CfgNode) -> dict[str, list[tuple[str, Any]]]:
@@ -1237,6 +1286,12 @@ def image_size(config: CfgNode) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def input_channels(config: CfgNode) -> int:
+    """Channels of the images: MODEL.IN_CHANS, else the IN_CHANS of the family's node, else 3."""
+    node = config.MODEL.get(config.MODEL.TYPE.upper(), {})
+    return config.MODEL.IN_CHANS or node.get("IN_CHANS") or 3
+
+
 def check(config: CfgNode) -> None:
     """Raise ``ConfigError`` for the first value that cannot work: by the rule of its key, then by what ties keys together."""
     for key in KEYS:
@@ -1255,13 +1310,21 @@ def check(config: CfgNode) -> None:
 
 def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
     """(key, what is wrong) where values that are possible do not go together."""
-    train, predict = config.TRAIN, config.PREDICT
+    train, predict, channels = config.TRAIN, config.PREDICT, input_channels(config)
+    for key, values in (("DATA.MEAN", config.DATA.MEAN), ("DATA.STD", config.DATA.STD)):
+        if values is not None and len(values) != channels:
+            yield key, f"{channels} number{'s' * (channels != 1)}, one a channel"
+    pairs = pairs_of(config.DATA.WINDOW or [0, 1])
+    if len(pairs) != 1 and (channels <= 4 or len(pairs) != channels):
+        yield "DATA.WINDOW", "one pair for all bands" + (f", or {channels} pairs" if channels > 4 else "")
+    if channels != 3 and config.DATA.DECODER == "pillow":
+        yield "DATA.DECODER", f"Pillow prepares images of 3 channels, not of {channels}; set it to auto"
     if train.MIN_LR > train.BASE_LR:
         yield "TRAIN.MIN_LR", f"it must lie between 0 and TRAIN.BASE_LR ({train.BASE_LR})"
     if train.WARMUP_EPOCHS and train.WARMUP_EPOCHS >= train.EPOCHS:
         yield "TRAIN.WARMUP_EPOCHS", f"the warm-up must end before training does (TRAIN.EPOCHS is {train.EPOCHS})"
-    if config.PLAN.FIT and (config.EVAL_MODE or config.THROUGHPUT_MODE):
-        yield "PLAN.FIT", "--fit chooses the micro-batch of training; leave it out with --eval and --throughput"
+    if config.PLAN.FIT and (command := command_of(config)) is not None and not command.light and command.flag.key != "PLAN.RUN":
+        yield "PLAN.FIT", f"--fit chooses the micro-batch of training; leave it out with {command.flag.name}"
     if config.DATA.FOLD and config.DATA.VAL_FRACTION:
         yield "DATA.FOLD", "it takes the place of DATA.VAL_FRACTION; set that to 0"
     for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET"):
