@@ -156,6 +156,18 @@ def _list_of(item: Callable[[Any], Any], what: str) -> Callable[[Any], list]:
 _ints, _floats, _strs = _list_of(_int, "whole numbers"), _list_of(_float, "numbers"), _list_of(_str, "texts")
 
 
+def _window(value: Any) -> list[float] | list[list[float]]:
+    value = _literal(value)
+    if isinstance(value, (list, tuple)) and any(isinstance(pair, (list, tuple)) for pair in value):
+        return [_floats(pair) for pair in value]
+    return _floats(value)
+
+
+def pairs_of(window: Sequence[Any]) -> Sequence[Sequence[float]]:
+    """The pairs of DATA.WINDOW: one, or one a band."""
+    return window if window and isinstance(window[0], (list, tuple)) else [window]
+
+
 def _int_lists(value: Any) -> list[list[int]]:
     value = _literal(value)
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, (list, tuple)) for v in value):
@@ -306,6 +318,8 @@ MILESTONES = Rule(lambda epochs: all(0 <= epoch <= 1_000_000 for epoch in epochs
 SECONDS = between(0, 10_000_000)  # which is four months; the system's clocks take no more than some centuries
 SHARES = Rule(lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1, "two shares, rising, in (0, 1]")
 RISING = Rule(lambda pair: len(pair) == 2 and 0.001 <= pair[0] <= pair[1] <= 1000, "two numbers, rising, between 0.001 and 1,000")
+WINDOW = Rule(lambda value: all(len(pair) == 2 and -1e30 <= pair[0] < pair[1] <= 1e30 for pair in pairs_of(value)),
+              "two numbers, rising, or such a pair a band")
 PAIR = Rule(lambda paths: len(paths) in (0, 2), "two are compared")
 CHANNELS = between(1, 1024)
 POSITIVE = Rule(lambda values: min(values, default=0) > 0, "numbers above 0, one a channel")
@@ -591,9 +605,9 @@ KEYS: tuple[Key, ...] = (
     Key("DATA.STD", None, _optional(_floats),
         "channel deviations of the normalisation; None is the model's, else ImageNet's, or for other channels than RGB the data's",
         POSITIVE),
-    Key("DATA.WINDOW", None, _optional(_floats),
-        "values that are black and white in images of more than 8 bits a channel, e.g. [0, 4095]; None finds them in the data",
-        Rule(lambda pair: len(pair) == 2 and -1e30 <= pair[0] < pair[1] <= 1e30, "two numbers, rising")),
+    Key("DATA.WINDOW", None, _optional(_window),
+        "values that are black and white in images of more than 8 bits a channel, e.g. [0, 4095], of more than 4 bands also a pair each; "
+        "None finds them in the data", WINDOW),
     Key("DATA.MASK_PATCH_SIZE", 32, _int, "TASK simmim: side in pixels of the squares that are masked", KERNEL),
     Key("DATA.MASK_RATIO", 0.6, _float, "TASK simmim: share of the squares that are masked",
         Rule(lambda share: 0 < share < 1, "it must lie between 0 and 1")),
@@ -1303,6 +1317,9 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
     for key, values in (("DATA.MEAN", config.DATA.MEAN), ("DATA.STD", config.DATA.STD)):
         if values is not None and len(values) != channels:
             yield key, f"{channels} number{'s' * (channels != 1)}, one a channel"
+    pairs = pairs_of(config.DATA.WINDOW or [0, 1])
+    if len(pairs) != 1 and (channels <= 4 or len(pairs) != channels):
+        yield "DATA.WINDOW", "one pair for all bands" + (f", or {channels} pairs" if channels > 4 else "")
     if channels != 3 and config.DATA.DECODER == "pillow":
         yield "DATA.DECODER", f"Pillow prepares images of 3 channels, not of {channels}; set it to auto"
     if train.MIN_LR > train.BASE_LR:

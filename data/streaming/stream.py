@@ -131,8 +131,8 @@ class Stream(Source):
             label = self._positions[label]
         if 0 <= label < len(self.targets):
             return int(self.targets[label])
-        raise DataError(f"{record.name}: its label {record.label!r} is none of the {len(self.targets)} classes; set MODEL.NUM_CLASSES or "
-                        "DATA.CLASS_NAMES to what the stream has, or choose a split with labels")
+        raise DataError(f"{record.name}: its label {str(record.label)!r} is none of the {len(self.targets)} classes; set MODEL.NUM_CLASSES "
+                        "or DATA.CLASS_NAMES to what the stream has, or choose a split with labels")
 
 
 class RecordSource(Source):
