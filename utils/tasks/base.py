@@ -41,7 +41,13 @@ class PredictionLog(Protocol):
 
 
 class EvaluationReport:
-    """What --eval says and writes beside the metrics; as it stands, nothing."""
+    """What --eval says and writes beside the metrics; as it stands, nothing.
+
+    Attributes:
+        tells_mistakes: it writes the table of mistakes that PREDICT.CSV asks for.
+    """
+
+    tells_mistakes = False
 
     def __init__(self, task: Task):
         self.task = task
