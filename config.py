@@ -115,9 +115,16 @@ def _str(value: Any) -> str:
 LONGEST_TEXT = 4095  # bytes: of a path, on Linux
 
 
+def _local(value: Any) -> str:
+    """A path, which ``scheme://`` begins nowhere: it would become a folder of that name."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text := _str(value)) and not re.match(r"[A-Za-z]:/(?!/)", text):
+        raise ValueError("a path on this machine's disks (mount a bucket as a folder, or copy from and to it)")
+    return text
+
+
 def _output(value: Any) -> str:
     """A file to write, or ``-`` for standard output, under whatever name."""
-    text = _str(value)
+    text = _local(value)
     return "-" if text in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1") else text
 
 
@@ -361,6 +368,7 @@ class Command(NamedTuple):
         light: it needs neither a model nor a device, nor torch where MODEL.RESUME is empty; one process of a job runs it.
         to_stdout: keys whose value ``-`` makes standard output this command's data.
         beside: flags of other commands that may stand beside its own, without effect (as other trainers have it).
+        takes_less: what has it take less memory.
     """
 
     flag: Flag
@@ -370,8 +378,10 @@ class Command(NamedTuple):
     light: bool = False
     to_stdout: Sequence[str] = ()
     beside: Sequence[str] = ()
+    takes_less: str = "evaluate smaller batches (--opts TEST.BATCH_SIZE 8)"
 
 
+TRAINING_TAKES_LESS = "add --fit, which takes a smaller micro-batch and keeps the recipe, or --use-checkpoint"
 COMMANDS: tuple[Command, ...] = (
     Command(
         Flag("--eval", "EVAL_MODE", "evaluate a checkpoint; with --resume nothing else is needed", "True"), "evaluate.evaluate_run",
@@ -385,11 +395,11 @@ COMMANDS: tuple[Command, ...] = (
         Key("TEST.LABELS", "auto", _str,
             "--eval: label set of an ImageNet variant, or a text file of the classes that predictions are chosen from, one a line",
             words=LABEL_SETS),
-        Key("TEST.REAL_LABELS", "", _str,
+        Key("TEST.REAL_LABELS", "", _local,
             "--eval: real.json of the ReaL labels (a list of labels an image); empty is the one that timm carries"),
-        Key("TEST.PER_CLASS", "", _str,
+        Key("TEST.PER_CLASS", "", _local,
             "--eval: CSV file for each class's recall, precision, F1 and the class it is most often confused with"),
-        Key("TEST.PREDICTIONS", "", _str, "file (.npz) for the prediction of every image under --eval; empty writes none"),
+        Key("TEST.PREDICTIONS", "", _local, "file (.npz) for the prediction of every image under --eval; empty writes none"),
         ),
         flags=(
             Flag("--split", "TEST.SPLIT"),
@@ -416,9 +426,9 @@ COMMANDS: tuple[Command, ...] = (
         Key("PREDICT.TOPK", 5, _int, "classes shown for an image, most probable first", AT_LEAST_1),
         Key("PREDICT.CSV", "", _output, "table of the predictions, a row an image; - is standard output"),
         Key("PREDICT.JSON", "", _output, "predictions as JSON, a line an image; - is standard output"),
-        Key("PREDICT.FEATURES", "", _str,
+        Key("PREDICT.FEATURES", "", _local,
             "pooled features before the classifier: FILE.npy or FILE.safetensors, with FILE.paths.json", ends_in(".npy", ".safetensors")),
-        Key("PREDICT.SHEET", "", _str,
+        Key("PREDICT.SHEET", "", _local,
             "picture of the images with their classes, FILE.png; more pages are FILE-2.png and so on", ends_in(".png")),
         ),
         flags=(
@@ -434,12 +444,12 @@ COMMANDS: tuple[Command, ...] = (
              metavar="FILE"),
         "export.export_run",
         keys=(
-        Key("EXPORT.FILE", "", _str,
+        Key("EXPORT.FILE", "", _local,
             "what --export writes: FILE.onnx, FILE.pt2, or a folder (or FILE.safetensors) as timm and its hub have it"),
         Key("EXPORT.OPSET", 18, _int,
             "ONNX operator set", Rule(lambda number: number >= 18, "the exporter writes operator sets from 18 on")),
         Key("EXPORT.PREPROCESS", False, _bool, "ONNX and pt2: normalise inside the model, which then takes pixels of 0 to 255"),
-        )),
+        ), takes_less="export where there is more"),
     Command(
         Flag("--plan", "PLAN.RUN", "dry run: memory, speed, time and disk that the run will take; status 1: it does not fit", "True"),
         "plan.plan_run",
@@ -449,14 +459,14 @@ COMMANDS: tuple[Command, ...] = (
         Key("PLAN.MEMORY", 0, _bytes,
             "memory that --plan and --fit may use, e.g. 24GB, for each GPU, or on a CPU for all processes together; 0: all there is"),
         Key("PLAN.SECONDS", 4.0, _float, "about how long --plan measures each speed; longer is more exact", between(0, 3600)),
-        Key("PLAN.SCRATCH", "", _str, "folder on whose disk --plan tries a save; empty is the system's folder for temporary files"),
-        )),
+        Key("PLAN.SCRATCH", "", _local, "folder on whose disk --plan tries a save; empty is the system's folder for temporary files"),
+        ), takes_less=TRAINING_TAKES_LESS),
     Command(
         Flag("--doctor", "DOCTOR_MODE", "read all images, say what is wrong and how to mend it; status 3: errors", "True"),
         "doctor.examine_run",
         keys=(
         Key("DOCTOR_MODE", False, _bool, "read and check the data only (--doctor)"),
-        Key("DOCTOR.FOLDER", "", _str,
+        Key("DOCTOR.FOLDER", "", _local,
             "where the doctor writes its report, manifests and scripts; empty is OUTPUT/doctor/<name of the data>"),
         Key("DOCTOR.JSON", "", _output, "file for the doctor's report as JSON; - is standard output; empty is report.json in its folder"),
         Key("DOCTOR.NEAR", 8, _int,
@@ -471,13 +481,13 @@ COMMANDS: tuple[Command, ...] = (
         keys=(
         Key("THROUGHPUT_MODE", False, _bool, "measure speed only (--throughput)"),
         ),
-        beside=("--eval",)),
+        beside=("--eval",), takes_less="measure a smaller --batch-size"),
     Command(
         Flag("--report", "REPORT.RUNS", "write a run folder's report.html; of several runs a comparison", several=True, metavar="RUN"),
         "report.report_runs",
         keys=(
         Key("REPORT.RUNS", [], _strs, "run folders to report on (--report); several are compared"),
-        Key("REPORT.FILE", "", _str,
+        Key("REPORT.FILE", "", _local,
             "where that report goes; empty is report.html (of several runs comparison.html) in the first run's folder"),
         ),
         light=True),
@@ -498,21 +508,21 @@ COMMANDS: tuple[Command, ...] = (
         Flag("--show-batch", "SHOW.BATCH", "PNG file: the first training batch with its labels, as the model sees it", metavar="FILE"),
         "show_batch.show_batch",
         keys=(
-        Key("SHOW.BATCH", "", _str, "PNG file for the first training batch as the model sees it (--show-batch)"),
-        )),
+        Key("SHOW.BATCH", "", _local, "PNG file for the first training batch as the model sees it (--show-batch)"),
+        ), takes_less="show a smaller --batch-size"),
     Command(
         Flag("--show-attention", "SHOW.ATTENTION", "image: draw which tokens of it a CrossFormer's token attends to", metavar="IMAGE"),
         "show_attention.show_attention",
         keys=(
-        Key("SHOW.ATTENTION", "", _str, "image on which a CrossFormer's attention is drawn (--show-attention)"),
+        Key("SHOW.ATTENTION", "", _local, "image on which a CrossFormer's attention is drawn (--show-attention)"),
         Key("SHOW.TOKEN", "", _str,
             "y,x in pixels of the model's input: the token whose attention is drawn; empty is the centre (--show-token)"),
-        Key("SHOW.FILE", "attention.png", _str, "PNG file for the attention (--show-file)"),
+        Key("SHOW.FILE", "attention.png", _local, "PNG file for the attention (--show-file)"),
         ),
         flags=(
             Flag("--show-token", "SHOW.TOKEN", "y,x in pixels of the input: that token, not the central one", metavar="Y,X"),
             Flag("--show-file", "SHOW.FILE", "PNG file for the attention; else attention.png", metavar="FILE"),
-        )),
+        ), takes_less="take a smaller --img-size"),
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -521,7 +531,7 @@ COMMANDS: tuple[Command, ...] = (
 
 KEYS: tuple[Key, ...] = (
     Key("BASE", [""], _base, "YAML files merged before this one, relative to it", scope=RUN),
-    Key("OUTPUT", "output", _str, "folder of all runs; a run lives in OUTPUT/MODEL.NAME/TAG", NO_CONTROLS, scope=PROCESS),
+    Key("OUTPUT", "output", _local, "folder of all runs; a run lives in OUTPUT/MODEL.NAME/TAG", NO_CONTROLS, scope=PROCESS),
     Key("TAG", "default", _str, "name of the run", FOLDER_NAME, scope=RUN),
     Key("SEED", 0, _int, "everything random derives from it: order, augmentation, mixup, dropout, initialisation", NOT_NEGATIVE),
     Key("TASK", "classification", _str, "what is learned: classification"),
@@ -585,7 +595,7 @@ KEYS: tuple[Key, ...] = (
         "one part of a cross-validation, for validation: 2/5 is the second of five, stratified by class (and by the fold column of a list, "
         "where it has one, whose own names do too)", FOLD),
     Key("DATA.VAL_LABELS", "", _str, "file with the labels of a flat validation folder; empty looks for the usual ones"),
-    Key("DATA.CLASS_NAMES", "", _str,
+    Key("DATA.CLASS_NAMES", "", _local,
         "text file, a line a class in the classifier's order: a label, or label<TAB>class; others are left out"),
     Key("DATA.IMAGE_COLUMN", "", _str, "lists with a header: column of the images' paths; empty finds it"),
     Key("DATA.LABEL_COLUMN", "", _str, "lists with a header: column of the labels; empty finds it"),
@@ -610,9 +620,9 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.TYPE", "crossformer", _str, "family of the model; timm is any timm model", choices=MODEL_TYPES),
     Key("MODEL.NAME", "crossformer_tiny", _str, "variant of the family, or a label when the family's node gives the numbers", FOLDER_NAME),
     Key("MODEL.NUM_CLASSES", 0, _int, "0 counts them in the data; another number must agree with the data", between(0, 10**7), scope=RUN),
-    Key("MODEL.PRETRAINED", "", _str, "file of weights to start from (head and sizes are adapted), or hub for timm's own", scope=RUN),
-    Key("MODEL.CLASS_MAP", "", _str, "text file, a line a class: its row in the pretrained classifier (ImageNet-22k to 1k)"),
-    Key("MODEL.RESUME", "", _str, "checkpoint to continue (training), or to evaluate, predict with or export", scope=RUN),
+    Key("MODEL.PRETRAINED", "", _local, "file of weights to start from (head and sizes are adapted), or hub for timm's own", scope=RUN),
+    Key("MODEL.CLASS_MAP", "", _local, "text file, a line a class: its row in the pretrained classifier (ImageNet-22k to 1k)"),
+    Key("MODEL.RESUME", "", _local, "checkpoint to continue (training), or to evaluate, predict with or export", scope=RUN),
     Key("MODEL.DROP_RATE", 0.0, _float, "dropout rate", BELOW_1),
     Key("MODEL.DROP_PATH_RATE", 0.1, _float, "stochastic depth: rate of the last block, growing linearly from 0", BELOW_1),
     Key("MODEL.SIMMIM.NORM_TARGET.ENABLE", False, _bool,
@@ -1261,8 +1271,8 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
         yield "TRAIN.MIN_LR", f"it must lie between 0 and TRAIN.BASE_LR ({train.BASE_LR})"
     if train.WARMUP_EPOCHS and train.WARMUP_EPOCHS >= train.EPOCHS:
         yield "TRAIN.WARMUP_EPOCHS", f"the warm-up must end before training does (TRAIN.EPOCHS is {train.EPOCHS})"
-    if config.PLAN.FIT and (config.EVAL_MODE or config.THROUGHPUT_MODE):
-        yield "PLAN.FIT", "--fit chooses the micro-batch of training; leave it out with --eval and --throughput"
+    if config.PLAN.FIT and (command := command_of(config)) is not None and not command.light and command.flag.key != "PLAN.RUN":
+        yield "PLAN.FIT", f"--fit chooses the micro-batch of training; leave it out with {command.flag.name}"
     if config.DATA.FOLD and config.DATA.VAL_FRACTION:
         yield "DATA.FOLD", "it takes the place of DATA.VAL_FRACTION; set that to 0"
     for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET"):

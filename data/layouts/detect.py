@@ -24,6 +24,7 @@ from data.sources.base import Source
 from data.sources.classes import whole_number
 from data.sources.folder import scan_flat, scan_folder, visible_entries
 from data.sources.packed_names import is_image
+from data.sources.regular_files import kind_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def detect_layout(root: str, options: Options, splits: Iterable[str] = ("train",
                         "and parquet files can stay as they are: hf download --repo-type dataset, aws s3 sync, wget), and give that path")
     if not os.path.exists(root):
         raise DataError(f"{root}: no such data folder; give the folder that holds train/ and val/ with --data-path")
+    if not os.path.isdir(root) and (what := kind_of(os.stat(root).st_mode)):
+        raise DataError(f"{root}: is {what}; give a folder, an archive or a list with --data-path")
     find = _find_in_file if os.path.isfile(root) else _find_in_folder
     found = {}
     for name in splits:
