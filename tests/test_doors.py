@@ -7,10 +7,10 @@ A few hundred inputs a door, the same each time. More, and others each time: ``D
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
-import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import TINY_MODEL, write_images
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import main
-from config import KEYS, ConfigError, ProgramError, get_config
+from config import KEYS, ProgramError, get_config
 from utils.cli.flags import OLD_FLAGS, PRINT_FLAGS, all_flags
 
 MORE = int(os.environ.get("DOOR_EXAMPLES", "0"))
@@ -91,13 +92,16 @@ def contents(folder: Path) -> dict[str, bytes | str]:
 
 # ---- what comes through doors ----------------------------------------------------------------------------------------------------
 
-STRANGE = ["", " ", "\0", "a\0b", "\x1b[31m", "a\nb", "\r", "\ud800", "\udcff", "\u2028", "..", "../..", "/", "~", "-", "--", "%s", "{}", "x" * 300,
-           "x" * 5000, "nan", "inf", "-inf", "1e999", "-1", "0", "0.0", "1e300", "1e-300", "-0", "9" * 30, "9" * 5000, "0x" + "f" * 50, "1_0", "010",
-           "1:30", "2024-13-45", "[]", "[[]]", "[0]", "[0, 1]", "[1, 0]", "[-1]", "[1e300, 2]", "[null]", "[" * 50, "{}", "{a: 1}", "(1, 2)", "(",
-           "null", "~", "true", "off", "&a [*a]", "!!python/object:os.system x", "<<", "é", "😀", "auto", "none", "cpu", "/dev/null", "/dev/zero"]
+STRANGE = [
+    "", " ", "\0", "a\0b", "\x1b[31m", "a\nb", "\r", "\ud800", "\udcff", "\u2028", "..", "../..", "/", "~", "-", "--", "%s", "{}",
+    "x" * 300, "x" * 5000, "nan", "inf", "-inf", "1e999", "-1", "0", "0.0", "1e300", "1e-300", "-0", "9" * 30, "9" * 5000,
+    "0x" + "f" * 50, "1_0", "010", "1:30", "2024-13-45", "[]", "[[]]", "[0]", "[0, 1]", "[1, 0]", "[-1]", "[1e300, 2]", "[null]",
+    "[" * 50, "{}", "{a: 1}", "(1, 2)", "(", "null", "~", "true", "off", "&a [*a]", "!!python/object:os.system x", "<<", "é", "😀",
+    "auto", "none", "cpu", "/dev/null", "/dev/zero"]
 TEXTS = st.one_of(st.sampled_from(STRANGE), st.text(max_size=20), st.integers().map(str), st.floats().map(str),
                   st.lists(st.integers(-3, 9), max_size=5).map(str), st.lists(st.floats(width=16), max_size=3).map(str))
-NUMBERS = st.one_of(st.integers(), st.integers(-3, 100), st.floats(), st.sampled_from([10**18, 10**400, 2**53 + 1, -1, 0, 1e300, float("nan")]))
+NUMBERS = st.one_of(st.integers(), st.integers(-3, 100), st.floats(),
+                    st.sampled_from([10**18, 10**400, 2**53 + 1, -1, 0, 1e300, float("nan")]))
 PLAIN = st.recursive(st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS),
                      lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)), max_leaves=6)
 KEY_NAMES = st.one_of(st.sampled_from([key.name for key in KEYS]), st.sampled_from([key.name for key in KEYS]), TEXTS)
@@ -132,17 +136,15 @@ def yaml_files(draw: st.DrawFn) -> bytes:
     lines = []
     for _ in range(draw(st.integers(1, 3))):
         key, raw = draw(KEY_NAMES), draw(st.booleans())
-        value = draw(TEXTS) if raw else json.dumps(draw(PLAIN).__repr__()) if draw(st.integers(0, 3)) == 0 else _as_yaml(draw(PLAIN))
+        value = draw(TEXTS) if raw else _as_yaml(draw(PLAIN))
         *sections, leaf = key.split(".")
-        lines.append("".join(f"{'  ' * depth}{name}:\n" for depth, name in enumerate(sections)) + f"{'  ' * len(sections)}{leaf}: {value}\n")
+        lines += [f"{'  ' * depth}{name}:\n" for depth, name in enumerate(sections)]
+        lines.append(f"{'  ' * len(sections)}{leaf}: {value}\n")
     return "".join(lines).encode("utf-8", "surrogatepass" if draw(st.booleans()) else "backslashreplace")
 
 
 def _as_yaml(value: Any) -> str:
-    try:
-        return yaml.safe_dump(value, default_flow_style=True, width=1_000_000).strip().removesuffix("...").strip()
-    except (ValueError, yaml.YAMLError):  # an integer too long for Python to print
-        return "9" * 5000
+    return yaml.safe_dump(value, default_flow_style=True, width=1_000_000).strip().removesuffix("...").strip()
 
 
 @inputs(300)
@@ -227,21 +229,9 @@ def test_numbers_of_models(opts: list[str]) -> None:
 NAMES = st.one_of(st.sampled_from(["0", "1", "2", "a", "b", "n01440764"]), TEXTS)
 LABEL_FILES = st.one_of(
     st.binary(max_size=100),
-    st.lists(st.one_of(NAMES, st.tuples(NAMES, NAMES).map("\t".join)), max_size=8).map(lambda rows: "\n".join(rows).encode("utf-8", "replace")),
-    PLAIN.map(lambda value: repr(value).encode("utf-8", "replace") if _too_long(value) else json.dumps(value).encode()))
-
-
-def _too_long(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except ValueError:
-        return True
-    return False
-
-
-@pytest.fixture(autouse=True)
-def printable_integers() -> None:
-    """Numbers of more digits than Python prints are among the inputs; the program has to do with their texts alone."""
+    st.lists(st.one_of(NAMES, st.tuples(NAMES, NAMES).map("\t".join)), max_size=8).map(
+        lambda rows: "\n".join(rows).encode("utf-8", "replace")),
+    PLAIN.map(lambda value: json.dumps(value).encode()), st.sampled_from([b"[" * 5000, b"9" * 5000, b"[[" + b"9" * 5000 + b"]]"]))
 
 
 @inputs(200)
@@ -273,3 +263,177 @@ def _fresh(factory: pytest.TempPathFactory, name: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run of a tiny model over one epoch."""
+    folder = tmp_path_factory.mktemp("run")
+    write_images(folder / "images", "train", dict(a=6, b=6))
+    write_images(folder / "images", "val", dict(a=3, b=3), seed=1)
+    (folder / "tiny.yaml").write_text(
+        f"DATA: {{DATA_PATH: '{folder}/images', IMG_SIZE: 32, BATCH_SIZE: 4, NUM_WORKERS: 0}}\n" + TINY_MODEL
+        + "TRAIN: {EPOCHS: 1, WARMUP_EPOCHS: 0, EMA_DECAY: 0.5, REPORT: none}\nPRINT_FREQ: 1\n")
+    assert call("--cfg", folder / "tiny.yaml", "--output", folder / "output") == 0
+    return folder / "output/tiny/default"
+
+
+PARTS = st.one_of(PLAIN, st.sampled_from([torch.zeros(2), torch.zeros(2, dtype=torch.int64), torch.tensor(float("nan")), {}, [], "", -1,
+                                          2**62]))
+
+
+@inputs(25)
+@given(st.data())
+def test_checkpoints_of_this_program(tmp_path_factory: pytest.TempPathFactory, run: Path, data: st.DataObject) -> None:
+    """With a right checksum and wrong parts: evaluated, or continued."""
+    from utils.checkpoints.file_format import write_checkpoint
+
+    content = torch.load(run / "last.pth", weights_only=True)
+    for _ in range(data.draw(st.integers(1, 2))):
+        part = content
+        while True:
+            name = data.draw(st.sampled_from(sorted(part, key=str)))
+            if not isinstance(part[name], dict) or not part[name] or data.draw(st.booleans()):
+                break
+            part = part[name]
+        if data.draw(st.integers(0, 3)) == 0:
+            del part[name]
+        elif name != "config":
+            part[name] = data.draw(PARTS)
+        else:
+            part[name] = data.draw(st.one_of(PLAIN, st.just(part[name]).map(lambda text: text[:len(text) // 2])))
+    folder = _fresh(tmp_path_factory, "checkpoint")
+    try:
+        write_checkpoint(str(folder / "ckpt_00000003.pth"), content)
+    except (ValueError, OverflowError, RuntimeError):  # what no file can hold
+        return
+    before = contents(folder)
+    if data.draw(st.booleans()):
+        call("--eval", "--resume", folder / "ckpt_00000003.pth", "--data-path", run.parent.parent.parent / "images", "--batch-size", 8)
+    else:
+        call("--diff", folder / "ckpt_00000003.pth", run)
+        call("--plan", "--cfg", run.parent.parent.parent / "tiny.yaml", "--resume", folder / "ckpt_00000003.pth", "--epochs", 2, "--output",
+             folder.parent / "door-output", "--opts", "PLAN.SECONDS", 0)
+    assert contents(folder) == before
+
+
+@inputs(150)
+@given(st.data(), st.sampled_from(["x.pth", "x.bin", "x.safetensors", "x.yaml"]))
+def test_bytes_of_checkpoints(tmp_path_factory: pytest.TempPathFactory, run: Path, data: st.DataObject, name: str) -> None:
+    """With anything changed in the bytes, the checksum too."""
+    from models.weights import unwrap_state_dict
+    from utils.checkpoints.exported import read_trained
+
+    path = _fresh(tmp_path_factory, "bytes") / name
+    whole = (run / "last.pth").read_bytes() if name != "x.safetensors" else _as_safetensors(run)
+    content = data.draw(damaged(whole)) if data.draw(st.integers(0, 4)) else data.draw(st.binary(max_size=100))
+    path.write_bytes(content)
+    passes(lambda: unwrap_state_dict(read_trained(str(path)), str(path)))
+    assert path.read_bytes() == content
+
+
+def _as_safetensors(run: Path) -> bytes:
+    from safetensors.torch import save
+    return save(torch.load(run / "last.pth", weights_only=True)["model"])
+
+
+# ---- a run's own files -----------------------------------------------------------------------------------------------------------
+
+RUN_FILES = ["config.yaml", "sources.json", "metrics.jsonl", "steps.jsonl", "history.jsonl", "nonfinite.jsonl", "predictions.npz"]
+
+
+@st.composite
+def records(draw: st.DrawFn, whole: bytes) -> bytes:
+    """Lines of JSON with values exchanged, as Python writes them: NaN and Infinity too."""
+    rows = [json.loads(line) for line in whole.splitlines()] or [dict(step=1, event="start")]
+    for _ in range(draw(st.integers(1, 3))):
+        row = draw(st.sampled_from(rows))
+        name = draw(st.one_of(st.sampled_from(sorted(row)), st.sampled_from(["time", "before", "again", "to", "reason", "seconds", "x"])))
+        row[name] = draw(PLAIN)
+    lines = [json.dumps(row).encode() for row in rows]
+    return b"\n".join([*lines, draw(st.sampled_from([b"", b"{", b"[" * 5000, b'{"step": ' + b"9" * 5000 + b"}", b'{"step": 1e999}']))])
+
+
+@st.composite
+def arrays(draw: st.DrawFn, whole: bytes) -> bytes:
+    """An npz file with an array exchanged or left out."""
+    with np.load(io.BytesIO(whole)) as file:
+        found = dict(file)
+    name = draw(st.sampled_from(sorted(found)))
+    kind = draw(st.sampled_from(["gone", "cut", "nan", "negative", "huge", "text", "complex", "json"]))
+    if kind == "gone":
+        del found[name]
+    elif kind == "json":
+        found[name] = np.frombuffer(draw(st.sampled_from([b"[1, 2]", b"{}", b"[" * 5000, b"9" * 5000, b"\xff", b"null"])), dtype=np.uint8)
+    else:
+        found[name] = dict(cut=found[name][:1], nan=found[name] * np.nan, negative=-found[name].astype(np.int64) - 1,
+                           huge=found[name].astype(np.float64) * 1e300, text=found[name].astype(str), complex=found[name] * 1j)[kind]
+    written = io.BytesIO()
+    np.savez(written, **found)
+    return written.getvalue()
+
+
+@functools.cache
+def whole_run(run: Path) -> Any:
+    from utils.reporting.run_reader import read_run
+    return read_run(str(run))
+
+
+@inputs(80)
+@given(st.data())
+def test_files_of_a_run(tmp_path_factory: pytest.TempPathFactory, run: Path, data: st.DataObject) -> None:
+    """Reported on, compared and continued, whatever became of them."""
+    from utils.commands.show_config import differences
+    from utils.loggers.metrics_files import JsonLines, MetricsLog
+    from utils.reporting import plots
+    from utils.reporting.charts import charts
+    from utils.reporting.html_page import render
+    from utils.reporting.run_reader import read_run
+
+    folder = _fresh(tmp_path_factory, "records")
+    for name in RUN_FILES:
+        if (run / name).exists():
+            (folder / name).write_bytes((run / name).read_bytes())
+    for name in data.draw(st.lists(st.sampled_from(RUN_FILES), min_size=1, max_size=2, unique=True)):
+        whole, path = (run / name).read_bytes() if (run / name).exists() else b"", folder / name
+        path.unlink(missing_ok=True)
+        what = data.draw(st.integers(0, 9))
+        if what == 0:
+            os.mkfifo(path)
+        elif what == 1:
+            path.mkdir()
+        elif what == 2:
+            path.symlink_to(data.draw(st.sampled_from(["/dev/zero", name, "absent", "/proc/self/mem"])))
+        elif what < 5:
+            path.write_bytes(data.draw(damaged(whole)))
+        elif name.endswith(".jsonl"):
+            path.write_bytes(data.draw(records(whole)))
+        elif name.endswith(".npz"):
+            path.write_bytes(data.draw(arrays(whole)))
+        elif name.endswith(".json"):
+            path.write_bytes(data.draw(LABEL_FILES))
+        else:
+            path.write_bytes(data.draw(yaml_files()))
+    draws = bool(MORE) and data.draw(st.integers(0, 19)) == 0
+
+    def report() -> None:
+        runs = [read_run(str(folder)), whole_run(run)]
+        assert all(isinstance(line, str) for line in differences(runs, ["a", "b"]))
+        shown = runs[:data.draw(st.integers(1, 2))]
+        charts(shown)
+        with pytest.MonkeyPatch.context() as patch:
+            if not draws:  # which takes a second
+                patch.setattr(plots, "curves", lambda runs: [])
+                patch.setattr(plots, "of_predictions", lambda predictions: [])
+            render(shown)
+    passes(report)
+
+    def go_on() -> None:
+        for name in ("steps.jsonl", "history.jsonl"):
+            lines = JsonLines(str(folder / name), 2)
+            lines.write(dict(step=3, before=(lines.last or {}).get("time"), again=(lines.last or {}).get("step", 0) - 2))
+            assert all(json.loads(line) for line in (folder / name).read_text(errors="replace").splitlines())
+        MetricsLog(str(folder), 2).write(dict(step=3, top1=1.0))
+    with contextlib.suppress(OSError), pytest.MonkeyPatch.context() as patch:  # told before, where names of files are no files
+        patch.setattr(os, "fsync", lambda _: None)
+        go_on()
