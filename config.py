@@ -788,6 +788,9 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.BEST_METRIC", "top1", _str,
         "what decides which checkpoint is the best; of equals the one with the lower loss is; auroc is of two classes (classification)",
         choices=("top1", "loss", "mean_recall", "f1", "kappa", "auroc")),
+    Key("TRAIN.PATIENCE", 0, _int,
+        "epochs without a better evaluation (TRAIN.BEST_METRIC) after which a run ends early; the schedule stays that of TRAIN.EPOCHS "
+        "(0: never)", NOT_NEGATIVE, scope=RUN),
     Key("TRAIN.EMA_DECAY", 0.0, _float, "decay of the averaged weights, e.g. 0.9999 (0: no average)", BELOW_1),
     Key("TRAIN.EMA_WARMUP", False, _bool, "let that decay grow from 0 over the first steps"),
     Key("TRAIN.EMA_DEVICE", "auto", _str,
