@@ -156,6 +156,18 @@ def _list_of(item: Callable[[Any], Any], what: str) -> Callable[[Any], list]:
 _ints, _floats, _strs = _list_of(_int, "whole numbers"), _list_of(_float, "numbers"), _list_of(_str, "texts")
 
 
+def _window(value: Any) -> list[float] | list[list[float]]:
+    value = _literal(value)
+    if isinstance(value, (list, tuple)) and any(isinstance(pair, (list, tuple)) for pair in value):
+        return [_floats(pair) for pair in value]
+    return _floats(value)
+
+
+def pairs_of(window: Sequence[Any]) -> Sequence[Sequence[float]]:
+    """The pairs of DATA.WINDOW: one, or one a band."""
+    return window if window and isinstance(window[0], (list, tuple)) else [window]
+
+
 def _int_lists(value: Any) -> list[list[int]]:
     value = _literal(value)
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, (list, tuple)) for v in value):
@@ -180,6 +192,19 @@ def _number_or_list(value: Any) -> float | list[float]:
 def _int_or_list(value: Any) -> int | list[int]:
     value = _literal(value)
     return _ints(value) if isinstance(value, (list, tuple)) else _int(value)
+
+
+BETA = "0.999"  # of the effective number of images, as its authors had it for ImageNet
+
+
+def _class_weights(value: Any) -> str | list[float]:
+    value = _literal(value)
+    if isinstance(value, (list, tuple)):
+        return _floats(value)
+    text = "none" if value in (None, False, "") else str(value).lower()
+    if not re.fullmatch(r"none|balanced|effective(:0?\.\d+)?", text):
+        raise ValueError(f"none, balanced, effective (or effective:{BETA}), or a list of numbers, one a class")
+    return text
 
 
 def _mapping(value: Any) -> CfgNode:
@@ -293,10 +318,11 @@ MILESTONES = Rule(lambda epochs: all(0 <= epoch <= 1_000_000 for epoch in epochs
 SECONDS = between(0, 10_000_000)  # which is four months; the system's clocks take no more than some centuries
 SHARES = Rule(lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1, "two shares, rising, in (0, 1]")
 RISING = Rule(lambda pair: len(pair) == 2 and 0.001 <= pair[0] <= pair[1] <= 1000, "two numbers, rising, between 0.001 and 1,000")
+WINDOW = Rule(lambda value: all(len(pair) == 2 and -1e30 <= pair[0] < pair[1] <= 1e30 for pair in pairs_of(value)),
+              "two numbers, rising, or such a pair a band")
 PAIR = Rule(lambda paths: len(paths) in (0, 2), "two are compared")
-RGB = Rule(lambda channels: channels == 3, "images are read in RGB, so only 3 works here")
-RGB_NUMBERS = Rule(lambda values: len(values) == 3, "three numbers, one a channel")
-RGB_POSITIVE = Rule(lambda values: len(values) == 3 and min(values) > 0, "three numbers above 0, one a channel")
+CHANNELS = between(1, 1024)
+POSITIVE = Rule(lambda values: min(values, default=0) > 0, "numbers above 0, one a channel")
 # Of models. Widths of later stages may be many times the first one's.
 WIDTH, WIDTHS = between(1, 8192), each(1, 65536)
 DEPTHS = Rule(lambda depths: 1 <= len(depths) <= MOST_STAGES and min(depths) >= 1 and sum(depths) <= 1000,
@@ -571,12 +597,14 @@ KEYS: tuple[Key, ...] = (
         "whole of wide or tall images in sight, AUG.RATIO being relative to their own", choices=("crop", "squash", "pad")),
     Key("DATA.INTERPOLATION", None, _optional(_str),
         "of resizing; None is the model's, else bicubic", choices=("bicubic", "bilinear", "lanczos", "nearest", "random")),
-    Key("DATA.MEAN", None, _optional(_floats), "channel means of the normalisation; None is the model's, else ImageNet's", RGB_NUMBERS),
+    Key("DATA.MEAN", None, _optional(_floats),
+        "channel means of the normalisation; None is the model's, else ImageNet's, or for other channels than RGB the data's"),
     Key("DATA.STD", None, _optional(_floats),
-        "channel deviations of the normalisation; None is the model's, else ImageNet's", RGB_POSITIVE),
-    Key("DATA.WINDOW", None, _optional(_floats),
-        "values that are black and white in images of more than 8 bits a channel, e.g. [0, 4095]; None finds them in the data",
-        Rule(lambda pair: len(pair) == 2 and -1e30 <= pair[0] < pair[1] <= 1e30, "two numbers, rising")),
+        "channel deviations of the normalisation; None is the model's, else ImageNet's, or for other channels than RGB the data's",
+        POSITIVE),
+    Key("DATA.WINDOW", None, _optional(_window),
+        "values that are black and white in images of more than 8 bits a channel, e.g. [0, 4095], of more than 4 bands also a pair each; "
+        "None finds them in the data", WINDOW),
     Key("DATA.MASK_PATCH_SIZE", 32, _int, "TASK simmim: side in pixels of the squares that are masked", KERNEL),
     Key("DATA.MASK_RATIO", 0.6, _float, "TASK simmim: share of the squares that are masked",
         Rule(lambda share: 0 < share < 1, "it must lie between 0 and 1")),
@@ -605,6 +633,9 @@ KEYS: tuple[Key, ...] = (
     Key("DATA.IMAGE_ROOT", "", _str, "folder that the paths in a list are relative to; empty finds it", scope=PROCESS),
     Key("DATA.IMAGE_SUFFIX", "", _str, "suffix that a list leaves out of its images' names, such as .jpg; empty finds it", scope=RUN),
     Key("DATA.SUBSET", 1.0, _float, "share of each class's training images to use, chosen by the seed, e.g. 0.1", UP_TO_1),
+    Key("DATA.SAMPLING", "natural", _str,
+        "how often an epoch sees each class: as often as it has images; by the square root of that; all alike (balanced)",
+        choices=("natural", "sqrt", "balanced")),
     Key("DATA.EXIF", False, _bool, "turn images upright as their EXIF block says (the papers, torchvision and timm do not)"),
     Key("DATA.CORRUPT_BUDGET", 0.001, _float,
         "unreadable training images to go on with: below 1 a share of them, else a number", NOT_NEGATIVE, scope=RUN),
@@ -623,6 +654,9 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.PRETRAINED", "", _local, "file of weights to start from (head and sizes are adapted), or hub for timm's own", scope=RUN),
     Key("MODEL.CLASS_MAP", "", _local, "text file, a line a class: its row in the pretrained classifier (ImageNet-22k to 1k)"),
     Key("MODEL.RESUME", "", _local, "checkpoint to continue (training), or to evaluate, predict with or export", scope=RUN),
+    Key("MODEL.IN_CHANS", None, _optional(_int),
+        "channels of the images: 1 is grey, 4 RGB with alpha, others the bands of TIFF files; None is the family's IN_CHANS, else 3",
+        CHANNELS),
     Key("MODEL.DROP_RATE", 0.0, _float, "dropout rate", BELOW_1),
     Key("MODEL.DROP_PATH_RATE", 0.1, _float, "stochastic depth: rate of the last block, growing linearly from 0", BELOW_1),
     Key("MODEL.SIMMIM.NORM_TARGET.ENABLE", False, _bool,
@@ -640,7 +674,7 @@ KEYS: tuple[Key, ...] = (
         ONE_OR_MORE_KERNELS),
     Key("MODEL.CROSSFORMER.MERGE_SIZE", None, _optional(_int_lists), "kernels of the embeddings between stages", KERNEL_LISTS),
     Key("MODEL.CROSSFORMER.MLP_RATIO", None, _optional(_number_or_list), "hidden width of the MLPs over their width", ONE_OR_MORE_RATIOS),
-    Key("MODEL.CROSSFORMER.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.CROSSFORMER.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
     Key("MODEL.CROSSFORMER.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
     Key("MODEL.CROSSFORMER.QK_SCALE", None, _optional(_float), "scale of the queries; None is head width ** -0.5", between(1e-6, 1e6)),
     Key("MODEL.CROSSFORMER.ATTENTION", None, _optional(_str), "lsda (short and long distance in turn), sda or lda alone"),
@@ -659,7 +693,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.SWIN.NUM_HEADS", None, _optional(_ints), "heads per stage", HEADS),
     Key("MODEL.SWIN.WINDOW_SIZE", None, _optional(_int), "window size", KERNEL),
     Key("MODEL.SWIN.PATCH_SIZE", None, _optional(_int), "patch size", KERNEL),
-    Key("MODEL.SWIN.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.SWIN.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
     Key("MODEL.SWIN.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width", MLP_RATIO),
     Key("MODEL.SWIN.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
     Key("MODEL.SWIN.QK_SCALE", None, _optional(_float), "accepted from old files; only None"),
@@ -673,7 +707,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.SWINV2.PRETRAINED_WINDOW_SIZES", None, _optional(_ints),
         "window sizes per stage that the weights to start from were trained with; 0: this model's own", each(0, 1024)),
     Key("MODEL.SWINV2.PATCH_SIZE", None, _optional(_int), "patch size", KERNEL),
-    Key("MODEL.SWINV2.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.SWINV2.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
     Key("MODEL.SWINV2.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width", MLP_RATIO),
     Key("MODEL.SWINV2.QKV_BIAS", None, _optional(_bool), "bias of the query and value projection"),
     Key("MODEL.SWINV2.APE", None, _optional(_bool), "accepted from old files; only False"),
@@ -684,7 +718,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.SWIN_MLP.NUM_HEADS", None, _optional(_ints), "heads per stage", HEADS),
     Key("MODEL.SWIN_MLP.WINDOW_SIZE", None, _optional(_int), "window size", KERNEL),
     Key("MODEL.SWIN_MLP.PATCH_SIZE", None, _optional(_int), "patch size", KERNEL),
-    Key("MODEL.SWIN_MLP.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.SWIN_MLP.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
     Key("MODEL.SWIN_MLP.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width", MLP_RATIO),
     Key("MODEL.SWIN_MLP.APE", None, _optional(_bool), "accepted from old files; only False"),
     Key("MODEL.SWIN_MLP.PATCH_NORM", None, _optional(_bool), "accepted from old files; only True"),
@@ -698,7 +732,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.CVT.PATCH_PADDINGS", None, _optional(_ints), "paddings of the embeddings", each(0, 1024)),
     Key("MODEL.CVT.KV_STRIDES", None, _optional(_ints), "stride of the key and value projections per stage", RATES),
     Key("MODEL.CVT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    Key("MODEL.CVT.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.CVT.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
     Key("MODEL.SHUNTED.EMBED_DIMS", None, _optional(_ints), "width per stage", WIDTHS),
     Key("MODEL.SHUNTED.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
@@ -707,7 +741,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.SHUNTED.SR_RATIOS", None, _optional(_ints), "merging rate of keys and values per stage (even; 1 is none)", RATES),
     Key("MODEL.SHUNTED.NUM_CONV", None, _optional(_int), "plain 3x3 convolutions in the image embedding", between(0, 100)),
     Key("MODEL.SHUNTED.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    Key("MODEL.SHUNTED.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.SHUNTED.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
     Key("MODEL.MPVIT.EMBED_DIMS", None, _optional(_ints), "width per stage", WIDTHS),
     Key("MODEL.MPVIT.DEPTHS", None, _optional(_ints), "layers of each path's encoder per stage", DEPTHS),
@@ -717,7 +751,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.MPVIT.CRPE_WINDOWS", None, _optional(_int_lists),
         "pairs of a kernel and the heads it serves, e.g. [[3, 2], [5, 3], [7, 3]]", KERNEL_LISTS),
     Key("MODEL.MPVIT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    Key("MODEL.MPVIT.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.MPVIT.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
     Key("MODEL.PVT.EMBED_DIMS", None, _optional(_ints), "width per stage", WIDTHS),
     Key("MODEL.PVT.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
@@ -726,7 +760,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.PVT.SR_RATIOS", None, _optional(_ints), "reduction of keys and values per stage (1 in the last)", RATES),
     Key("MODEL.PVT.PATCH_SIZE", None, _optional(_int), "patches of the first stage", KERNEL),
     Key("MODEL.PVT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    Key("MODEL.PVT.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.PVT.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
     Key("MODEL.PVT_V2.EMBED_DIMS", None, _optional(_ints), "width per stage", WIDTHS),
     Key("MODEL.PVT_V2.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
@@ -735,7 +769,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.PVT_V2.SR_RATIOS", None, _optional(_ints), "reduction of keys and values per stage", RATES),
     Key("MODEL.PVT_V2.LINEAR", None, _optional(_bool), "keys and values from a 7x7 pooled map in every stage (b2_li)"),
     Key("MODEL.PVT_V2.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    Key("MODEL.PVT_V2.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.PVT_V2.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
     Key("MODEL.GALERKIN.EMBED_DIM", None, _optional(_int), "width of the first stage", WIDTH),
     Key("MODEL.GALERKIN.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
@@ -747,7 +781,7 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.GALERKIN.NORM_EPS", None, _optional(_float), "eps of the norms of keys and values", between(0, 1)),
     Key("MODEL.GALERKIN.OUT_PROJ", None, _optional(_bool), "a linear after the heads"),
     Key("MODEL.GALERKIN.POSITIONS", None, _optional(_bool), "give the attention the tokens' coordinates (implies OUT_PROJ)"),
-    Key("MODEL.GALERKIN.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.GALERKIN.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
     Key("TRAIN.EPOCHS", 300, _int, "passes over the training images", EPOCHS),
     Key("TRAIN.START_EPOCH", 0, _int, "accepted from old files; the checkpoint's step decides"),
@@ -791,6 +825,11 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.PATIENCE", 0, _int,
         "epochs without a better evaluation (TRAIN.BEST_METRIC) after which a run ends early; the schedule stays that of TRAIN.EPOCHS "
         "(0: never)", NOT_NEGATIVE, scope=RUN),
+    Key("TRAIN.CLASS_WEIGHTS", "none", _class_weights,
+        "of classes in the training loss: the rarer the heavier, in full or by their effective numbers of images (effective:0.99 less "
+        "so), or a list in the classes' order; an image weighs 1 on average (classification)",
+        Rule(lambda asked: isinstance(asked, str) or min(asked, default=-1) >= 0 < max(asked), "weights are not negative, nor all 0"),
+        words=("none", "balanced", "effective")),
     Key("TRAIN.EMA_DECAY", 0.0, _float, "decay of the averaged weights, e.g. 0.9999 (0: no average)", BELOW_1),
     Key("TRAIN.EMA_WARMUP", False, _bool, "let that decay grow from 0 over the first steps"),
     Key("TRAIN.EMA_DEVICE", "auto", _str,
@@ -1061,7 +1100,7 @@ def _set(root: CfgNode, key: str, raw: Any, where: str, source: str = "") -> Non
 _HISTORY = "history"  # attribute of the root beside the tree: key -> [(source, value), ...]
 COMMAND_LINE = "command line"
 # Keys that a run finds in its data where they are None; its checkpoints hold what was found.
-FOUND_IN_DATA = ("DATA.WINDOW",)
+FOUND_IN_DATA = ("DATA.WINDOW", "DATA.MEAN", "DATA.STD")
 
 
 def history(config: CfgNode) -> dict[str, list[tuple[str, Any]]]:
@@ -1250,6 +1289,12 @@ def image_size(config: CfgNode) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def input_channels(config: CfgNode) -> int:
+    """Channels of the images: MODEL.IN_CHANS, else the IN_CHANS of the family's node, else 3."""
+    node = config.MODEL.get(config.MODEL.TYPE.upper(), {})
+    return config.MODEL.IN_CHANS or node.get("IN_CHANS") or 3
+
+
 def check(config: CfgNode) -> None:
     """Raise ``ConfigError`` for the first value that cannot work: by the rule of its key, then by what ties keys together."""
     for key in KEYS:
@@ -1268,7 +1313,15 @@ def check(config: CfgNode) -> None:
 
 def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
     """(key, what is wrong) where values that are possible do not go together."""
-    train, predict = config.TRAIN, config.PREDICT
+    train, predict, channels = config.TRAIN, config.PREDICT, input_channels(config)
+    for key, values in (("DATA.MEAN", config.DATA.MEAN), ("DATA.STD", config.DATA.STD)):
+        if values is not None and len(values) != channels:
+            yield key, f"{channels} number{'s' * (channels != 1)}, one a channel"
+    pairs = pairs_of(config.DATA.WINDOW or [0, 1])
+    if len(pairs) != 1 and (channels <= 4 or len(pairs) != channels):
+        yield "DATA.WINDOW", "one pair for all bands" + (f", or {channels} pairs" if channels > 4 else "")
+    if channels != 3 and config.DATA.DECODER == "pillow":
+        yield "DATA.DECODER", f"Pillow prepares images of 3 channels, not of {channels}; set it to auto"
     if train.MIN_LR > train.BASE_LR:
         yield "TRAIN.MIN_LR", f"it must lie between 0 and TRAIN.BASE_LR ({train.BASE_LR})"
     if train.WARMUP_EPOCHS and train.WARMUP_EPOCHS >= train.EPOCHS:

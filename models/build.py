@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError, image_size
+from config import ConfigError, image_size, input_channels
 from models import cpu_bf16, crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin, swin_mlp, swinv2
 from models.base import HierarchicalModel
 from models.safe_load import CheckpointError
@@ -180,18 +180,18 @@ def check_input_size(model: nn.Module, config: CfgNode) -> None:
     A copy without storage runs one image, which costs next to nothing; only if that fails (some layers do not trace so)
     is the model itself tried.
     """
-    height, width = image_size(config)
+    (height, width), channels = image_size(config), input_channels(config)
     memo = {id(t): torch.nn.Parameter(torch.empty_like(t, device="meta"), requires_grad=False) for t in model.parameters()}
     memo |= {id(t): torch.empty_like(t, device="meta") for t in model.buffers()}
     try:
-        copy.deepcopy(model, memo).eval()(torch.empty(1, 3, height, width, device="meta"))
+        copy.deepcopy(model, memo).eval()(torch.empty(1, channels, height, width, device="meta"))
         return
     except Exception:  # whatever a model raises, the real one decides
         pass
     training = model.training
     try:
         with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, height, width))
+            model.eval()(torch.zeros(1, channels, height, width))
     except (RuntimeError, ValueError, ArithmeticError, AssertionError, TypeError, IndexError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise ConfigError(f"MODEL.NAME {config.MODEL.NAME} does not take images of {height} x {width} ({reason}); "
@@ -251,6 +251,8 @@ def _node_arguments(family: ModuleType, config: CfgNode) -> dict[str, Any]:
     """The model's arguments that the family's config node sets."""
     node = config.MODEL[config.MODEL.TYPE.upper()]
     arguments = {argument: node[key] for key, argument in family.NODE_KEYS.items() if node[key] is not None}
+    if input_channels(config) != 3:
+        arguments["in_chans"] = input_channels(config)
     return family.arguments(arguments) if hasattr(family, "arguments") else arguments
 
 
@@ -261,9 +263,11 @@ def _create_timm(config: CfgNode, common: dict[str, Any]) -> tuple[nn.Module, di
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         raise ConfigError(f"MODEL.NAME {name!r} is no model of timm {timm.__version__}"
                           + (f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() names them"))
-    size = image_size(config)
+    size, kept = image_size(config), dict(num_classes=common["num_classes"])
+    if input_channels(config) != 3:
+        common, kept = dict(common, in_chans=input_channels(config)), dict(kept, in_chans=input_channels(config))
     attempts: list[dict[str, Any]] = [dict(common, img_size=size), common,
-                                      {k: v for k, v in common.items() if k != "drop_path_rate"}, dict(num_classes=common["num_classes"])]
+                                      {k: v for k, v in common.items() if k != "drop_path_rate"}, kept]
     # Some models take no img_size (any size works), some no drop path; timm says so by TypeError only.
     for kwargs in attempts:
         try:

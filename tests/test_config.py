@@ -70,7 +70,7 @@ def test_every_key_is_explained_in_help() -> None:
     (["AMP_OPT_LEVEL", "O3"], ["O0, O1, O2"]),
     (["TRAIN.AUTO_RESUME", "maybe"], ["true or false"]),
     (["MODEL.NUM_CLASSES", "-1"], ["must not be negative"]),
-    (["DATA.STD", "[1,1,0]"], ["three numbers"]),
+    (["DATA.STD", "[1,1,0]"], ["above 0"]), (["DATA.MEAN", "[1,1]"], ["3 numbers"]),
     (["SEED", "9" * 5000], ["SEED takes a whole number of at most 18 digits"]),
     (["SEED", "1e999999999"], ["SEED takes a whole number of at most 18 digits"]),
     (["DATA.IMG_SIZE", "1000000"], ["DATA.IMG_SIZE is 1000000", "16384"]),

@@ -118,7 +118,8 @@ def _classes(survey: Survey) -> Iterator[Finding]:
     if len(present) and present.max() >= 10 * present.min() and len(present) > 1:
         yield Finding("imbalance", WARNING if present.max() >= 100 * present.min() else NOTE,
                       f"classes of {present.min():,} to {present.max():,} training images, 1 to {present.max() / present.min():,.0f}",
-                      advice="top-1 favours the large ones; add images to the small ones")
+                      advice="top-1 favours the large ones; add images to the small ones, or let training see all alike",
+                      commands=["--opts DATA.SAMPLING balanced TRAIN.BEST_METRIC mean_recall"])
 
 
 def _folders(split: Split | None, names: Sequence[str], chosen: np.ndarray, other: Split | None = None):
@@ -242,7 +243,7 @@ def _deep(images: Images, survey: Survey) -> Iterator[Finding]:
         yield images.finding("deep", WARNING, f"{much}; they are rare, and the first look of training may miss them",
                              advice="give the values that are black and white with DATA.WINDOW")
         return
-    yield images.finding("deep", NOTE, f"{much}: {levels.window[0]:g} is black and {levels.window[1]:g} white in all of them",
+    yield images.finding("deep", NOTE, f"{much}: black to white is {levels.words()} in all of them",
                          advice="training finds the same, and its checkpoints keep it")
     if levels.few:
         yield Finding("few-levels", WARNING, levels.loss(), advice="differences between images may be lost",
