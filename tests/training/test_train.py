@@ -230,8 +230,9 @@ def test_a_rate_is_for_the_images_that_there_are(tiny_cfg: Path, program) -> Non
 
 
 def test_patience_ends_a_run_early_and_a_continued_one_where_it_would_have_ended(tiny_cfg: Path, program) -> None:
-    run = ["--cfg", tiny_cfg, "--epochs", 30, "--lr", 3, "--opts", "TRAIN.PATIENCE", 2, "TRAIN.BEST_METRIC", "loss", "TRAIN.LAYER_DECAY", 0.8,
-           "TRAIN.EMA_DECAY", 0, "AUG.AUTO_AUGMENT", "none", "TRAIN.REPORT", "none"]
+    opts = ["TRAIN.PATIENCE", 2, "TRAIN.BEST_METRIC", "loss", "TRAIN.LAYER_DECAY", 0.8, "TRAIN.EMA_DECAY", 0, "AUG.AUTO_AUGMENT", "none",
+            "TRAIN.REPORT", "none"]
+    run = ["--cfg", tiny_cfg, "--epochs", 30, "--lr", 3, "--opts", *opts]
     done = program(*run)
     folder = program.folder / "output/tiny/default"
     end = load(folder / "last.pth")
