@@ -563,7 +563,9 @@ KEYS: tuple[Key, ...] = (
     Key("OUTPUT", "output", _local, "folder of all runs; a run lives in OUTPUT/MODEL.NAME/TAG", NO_CONTROLS, scope=PROCESS),
     Key("TAG", "default", _str, "name of the run", FOLDER_NAME, scope=RUN),
     Key("SEED", 0, _int, "everything random derives from it: order, augmentation, mixup, dropout, initialisation", NOT_NEGATIVE),
-    Key("TASK", "classification", _str, "what is learned: classification"),
+    Key("TASK", "classification", _str,
+        "what is learned: classification; simmim, the pixels of masked squares, to start a classifier from (SimMIM's files set it)",
+        words=("classification", "simmim")),
     Key("DEVICE", "auto", _str,
         "cuda:1 is the second GPU; auto takes CUDA, then MPS, then the CPU", words=("auto", "cpu", "cuda", "mps"), scope=PROCESS),
     Key("PRECISION", "auto", _str,
@@ -825,6 +827,9 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.BEST_METRIC", "top1", _str,
         "what decides which checkpoint is the best; of equals the one with the lower loss is; auroc is of two classes (classification)",
         choices=("top1", "loss", "mean_recall", "f1", "kappa", "auroc")),
+    Key("TRAIN.PATIENCE", 0, _int,
+        "epochs without a better evaluation (TRAIN.BEST_METRIC) after which a run ends early; the schedule stays that of TRAIN.EPOCHS "
+        "(0: never)", NOT_NEGATIVE, scope=RUN),
     Key("TRAIN.CLASS_WEIGHTS", "none", _class_weights,
         "of classes in the training loss: the rarer the heavier, in full or by their effective numbers of images (effective:0.99 less "
         "so), or a list in the classes' order; an image weighs 1 on average (classification)",
@@ -1181,6 +1186,11 @@ def _merge_file(root: CfgNode, path: str, stack: tuple[str, ...] = (), merged: l
             _set(root, key, value, where, f"base {where}" if stack else where)
 
 
+# What SimMIM's pre-training does to images, where nothing else is asked for (the paper's section 4.1.1): crops and flips alone.
+_SIMMIM_AUGMENTATION = {"AUG.SCALE": [0.67, 1.0], "AUG.AUTO_AUGMENT": "none", "AUG.COLOR_JITTER": 0.0, "AUG.REPROB": 0.0, "AUG.MIXUP": 0.0,
+                        "AUG.CUTMIX": 0.0}
+
+
 def _finish(root: CfgNode, opts: Sequence[str] | None) -> CfgNode:
     opts = list(opts or [])
     if len(opts) % 2:
@@ -1189,6 +1199,12 @@ def _finish(root: CfgNode, opts: Sequence[str] | None) -> CfgNode:
         if key == "BASE":
             raise ConfigError(f"--opts: BASE is read in YAML files only; give that file by --cfg {quoted(raw)}")
         _set(root, key, raw, "--opts", COMMAND_LINE)
+    if "TASK" not in history(root) and root.MODEL.NAME.startswith("simmim_pretrain"):  # theirs is a program of its own
+        _set(root, "TASK", "simmim", "MODEL.NAME", "derived from MODEL.NAME")
+    if root.TASK == "simmim":
+        for key, value in _SIMMIM_AUGMENTATION.items():
+            if key not in history(root):
+                _set(root, key, value, "TASK", "derived from TASK")
     if root.TRAIN.LR_SCHEDULER.WARMUP_PREFIX is None:
         _set(root, "TRAIN.LR_SCHEDULER.WARMUP_PREFIX", root.MODEL.TYPE != "crossformer", "MODEL.TYPE", "derived from MODEL.TYPE")
     check(root)
