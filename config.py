@@ -827,6 +827,9 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.BEST_METRIC", "top1", _str,
         "what decides which checkpoint is the best; of equals the one with the lower loss is; auroc is of two classes (classification)",
         choices=("top1", "loss", "mean_recall", "f1", "kappa", "auroc")),
+    Key("TRAIN.PATIENCE", 0, _int,
+        "epochs without a better evaluation (TRAIN.BEST_METRIC) after which a run ends early; the schedule stays that of TRAIN.EPOCHS "
+        "(0: never)", NOT_NEGATIVE, scope=RUN),
     Key("TRAIN.CLASS_WEIGHTS", "none", _class_weights,
         "of classes in the training loss: the rarer the heavier, in full or by their effective numbers of images (effective:0.99 less "
         "so), or a list in the classes' order; an image weighs 1 on average (classification)",
