@@ -61,9 +61,30 @@ def test_a_signal_saves_and_stops(tiny_cfg: Path, tmp_path: Path, name: str, wor
     assert again.returncode == 0 and f"at step {step}\n" in again.stdout
 
 
+def caught(process: subprocess.Popen[str], number: int) -> bool:
+    """Whether the process has a handler of its own for a signal."""
+    mask = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.M)
+    return bool(int(mask[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="asks Linux whether a signal is taken")
+@pytest.mark.parametrize(("number", "status", "words"), [(signal.SIGINT, 1, "error: stopped by Ctrl-C; what was saved before is intact\n"),
+                                                         (signal.SIGUSR1, 0, "")])
+def test_signals_while_modules_are_imported(number: int, status: int, words: str, tmp_path: Path) -> None:
+    process = start("--print-config", cwd=tmp_path)
+    while not caught(process, signal.SIGUSR1):  # the first thing that main.py does
+        time.sleep(0.001)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status and err == words and ("EVAL_MODE" in out) == (status == 0)
+
+
 def test_sigusr1_saves_and_goes_on(tiny_cfg: Path, tmp_path: Path) -> None:
     process = start("--cfg", tiny_cfg, *ENDLESS, cwd=tmp_path)
     folder = tmp_path / "output/tiny/default"
+    while not caught(process, signal.SIGUSR1):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGUSR1)  # nothing to save yet
     wait_for(folder / "log.txt", "epoch 2/4000")
     process.send_signal(signal.SIGUSR1)
     deadline = time.time() + 30
