@@ -17,21 +17,25 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from pathlib import Path
+from typing import TextIO
 
 MAIN = Path(__file__).parent.parent / "main.py"
 
 
 class Process:
-    """As ``subprocess.Popen``, as far as the tests use it; what the process writes goes to unnamed files."""
+    """As ``subprocess.Popen`` with pipes for text, as far as the tests use it."""
 
     def __init__(self, arguments: list[str], cwd: Path, env: dict[str, str], start_new_session: bool = False, script: Path = MAIN):
         self.args, self.returncode = [str(script), *arguments], None
-        self._files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115 (open as long as the process is read)
+        pipes = [os.pipe() for _ in range(2)]
+        self.stdout, self.stderr = (open(ours, encoding="utf-8") for ours, _ in pipes)
         request = dict(args=self.args, cwd=str(cwd), env=env, session=start_new_session)
-        self.pid: int = _ask(request, [file.fileno() for file in self._files])
+        self.pid: int = _ask(request, [theirs for _, theirs in pipes])
+        for _, theirs in pipes:
+            os.close(theirs)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -47,11 +51,23 @@ class Process:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        self.wait(timeout)
-        for file in self._files:
-            file.seek(0)
-        out, err = (file.read().decode() for file in self._files)
-        return out, err
+        """What is still to be read of both streams, when the process and all that hold them have ended."""
+        said = ["", ""]
+
+        def read(number: int, stream: TextIO) -> None:
+            with stream:
+                said[number] = stream.read()
+
+        deadline = time.monotonic() + (timeout or float("inf"))
+        readers = [threading.Thread(target=read, args=part, daemon=True) for part in enumerate((self.stdout, self.stderr))]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(None if timeout is None else max(0.0, deadline - time.monotonic()))
+            if reader.is_alive():
+                raise subprocess.TimeoutExpired(self.args, timeout)
+        self.wait(None if timeout is None else max(0.1, deadline - time.monotonic()))
+        return said[0], said[1]
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
