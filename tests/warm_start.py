@@ -31,7 +31,7 @@ class Process:
     def __init__(self, arguments: list[str], cwd: Path, env: dict[str, str], start_new_session: bool = False, script: Path = MAIN):
         self.args, self.returncode = [str(script), *arguments], None
         pipes = [os.pipe() for _ in range(2)]
-        self.stdout, self.stderr = (open(ours, encoding="utf-8") for ours, _ in pipes)
+        self.stdout, self.stderr = (open(ours, encoding="utf-8") for ours, _ in pipes)  # noqa: SIM115 (open until they are read)
         request = dict(args=self.args, cwd=str(cwd), env=env, session=start_new_session)
         self.pid: int = _ask(request, [theirs for _, theirs in pipes])
         for _, theirs in pipes:
