@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -137,6 +138,8 @@ def _become(request: dict[str, object], descriptors: list[int]) -> None:
     for number, descriptor in zip((1, 2), descriptors, strict=True):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
@@ -151,6 +154,7 @@ if __name__ == "__main__":
     for module in ("timm.data", "torch.optim", "torch._dynamo", "torch.utils.tensorboard", "torchvision", "matplotlib.figure", "jinja2",
                    "scipy.stats"):
         importlib.import_module(module)
+    gc.freeze()  # else the forked process would look through these objects, and so copy their memory
 
     given = _serve(socket.socket(fileno=int(sys.argv[1])))
     if given is not None:
