@@ -168,17 +168,23 @@ class Stage(nn.Module):
 
 
 class MergingModel(HierarchicalModel):
-    """Base of models in Swin's layout: ``patch_embed``, then ``layers``, each a ``Stage``, its output taken before the merging."""
+    """Base of models in Swin's layout: ``patch_embed``, ``pos_drop``, then ``layers``, each a ``Stage``, whose output is taken before the
+    merging."""
 
+    patch_embed: nn.Module
+    pos_drop: nn.Module
     layers: nn.ModuleList
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Image (B, 3, H, W) to tokens (B, H/patch, W/patch, C)."""
-        raise NotImplementedError
+    def place(self, tokens: Tensor) -> Tensor:
+        """What comes between the embedding of patches and the first block, (B, H/patch, W/patch, C) -> the same."""
+        return self.pos_drop(tokens)
 
     def forward_stages(self, x: Tensor, last: int) -> list[Tensor]:
-        """(B, 3, H, W) -> outputs of stages 0..last, (B, H/patch, W/patch, C) first, each before its merging."""
-        x = self.embed(x)
+        """(B, 3, H, W) -> outputs of stages 0..last, (B, H/patch, W/patch, C) first (rounded up), each before its merging."""
+        return self.run_stages(self.place(self.patch_embed(x)), last)
+
+    def run_stages(self, x: Tensor, last: int) -> list[Tensor]:
+        """As ``forward_stages``, from the first block's tokens."""
         outputs: list[Tensor] = []
         for index, stage in enumerate(self.layers[:last + 1]):
             if index:
@@ -213,8 +219,24 @@ def check_heads(widths: Sequence[int], num_heads: Sequence[int], least: int = 1)
     """Raise ``ValueError`` unless the heads of every stage share its width in equal parts of at least ``least`` channels."""
     for width, heads in zip(widths, num_heads, strict=True):
         if width % heads or width // heads < least:
-            raise ValueError(f"a stage of width {width} cannot have {heads} heads; the width must be a multiple of the heads"
-                             + (f" and at least {least} times as many" if least > 1 else ""))
+            raise ValueError(f"num_heads is {list(num_heads)}: a stage of width {width} cannot have {heads} heads; the width "
+                             "must be a multiple of the heads" + (f" and at least {least} times as many" if least > 1 else ""))
+
+
+def check_mlps(widths: Sequence[int], **ratios: Sequence[float]) -> None:
+    """Raise ``ValueError`` unless every stage's MLP has a hidden channel; ``ratios``: one argument, hidden width over width a stage."""
+    for name, values in ratios.items():
+        for width, ratio in zip(widths, values, strict=True):
+            if int(width * ratio) < 1:
+                raise ValueError(f"{name} is {list(values)}: {ratio} times a width of {width} leaves no hidden channel; raise it")
+
+
+def check_doubling(embed_dim: int, depths: Sequence[int], num_heads: Sequence[int], mlp_ratio: float = 4.0, **_: Any) -> None:
+    """The checks above for a model whose width doubles from stage to stage, from the arguments it is made of."""
+    widths = [embed_dim * 2**stage for stage in range(len(depths))]
+    check_stages(depths, num_heads=num_heads)
+    check_heads(widths, num_heads)
+    check_mlps(widths, mlp_ratio=[mlp_ratio] * len(depths))
 
 
 def default_cfg(**overrides: Any) -> dict[str, Any]:

@@ -29,10 +29,9 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
-from models.base import MergingModel, Stage, check_heads, check_stages, register_variants
+from models.base import MergingModel, Stage, check_heads, check_mlps, check_stages, register_variants
 from models.cpu_bf16 import Linear
-from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
-from models.ops import pad_to_even, pad_to_multiple
+from models.layers import DropPath, Mlp, PatchEmbed, PatchMerging, add_branch, init_linear, make_head
 
 
 def galerkin_attention(q: Tensor, k: Tensor, v: Tensor, k_weight: Tensor | None = None, k_bias: Tensor | None = None,
@@ -144,34 +143,6 @@ def unit_grid(height: int, width: int, device: torch.device) -> Tensor:
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).view(1, -1, 2)
 
 
-class PatchEmbed(nn.Module):
-    """Linear embedding of patches, and a norm. (B, 3, H, W) -> (B, H/patch, W/patch, C), rounded up."""
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int, norm: bool = True):
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
-        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(pad_to_multiple(x, self.patch_size)).permute(0, 2, 3, 1))
-
-
-class PatchMerging(nn.Module):
-    """2x2 tokens side by side, down the columns first, norm, linear. (B, H, W, C) -> (B, H/2, W/2, 2C), rounded up."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_even(x)
-        batch, height, width, dim = x.shape
-        x = x.view(batch, height // 2, 2, width // 2, 2, dim).permute(0, 1, 3, 4, 2, 5).flatten(3)
-        return self.reduction(self.norm(x))
-
-
 class GalerkinTransformer(MergingModel):
     """Galerkin classifier and backbone.
 
@@ -197,6 +168,7 @@ class GalerkinTransformer(MergingModel):
             raise ValueError(f"patch_size is {patch_size}; it must be at least 1 (the variants have 4 or 2)")
         widths = [embed_dim * 2 ** i for i in range(stages)]
         check_heads(widths, num_heads, least=2)
+        check_mlps(widths, mlp_ratio=[mlp_ratio] * stages)
         self.init_protocol(num_classes, in_chans, global_pool, drop_rate, widths, [patch_size * 2 ** i for i in range(stages)],
                            [f"layers.{i}" for i in range(stages)])
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, patch_norm)
@@ -211,10 +183,6 @@ class GalerkinTransformer(MergingModel):
         self.norm = nn.LayerNorm(widths[-1])
         self.head = make_head(widths[-1], num_classes)
         self.apply(init_weights)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, H/patch, W/patch, C), rounded up."""
-        return self.pos_drop(self.patch_embed(x))
 
 
 def init_weights(module: nn.Module) -> None:

@@ -29,6 +29,7 @@ from data.layouts.detect import detect_layout
 from data.layouts.options import Options
 from data.sources.base import Source
 from data.sources.classes import match_classes
+from utils.loggers.console import plain
 
 
 def shards_of(source: Source, seed: int, size: int) -> list[np.ndarray]:
@@ -89,6 +90,8 @@ def main() -> int:
     args = parser.parse_args()
     manifest_path = os.path.join(args.output, "manifest.json")
     try:
+        if os.path.realpath(args.output) == os.path.realpath(args.data):
+            raise DataError(f"{args.output}: is the folder of the data itself; choose another one")
         layout = detect_layout(args.data, Options(val_fraction=args.val_fraction))
         train = layout.open["train"]()
         sources = {"train": train, "val": match_classes(layout.open["val"](), train.classes)}
@@ -114,7 +117,7 @@ def main() -> int:
                     os.replace(manifest_path + ".part", manifest_path)
                 print(f"{split}: shard {number + 1} of {len(parts)}", flush=True)
     except (DataError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         return 3
     return 0
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
-from data.decoding.pillow import decode
+from data.decoding.pillow import AS_STORED, Reading, decode
 from data.errors import UnreadableImage
 
 # Errors of a network share that comes and goes; the same read may succeed a moment later.
@@ -46,7 +46,7 @@ class Source:
         targets: (images,) int64, positions in ``classes``.
         notices: messages for the user.
         patience: seconds for which a failing read is tried again.
-        exif: rotate images as their EXIF orientation says.
+        reading: how they become pixels.
         marks: what a list says of each image beside its class, "fold" or "group": (names, positions in them (images,) int64).
     """
 
@@ -55,7 +55,7 @@ class Source:
     targets: np.ndarray
     notices: list[str]
     patience: float = 0.0
-    exif: bool = False
+    reading: Reading = AS_STORED
     marks: Mapping[str, tuple[list[str], np.ndarray]] = {}
     _fingerprint: str | None = None
 
@@ -98,9 +98,9 @@ class Source:
                 digest.update(b"unreadable")
         return digest.digest()
 
-    def configure(self, exif: bool, patience: float) -> None:
+    def configure(self, reading: Reading, patience: float) -> None:
         """Set how images are read."""
-        self.exif, self.patience = exif, patience
+        self.reading, self.patience = reading, patience
 
     def read(self, index: int) -> bytes:
         """The encoded image; a read that fails is tried again for ``patience`` seconds.
@@ -122,7 +122,7 @@ class Source:
         Raises:
             UnreadableImage: it cannot be read or decoded; the message names the file.
         """
-        return decode(self.read(index), self.path(index), self.exif)
+        return decode(self.read(index), self.path(index), self.reading)
 
 
 class View(Source):
@@ -131,6 +131,7 @@ class View(Source):
     def __init__(self, source: Source, indices: np.ndarray, classes: list[str], targets: np.ndarray, notices: list[str]):
         self.source, self.indices = source, indices
         self.root, self.classes, self.targets, self.notices = source.root, classes, targets, notices
+        self.reading, self.patience = source.reading, source.patience
         self.marks = {what: (names, marked[indices]) for what, (names, marked) in source.marks.items()}
 
     def path(self, index: int) -> str:
@@ -139,9 +140,9 @@ class View(Source):
     def identity(self) -> bytes:
         return self.source.identity() + self.indices.tobytes()
 
-    def configure(self, exif: bool, patience: float) -> None:
-        self.source.configure(exif, patience)
-        super().configure(exif, patience)
+    def configure(self, reading: Reading, patience: float) -> None:
+        self.source.configure(reading, patience)
+        super().configure(reading, patience)
 
     def read(self, index: int) -> bytes:
         return self.source.read(int(self.indices[index]))

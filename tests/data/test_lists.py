@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -126,6 +127,15 @@ def test_splits_of_a_list_and_the_rows_of_none(tmp_path: Path) -> None:
     path.write_text("image,label\n0.png,a\n")
     with pytest.raises(DataError, match="no image for validation"):  # not 0 of 0
         sources(path, *HALF)
+    for name in ("train.csv", "val.csv"):
+        (tmp_path / name).write_text("image,label\n0.png,a\n")
+    with pytest.raises(DataError, match=rf"val\.csv lies beside it: give their folder {tmp_path} "):
+        sources(tmp_path / "train.csv")
+    assert len(sources(tmp_path)[0]) == 1
+    os.mkfifo(tmp_path / "fifo.csv")
+    for place in (tmp_path / "fifo.csv", "/dev/zero"):
+        with pytest.raises(DataError, match="is a (pipe|device); give"):
+            judged(place)
 
 
 def test_blanks_and_commas_in_the_names_of_a_text_list(tmp_path: Path) -> None:
@@ -171,6 +181,41 @@ def test_rows_that_are_no_files_and_names_that_cannot_be(tmp_path: Path) -> None
         source.read(0)
 
 
+def test_whatever_a_list_holds_only_sentences_come_out(tmp_path: Path) -> None:
+    """Seeded nonsense made of what lists hold: every one is read, or refused in a sentence with a status, and nothing else changes."""
+    write_numbers(tmp_path, ["a.png", "b c.png", "sub/1.png", "sub/2.jpg"])
+    os.mkfifo(tmp_path / "pipe.png")
+    before = sorted(tmp_path.rglob("*"))
+    paths = ["a.png", "b c.png", "sub\\1.png", "2", "./a.png", "C:\\x\\sub\\1.png", "/dev/zero", "pipe.png", "sub", "", "..", "a\0", "~",
+             "x" * 5000]
+    cells = [*paths, "a", "b", "01", "1", "-1", "1.5", "9" * 5000, "nan", "a|b", "\x1b[1m", "\u2028", "\u0663", '"', "train", "val"]
+    heads = ["path,label", "id,breed", "image,label,split", "image,label,fold,patient_id", "x,y,z", "", "image", "label,label", "a.png,a"]
+    outcomes = {True: 0, False: 0}
+    for seed in range(300):
+        draw = random.Random(seed)
+        mark, extension = draw.choice(",,,,,,;\t| "), draw.choice([".csv", ".csv", ".tsv", ".txt", ".json", ".jsonl"])
+        tame = seed % 2
+        rows = [[draw.choice(paths[:4] if tame else paths), *draw.choices(cells[14:18] if tame else cells, k=draw.randint(tame, 4))]
+                for _ in range(draw.randint(tame, 6))]
+        if extension.startswith(".json"):
+            entries = [dict(zip(("image", "label", "split"), row, strict=False)) if seed % 3 else row for row in rows]
+            text = json.dumps(entries) if extension == ".json" else "\n".join(map(json.dumps, entries))
+        else:
+            head = draw.choice(heads[:4] if tame else heads).replace(",", mark)
+            text = draw.choice("\n\r").join([head, *(mark.join(row) for row in rows)])
+        path = tmp_path / f"list{extension}"
+        path.write_bytes(text.encode("utf-8", "replace")[:draw.choice([10, 50, 10**6, 10**6])])
+        opts = draw.choice([(), ("TEST.SPLIT", "all"), HALF, ("DATA.FOLD", "1/2"), ("DATA.FOLD", "0"), ("DATA.LABEL_COLUMN", "split")])
+        try:
+            judged(path, *opts)
+            outcomes[True] += 1
+        except DataError as error:
+            assert str(error), text
+            outcomes[False] += 1
+        path.unlink()
+    assert min(outcomes.values()) > 20 and sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_list_of_records_needs_no_header(tmp_path: Path) -> None:
     write_numbers(tmp_path, ["a.png", "b.png"])
     (tmp_path / "l.json").write_text(json.dumps([{"x": [1], "img": "a.png", "target": 0}, {"img": "b.png", "target": 1}]))
@@ -187,3 +232,8 @@ def test_splits_in_capital_letters(tmp_path: Path) -> None:
     assert judged(tmp_path, "TEST.SPLIT", "test")[0] == ["a", "a", "b", "b"]
     with pytest.raises(DataError, match="no split dev; --split test or train or val"):
         judged(tmp_path, "TEST.SPLIT", "dev")
+    (tmp_path / "VAL").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="no split val; --split test or train is there"):
+        judged(tmp_path)
+    with pytest.raises(DataError, match=r"no val/ .*DATA\.VAL_FRACTION 0\.1"):
+        sources(tmp_path)

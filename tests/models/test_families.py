@@ -21,9 +21,11 @@ from recipe import PROBE_INPUT, deterministic_input, deterministic_state, eps_pr
 from timm.models._manipulate import group_with_matcher
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 import models
-from config import get_config
+from config import KEY, ConfigError, get_config
+from models.build import build_model
 from models.safe_load import CheckpointError
 from models.weights import load_pretrained_file
 
@@ -60,23 +62,29 @@ VARIANTS = {
     "pvt_v2_b3": (45_238_696, 45_071_552, 574, 2677649786, 0.3, (64, 128, 320, 512)),
     "pvt_v2_b4": (62_556_072, 62_316_992, 834, 1267476938, 0.3, (64, 128, 320, 512)),
     "pvt_v2_b5": (81_956_008, 81_648_576, 1054, 3431210572, 0.3, (64, 128, 320, 512)),
+    "swin_mlp_tiny_c24": (20_386_632, 20_326_912, 137, 3471856688, 0.2, (96, 192, 384, 768)),
+    "swin_mlp_tiny_c12": (21_152_072, 21_080_576, 137, 4017401970, 0.2, (96, 192, 384, 768)),
+    "swin_mlp_tiny_c6": (22_682_952, 22_587_904, 137, 2334017748, 0.2, (96, 192, 384, 768)),
+    "swin_mlp_base": (60_659_416, 60_522_104, 257, 488845729, 0.5, (128, 256, 512, 1024)),
     "galerkin_tiny": (26_121_736, 26_042_880, 185, 822736477, 0.2, (96, 192, 384, 768)),
     "galerkin_small": (45_659_656, 45_507_072, 353, 4026914522, 0.3, (96, 192, 384, 768)),
     "galerkin_base": (63_405_928, 63_251_968, 269, 407682238, 0.3, (128, 256, 512, 1024)),
 }
 OURS = [name for name in VARIANTS if not name.startswith("pvt_v2")]
-ONE_A_FAMILY = ["crossformer_tiny", "crossformer_pp_small", "cvt_13", "shunted_t", "mpvit_tiny", "pvt_tiny", "galerkin_tiny"]
+ONE_A_FAMILY = ["crossformer_tiny", "crossformer_pp_small", "cvt_13", "shunted_t", "mpvit_tiny", "pvt_tiny", "swin_mlp_tiny_c12",
+                "galerkin_tiny"]
 REFERENCES = ["crossformer_tiny", "crossformer_base", "crossformer_pp_small", "swin_tiny", "cvt_13", "shunted_t", "mpvit_tiny", "pvt_tiny",
               "pvt_v2_b1"]
 
 
 def family_of(name: str) -> str:
-    return "pvt_v2" if name.startswith("pvt_v2") else name.partition("_")[0]
+    return next((family for family in ("pvt_v2", "swin_mlp") if name.startswith(family)), name.partition("_")[0])
 
 
 def build(name: str, **kwargs: Any) -> nn.Module:
     module = importlib.import_module(f"models.{family_of(name)}")
-    return module.build(name, dict(module.VARIANTS[name], **kwargs), (224, 224)).eval()
+    side = 256 if name.startswith("swin_mlp_tiny") else 224  # its windows bound the weights
+    return module.build(name, dict(module.VARIANTS[name], **kwargs), (side, side)).eval()
 
 
 def on_meta(name: str, **kwargs: Any) -> nn.Module:
@@ -295,6 +303,16 @@ def turn_galerkin(state: dict[str, Tensor]) -> None:
             state[name] = torch.cat([heads[..., [1, 0]], heads[..., 2:]], dim=2).flatten(1)
 
 
+def turn_swin_mlp(state: dict[str, Tensor]) -> None:
+    """The tokens of a window come row by row, in the perceptron over them both as inputs and as outputs."""
+    turn_galerkin(state)
+    for name in state:
+        if ".spatial_mlp." in name:
+            heads = 2 if name.startswith("layers.0") else 4
+            x = state[name].view(heads, 4, 4, *((4, 4) if name.endswith("weight") else ()))
+            state[name] = (x.transpose(1, 2).transpose(3, 4) if x.ndim == 5 else x.transpose(1, 2)).reshape(state[name].shape)
+
+
 @dataclass
 class Small:
     """A small model of a family.
@@ -399,6 +417,14 @@ SMALL = {
         turn=turn_pvt,
         wrong=[(dict(num_heads=(1, 2)), "num_heads has 2 entries for 3 stages"), (dict(num_heads=(3, 2, 4)), "width 8 cannot have 3 heads"),
                (dict(sr_ratios=(4, 2, 2)), "must not reduce")]),
+    "swin_mlp": Small(
+        "swin_mlp_tiny_c24", dict(embed_dim=8, depths=(1, 2, 1), num_heads=(2, 4, 4), window_size=4), turn=turn_swin_mlp,
+        channels=(8, 16, 32), sides=[ceil(4), ceil(8), ceil(16)], first=["patch_embed.proj.weight"],
+        depth=["patch_embed.proj.weight", "layers.0.blocks.0.norm1.weight", "layers.1.blocks.0.spatial_mlp.weight",
+               "layers.1.blocks.1.norm1.weight", "layers.2.blocks.0.norm1.weight", "head.weight"],
+        beside={"norm.weight": "layers.2.blocks.0.norm1.weight"},
+        wrong=[(dict(num_heads=(1, 2)), "num_heads has 2 entries for 3 stages"), (dict(num_heads=(3, 4, 4)), "width 8 cannot have 3 heads"),
+               (dict(window_size=0), "window_size 0; they must be")]),
     "galerkin": Small("galerkin_tiny", dict(embed_dim=8, depths=(1, 2, 1), num_heads=(2, 4, 4)), sides=[ceil(4), ceil(8), ceil(16)],
                       **GALERKIN),
     "galerkin with positions": Small(
@@ -523,3 +549,52 @@ def test_numbers_of_a_config_node(small: Small) -> None:
     for kwargs, message in small.wrong:
         with pytest.raises(ValueError, match=message):
             small(**kwargs)
+
+
+@pytest.mark.parametrize(("kind", "own", "changed", "words"), [
+    ("crossformer", "[1, 2]", "NUM_HEADS [3, 2]", "CROSSFORMER.NUM_HEADS is [3, 2]: a stage of width 16"),
+    ("crossformer", "[1, 2]", "INTERVAL [1]", "CROSSFORMER.INTERVAL has 1 entries for 2 stages"),
+    ("crossformer", "[1, 2]", "PATCH_SIZE [4, 7]", "CROSSFORMER.PATCH_SIZE is [4, 7]"),
+    ("crossformer", "[1, 2]", "PATCH_SIZE [2, 4, 6, 8, 10, 12, 14]", "too many kernels for 16 channels"),
+    ("crossformer", "[1, 2]", "MERGE_SIZE [[3]]", "CROSSFORMER.MERGE_SIZE is [3]"),
+    ("crossformer", "[1, 2]", "MLP_RATIO [1, 2, 3]", "CROSSFORMER.MLP_RATIO has 3 entries"),
+    ("crossformer", "[1, 2]", "MLP_RATIO 0.01", "leaves no hidden channel"),
+    ("swin", "[1, 2]", "NUM_HEADS [1]", "SWIN.NUM_HEADS has 1 entries for 2 stages"),
+    ("swin", "[1, 2]", "NUM_HEADS [3, 2]", "SWIN.NUM_HEADS is [3, 2]"),
+    ("swinv2", "[1, 2]", "NUM_HEADS [3, 2]", "SWINV2.NUM_HEADS is [3, 2]"),
+    ("swinv2", "[1, 2]", "PRETRAINED_WINDOW_SIZES [8]", "SWINV2.PRETRAINED_WINDOW_SIZES has 1 entries"),
+    ("swin_mlp", "[1, 2]", "NUM_HEADS [3, 2]", "SWIN_MLP.NUM_HEADS is [3, 2]"),
+    ("pvt_v2", "[1, 2]", "NUM_HEADS [3, 2]", "PVT_V2.NUM_HEADS is [3, 2]"),
+    ("pvt_v2", "[1, 2]", "SR_RATIOS [1]", "PVT_V2.SR_RATIOS has 1 entries for 2 stages"),
+    ("pvt", "[1, 2]", "SR_RATIOS [1, 2]", "PVT.SR_RATIOS ends with 2"),
+    ("cvt", "[1, 2]", "PATCH_PADDINGS [9, 1]", "CVT.PATCH_PADDINGS is [9, 1]"),
+    ("shunted", "[2, 2]", "SR_RATIOS [3, 1]", "SHUNTED.SR_RATIOS is [3, 1]"),
+    ("mpvit", "[4, 4]", "CRPE_WINDOWS [[2, 4]]", "odd kernel"),
+    ("galerkin", "[1, 2]", "MLP_RATIO 0.01", "GALERKIN.MLP_RATIO"),
+])
+def test_numbers_that_make_no_model_are_told_by_their_keys(kind: str, own: str, changed: str, words: str) -> None:
+    section = f"MODEL.{kind.upper()}"
+    numbers = dict(DEPTHS="[1, 1]", NUM_HEADS=own)
+    numbers |= dict(EMBED_DIM="16") if f"{section}.EMBED_DIM" in KEY else dict(EMBED_DIMS="[16, 32]", MLP_RATIOS="[2, 2]")
+    more = dict(crossformer=dict(GROUP_SIZE="[4, 4]", INTERVAL="[2, 1]"), shunted=dict(SR_RATIOS="[2, 1]"), pvt=dict(SR_RATIOS="[2, 1]"),
+                pvt_v2=dict(SR_RATIOS="[2, 1]"), mpvit=dict(NUM_PATHS="[2, 2]", CRPE_WINDOWS="[[3, 4]]"),
+                cvt=dict(PATCH_SIZES="[7, 3]", PATCH_STRIDES="[4, 2]", PATCH_PADDINGS="[2, 1]", KV_STRIDES="[2, 2]"))
+    numbers |= more.get(kind, {})
+
+    def config(**numbers: str) -> CfgNode:
+        pairs = [word for leaf, value in numbers.items() for word in (f"{section}.{leaf}", value)]
+        return get_config(opts=["MODEL.TYPE", kind, "MODEL.NAME", "own", "DATA.IMG_SIZE", "32", *pairs])
+
+    drawn = torch.get_rng_state()
+    with torch.device("meta"):
+        build_model(config(**numbers), 4)
+    assert torch.equal(drawn, torch.get_rng_state())
+    leaf, _, value = changed.partition(" ")
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        build_model(config(**numbers | {leaf: value}), 4)
+
+
+def test_a_model_larger_than_the_memory_is_told_before_it_is_built() -> None:
+    with pytest.raises(ConfigError, match=r"weights take [\d,.]+ GiB"):
+        build_model(get_config(opts=["MODEL.TYPE", "galerkin", "MODEL.GALERKIN.EMBED_DIM", "8192", "MODEL.GALERKIN.DEPTHS", "[9, 9, 9, 9]",
+                                     "MODEL.GALERKIN.NUM_HEADS", "[8, 8, 8, 8]"]), 4)

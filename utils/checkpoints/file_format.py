@@ -10,7 +10,9 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from yacs.config import CfgNode
 
+from config import FOUND_IN_DATA, ConfigError, config_from_text, lookup, with_values
 from models.safe_load import FORMAT_KEY, TRAILER_MAGIC, CheckpointError
 from utils.runtime.files import write_atomically
 from utils.runtime.provenance import git_commit, versions
@@ -102,6 +104,16 @@ def require_training_state(content: Any, path: str) -> dict[str, Any]:
 def is_own(content: Any) -> bool:
     """Whether a file's content is a checkpoint of this program."""
     return isinstance(content, dict) and isinstance(content.get(FORMAT_KEY), int)
+
+
+def with_found(config: CfgNode, content: Any, path: str) -> CfgNode:
+    """``config`` with what the run of a checkpoint found in its data, where the config leaves it open (``config.FOUND_IN_DATA``)."""
+    try:
+        saved = config_from_text(content["config"]) if is_own(content) else config
+        found = {key: lookup(saved, key) for key in FOUND_IN_DATA if lookup(config, key) is None and lookup(saved, key) is not None}
+        return with_values(config, found, f"checkpoint {path}") if found else config
+    except ConfigError:  # another version's, or it does not fit; whoever needs the rest of it says so
+        return config
 
 
 def describe(config_text: str, classes: list[str], preprocessing: dict[str, Any], data_path: str, fingerprints: dict[str, str],

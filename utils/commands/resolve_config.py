@@ -7,10 +7,10 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from config import ConfigError, command_of, config_for_another_command, get_config, lookup, with_values
+from config import ConfigError, command_of, config_for_another_command, converted, get_config, lookup, with_values
 from models.safe_load import CheckpointError
 from utils.checkpoints.exported import read_trained
-from utils.checkpoints.file_format import is_own, require_own
+from utils.checkpoints.file_format import is_own, require_own, with_found
 
 # --------------------------------------------------------------------------------------------------
 # Config and starting point
@@ -47,7 +47,7 @@ def _resolve(asked: CfgNode | None, opts: list[str], resume: str, content: Any) 
     if asked is not None:
         if content is not None and is_own(content) and not asked.DATA.DATA_PATH:
             asked = with_values(asked, {"DATA.DATA_PATH": content["data_path"]}, f"checkpoint {resume}")
-        return asked, content
+        return asked if content is None else with_found(asked, content, resume), content
     if content is None:
         return get_config(None, opts), None
     if not is_own(content):
@@ -72,4 +72,4 @@ def _asked_value(key: str, asked: CfgNode | None, opts: list[str]) -> Any:
 
 def _last_value(opts: list[str], key: str) -> Any:
     values = [value for name, value in zip(opts[::2], opts[1::2], strict=False) if name == key]
-    return values[-1] if values else ""
+    return converted(key, values[-1], f"--opts: {key}") if values else ""

@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 from config import ConfigError
 from data import preprocessing
 from utils.checkpoints.file_format import is_own
+from utils.commands.outputs import check_outputs
 from utils.evaluation.setup import open_loaders
 from utils.runtime import distributed
 from utils.tasks.build import build_task
@@ -28,10 +29,13 @@ def show_batch(config: CfgNode, content: Any, device: torch.device, logger: logg
         ConfigError: the picture cannot be written where SHOW.BATCH says.
     """
     path = require_png(config.SHOW.BATCH, "SHOW.BATCH")
+    check_outputs(config, [("SHOW.BATCH", path)])
     if not distributed.is_main():
         return
     classes = content["classes"] if is_own(content) else None
     task = build_task(config)
+    if task.pretrains:
+        raise ConfigError(f"--show-batch shows images with their classes, and TASK {task.name} has none; add --opts TASK classification")
     loaders = open_loaders(task, config, device, logger, splits=("train",), classes=classes, rank=0, world_size=1, local_world_size=1)
     with contextlib.closing(loaders):
         images, targets = next(loaders.batches())

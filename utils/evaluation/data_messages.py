@@ -9,7 +9,7 @@ from typing import Any
 
 from data import DataError
 from utils.evaluation.metrics import Evaluation
-from utils.loggers.console import tell
+from utils.loggers.console import plain, tell
 from utils.runtime import distributed
 
 
@@ -17,7 +17,7 @@ def unreadable_image_reporter(logger: logging.Logger) -> Callable[[str], None]:
     """Where lines about bad images go: rank 0's to the log, those of a rank that has none to standard error."""
     if distributed.is_main():
         return lambda line: tell(logger, [line])
-    return lambda line: print(f"{line} (rank {distributed.rank()})", file=sys.stderr, flush=True)
+    return lambda line: print(f"{plain(line)} (rank {distributed.rank()})", file=sys.stderr, flush=True)
 
 
 def decoding(loader: Any) -> str:
@@ -30,9 +30,11 @@ def tell_unreadable(loader: Any, result: Evaluation, logger: logging.Logger) -> 
     """Say how many images of an evaluation could not be read, over all ranks.
 
     Raises:
-        DataError: none could be read.
+        DataError: none could be read, or there was none.
     """
     bad = sum(distributed.gather_objects(loader.unreadable))
+    if not bad and not result.samples:
+        raise DataError(f"{loader.dataset.source.root}: holds no image to evaluate")
     if bad and not result.samples:
         raise DataError(f"{loader.dataset.source.root}: none of its {bad} validation images can be read; the lines above say why")
     if bad:

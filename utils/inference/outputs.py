@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import csv
 import io
 import json
 import logging
@@ -19,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from utils.loggers.console import plain, printable
-from utils.runtime.files import open_atomically, write_atomically
+from utils.runtime.files import csv_writer, open_atomically, write_atomically
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class CsvTable:
     """A row an image: path, the format's columns (class_1, probability_1, ...), error."""
 
     def __init__(self, file: TextIO, form: PredictionFormat):
-        self.columns, self.rows = form.columns, csv.writer(file, lineterminator="\n")
+        self.columns, self.rows = form.columns, csv_writer(file)
         self.rows.writerow(["path", *self.columns, "error"])
 
     def add(self, prediction: Prediction) -> None:
@@ -160,6 +159,11 @@ def standard_output() -> TextIO:
     return _StandardOutput()
 
 
+def listing_of(features: str) -> str:
+    """The file with the images' paths beside a file of features."""
+    return os.path.splitext(features)[0] + ".paths.json"
+
+
 class Features:
     """Vectors to FILE.npy or FILE.safetensors as they come, one a row, none kept; the images' paths to FILE.paths.json.
 
@@ -189,8 +193,7 @@ class Features:
             self._file.seek(0)
             self._file.write(self._header())
         if not self._stack.__exit__(*error) and error[0] is None:
-            listing = os.path.splitext(self.path)[0] + ".paths.json"
-            write_atomically(listing, lambda file: file.write(json.dumps(self.paths, indent=0).encode()))
+            write_atomically(listing_of(self.path), lambda file: file.write(json.dumps(self.paths, indent=0).encode()))
 
     def _header(self) -> bytes:
         shape = (len(self.paths), self.width)

@@ -15,7 +15,7 @@ from data.layouts.splits import read_class_names
 from models import check_input_size, classifier_rows, load_pretrained, load_state
 from models.weights import check_finite, unwrap_state_dict
 from utils.checkpoints.exported import read_trained
-from utils.checkpoints.file_format import is_own
+from utils.checkpoints.file_format import is_own, with_found
 from utils.checkpoints.run_folder import run_folder
 from utils.runtime import distributed
 
@@ -30,6 +30,7 @@ class Trained:
     """A model and what its outputs mean.
 
     Attributes:
+        config: with what its run found in its data.
         model: on the CPU, in evaluation mode.
         path: the file of its weights.
         published: the weights are others', to be evaluated on the pixels that their authors had.
@@ -39,6 +40,7 @@ class Trained:
         descriptions: words for names that are WordNet's ids, such as ImageNet's; "" for others.
     """
 
+    config: CfgNode
     model: nn.Module
     path: str
     published: bool
@@ -67,14 +69,18 @@ def open_trained(task: Task, config: CfgNode, content: Any, command: str) -> Tra
         ConfigError: no weights are named, or the model does not take images of the config's size.
         CheckpointError: the weights do not fit the model, or are not finite.
     """
+    if task.pretrains:
+        raise ConfigError(f"{command}: a model of TASK {task.name} has no classes; fine-tune one from it first, with --pretrained "
+                          f"{config.MODEL.RESUME or 'FILE'} and the config of a classifier")
     if distributed.world_size() > 1:
         raise ConfigError(f"{command} runs in one process; start it by python main.py, without torchrun")
     if content is None and config.MODEL.PRETRAINED == "hub":
         model = task.build_model(config)
         load_pretrained(model, "hub", config)
         check_input_size(model, config)
-        return Trained(model.eval(), "hub", True, None, False, _published_names(config, model.num_classes))
+        return Trained(config, model.eval(), "hub", True, None, False, _published_names(config, model.num_classes))
     path, content = weights_to_evaluate(config, content, command)
+    config = with_found(config, content, path)
     if is_own(content):
         classes, step = content["classes"], content["step"]
         state, averaged = chosen_state(config, content, path)
@@ -86,7 +92,7 @@ def open_trained(task: Task, config: CfgNode, content: Any, command: str) -> Tra
     check_finite(state, path)
     load_state(model, state, config, path)
     check_input_size(model, config)
-    return Trained(model.eval(), path, not is_own(content), step, averaged, list(classes))
+    return Trained(config, model.eval(), path, not is_own(content), step, averaged, list(classes))
 
 
 def chosen_state(config: CfgNode, content: dict[str, Any], path: str) -> tuple[dict[str, Tensor], bool]:

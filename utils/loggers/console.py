@@ -12,6 +12,7 @@ from termcolor import colored
 
 from data.messages import NOTICE
 from utils.loggers import progress
+from utils.runtime.files import Appended, append_whole
 
 QUICK = 1.0  # seconds between two lines of many alike, at least; log.txt has them all
 
@@ -20,11 +21,11 @@ _LEVELS = {NOTICE: ("notice", "cyan"), logging.WARNING: ("warning", "yellow"), l
 
 
 class _Lines(logging.Formatter):
-    """The name of a line's level before it, but for what is merely said."""
+    """The name of a line's level before it, but for what is merely said. A message is one line, whatever the names in it hold."""
 
     def format(self, record: logging.LogRecord) -> str:
         name, _ = _LEVELS.get(record.levelno, ("", ""))
-        return f"{name}: {record.getMessage()}" if name else record.getMessage()
+        return (f"{name}: " if name else "") + plain(record.getMessage())
 
 
 class _Console(logging.Handler):
@@ -43,7 +44,7 @@ class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if self.closed or self.is_redundant(record):
             return
-        line = printable(self.format(record))
+        line = self.format(record)
         _, tint = _LEVELS.get(record.levelno, ("", getattr(record, "colour", "")))
         if self.colour and tint:
             line = colored(line, tint)
@@ -78,7 +79,10 @@ def printable(text: str, kept: str = "\n\t") -> str:
 
 
 def plain(text: object) -> str:
-    """``text`` on one line, with what is not printable written out."""
+    """``text`` on one line, with what is not printable written out: the door that every line of the program goes through.
+
+    What a file or class name holds can then neither begin a line of its own, nor steer a terminal, nor be more than UTF-8 can hold.
+    """
     return printable(str(text), kept="")
 
 
@@ -111,19 +115,29 @@ class _EarlyLines(logging.Handler):
         self.records.append(record)
 
 
-class _LogFile(logging.FileHandler):
-    warned = False
+class _LogFile(logging.Handler):
+    """Lines to a file; a full disk must not stop training: the console hears of it, and the lines follow once there is room."""
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk must not stop training; the console goes on, and hears of it once."""
-        if not self.warned:
-            self.warned = True
-            logging.getLogger("trainer").warning(f"{self.baseFilename}: cannot be written; the console alone has the lines")
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        append_whole(path, b"")
+        self.file = Appended(path, logging.getLogger("trainer").warning)
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            if file.read() not in (b"", b"\n"):
+                self.file.write(b"\n")  # after half a line that a kill left
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.file.write((self.format(record) + "\n").encode())
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def log_to_file(logger: logging.Logger, path: str) -> None:
     """Append every line to ``path`` as well, those said already first."""
-    handler = _LogFile(path, encoding="utf-8")
+    handler = _LogFile(path)
     handler.setFormatter(_Lines())
     for kept in [h for h in logger.handlers if isinstance(h, _EarlyLines)]:
         for record in kept.records:

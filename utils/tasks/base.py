@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError, image_size
+from config import ConfigError, image_size, input_channels
 from data import Loaders, build_loaders
 from models import build_model
 from utils.checkpoints.file_format import is_own
@@ -41,7 +41,13 @@ class PredictionLog(Protocol):
 
 
 class EvaluationReport:
-    """What --eval says and writes beside the metrics; as it stands, nothing."""
+    """What --eval says and writes beside the metrics; as it stands, nothing.
+
+    Attributes:
+        tells_mistakes: it writes the table of mistakes that PREDICT.CSV asks for.
+    """
+
+    tells_mistakes = False
 
     def __init__(self, task: Task):
         self.task = task
@@ -78,12 +84,14 @@ class Task(Protocol):
         metrics: what an evaluation gives, in the order in which it is told.
         best: the metric that decides which checkpoint is the best.
         tie_break: the metric that decides between evaluations that are equal in that.
+        pretrains: its models are to start others from, and answer nothing by themselves.
     """
 
     name: str
     metrics: Sequence[Metric]
     best: Metric
     tie_break: Metric | None = None
+    pretrains = False
 
     def __init__(self, config: CfgNode):
         """Raises ``ConfigError`` for keys that do not go with this task."""
@@ -163,5 +171,5 @@ class Task(Protocol):
 
 
 def noise(config: CfgNode, images: int, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Synthetic images (B, 3, H, W) of the config's size; the same on every device."""
-    return torch.randn(images, 3, *image_size(config), generator=generator).to(device)
+    """Synthetic images (B, C, H, W) of the config's size; the same on every device."""
+    return torch.randn(images, input_channels(config), *image_size(config), generator=generator).to(device)

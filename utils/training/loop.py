@@ -139,6 +139,7 @@ def train(run: Run, model: nn.Module) -> None:
             run.records.event(what, run.state.step, reason=str(error)[:300] or type(error).__name__)
         raise
     finally:
+        run.guard.close()
         if run.records is not None:
             run.records.close()
 

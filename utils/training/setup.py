@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from config import ConfigError
+from config import ConfigError, with_values
 from data import Loaders
 from data.messages import NOTICE
 from models import load_pretrained
+from utils.checkpoints.file_format import with_found
 from utils.checkpoints.folder import CheckpointFolder
 from utils.checkpoints.run_folder import require_writable, run_folder
 from utils.checkpoints.state import TrainState
@@ -68,6 +69,7 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
     if config.PLAN.FIT:
         config = fit_micro_batch(config, task, start, device, world_size, logger)
     if start.content is not None:
+        config = with_found(config, start.content, start.path)
         if config.TRAIN.GLOBAL_BATCH not in (0, start.content["global_batch"]):
             logger.log(NOTICE, f"TRAIN.GLOBAL_BATCH is {config.TRAIN.GLOBAL_BATCH}, but {start.path} has a global batch of "
                         f"{start.content['global_batch']}, which is kept; another one needs a run of its own (--pretrained)")
@@ -78,6 +80,7 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
 
     distributed.begin_phase("indexing the images")
     loaders = open_loaders(task, config, device, logger)
+    config = with_values(config, loaders.found, "found in the data") if loaders.found else config
     sampler = loaders.train.batch_sampler
     global_batch = nominal_global_batch(config, world_size)
     steps_per_epoch, total_steps = sampler.steps_per_epoch, sampler.total_steps
@@ -140,8 +143,9 @@ def introduce(ready: Prepared, logger: logging.Logger) -> None:
     logger.info(f"data {config.DATA.DATA_PATH} ({loaders.layout}): {len(loaders.train.dataset.source)} training and {val} validation "
                 f"images, {loaders.train.batch_sampler.steps_per_epoch} steps an epoch, {loaders.train.num_workers} workers; "
                 f"{loaders.train.dataset.pipeline.description()}")
+    short = f", of which the data fills {plan.images}" if plan.images < ready.global_batch else ""
     logger.info(f"global batch {ready.global_batch} = {config.DATA.BATCH_SIZE} images x {config.TRAIN.ACCUMULATION_STEPS} accumulated x "
-                f"{plan.world_size} processes; learning rate {config.TRAIN.BASE_LR:g} x {lr_scale(config, ready.global_batch):g} "
+                f"{plan.world_size} processes{short}; learning rate {config.TRAIN.BASE_LR:g} x {lr_scale(config, plan.images):g} "
                 f"= {schedule.base:g}, from {schedule.warmup:g} over {schedule.warmup_steps} steps, to {schedule.floor:g}")
     _warn_of_a_long_average(config, loaders.train.batch_sampler.total_steps, logger)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from config import ConfigError
 from utils.loggers.console import plain
-from utils.runtime.files import require_place, write_atomically
+from utils.runtime.files import write_atomically
 
 PAPER, INK, FAINT, LINE = (250, 250, 248), (28, 30, 33), (110, 114, 120), (205, 207, 210)
 
@@ -25,10 +25,14 @@ def canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 
 def to_image(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """A normalised image (3, H, W) as it would look before the normalisation; what lies outside of 0 to 255 is clipped."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    """A normalised image (C, H, W) as it would look before the normalisation; what lies outside of 0 to 255 is clipped.
+
+    Of three channels or more the first three are shown, else the first as grey.
+    """
+    shown = 3 if len(pixels) >= 3 else 1
+    pixels, (mean, std) = pixels[:shown], (torch.tensor(values[:shown])[:, None, None] for values in (mean, std))
     levels = (pixels.detach().float().cpu() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
 def magnification(height: int, width: int, wanted: int) -> int:
@@ -37,15 +41,14 @@ def magnification(height: int, width: int, wanted: int) -> int:
 
 
 def require_png(path: str, key: str) -> str:
-    """``path`` with the home folder put in, when a PNG can be written there.
+    """``path`` with the home folder put in.
 
     Raises:
-        ConfigError: it is no .png, or lies in no folder that can be written.
+        ConfigError: it is no .png.
     """
     path = os.path.expanduser(path)
     if not path.lower().endswith(".png"):
         raise ConfigError(f"{key} is {path}; pictures are PNG, give a file that ends in .png")
-    require_place(path, f"{key} is ")
     return path
 
 
