@@ -827,6 +827,9 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.BEST_METRIC", "top1", _str,
         "what decides which checkpoint is the best; of equals the one with the lower loss is; auroc is of two classes (classification)",
         choices=("top1", "loss", "mean_recall", "f1", "kappa", "auroc")),
+    Key("TRAIN.PATIENCE", 0, _int,
+        "epochs without a better evaluation (TRAIN.BEST_METRIC) after which a run ends early; the schedule stays that of TRAIN.EPOCHS "
+        "(0: never)", NOT_NEGATIVE, scope=RUN),
     Key("TRAIN.CLASS_WEIGHTS", "none", _class_weights,
         "of classes in the training loss: the rarer the heavier, in full or by their effective numbers of images (effective:0.99 less "
         "so), or a list in the classes' order; an image weighs 1 on average (classification)",
@@ -931,26 +934,27 @@ def describe_keys() -> str:
 LARGEST_CONFIG = 1 << 18  # bytes of a YAML file; all keys with their values have 16,000
 
 
-def read_text_file(path: str, most: int) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark.
+def require_regular(path: str) -> None:
+    """Raise ``OSError`` unless ``path`` is a regular file: a pipe or a device might never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is a folder" if os.path.isdir(path) else "is no regular file", path)
+
+
+def read_text_file(path: str, most: int, errors: str = "strict") -> str:
+    """The text of a file in UTF-8, with or without a byte order mark; ``errors`` as ``bytes.decode`` has it.
 
     Raises:
-        OSError: unreadable, no regular file (reading a pipe or a device might never end), of more than ``most`` bytes or in another
-            encoding; ``strerror`` says so.
+        OSError: unreadable, no regular file, of more than ``most`` bytes or in another encoding; ``strerror`` says so.
     """
-    def refused(why: str) -> OSError:
-        return OSError(errno.EINVAL, why, path)
-
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise refused("is a folder" if os.path.isdir(path) else "is no regular file")
+    require_regular(path)
     with open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise refused(f"is larger than {most:,} bytes")
+        raise OSError(errno.EFBIG, f"is larger than {most:,} bytes", path)
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
-        raise refused(f"is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        raise OSError(errno.EILSEQ, f"is not UTF-8 at byte {error.start}; save it as UTF-8", path) from None
 
 
 class _Loader(yaml.SafeLoader):
