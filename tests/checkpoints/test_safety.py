@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, differences, environment, load, run_main, write_images
+from faults import start, wait_for
 from PIL import Image
 
 from config import get_config
@@ -27,20 +28,6 @@ from utils.checkpoints.run_folder import require_room
 from utils.training.resume import choose_start
 
 ENDLESS = ("--epochs", "4000", "--warmup-epochs", "1", "--opts", "SAVE_FREQ", "4000", "TRAIN.EVAL_FREQ", "4000")
-
-
-def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, str(ROOT / "main.py"), *map(str, arguments)], cwd=cwd, env=environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-
-
-def wait_for(path: Path, words: str, seconds: float = 60, binary: bool = False) -> None:
-    deadline = time.time() + seconds
-    while time.time() < deadline:
-        if path.exists() and (binary or words in path.read_text()):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no {words!r} in {path}")
 
 
 @pytest.mark.parametrize(("name", "workers", "group"), [("SIGTERM", 2, True), ("SIGINT", 0, False), ("SIGHUP", 1, True)])
@@ -233,7 +220,7 @@ def test_a_last_save_that_fails_is_told_by_the_exit_status(tiny_cfg: Path, tmp_p
     folder = tmp_path / "output/tiny/default"
     wait_for(folder / "log.txt", "epoch 2/4000")
     process.send_signal(signal.SIGUSR1)
-    wait_for(folder / "last.pth", "", binary=True)
+    wait_for(folder / "last.pth")
     limit_files(process, 200_000)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
