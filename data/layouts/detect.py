@@ -23,6 +23,7 @@ from data.sources.base import Source
 from data.sources.classes import whole_number
 from data.sources.folder import EXPECTED, VAL_NAMES, scan_flat, scan_folder, visible_entries
 from data.sources.index_cache import cache_folder
+from data.sources.label_sets import ANY_LABELS, LabelRule
 from data.sources.packed_names import is_image
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": (*VAL_NAMES, "valid")}
@@ -38,19 +39,20 @@ def resolve_data_file(path: str, root: str) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """The settings that matter for finding images; ``cache`` is the folder of the index cache."""
+    """The settings that matter for finding images and their labels; ``cache`` is the folder of the index cache."""
 
     dataset: str = "imagenet"
     zip_mode: bool = False
     val_fraction: float = 0.0
     val_labels: str = ""
     cache: str | None = None
+    label_rule: LabelRule = ANY_LABELS
 
     @classmethod
     def of(cls, config: CfgNode) -> Options:
         data = config.DATA
         return cls(data.DATASET, data.ZIP_MODE, data.VAL_FRACTION, resolve_data_file(data.VAL_LABELS, data.DATA_PATH),
-                   cache_folder(data.INDEX_CACHE))
+                   cache_folder(data.INDEX_CACHE), LabelRule(data.LABEL_SEPARATOR, config.TASK == "multilabel"))
 
     def labels(self, split: str) -> str:
         """The label file for a flat folder or archive, where a key names one."""
@@ -140,7 +142,8 @@ def _find_folder(root: str, split: str, options: Options) -> Found | None:
     files = [e.name for e in entries if e.name not in folders]
     annotations = os.path.join(path, "val_annotations.txt")
     if folders == ["images"] and os.path.exists(annotations):
-        return "folder of images with a list of labels", lambda: label_flat(scan_flat(os.path.join(path, "images")), annotations)
+        return "folder of images with a list of labels", lambda: label_flat(
+            scan_flat(os.path.join(path, "images")), annotations, options.label_rule)
     if folders:
         return "class folders", lambda: scan_folder(path, cache=options.cache)
     tars = sorted(os.path.join(path, name) for name in files if name.lower().endswith(".tar"))
@@ -149,7 +152,7 @@ def _find_folder(root: str, split: str, options: Options) -> Found | None:
     if any(map(is_image, files)):
         labels = options.labels(split) or find_label_file(path, split)
         if labels:
-            return "folder of images with a list of labels", lambda: label_flat(scan_flat(path), labels)
+            return "folder of images with a list of labels", lambda: label_flat(scan_flat(path), labels, options.label_rule)
         if _find_list(root, split, options):
             return None
     elif _find_list(root, split, options) or _find_parquet(root, split, options):
@@ -165,7 +168,7 @@ def _find_list(root: str, split: str, options: Options) -> Found | None:
     if path is None:
         return None
     roots = [root, *(os.path.join(root, name) for name in (*SPLIT_NAMES[split], "images"))]
-    return "list of images", lambda: lists.list_source(path, lists.read_list(path), roots)
+    return "list of images", lambda: lists.list_source(path, lists.read_list(path), roots, options.label_rule)
 
 
 def _find_zip(root: str, split: str, options: Options) -> Found | None:
@@ -203,7 +206,7 @@ def _open_archives(files: list[str], where: str, split: str, options: Options, i
         if not labels:
             raise DataError(f"{where}: its images lie loose, without labels; sort them into a folder per class, or give the file of "
                             "their labels with DATA.VAL_LABELS")
-        return label_flat(source, labels)
+        return label_flat(source, labels, options.label_rule)
     if "" in source.classes:
         loose = source.path(int((source.targets == source.classes.index("")).argmax()))
         raise DataError(f"{loose}: lies outside the class folders of the archive; remove it, or sort it into one")
@@ -296,12 +299,12 @@ def _open_list(path: str, split: str, options: Options) -> Source:
     roots = [folder, os.path.join(folder, "images")]
     chosen = [row for row in rows if row.split in SPLIT_NAMES[split]]
     if chosen:
-        return lists.list_source(path, chosen, roots)
+        return lists.list_source(path, chosen, roots, options.label_rule)
     if any(row.split for row in rows):
         raise DataError(f"{path}: no line's split is {' or '.join(SPLIT_NAMES[split])}")
     if not options.val_fraction:
         raise DataError(f"{path}: has no split column" + _fraction_advice())
-    return split_by_fraction(lists.list_source(path, rows, roots), options.val_fraction, split)
+    return split_by_fraction(lists.list_source(path, rows, roots, options.label_rule), options.val_fraction, split)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from data.messages import Caution, Notice
 from data.sources.base import Source
 from data.sources.classes import encode_labels, first_few, whole_number
 from data.sources.folder import visible_entries
+from data.sources.label_sets import ANY_LABELS, LabelRule, find_label_sets
 from data.sources.lists import Row, read_list, read_text
 from data.sources.packed_names import is_image
 
@@ -45,7 +46,7 @@ def find_label_file(folder: str, split: str) -> str | None:
     return None
 
 
-def label_flat(source: Source, path: str) -> Source:
+def label_flat(source: Source, path: str, rule: LabelRule = ANY_LABELS) -> Source:
     """``source``, a flat folder or archive, with the classes and targets that a label file gives its images.
 
     The file has a path and a label per line (also Tiny-ImageNet's val_annotations.txt, Kaggle's LOC_val_solution.csv, Caffe's
@@ -55,7 +56,7 @@ def label_flat(source: Source, path: str) -> Source:
         DataError: an image has no label, or the number of labels is not that of the images.
     """
     lines = [line for line in read_text(path).splitlines() if line.strip()]
-    names = [os.path.basename(source.path(i)) for i in range(len(source))]
+    names, bare = [os.path.basename(source.path(i)) for i in range(len(source))], None
     if lines and not any(c in lines[0].strip() for c in ",\t ;"):
         if len(lines) != len(names):
             raise DataError(f"{path}: has {len(lines)} labels for the {len(names)} images of {source.root}; a line is a label, in the "
@@ -71,12 +72,19 @@ def label_flat(source: Source, path: str) -> Source:
         by_name = {}
         for row in _label_rows(path):
             name = os.path.basename(row.path)
-            label = row.label.split()[0] if first_word else row.label
+            label = row.label.split()[0] if first_word and row.label else row.label
+            bare = bare if label or bare else row
             by_name[name if is_image(name) else name + ".JPEG"] = label
+    unlabelled = DataError(f"{path}:{bare.line}: has no label ({bare.path[:80]!r})") if bare else None
     missing = [name for name in names if name not in by_name]
+    if missing and unlabelled:
+        raise unlabelled
     if missing:
         raise DataError(f"{path}: has no label for {len(missing)} of the {len(names)} images of {source.root} ({first_few(missing, 3)})")
     source.classes, source.targets = encode_labels([by_name[name] for name in names])
+    source = find_label_sets(source, rule)
+    if source.labels is None and unlabelled:
+        raise unlabelled
     source.notices.append(Notice(f"{source.root}: labels from {path}"))
     if len(by_name) > len(names):
         source.notices.append(Caution(f"{path}: {len(by_name) - len(names)} of its images are not in {source.root}"))
@@ -84,17 +92,18 @@ def label_flat(source: Source, path: str) -> Source:
 
 
 def _label_rows(path: str) -> list[Row]:
-    """As ``read_list``; in text files the label is the second word, and further ones (boxes) are ignored."""
+    """As ``read_list``; in text files the label is what follows the first word, without numbers behind it (boxes)."""
     if path.lower().endswith((".csv", ".tsv")):
         return read_list(path)
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
-        words = [w.strip() for w in (line.split("\t") if "\t" in line else re.split(r"[\s,;]+", line.strip()))]
+        words = [w.strip() for w in (line.split("\t") if "\t" in line else re.split(r"[\s,;]+", line.strip(), maxsplit=1))]
         if not any(words) or line.startswith("#"):
             continue
-        if len(words) < 2 or not words[1]:
-            raise DataError(f"{path}:{number}: has no label ({line[:80]!r})")
-        rows.append(Row(number, words[0], words[1]))
+        label = words[1] if len(words) > 1 else ""
+        if "\t" not in line and (box := re.fullmatch(r"(\S+?)(?:[\s,;]+[-+.\d]+)+", label)):
+            label = box[1]
+        rows.append(Row(number, words[0], label))
     return rows
 
 

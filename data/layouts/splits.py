@@ -14,6 +14,7 @@ from data.errors import DataError
 from data.messages import Caution, Notice
 from data.sources.base import Source, View
 from data.sources.classes import first_few, join_by_number
+from data.sources.label_sets import with_labels
 from data.sources.lists import read_text
 
 
@@ -21,7 +22,7 @@ def split_by_fraction(source: Source, fraction: float, part: str) -> Source:
     """The training or the validation part of a source without a split: ``fraction`` of each class is for validation.
 
     The split does not depend on the run's seed, so that runs can be compared. A class of two images or more has at least one
-    in each part; a single image is for training.
+    in each part; a single image is for training. Where images have several labels, each counts as one of its rarest.
 
     Args:
         part: "train" or "val".
@@ -83,7 +84,8 @@ def read_class_names(path: str) -> tuple[list[str], dict[str, str]]:
 
 
 def choose_classes(source: Source, path: str) -> Source:
-    """``source`` with the classes that a file of class names lists; images of other classes are left out.
+    """``source`` with the classes that a file of class names lists; images of other classes are left out, and of an image's several labels
+    the others.
 
     Raises:
         DataError: the source has none of these classes.
@@ -92,7 +94,9 @@ def choose_classes(source: Source, path: str) -> Source:
     position, labels = {name: i for i, name in enumerate(classes)}, list(table)
     positions = np.array([position[table[labels[at]]] if at >= 0 else -1 for at in join_by_number(source.classes, labels).tolist()],
                          dtype=np.int64)
-    targets = positions[source.targets]
+    if source.labels is not None and (positions >= 0).any():
+        return with_labels(source, classes, source.labels.mapped(positions, len(classes)))
+    targets = np.append(positions, -1)[source.targets]
     indices = np.flatnonzero(targets >= 0)
     if not len(indices):
         raise DataError(f"{path}: names none of the classes of {source.root} ({first_few(source.classes, 3)})")

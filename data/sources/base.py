@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from data.decoding.pillow import decode
 from data.errors import UnreadableImage
+
+if TYPE_CHECKING:
+    from data.sources.label_sets import LabelSets
 
 # Errors of a network share that comes and goes; the same read may succeed a moment later.
 _TRANSIENT = {errno.ENOENT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
@@ -40,7 +44,9 @@ class Source:
     Attributes:
         root: where they lie, for messages.
         classes: class names.
-        targets: (images,) int64, positions in ``classes``.
+        targets: (images,) int64, positions in ``classes``; where images have several labels, the rarest one of each (the number of classes
+            for an image without any), by which they are grouped.
+        labels: the labels of each image where it has several of ``classes``, or none; None where each has one class.
         notices: messages for the user.
         patience: seconds for which a failing read is tried again.
         exif: rotate images as their EXIF orientation says.
@@ -49,6 +55,7 @@ class Source:
     root: str
     classes: list[str]
     targets: np.ndarray
+    labels: LabelSets | None = None
     notices: list[str]
     patience: float = 0.0
     exif: bool = False
@@ -75,7 +82,12 @@ class Source:
 
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the list of images and their labels, independent of the folder it lies in."""
-        return hashlib.sha256(self.identity() + self.targets.tobytes()).hexdigest()
+        labels = b"" if self.labels is None else self.labels.table.tobytes() + self.labels.which.tobytes()
+        return hashlib.sha256(self.identity() + self.targets.tobytes() + labels).hexdigest()
+
+    def target_of(self, index: int) -> int | np.ndarray:
+        """What an image is: the position of its class, or of several labels (classes,) int8: 1, 0, or -1 for one that is not known."""
+        return int(self.targets[index]) if self.labels is None else self.labels[index]
 
     def configure(self, exif: bool, patience: float) -> None:
         """Set how images are read."""
@@ -110,6 +122,7 @@ class View(Source):
     def __init__(self, source: Source, indices: np.ndarray, classes: list[str], targets: np.ndarray, notices: list[str]):
         self.source, self.indices = source, indices
         self.root, self.classes, self.targets, self.notices = source.root, classes, targets, notices
+        self.labels = None if source.labels is None else source.labels.take(indices)
 
     def path(self, index: int) -> str:
         return self.source.path(int(self.indices[index]))

@@ -8,6 +8,7 @@ import os
 from typing import Any, BinaryIO
 
 import torch
+import yaml
 
 from models.safe_load import FORMAT_KEY, TRAILER_MAGIC, CheckpointError
 from utils.runtime.files import write_atomically
@@ -66,6 +67,15 @@ def require_own(content: Any, path: str) -> dict[str, Any]:
 def is_own(content: Any) -> bool:
     """Whether a file's content is a checkpoint of this program."""
     return isinstance(content, dict) and isinstance(content.get(FORMAT_KEY), int)
+
+
+def task_of(content: dict[str, Any]) -> str:
+    """The value of TASK that a checkpoint of ours was trained with."""
+    try:
+        task = (yaml.safe_load(content["config"]) or {}).get("TASK", "auto")
+    except (yaml.YAMLError, AttributeError):
+        task = "auto"
+    return "classification" if task == "auto" else str(task)
 
 
 def describe(config_text: str, classes: list[str], preprocessing: dict[str, Any], data_path: str, fingerprints: dict[str, str],

@@ -199,7 +199,7 @@ def _hub_config(config: CfgNode, trained: Trained, name: str, arguments: dict[st
     described = {label: words for label, words in zip(trained.classes, trained.descriptions, strict=True) if words}
     return dict(
         architecture=name, num_classes=len(trained.classes), num_features=getattr(trained.model, "num_features", None),
-        model_args=arguments, label_names=trained.classes, **(dict(label_descriptions=described) if described else {}),
+        model_args=arguments, label_names=trained.classes, **trained.facts, **(dict(label_descriptions=described) if described else {}),
         pretrained_cfg=dict(kept, **dict(prepare, interpolation=interpolation), num_classes=len(trained.classes), custom_load=False))
 
 
@@ -210,7 +210,8 @@ def _description(config: CfgNode, trained: Trained) -> dict[str, str]:
         steps = "resize and crop; the model takes uint8 pixels of 0 to 255 in RGB, (N, 3, H, W), and normalises them itself"
     else:
         steps = "resize, crop, divide by 255, subtract mean, divide by std; RGB, (N, 3, H, W), float32"
-    facts = dict(classes=trained.classes, preprocessing=dict(prepare, steps=steps), model=dict(name=config.MODEL.NAME, step=trained.step))
+    facts = dict(classes=trained.classes, preprocessing=dict(prepare, steps=steps), model=dict(name=config.MODEL.NAME, step=trained.step),
+                 **trained.facts)
     if any(trained.descriptions):
         facts["descriptions"] = trained.descriptions
     return {key: json.dumps(value) for key, value in facts.items()}

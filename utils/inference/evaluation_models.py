@@ -63,6 +63,7 @@ def evaluation_models(task: Task, config: CfgNode, path: str, content: Any, clas
         CheckpointError: the weights do not fit, or are not finite.
     """
     own = is_own(content)
+    task.load_state_dict(content.get("task", {}) if own else {})
     model = task.build_model(config, len(classes))
     check_input_size(model, config)
     states = [chosen_state(config, content, path)[0]] if own else [unwrap_state_dict(content, path)]

@@ -19,7 +19,7 @@ from utils.evaluation.predictions_file import FILE
 from utils.inference.evaluation_models import Flipped, Reordered
 from utils.inference.outputs import TopClasses
 from utils.inference.trained_model import Trained
-from utils.tasks.base import Batch, Task, noise
+from utils.tasks.base import Batch, Task, chosen_metric, noise
 from utils.tasks.classification_report import ClassificationReport
 
 
@@ -32,7 +32,7 @@ class Classification(Task):
     def __init__(self, config: CfgNode):
         self.smoothing = config.MODEL.LABEL_SMOOTHING
         known = {metric.label.replace(" ", "_").lower(): metric for metric in (*METRICS, *OTHERS)}
-        self.best, loss = known[config.TRAIN.BEST_METRIC], known["loss"]
+        self.best, loss = chosen_metric(config, known, "top1"), known["loss"]
         self.metrics = METRICS if self.best in METRICS else (*METRICS, self.best)
         self.tie_break = loss if self.best is not loss else None
 

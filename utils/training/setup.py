@@ -112,6 +112,7 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
                            steps_per_epoch=steps_per_epoch, rank=rank, world_size=world_size)
     if start.content is not None:
         state.load_state_dict(start.content, start.path)  # first: what cannot fit is not a change to accept
+        task.load_state_dict(start.content.get("task", {}))
         accept_changes(start, config, logger)
     compile_model(model, config.COMPILE)
     if state.ema is not None:
