@@ -224,6 +224,12 @@ def _names_a_folder(text: str) -> bool:
     return ".." not in parts and "." not in parts and all(part.strip() for part in parts)
 
 
+def _is_fold(text: str) -> bool:
+    found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
+    return 1 <= int(found[1]) <= int(found[2]) >= 2 if found else "/" not in text
+
+
+FOLD = Rule(_is_fold, "2/5 is the second of five folds; in a list with a fold column also what that column calls it")
 FOLDER_NAME = Rule(_names_a_folder, "it names the run's folder, so it must not be empty, absolute or lead elsewhere")
 
 
@@ -284,6 +290,9 @@ COMMANDS: tuple[Command, ...] = (
         Flag("--eval", "EVAL_MODE", "evaluate a checkpoint; with --resume nothing else is needed", "True"), "evaluate.evaluate_run",
         keys=(
         Key("EVAL_MODE", False, _bool, "evaluate only (--eval)"),
+        Key("TEST.SPLIT", "val", _str,
+            "--eval: split to evaluate, any that the data has; all is everything there is", Rule(bool, "it must not be empty"),
+            words=("val", "test", "train", "all")),
         Key("TEST.FLIP", "none", _str,
             "--eval: mean of an image and its mirror image, of logits or of probabilities", choices=("none", "logits", "probabilities")),
         Key("TEST.LABELS", "auto", _str,
@@ -296,6 +305,7 @@ COMMANDS: tuple[Command, ...] = (
         Key("TEST.PREDICTIONS", "", _str, "file (.npz) for the prediction of every image under --eval; empty writes none"),
         ),
         flags=(
+            Flag("--split", "TEST.SPLIT"),
             Flag("--labels", "TEST.LABELS", metavar="SET"),
             Flag("--real-labels", "TEST.REAL_LABELS", "real.json, where another than timm's is to be used", metavar="FILE"),
             Flag("--per-class", "TEST.PER_CLASS", "CSV file for the figures of each class", metavar="FILE"),
@@ -460,6 +470,9 @@ KEYS: tuple[Key, ...] = (
         choices=("imagenet", "imagenet22K", "folder", "lists", "zip", "tar", "huggingface", "digits"), scope=RUN),
     Key("DATA.BATCH_SIZE", 128, _int, "images per process and micro-batch", AT_LEAST_1, scope=RUN),
     Key("DATA.IMG_SIZE", 224, _size, "input size in pixels: one number, or [height, width]", PIXELS),
+    Key("DATA.FIT", "crop", _str,
+        "how images come to DATA.IMG_SIZE, in training and evaluation: crop cuts parts out; squash and pad (with the mean colour) keep the "
+        "whole of wide or tall images in sight, AUG.RATIO being relative to their own", choices=("crop", "squash", "pad")),
     Key("DATA.INTERPOLATION", None, _optional(_str),
         "of resizing; None is the model's, else bicubic", choices=("bicubic", "bilinear", "lanczos", "nearest", "random")),
     Key("DATA.MEAN", None, _optional(_floats), "channel means of the normalisation; None is the model's, else ImageNet's", RGB_NUMBERS),
@@ -476,12 +489,22 @@ KEYS: tuple[Key, ...] = (
         "auto: on a GPU the GPU augments, else the DataLoader workers do", choices=("auto", "worker", "device")),
     Key("DATA.VAL_FRACTION", 0.0, _float,
         "share of each class kept for validation where the data has no split of its own, e.g. 0.1", BELOW_1),
+    Key("DATA.FOLD", "", _str,
+        "one part of a cross-validation, for validation: 2/5 is the second of five, stratified by class (and by the fold column of a list, "
+        "where it has one, whose own names do too)", FOLD),
     Key("DATA.VAL_LABELS", "", _str, "file with the labels of a flat validation folder; empty looks for the usual ones"),
     Key("DATA.CLASS_NAMES", "", _str,
         "text file, a line a class in the classifier's order: a label, or label<TAB>class; others are left out"),
     Key("DATA.LABEL_SEPARATOR", "auto", _str,
         "what joins several labels of an image in a list; none: labels are names of classes as they stand; auto: | ; or , where a list "
         "uses one so", choices=("auto", "none", "|", ";", ",", "blank")),
+    Key("DATA.IMAGE_COLUMN", "", _str, "lists with a header: column of the images' paths; empty finds it"),
+    Key("DATA.LABEL_COLUMN", "", _str, "lists with a header: column of the labels; empty finds it"),
+    Key("DATA.SPLIT_COLUMN", "", _str, "lists with a header: column that says train, val or test, or a fold's number; empty finds it"),
+    Key("DATA.GROUP_COLUMN", "", _str,
+        "lists with a header: column of what stays together in one fold or split (a patient); empty finds group, patient_id and the like"),
+    Key("DATA.IMAGE_ROOT", "", _str, "folder that the paths in a list are relative to; empty finds it", scope=PROCESS),
+    Key("DATA.IMAGE_SUFFIX", "", _str, "suffix that a list leaves out of its images' names, such as .jpg; empty finds it", scope=RUN),
     Key("DATA.SUBSET", 1.0, _float, "share of each class's training images to use, chosen by the seed, e.g. 0.1", UP_TO_1),
     Key("DATA.EXIF", False, _bool, "turn images upright as their EXIF block says (the papers, torchvision and timm do not)"),
     Key("DATA.CORRUPT_BUDGET", 0.001, _float,
@@ -636,8 +659,8 @@ KEYS: tuple[Key, ...] = (
         "times a run then goes back to its last good checkpoint, passing over the data since, before it stops", NOT_NEGATIVE, scope=RUN),
     Key("TRAIN.EVAL_FREQ", 1, _int, "evaluate every so many epochs (and after the last)", AT_LEAST_1, scope=RUN),
     Key("TRAIN.BEST_METRIC", "auto", _str,
-        "what decides which checkpoint is the best; of equals the one with the lower loss is; auto: top1, with several labels an image map",
-        choices=("auto", "top1", "loss", "mean_recall", "f1", "kappa", "map", "micro_f1")),
+        "what decides which checkpoint is the best; of equals the one with the lower loss is; auto: top1, for several labels an image map; "
+        "auroc is of two classes", choices=("auto", "top1", "loss", "mean_recall", "f1", "kappa", "auroc", "map", "micro_f1")),
     Key("TRAIN.EMA_DECAY", 0.0, _float, "decay of the averaged weights, e.g. 0.9999 (0: no average)", BELOW_1),
     Key("TRAIN.EMA_WARMUP", False, _bool, "let that decay grow from 0 over the first steps"),
     Key("TRAIN.EMA_DEVICE", "auto", _str,
@@ -680,7 +703,8 @@ KEYS: tuple[Key, ...] = (
     Key("AUG.MIXUP_SWITCH_PROB", 0.5, _float, "probability of cutmix when both are on", PROBABILITY),
     Key("AUG.MIXUP_MODE", "batch", _str, "mix per batch, per pair or per element", choices=("batch", "pair", "elem")),
 
-    Key("TEST.CROP", True, _bool, "resize to 256/224 of the size (or as the timm model was) and crop the centre; False squashes"),
+    Key("TEST.CROP", True, _bool,
+        "DATA.FIT crop: resize to 256/224 of the size (or as the timm model was) and crop the centre; False squashes"),
     Key("TEST.BATCH_SIZE", 0, _int, "images per process in evaluation; 0 is DATA.BATCH_SIZE", NOT_NEGATIVE, scope=RUN),
     Key("TEST.THRESHOLDS", None, _optional(_number_or_list),
         "probability from which an image has a label, one for all, or a list in the order of the classes; None: found on the validation "
@@ -1000,6 +1024,8 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
         yield "TRAIN.WARMUP_EPOCHS", f"the warm-up must end before training does (TRAIN.EPOCHS is {train.EPOCHS})"
     if config.PLAN.FIT and (config.EVAL_MODE or config.THROUGHPUT_MODE):
         yield "PLAN.FIT", "--fit chooses the micro-batch of training; leave it out with --eval and --throughput"
+    if config.DATA.FOLD and config.DATA.VAL_FRACTION:
+        yield "DATA.FOLD", "it takes the place of DATA.VAL_FRACTION; set that to 0"
     outputs = [key for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET") if lookup(config, key)]
     for number, key in enumerate(outputs):
         if not predict.PATHS:

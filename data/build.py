@@ -16,8 +16,9 @@ from yacs.config import CfgNode
 from config import ConfigError
 from data.errors import DataError
 from data.layouts import digits
-from data.layouts.detect import Options, detect_layout, resolve_data_file
+from data.layouts.detect import detect_layout
 from data.layouts.input_paths import InputImages
+from data.layouts.options import Options, resolve_data_file
 from data.layouts.splits import choose_classes, subset
 from data.loading.dataset import EvalImages, TrainImages
 from data.loading.loader import ImageLoader
@@ -166,24 +167,27 @@ def _open_sources(config: CfgNode, root: str, splits: Sequence[str],
     """(sources by split, the layout's name) of data on a disk."""
     if config.DATA.VAL_PATH:
         raise ConfigError(f"DATA.VAL_PATH is for streams only, and {root} is not one; leave it empty")
-    options = Options.of(config)
+    options = Options.of(config, alone=list(splits) == ["val"])
     layout = detect_layout(root, options, splits)  # both splits before any listing: a missing val/ is an error at once
     class_file, sources = resolve_data_file(config.DATA.CLASS_NAMES, root), {}
     for split in (name for name in ("train", "val") if name in layout.open):
         source = layout.open[split]()
-        if source.labels is not None and not options.label_rule.wanted:
+        if source.labels is not None and not options.keys.several:
             mark = source.labels.separator
             raise ConfigError(f"{source.root}: its images have several labels ({first_few(source.classes, 3)}), and TASK is {config.TASK}; "
                               "give --opts TASK multilabel" + (f", or, where {mark!r} is part of the name of one class, --opts "
                                                                "DATA.LABEL_SEPARATOR none" if mark else ""))
         source = choose_classes(source, class_file) if class_file else source
-        source = one_label_each(source) if options.label_rule.wanted else source
-        if options.label_rule.wanted and classes is None:
+        source = one_label_each(source) if options.keys.several else source
+        if options.keys.several and classes is None:
             tell_single_labels(source)
         source = match_classes(source, classes(source.classes) if callable(classes) else classes)
         if split == "train":
             source = subset(source, config.DATA.SUBSET, config.SEED) if config.DATA.SUBSET < 1 else source
             classes = source.classes if classes is None else classes
+        if not len(source):
+            raise DataError(f"{source.root}: holds no image for {dict(train='training', val='validation')[split]}; add some"
+                            + (", or raise DATA.VAL_FRACTION" if options.val_fraction else ""))
         source.configure(config.DATA.EXIF, config.DATA.READ_PATIENCE)
         sources[split] = source
     return sources, layout.name

@@ -27,7 +27,7 @@ from models.weights import (
     fit_pretrained,
     load_pretrained_file,
     read_class_map,
-    translate,
+    read_names,
 )
 
 # A family's module gives VARIANTS (name -> arguments), build(name, arguments, img_size), checkpoint_filter_fn, NODE_KEYS (config key
@@ -124,14 +124,18 @@ def load_state(model: nn.Module, state: dict[str, Tensor], config: CfgNode, path
     """Load weights that must fit ``model`` entirely, ours or published ones (whose names the family translates)."""
     own = model.state_dict()
     if state.keys() != own.keys() or any(own[n].shape != state[n].shape for n in own):
-        state = translate(state, model, path, _filter_fn(model, config))
+        reading = read_names(state, model, path, _filter_fn(model, config))
+        if reading.fresh and not reading.misfits[0]:
+            raise CheckpointError(f"{path}: holds no classifier ({reading.fresh[0]}), so it can be trained from (--pretrained {path}) but "
+                                  "not evaluated or predicted with")
+        state = reading.state
     check_fits(model, state, path)
     model.load_state_dict(state)
 
 
 def classifier_rows(model: nn.Module, state: dict[str, Tensor], config: CfgNode, path: str) -> int:
     """Classes that published weights for ``model`` tell apart, whatever the model's own number; 0 where they hold no classifier."""
-    state = translate(state, model, path, _filter_fn(model, config))
+    state = read_names(state, model, path, _filter_fn(model, config)).state
     own, heads = model.state_dict(), tuple(head + "." for head in classifier_prefixes(model))
     rows = [len(state[name]) for name in own if name.startswith(heads) and name in state and own[name].ndim]
     return rows[-1] if rows else 0

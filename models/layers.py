@@ -26,6 +26,10 @@ class DropPath(nn.Module):
         self.drop_prob = rate
         self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
 
+    def init_non_persistent_buffers(self) -> None:
+        """For libraries that build models without storage and load state dicts into them (transformers); timm's name for it."""
+        self.keep.fill_(1.0 - self.drop_prob)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, ...) -> the same."""
         if not self.training:

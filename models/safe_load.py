@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from config import ProgramError
 
@@ -93,13 +94,47 @@ def _check_archive(path: str) -> None:
             raise CheckpointError(f"{path}: refused, its members claim to be larger than the file")
 
 
+MOST_REPEATED = 1 << 28  # bytes that the tensors of a file may be longer than what is stored of them
+
+
+def _check_sizes(content: Any, path: str) -> None:
+    """Refuse tensors without data, and those that repeat a few stored numbers to a size that no file has.
+
+    Strides of 0 make a thousand million million numbers out of one, and whoever looks at all of them never ends.
+    """
+    repeated, waiting, seen = 0, [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.is_meta:
+                raise CheckpointError(f"{path}: holds shapes without numbers (tensors of the meta device); save the weights themselves")
+            if value.layout == torch.strided:
+                repeated += max(0, value.numel() * value.element_size() - value.untyped_storage().nbytes())
+                if repeated > MOST_REPEATED:
+                    raise CheckpointError(f"{path}: refused, a tensor of shape {list(value.shape)[:6]} in it repeats "
+                                          f"{value.untyped_storage().nbytes()} stored bytes; save it with .contiguous()")
+        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(value.values() if isinstance(value, Mapping) else value)
+
+
+def weights_file(path: str) -> str:
+    """The file of weights in the folder ``path`` where a config.json describes just one, as hubs have it; else ``path``."""
+    path = os.fspath(path)
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        return path
+    there = sorted(os.listdir(path))
+    found = [name for name in there if name.endswith(".safetensors")] or [name for name in there if name == "pytorch_model.bin"]
+    return os.path.join(path, found[0]) if len(found) == 1 else path
+
+
 def read_file(path: str) -> Any:
-    """The content of a ``.pth`` or ``.safetensors`` file as plain data, tensors on the CPU.
+    """The content of a ``.pth`` or ``.safetensors`` file, or of the one in a folder as hubs have them, as plain data, tensors on the CPU.
 
     Raises:
         CheckpointError: missing, empty, damaged, or holding anything but plain data and tensors.
     """
-    path = os.fspath(path)
+    path = weights_file(path)
     if os.path.isdir(path):
         raise CheckpointError(f"{path}: is a folder; name a checkpoint file in it")
     if not os.path.exists(path):
@@ -111,12 +146,13 @@ def read_file(path: str) -> Any:
         _check_archive(path)
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
-            return load_file(path, device="cpu")
+            return load_file(path, device="cpu")  # which checks every shape against its bytes
         with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on the pickle protocol of a file that is refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(content, Mapping) and FORMAT_KEY in content and not signed:
             raise CheckpointError(f"{path}: damaged (its checksum is missing); use another checkpoint")
+        _check_sizes(content, path)
         return content
     except CheckpointError:
         raise

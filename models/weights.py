@@ -3,19 +3,20 @@
 Published files come as bare state dicts or wrapped (``{"model": ...}``, ``{"state_dict": ...}``, EMA beside it), with
 DDP or compile prefixes, and with a pickled yacs ``CfgNode`` or argparse ``Namespace`` next to the tensors. torch's
 weights-only reader is the only reader here; those few classes are mapped to inert stand-ins, everything else that is
-not plain data is refused.
+not plain data is refused. Whose names the tensors bear is ``models.published_names``' matter.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.published_names import Reading, recognise
 from models.safe_load import FORMAT_KEY, CheckpointError, read_file
 
 # A family's translation of published names and sizes to the model's own.
@@ -32,9 +33,6 @@ _WRAPPERS = ("state_dict_ema", "model", "state_dict", "model_ema", "ema", "modul
 _OWN_WRAPPERS = ("ema", "model")
 
 
-_PREFIXES = ("module.", "_orig_mod.")
-
-
 def _is_state_dict(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(k, str) for k in value) \
         and any(isinstance(v, Tensor) for v in value.values())
@@ -42,6 +40,9 @@ def _is_state_dict(value: Any) -> bool:
 
 def unwrap_state_dict(content: Any, path: str) -> dict[str, Tensor]:
     """The state dict in a file's content, prefixes of DDP and torch.compile removed.
+
+    Of several models side by side under names that are nobody's custom (``student``, ``teacher``) the tensors come together, each
+    behind its model's name.
 
     Raises:
         CheckpointError: there is none, or a tensor in it is sparse, quantised or otherwise not plain.
@@ -55,22 +56,34 @@ def unwrap_state_dict(content: Any, path: str) -> dict[str, Tensor]:
         if inner is None:
             break
         state = inner
+    if isinstance(state, Mapping) and not _is_state_dict(state):
+        models = {name: value for name, value in state.items() if isinstance(name, str) and _is_state_dict(value)}
+        state = {f"{model}.{name}": value for model, inner in models.items() for name, value in inner.items()}
     if not _is_state_dict(state):
         raise CheckpointError(f"{path}: holds no model weights (looked for {', '.join(wrappers)}, or tensors by name)")
     cleaned: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             continue
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise CheckpointError(f"{path}: {name} is not a plain dense tensor")
-        stripped = True
-        while stripped:
-            stripped = False
-            for prefix in _PREFIXES:
-                if name.startswith(prefix):
-                    name, stripped = name[len(prefix):], True
+        _require_plain(name, tensor, path)
+        name = name.replace("_orig_mod.", "")
+        while name.startswith("module."):
+            name = name[len("module."):]
         cleaned[name] = tensor
     return cleaned
+
+
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NUMBERS = (*_REAL, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool)
+
+
+def _require_plain(name: str, tensor: Tensor, path: str) -> None:
+    """Raise ``CheckpointError`` for a tensor that no weights of a model can be copied from as they are."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise CheckpointError(f"{path}: {name} is not a plain dense tensor")
+    if tensor.dtype not in _NUMBERS:
+        raise CheckpointError(f"{path}: {name} is of {str(tensor.dtype).removeprefix('torch.')}; save the weights as float32 or bfloat16 "
+                              "numbers, as they were before they were packed")
 
 
 def read_state_dict(path: str) -> dict[str, Tensor]:
@@ -87,41 +100,55 @@ class LoadReport:
     """What became of each tensor of a file."""
 
     kept: list[str] = field(default_factory=list)
+    renamed: list[str] = field(default_factory=list)    # of those kept: another name in the file than the model's
     replaced: list[str] = field(default_factory=list)   # the model keeps its fresh tensor (classifier)
+    fresh: list[str] = field(default_factory=list)      # likewise, because the file has nothing for it
     adapted: list[str] = field(default_factory=list)    # reshaped to fit (input channels, position tables)
     mapped: list[str] = field(default_factory=list)     # classifier rows picked by a class map
     skipped: list[str] = field(default_factory=list)    # in the file, known to be derived or of no use, left out
+    prefix: str = ""                                    # taken off the file's names
+    spelling: str = ""                                  # whose names they were
 
     def summary(self, path: str) -> str:
         line = f"pretrained {path}: {len(self.kept)} tensors kept"
-        if self.adapted:
-            line += f", {len(self.adapted)} resized ({', '.join(self.adapted[:4])}{', ...' if len(self.adapted) > 4 else ''})"
+        for names, what in ((self.renamed, "of them renamed"), (self.adapted, "resized"), (self.skipped, "skipped")):
+            if names:
+                line += f", {len(names)} {what} ({_some(names)})"
         if self.mapped:
             line += f", head mapped ({', '.join(self.mapped)})"
-        if self.skipped:
-            line += f", {len(self.skipped)} skipped ({', '.join(self.skipped[:2])}{', ...' if len(self.skipped) > 2 else ''})"
         if self.replaced:
             line += f", head replaced by a fresh one ({', '.join(self.replaced)})"
-        return line
+        if self.fresh:
+            line += f", fresh because the file has none: {', '.join(self.fresh)}"
+        return line + (f"; names under {self.prefix}" if self.prefix else "") + (f"; {self.spelling}" if self.spelling else "")
+
+
+def _some(names: Iterable[str], count: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def check_fits(model: nn.Module, state: Mapping[str, Tensor], path: str, may_miss: tuple[str, ...] = ()) -> None:
-    """Raise ``CheckpointError`` naming the first tensors that are missing, unexpected or of another shape."""
+    """Raise ``CheckpointError`` naming the first tensors that are missing, unexpected, of another shape or of whole or complex numbers."""
     own = model.state_dict()
     missing = [name for name in own if name not in state and not name.startswith(may_miss or ("\0",))]
     unexpected = [name for name in state if name not in own]
     shapes = [f"{name} is {list(state[name].shape)}, the model's {list(own[name].shape)}"
               for name in own if name in state and own[name].shape != state[name].shape]
+    kinds = [f"{name} is of {str(state[name].dtype).removeprefix('torch.')}" for name in own
+             if name in state and own[name].is_floating_point() and state[name].dtype not in _REAL]
     problems = [f"{len(names)} {what} ({'; '.join(names[:3])}{'; ...' if len(names) > 3 else ''})"
-                for what, names in (("of another shape", shapes), ("missing", missing), ("unexpected", unexpected)) if names]
+                for what, names in (("of another shape", shapes), ("not of real numbers", kinds), ("missing", missing),
+                                    ("unexpected", unexpected)) if names]
     if problems:
         raise CheckpointError(f"{path}: does not fit this model: {', '.join(problems)}; "
                               "check MODEL.TYPE, MODEL.NAME and the sizes against the file")
 
 
 def check_finite(state: Mapping[str, Tensor], path: str) -> None:
-    """Raise ``CheckpointError`` naming the first tensor that holds NaN or infinity."""
+    """Raise ``CheckpointError`` naming the first tensor that is not plain or holds NaN or infinity."""
     for name, tensor in state.items():
+        _require_plain(name, tensor, path)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{path}: {name} holds NaN or infinity; use an earlier checkpoint")
 
@@ -173,14 +200,16 @@ def load_pretrained_file(model: nn.Module, path: str,
 def fit_pretrained(model: nn.Module, source: dict[str, Tensor], path: str,
                    filter_fn: FilterFn | None = None, class_map: list[int] | None = None) -> LoadReport:
     """``load_pretrained_file`` of weights that are already read; ``path`` is what messages call them."""
-    state = translate(source, model, path, filter_fn)
+    reading = read_names(source, model, path, filter_fn)
+    state, own, heads = dict(reading.state), model.state_dict(), classifier_prefixes(model)
     check_finite(state, path)
-    own, report = model.state_dict(), LoadReport()
-    heads = classifier_prefixes(model)
+    report = LoadReport(fresh=list(reading.fresh), prefix=reading.prefix, spelling=reading.spelling)
     if class_map:
         _pick_classes(state, own, heads, class_map, path, report)
+    origin = {id(tensor): name for name, tensor in reading.source.items()}
     for name in list(state):
-        is_head = any(name == head or name.startswith(head + ".") for head in heads)
+        before = reading.source.get(name)
+        is_head = any(name.startswith(head + ".") for head in heads)
         if is_head and (name not in own or own[name].shape != state[name].shape):
             if name in own:
                 report.replaced.append(f"{name} {list(state[name].shape)} -> {list(own[name].shape)}")
@@ -189,44 +218,45 @@ def fit_pretrained(model: nn.Module, source: dict[str, Tensor], path: str,
             from timm.models import adapt_input_conv
             state[name] = adapt_input_conv(own[name].shape[1], state[name])
             report.adapted.append(name)
-        elif name in own and name in source and source[name].shape != state[name].shape and not is_head:
+        elif name in own and before is not None and before.shape != state[name].shape and id(state[name]) not in origin and not is_head:
             report.adapted.append(name)
         else:
             report.kept.append(name)
+            if origin.get(id(state[name])) not in (None, name):
+                report.renamed.append(name)
     # A head of which one tensor was replaced is replaced whole.
     if report.replaced:
         for name in [n for n in state if any(n.startswith(head + ".") for head in heads)]:
             state.pop(name)
-            report.kept.remove(name)
-    absent = () if any(n.startswith(tuple(h + "." for h in heads)) for n in state) else tuple(h + "." for h in heads)
-    pruned = getattr(model, "num_classes", None) == 0
-    check_fits(model, state, path, may_miss=absent if report.replaced or pruned else ())
+            for names in (report.kept, report.renamed):
+                if name in names:
+                    names.remove(name)
+    absent = tuple(h + "." for h in heads)
+    check_fits(model, state, path, may_miss=(*(absent if report.replaced else ()), *report.fresh))
     model.load_state_dict({name: state.get(name, own[name]) for name in own})
-    # A filter may rename; what it drops is what the state dict lacks under any name and shape.
-    if filter_fn and len(source) > len(state) + len(report.replaced):
-        report.skipped = [name for name in source if name not in own and name not in state and _derived(name)]
+    derived = [name for name in reading.source if name not in own and name not in reading.state and _derived(name)]
+    report.skipped = [*derived, *reading.left_out]
     return report
 
 
 def _derived(name: str) -> bool:
     """Names of masks, indices and offset tables that trainers saved with the weights."""
-    return name.endswith(("attn_mask", "relative_position_index", "attn.biases"))
+    return name.endswith(("attn_mask", "relative_position_index", "relative_coords_table", "attn.biases"))
 
 
-def translate(source: dict[str, Tensor], model: nn.Module, path: str,
-              filter_fn: FilterFn | None) -> dict[str, Tensor]:
-    """``source`` in the model's names and sizes.
+def read_names(source: dict[str, Tensor], model: nn.Module, path: str, filter_fn: FilterFn | None) -> Reading:
+    """``source`` by the model's names and sizes, as far as it can be understood.
 
     Raises:
-        CheckpointError: the translation does not understand the file.
+        CheckpointError: it is no file of this model.
     """
-    if filter_fn is None:
-        return dict(source)
-    try:
-        return filter_fn(dict(source), model)
-    except (AttributeError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: is not a file of this model ({type(error).__name__}: {str(error)[:80]}); "
-                              "check MODEL.TYPE and MODEL.NAME") from None
+    def translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state if filter_fn is None else filter_fn(state, model)
+
+    def fits(own: Tensor, loaded: Tensor) -> bool:
+        return own.shape == loaded.shape or _is_input_weight(own, loaded)
+
+    return recognise(source, model.state_dict(), classifier_prefixes(model), translate, fits, path)
 
 
 def _pick_classes(state: dict[str, Tensor], own: Mapping[str, Tensor], heads: tuple[str, ...], class_map: list[int], path: str,

@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.errors import DataError
-from data.layouts.detect import Options, detect_layout
+from data.layouts.detect import detect_layout
+from data.layouts.options import Options
 from data.sources.base import Source
 from data.sources.classes import match_classes
 
@@ -49,6 +51,20 @@ def write_shard(source: Source, indices: np.ndarray, path: str) -> str:
     digest = sha256(scratch)
     os.replace(scratch, path)
     return digest
+
+
+def class_lines(classes: Sequence[str]) -> str:
+    """The text of classes.txt: a name a line, in the order of the labels.
+
+    Raises:
+        DataError: a name that reading cuts, which would give every later class another's name.
+    """
+    for name in classes:
+        read = name.encode("utf-8", "ignore").decode().partition("\t")[0].strip()
+        if read != name or name.splitlines() != [name]:
+            raise DataError(f"class {name!r} has a tab, a line break, blanks at its ends or is not UTF-8, which classes.txt cannot hold; "
+                            "rename its folder")
+    return "".join(name + "\n" for name in classes)
 
 
 def sha256(path: str) -> str:
@@ -78,6 +94,7 @@ def main() -> int:
         sources = {"train": train, "val": match_classes(layout.open["val"](), train.classes)}
         if any(source.labels is not None for source in sources.values()):
             raise DataError(f"{args.data}: its images have several labels each, and a shard's image has one class")
+        names = class_lines(train.classes)
         content = hashlib.sha256("\n".join(train.classes).encode()).hexdigest()
         made_from = dict(images={split: len(source) for split, source in sources.items()}, classes=content, images_a_shard=args.images,
                          seed=args.seed)
@@ -87,7 +104,7 @@ def main() -> int:
             manifest = json.loads(Path(manifest_path).read_text())
             if manifest.get("made_from") != made_from:
                 raise DataError(f"{manifest_path}: these shards were made from other images or with other options; choose another folder")
-        Path(args.output, "classes.txt").write_text("".join(name + "\n" for name in train.classes), encoding="utf-8")
+        Path(args.output, "classes.txt").write_text(names, encoding="utf-8", newline="\n")
         for split, source in sources.items():
             parts = shards_of(source, args.seed, args.images)
             for number, indices in enumerate(parts):

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.decoding.pillow import decode
 from data.errors import DataError, UnreadableImage
-from data.layouts.detect import Options, detect_layout
+from data.layouts.detect import detect_layout
+from data.layouts.options import Options
 from data.sources.base import Source
 from data.sources.classes import match_classes
 

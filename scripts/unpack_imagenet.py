@@ -21,8 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.errors import DataError
-from data.layouts.detect import Options, detect_layout
+from data.layouts.detect import detect_layout
 from data.layouts.flat_labels import find_label_file, label_flat
+from data.layouts.options import Options
 from data.sources.archives import Member, members, read_at
 from data.sources.packed_names import is_image
 

@@ -9,7 +9,7 @@ import difflib
 import logging
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from data.doctor.image_record import ALPHA, ANIMATED, BLANK, EXIF_ROTATED, EXTEN
 from data.doctor.survey import Split, Survey, base_of
 
 HUGE_PIXELS = 20_000_000
+LONG, MANY_LONG = 2, 0.1  # sides over those of the input's shape; share of the images from where such ones are a warning
 _FOUND_HERE = ("empty-classes", "missing-classes")  # codes of messages of the listing that are findings here
 
 
@@ -187,7 +188,7 @@ def _kinds(survey: Survey) -> Iterator[Finding]:
     if not len(rows):
         return
     flags, read = rows["flags"], np.concatenate([split.readable for split in survey.splits.values()])
-    shorter, longer = np.minimum(rows["width"], rows["height"]), np.maximum(rows["width"], rows["height"])
+    shorter = np.minimum(rows["width"], rows["height"])
     side = min(image_size(survey.config))
 
     def size(split: Split, index: int) -> str:
@@ -203,9 +204,7 @@ def _kinds(survey: Survey) -> Iterator[Finding]:
         ms = rows["decode_us"][at].mean() / 1000
         yield Images(survey, at, size).finding("huge", NOTE, f"{many(len(at))} of more than {HUGE_PIXELS // 10**6} million pixels, "
                                                f"{ms:,.0f} ms each to decode", commands=[resize_command(survey)])
-    if len(at := np.flatnonzero(read & (longer > 10 * shorter.astype(np.int64)))):
-        yield Images(survey, at, size).finding("long", NOTE, f"{many(len(at))} more than ten times as long as wide",
-                                               advice="crops show little of them; nothing needs to be done")
+    yield from _long(survey, rows, read, size)
     if len(at := np.flatnonzero(read & ((flags & BLANK) > 0))):
         images = Images(survey, at, size)
         yield images.finding("blank", WARNING, f"{many(len(at))} of a single colour", moves=images.moves())
@@ -232,6 +231,21 @@ def _kinds(survey: Survey) -> Iterator[Finding]:
     if middle > 2.5 * side:
         yield Finding("large", NOTE, f"half of the images have a shorter side above {middle:,.0f} pixels, and the input is {side}: "
                       "a smaller copy decodes several times as fast", commands=[resize_command(survey)])
+
+
+def _long(survey: Survey, rows: np.ndarray, read: np.ndarray, size: Callable[[Split, int], str]) -> Iterator[Finding]:
+    """Images of another shape than the input, which crops show only parts of."""
+    high, wide = image_size(survey.config)
+    lengths = np.maximum(rows["width"], 1) * float(high) / (np.maximum(rows["height"], 1) * float(wide))
+    lengths = np.maximum(lengths, 1 / lengths)
+    at = np.flatnonzero(read & (lengths >= LONG))
+    if len(at) and survey.config.DATA.FIT == "crop":
+        middle = np.median(lengths[at])
+        yield Images(survey, at, size).finding(
+            "long", WARNING if len(at) >= MANY_LONG * read.sum() else NOTE,
+            f"{many(len(at))} at least {LONG} times as long or as high as the input's shape, half of them {middle:.1f} times or more: "
+            f"evaluation sees the middle {100 / middle:.0f} % of such an image, training smaller crops",
+            "where a class shows at the edges, squash the images or pad them (DATA.FIT)", ["--opts DATA.FIT squash"])
 
 
 def _mode(split: Split, index: int) -> str:

@@ -14,7 +14,8 @@ from data.doctor.image_record import UNREADABLE
 from data.doctor.worker_pool import WorkerPool
 from data.errors import DataError
 from data.layouts import digits
-from data.layouts.detect import Options, detect_layout, resolve_data_file
+from data.layouts.detect import detect_layout
+from data.layouts.options import Options, resolve_data_file
 from data.layouts.splits import choose_classes
 from data.sources.base import Source, View
 from data.sources.classes import match_classes

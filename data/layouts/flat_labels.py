@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,23 +12,26 @@ from data.errors import DataError
 from data.messages import Caution, Notice
 from data.sources.base import Source
 from data.sources.classes import encode_labels, first_few, whole_number
+from data.sources.columns import NO_KEYS, ListKeys
 from data.sources.folder import visible_entries
-from data.sources.label_sets import ANY_LABELS, LabelRule, find_label_sets
-from data.sources.lists import Row, read_list, read_text
+from data.sources.label_sets import find_label_sets
+from data.sources.lists import Row, checked_row, lines_of, marks_of, read_list, read_text, require_labels, split_line
 from data.sources.packed_names import is_image
 
+_TABLES, _MORE = r"\.(txt|csv|tsv)", r"([_-]?(labels?|map|gt|list))?"
 _LABEL_FILES = {
-    "train": r"LOC_train_solution\.csv|train(ing)?([_-]?(labels?|map|gt|list))?\.(txt|csv|tsv)",
+    "train": rf"LOC_train_solution\.csv|train(ing)?{_MORE}{_TABLES}",
     "val": r"val_annotations\.txt|LOC_val_solution\.csv|.*validation_synset_labels\.txt"
-           r"|ILSVRC201\d(_clsloc)?_validation_ground_truth\.txt|val(id|idation)?([_-]?(labels?|map|gt|list))?\.(txt|csv|tsv)"}
-_ANY_LABELS = r"labels?\.(txt|csv|tsv)"
+           rf"|ILSVRC201\d(_clsloc)?_validation_ground_truth\.txt|val(id|idation)?{_MORE}{_TABLES}"}
+_ANY_LABELS = r"(labels?|metadata|annotations?)\.(txt|csv|tsv|jsonl)"
 _DEVKITS = re.compile(r"ILSVRC201\d_devkit.*|devkit|data", re.IGNORECASE)
 
 
 def find_label_file(folder: str, split: str) -> str | None:
     """The file with the labels of a split whose images lie in ``folder``: there, in the folder above, in a devkit in either, or up to
     four levels above, as on Kaggle; None where there is none."""
-    patterns = re.compile(_LABEL_FILES[split], re.IGNORECASE), re.compile(_ANY_LABELS, re.IGNORECASE)
+    own = _LABEL_FILES.get(split, rf"{re.escape(split)}{_MORE}{_TABLES}")
+    patterns = re.compile(own, re.IGNORECASE), re.compile(_ANY_LABELS, re.IGNORECASE)
     parent = os.path.dirname(os.path.abspath(folder))
     places = [folder, parent]
     for above in places[::-1]:
@@ -46,64 +50,84 @@ def find_label_file(folder: str, split: str) -> str | None:
     return None
 
 
-def label_flat(source: Source, path: str, rule: LabelRule = ANY_LABELS) -> Source:
+def label_flat(source: Source, path: str, keys: ListKeys = NO_KEYS) -> Source:
     """``source``, a flat folder or archive, with the classes and targets that a label file gives its images.
 
     The file has a path and a label per line (also Tiny-ImageNet's val_annotations.txt, Kaggle's LOC_val_solution.csv, Caffe's
     val.txt), or a label per line in the order of the images' names (the devkit's ground truth, TensorFlow's synset labels).
 
+    Args:
+        keys: what the config says of the file's columns.
+
     Raises:
-        DataError: an image has no label, or the number of labels is not that of the images.
+        DataError: an image has no label, or several; or the number of labels is not that of the images.
     """
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
-    names, bare = [os.path.basename(source.path(i)) for i in range(len(source))], None
-    if lines and not any(c in lines[0].strip() for c in ",\t ;"):
+    lines = [line for _, line in lines_of(read_text(path))]
+    names = [os.path.basename(source.path(i)) for i in range(len(source))]
+    if lines and not any(c in lines[0] for c in ",\t ;{"):
         if len(lines) != len(names):
             raise DataError(f"{path}: has {len(lines)} labels for the {len(names)} images of {source.root}; a line is a label, in the "
                             "order of the images' names, or an image's name and its label")
-        labels = [line.strip() for line in lines]
-        if "ground_truth" in os.path.basename(path):
-            labels = _wordnet_ids(labels, path)
+        labels = _wordnet_ids(lines, path) if "ground_truth" in os.path.basename(path) else lines
         order = np.argsort(np.array(names), kind="stable")
-        by_name = {names[i]: label for i, label in zip(order.tolist(), labels, strict=True)}
+        rows = [Row(i, source.path(at), label) for i, at, label in zip(range(len(lines)), order.tolist(), labels, strict=True)]
     else:
         # Kaggle's label column contains boxes as well: the class is its first word.
         first_word = os.path.basename(path).lower().startswith("loc_")
-        by_name = {}
-        for row in _label_rows(path):
-            name = os.path.basename(row.path)
-            label = row.label.split()[0] if first_word and row.label else row.label
-            bare = bare if label or bare else row
-            by_name[name if is_image(name) else name + ".JPEG"] = label
-    unlabelled = DataError(f"{path}:{bare.line}: has no label ({bare.path[:80]!r})") if bare else None
-    missing = [name for name in names if name not in by_name]
-    if missing and unlabelled:
-        raise unlabelled
+        rows = _label_rows(path, keys)
+        if first_word:
+            rows = [row._replace(label="".join(row.label.split()[:1])) for row in rows]
+    return _labelled(source, path, rows, keys)
+
+
+def _labelled(source: Source, path: str, rows: Sequence[Row], keys: ListKeys) -> Source:
+    """``source`` with the labels of rows that name its images, with or without a suffix."""
+    by_name: dict[str, list[Row]] = {}
+    for row in rows:
+        by_name.setdefault(_base(row.path), []).append(row)
+    found, missing = [], []
+    for i in range(len(source)):
+        image = source.path(i)
+        name = os.path.basename(image)
+        of_image = by_name.get(name) or by_name.get(os.path.splitext(name)[0], [])
+        if len({row.label for row in of_image}) > 1:  # train/1.jpg and val/1.jpg in one list: the folder tells
+            above = os.path.basename(os.path.dirname(image))
+            of_image = [row for row in of_image if _base(os.path.dirname(row.path.replace("\\", "/"))) == above] or of_image
+        if len({row.label for row in of_image}) > 1:
+            raise DataError(f"{path}:{of_image[1].line}: {name} has another label in line {of_image[0].line} ({of_image[0].label}, "
+                            f"{of_image[1].label}); keep one")
+        missing += [] if of_image else [name]
+        found += of_image[:1]
     if missing:
-        raise DataError(f"{path}: has no label for {len(missing)} of the {len(names)} images of {source.root} ({first_few(missing, 3)})")
-    source.classes, source.targets = encode_labels([by_name[name] for name in names])
-    source = find_label_sets(source, rule)
-    if source.labels is None and unlabelled:
-        raise unlabelled
+        require_labels(source, path, rows)
+        raise DataError(f"{path}: has no label for {len(missing)} of the {len(source)} images of {source.root} ({first_few(missing, 3)})")
+    source.classes, source.targets = encode_labels([row.label for row in found])
+    source = find_label_sets(source, keys)
+    require_labels(source, path, found)
+    source.marks = marks_of(found)
     source.notices.append(Notice(f"{source.root}: labels from {path}"))
-    if len(by_name) > len(names):
-        source.notices.append(Caution(f"{path}: {len(by_name) - len(names)} of its images are not in {source.root}"))
+    if len(rows) > len(found):
+        source.notices.append(Caution(f"{path}: {len(rows) - len(found)} of its images are not in {source.root}"))
     return source
 
 
-def _label_rows(path: str) -> list[Row]:
-    """As ``read_list``; in text files the label is what follows the first word, without numbers behind it (boxes)."""
-    if path.lower().endswith((".csv", ".tsv")):
-        return read_list(path)
+def _base(path: str) -> str:
+    return path.replace("\\", "/").rpartition("/")[2]
+
+
+def _label_rows(path: str, keys: ListKeys) -> list[Row]:
+    """As ``read_list``; in text files the label is what follows the first word, without the numbers behind it (boxes)."""
+    if path.lower().endswith((".csv", ".tsv", ".jsonl")):
+        return read_list(path, keys)
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        words = [w.strip() for w in (line.split("\t") if "\t" in line else re.split(r"[\s,;]+", line.strip(), maxsplit=1))]
-        if not any(words) or line.startswith("#"):
-            continue
-        label = words[1] if len(words) > 1 else ""
-        if "\t" not in line and (box := re.fullmatch(r"(\S+?)(?:[\s,;]+[-+.\d]+)+", label)):
-            label = box[1]
-        rows.append(Row(number, words[0], label))
+    for number, line in lines_of(read_text(path)):
+        if not line.startswith("#"):
+            name, label = split_line(line)
+            if "\t" not in line:
+                name, label = (name, label) if is_image(name) else (*re.split(r"[\s,;]+", line, maxsplit=1), "")[:2]
+                box = re.fullmatch(r"(\S+?)(?:[\s,;]+[-+.\d]+)+", label)
+                label = box[1] if box else label
+            rows.append(checked_row(path, number, name, label))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Parts of a data set: a split by fraction, a subset of the training images, a selection of classes.
+"""Parts of a data set: a split by fraction or fold, a subset of the training images, a selection of classes.
 
 Images are chosen by a hash of their names, so that adding images moves few others from one part to the other.
 """
@@ -22,16 +22,102 @@ def split_by_fraction(source: Source, fraction: float, part: str) -> Source:
     """The training or the validation part of a source without a split: ``fraction`` of each class is for validation.
 
     The split does not depend on the run's seed, so that runs can be compared. A class of two images or more has at least one
-    in each part; a single image is for training. Where images have several labels, each counts as one of its rarest.
+    in each part; a single image is for training. Images of a group (a patient's, say) stay together, where the source has groups.
 
     Args:
         part: "train" or "val".
     """
-    counts = np.bincount(source.targets, minlength=len(source.classes))
-    wanted = np.clip(np.round(fraction * counts), np.minimum(1, counts // 2), np.maximum(counts - 1, 0)).astype(np.int64)
-    chosen = _choose(source, wanted, "split")
-    return _part(source, chosen if part == "val" else ~chosen, Notice(
-        f"{source.root}: no split of its own; {int(chosen.sum())} of {len(source)} images are for validation (DATA.VAL_FRACTION)"))
+    if "group" in source.marks:
+        held = _share_out_groups(source, [1 - fraction, fraction]) == 1
+    else:
+        counts = np.bincount(source.targets, minlength=len(source.classes))
+        wanted = np.clip(np.round(fraction * counts), np.minimum(1, counts // 2), np.maximum(counts - 1, 0)).astype(np.int64)
+        held = _choose(source, wanted, "split")
+    return _part(source, held if part == "val" else ~held, Notice(
+        f"{source.root}: no split of its own; {int(held.sum())} of {len(source)} images are for validation "
+        f"(DATA.VAL_FRACTION){_whole(source)}"))
+
+
+def split_by_fold(source: Source, fold: str, part: str) -> Source:
+    """The training or the validation part of one fold of a cross-validation.
+
+    The folds are those of the list's fold column; else ``k/n`` makes n of them, each with its share of every class, whatever the run's
+    seed. Images of a group stay together, where the source has groups.
+
+    Args:
+        fold: ``k/n``, the k-th of n, or what the list's fold column calls it.
+        part: "train" or "val"; the fold itself is "val".
+
+    Raises:
+        DataError: there is no such fold.
+    """
+    number, of, count = fold.partition("/")
+    if "fold" in source.marks:
+        names, folds = source.marks["fold"]
+        if "" in names:
+            raise DataError(f"{source.root}: {int((folds == names.index('')).sum())} images have an empty cell in the list's fold column; "
+                            "fill them in")
+        if of and int(count) != len(names):
+            raise DataError(f"{source.root}: the list's fold column has {len(names)} folds ({first_few(names)}), DATA.FOLD {fold} is one "
+                            f"of {count}; give one of 1/{len(names)} to {len(names)}/{len(names)}")
+        chosen = int(number) - 1 if of else int(join_by_number([fold], names)[0])
+        if chosen < 0:
+            raise DataError(f"{source.root}: DATA.FOLD is {fold}, the list's folds are {first_few(names, 10)}; give one of them")
+        words = f"fold {names[chosen]} of the list's column"
+    else:
+        if not of:
+            raise DataError(f"{source.root}: has no fold column for DATA.FOLD {fold} to name a fold of; 1/5 makes the first of five")
+        folds, chosen, words = make_folds(source, int(count)), int(number) - 1, f"fold {fold}{_whole(source)}"
+    held = folds == chosen
+    if not held.any() or held.all():
+        raise DataError(f"{source.root}: DATA.FOLD {fold} leaves no images for {'training' if held.all() else 'validation'}; ask for fewer "
+                        "folds")
+    return _part(source, held if part == "val" else ~held, Notice(
+        f"{source.root}: {words}, {int(held.sum())} of {len(source)} images, is for validation (DATA.FOLD)"))
+
+
+def make_folds(source: Source, count: int) -> np.ndarray:
+    """(images,) int64: one of ``count`` folds for each image; they differ by at most one image, in all and of every class.
+
+    Where the source has groups each lies in one fold, and the folds are as even as that allows.
+    """
+    if "group" in source.marks:
+        return _share_out_groups(source, [1 / count] * count)
+    folds = np.empty(len(source), dtype=np.int64)
+    folds[np.lexsort((_hashes(source, "folds"), source.targets))] = np.arange(len(source)) % count
+    return folds
+
+
+def _whole(source: Source) -> str:
+    return f", each of the {len(source.marks['group'][0]):,} groups in one part" if "group" in source.marks else ""
+
+
+def _share_out_groups(source: Source, shares: list[float]) -> np.ndarray:
+    """(images,) int64: the part of each image, whole groups at a time, so that each part has about its share of all and of every class.
+
+    Greedy, the largest group first: it goes where it brings the numbers of its classes, and of all images, closest to what they should be.
+    """
+    names, groups = source.marks["group"]
+    alone = groups == names.index("") if "" in names else np.zeros(len(groups), dtype=bool)  # an empty cell is a group of its own
+    groups = np.where(alone, len(names) + np.arange(len(groups)), groups)
+    _, groups = np.unique(groups, return_inverse=True)
+    kinds = int(source.targets.max(initial=len(source.classes) - 1)) + 2  # the last column counts all images
+    order = np.argsort(groups, kind="stable")
+    bounds = np.flatnonzero(np.diff(groups[order], prepend=-1, append=groups.max() + 1))
+    totals = np.append(np.bincount(source.targets, minlength=kinds - 1), len(groups)).astype(np.float64)
+    missing = np.outer(shares, totals)  # (parts, classes + 1): images still to come
+    weights = 1 / np.maximum(totals, 1)
+    sizes = np.diff(bounds)
+    parts = np.empty(len(groups), dtype=np.int64)
+    for group in np.argsort(-sizes, kind="stable").tolist():
+        members = order[bounds[group]:bounds[group + 1]]
+        classes, counts = np.unique(source.targets[members], return_counts=True)
+        classes, counts = np.append(classes, kinds - 1), np.append(counts, len(members))
+        worse = (weights[classes] * counts * (counts - 2 * missing[:, classes])).sum(axis=1)  # the change of the squared distance
+        part = int(worse.argmin())
+        missing[part, classes] -= counts
+        parts[members] = part
+    return parts
 
 
 def subset(source: Source, fraction: float, seed: int) -> Source:
@@ -50,17 +136,22 @@ def _part(source: Source, mask: np.ndarray, notice: Notice) -> Source:
 
 def _choose(source: Source, wanted: np.ndarray, salt: str) -> np.ndarray:
     """(images,) bool: ``wanted[c]`` images of each class c, those with the smallest hashes."""
-    common = os.path.join(source.root, "")
-    hashes = np.empty(len(source), dtype=np.uint64)
-    for i in range(len(source)):
-        name = source.path(i).removeprefix(common)
-        hashes[i] = int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8, key=salt.encode()).digest(), "little")
-    order = np.lexsort((hashes, source.targets))
+    order = np.lexsort((_hashes(source, salt), source.targets))
     starts = np.concatenate([[0], np.cumsum(np.bincount(source.targets, minlength=len(wanted)))])
     mask = np.zeros(len(source), dtype=bool)
     for start, count in zip(starts, wanted.tolist(), strict=False):
         mask[order[start:start + count]] = True
     return mask
+
+
+def _hashes(source: Source, salt: str) -> np.ndarray:
+    """(images,) uint64: of their names below the source's root."""
+    common = os.path.join(source.root, "")
+    hashes = np.empty(len(source), dtype=np.uint64)
+    for i in range(len(source)):
+        name = source.path(i).removeprefix(common)
+        hashes[i] = int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8, key=salt.encode()).digest(), "little")
+    return hashes
 
 
 def read_class_names(path: str) -> tuple[list[str], dict[str, str]]:

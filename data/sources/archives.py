@@ -28,8 +28,10 @@ from data.sources.classes import encode_labels, first_few
 from data.sources.index_cache import Index, cached, names_of, store_names
 from data.sources.listing_progress import tick
 from data.sources.packed_names import PackedNames, is_hidden, is_image
+from data.sources.regular_files import LARGEST_IMAGE
+from data.sources.tar import BEGINNING, CheckedHeader, damaged
 
-LARGEST_MEMBER = 256 << 20  # bytes; no encoded image is larger, and a zip bomb unpacks to no more
+LARGEST_MEMBER = LARGEST_IMAGE  # a zip bomb unpacks to no more
 _OPEN_FILES = 16  # archives that a process keeps open: there may be thousands of shards
 _SPLIT_FOLDERS = {"train", "val", "validation", "test", "images", "data"}
 _LABEL_SUFFIXES = (".cls", ".json")
@@ -177,12 +179,12 @@ def _tar_members(path: str, skipped: dict[str, list[str]]) -> Iterator[Member]:
 
 
 def _walk_tar(file, path: str, base: int, prefix: str, skipped: dict[str, list[str]]) -> Iterator[Member]:
-    name = "its beginning"
+    name, end = prefix + BEGINNING, 0  # of the member before
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedHeader) as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # it would keep a kilobyte for each member
-                name = prefix + member.name.removeprefix("./")
+                name, end = prefix + member.name.removeprefix("./"), tar.offset
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
@@ -192,12 +194,13 @@ def _walk_tar(file, path: str, base: int, prefix: str, skipped: dict[str, list[s
                 else:
                     yield Member(name, base + member.offset_data, member.size, -1, member.size, 0)
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise DataError(f"{path}: a damaged tar file ({' '.join(str(error).split())}, after {name}); copy it again") from None
+        raise damaged(path, base + end, name, error) from None
 
 
 def _zip_members(path: str, skipped: dict[str, list[str]]) -> Iterator[Member]:
     try:
         with zipfile.ZipFile(path) as file:
+            _require_alone(file)
             for info in file.infolist():
                 name = info.filename.removeprefix("./")
                 if info.is_dir():
@@ -210,6 +213,16 @@ def _zip_members(path: str, skipped: dict[str, list[str]]) -> Iterator[Member]:
                     yield Member(name, info.header_offset, info.compress_size, info.compress_type, info.file_size, info.CRC)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise DataError(f"{path}: a damaged zip file ({error}); copy it again") from None
+
+
+def _require_alone(file: zipfile.ZipFile) -> None:
+    """A zip file is read from its end: of two that were joined, the directory of one would count, and the images of the other be lost."""
+    first = min((info.header_offset for info in file.infolist()), default=0)
+    start, end = read_at(file.fp.fileno(), 0, 4), read_at(file.fp.fileno(), os.fstat(file.fp.fileno()).st_size - 22 - len(file.comment), 4)
+    if first and start == b"PK\x03\x04":
+        raise zipfile.BadZipFile(f"its directory does not list what lies before byte {first}; joined with another one?")
+    if end != b"PK\x05\x06":
+        raise zipfile.BadZipFile("more follows its directory; joined with another one?")
 
 
 def label_of(data: bytes, suffix: str) -> str | None:
@@ -321,11 +334,11 @@ def scan_archives(files: Sequence[str], root: str, cache: str | None = None, spl
     return images
 
 
-def split_folders(path: str) -> set[str]:
-    """Which of train, val and validation are folders in an archive, at its top or up to two levels below."""
+def split_folders(path: str, wanted: set[str]) -> set[str]:
+    """Which of the names ``wanted``, in lower case, are folders in an archive, at its top or up to two levels below."""
     found: set[str] = set()
     for member in members(path, []):
-        found |= {part.lower() for part in member.name.split("/")[:3]} & {"train", "val", "validation"}
-        if "train" in found and len(found) > 1:
+        found |= {part.lower() for part in member.name.split("/")[:-1][:3]} & wanted
+        if found == wanted:
             break
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _TRANSIENT = {errno.ENOENT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
             errno.ECONNRESET, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE} | (
             {errno.EREMOTEIO} if hasattr(errno, "EREMOTEIO") else set())
+
+_SAMPLED = 256  # images that a fingerprint reads: a second or two on a slow share
 
 
 class Retry:
@@ -50,6 +53,7 @@ class Source:
         notices: messages for the user.
         patience: seconds for which a failing read is tried again.
         exif: rotate images as their EXIF orientation says.
+        marks: what a list says of each image beside its class, "fold" or "group": (names, positions in them (images,) int64).
     """
 
     root: str
@@ -59,6 +63,8 @@ class Source:
     notices: list[str]
     patience: float = 0.0
     exif: bool = False
+    marks: Mapping[str, tuple[list[str], np.ndarray]] = {}
+    _fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -81,9 +87,24 @@ class Source:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of the list of images and their labels, independent of the folder it lies in."""
-        labels = b"" if self.labels is None else self.labels.table.tobytes() + self.labels.which.tobytes()
-        return hashlib.sha256(self.identity() + self.targets.tobytes() + labels).hexdigest()
+        """SHA-256, in hexadecimal, of the list of images, their labels and a sample of their bytes, independent of the folder it lies in.
+
+        The sample tells two class folders apart that were swapped and whose files have the same names.
+        """
+        if self._fingerprint is None:
+            labels = b"" if self.labels is None else self.labels.table.tobytes() + self.labels.which.tobytes()
+            self._fingerprint = hashlib.sha256(self.identity() + self.targets.tobytes() + labels + self.sample()).hexdigest()
+        return self._fingerprint
+
+    def sample(self) -> bytes:
+        """SHA-256 of the bytes of up to 256 images that lie evenly over the list."""
+        digest = hashlib.sha256()
+        for index in np.unique(np.linspace(0, len(self) - 1, min(len(self), _SAMPLED)).round().astype(np.int64)).tolist():
+            try:
+                digest.update(self.read(index))
+            except UnreadableImage:  # told when it is trained on
+                digest.update(b"unreadable")
+        return digest.digest()
 
     def target_of(self, index: int) -> int | np.ndarray:
         """What an image is: the position of its class, or of several labels (classes,) int8: 1, 0, or -1 for one that is not known."""
@@ -122,6 +143,7 @@ class View(Source):
     def __init__(self, source: Source, indices: np.ndarray, classes: list[str], targets: np.ndarray, notices: list[str]):
         self.source, self.indices = source, indices
         self.root, self.classes, self.targets, self.notices = source.root, classes, targets, notices
+        self.marks = {what: (names, marked[indices]) for what, (names, marked) in source.marks.items()}
         self.labels = None if source.labels is None else source.labels.take(indices)
 
     def path(self, index: int) -> str:

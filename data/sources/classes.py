@@ -65,7 +65,7 @@ def join_names(own: Sequence[str], names: Sequence[str]) -> tuple[np.ndarray, st
 
     Names that are equal come first, then equal numbers, and positions only where not a single label is a name.
     """
-    exact, by_number = _positions(own, names), join_by_number(own, names)
+    exact, by_number = class_positions(own, names), join_by_number(own, names)
     if (exact >= 0).all():
         return exact, ""
     if (by_number >= 0).all():
@@ -85,12 +85,13 @@ def join_by_number(own: Sequence[str], names: Sequence[str]) -> np.ndarray:
     for i, name in enumerate(names):
         number = whole_number(name)
         places[number] = -1 if number is None or number in places else i  # 1 and 01 as two classes: neither is meant by 001
-    found = _positions(own, names)
+    found = class_positions(own, names)
     return np.array([at if at >= 0 else places.get(whole_number(name), -1) for at, name in zip(found.tolist(), own, strict=True)],
                     dtype=np.int64)
 
 
-def _positions(own: Sequence[str], names: Sequence[str]) -> np.ndarray:
+def class_positions(own: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Positions in ``names`` of the labels ``own`` (labels,) int64, -1 for those that are not there."""
     position = {name: i for i, name in enumerate(names)}
     return np.array([position.get(name, -1) for name in own], dtype=np.int64)
 
@@ -110,7 +111,7 @@ def encode_labels(labels: Sequence[str]) -> tuple[list[str], np.ndarray]:
         outputs = [str(number).zfill(len(classes[0])) for number in range(2 * len(classes))] if classes else []
         if set(classes) <= set(outputs) and classes[0] == outputs[0]:
             classes = outputs[:numbers[classes[-1]] + 1]
-    return classes, _positions(labels, classes)
+    return classes, class_positions(labels, classes)
 
 
 def imagenet_classes() -> list[str]:

@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from data.errors import DataError
+from data.errors import DataError, UnreadableImage
 from data.messages import Caution
 from data.sources.base import Source
 from data.sources.classes import first_few
 from data.sources.index_cache import Index, cached, names_of, store_names
 from data.sources.listing_progress import tick
 from data.sources.packed_names import IMAGE_EXTENSIONS, PackedNames, is_hidden, is_image
+from data.sources.regular_files import LARGEST_IMAGE, NotARegularFile, read_regular
 
 VAL_NAMES = ("val", "validation")
 _THREADS = 16
@@ -31,8 +32,10 @@ class ImageFolder(Source):
         return os.path.join(self.root, self.names[index])
 
     def fetch(self, index: int) -> bytes:
-        with open(self.path(index), "rb", buffering=0) as file:
-            return file.read()
+        try:
+            return read_regular(self.path(index), LARGEST_IMAGE)
+        except NotARegularFile as error:
+            raise UnreadableImage.of(self.path(index), error) from None
 
     def identity(self) -> bytes:
         return self.names.blob.tobytes() + self.names.ends.tobytes()
@@ -64,6 +67,15 @@ def _images_below(folder: str, above: tuple[str, ...] = ()) -> tuple[list[str], 
         elif is_image(entry.name) and entry.is_file():  # no pipes, no broken links
             images.append(entry.path)
     return images, folders
+
+
+def images_below(folder: str) -> list[str]:
+    """Paths of the visible images below a folder, at any depth.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    return _images_below(folder)[0]
 
 
 def _index_folder(root: str) -> tuple[Index, list[str]]:

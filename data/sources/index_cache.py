@@ -21,7 +21,7 @@ import numpy as np
 
 from data.sources.packed_names import PackedNames
 
-_VERSION = 2
+_VERSION = 3
 _NAME = "hierarchical-transformers"
 MIN_CACHED_IMAGES = 10_000  # fewer are listed in no time
 _TIME_RESOLUTION = 2.0  # seconds within which a file system may give two changes the same time

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -13,27 +12,12 @@ from data.errors import DataError
 from data.messages import Caution, Notice
 from data.sources.base import Source
 from data.sources.classes import encode_labels, first_few
+from data.sources.columns import ListKeys
 
-_WORDS = {"": -1, "0": 0, "1": 1, "-1": -1, "0.0": 0, "1.0": 1, "-1.0": -1, "false": 0, "true": 1, "no": 0, "yes": 1}
 _SEPARATORS = ("|", ";", ",")  # that are found by themselves, in this order
 
 
-class LabelRule(NamedTuple):
-    """How labels of a list are understood.
-
-    Attributes:
-        separator: a separator, ``blank``, ``none``, or ``auto``: the first of ``|``, ``;`` and ``,`` that the labels hold.
-        wanted: images have several labels; otherwise that is found out.
-    """
-
-    separator: str = "auto"
-    wanted: bool = False
-
-
-ANY_LABELS = LabelRule()
-
-
-class Marks(str):
+class MultiHot(str):
     """A row's columns of 0 and 1 as one label; the text tells rows of different values apart.
 
     Attributes:
@@ -46,7 +30,7 @@ class Marks(str):
     values: tuple[int, ...]
     left_out: Sequence[str]
 
-    def __new__(cls, names: Sequence[str], values: tuple[int, ...], left_out: Sequence[str] = ()) -> Marks:
+    def __new__(cls, names: Sequence[str], values: tuple[int, ...], left_out: Sequence[str] = ()) -> MultiHot:
         made = super().__new__(cls, " ".join(f"{name}={value}" for name, value in zip(names, values, strict=True)))
         made.names, made.values, made.left_out = names, values, left_out
         return made
@@ -100,7 +84,7 @@ class LabelSets:
 # From what a list says
 # --------------------------------------------------------------------------------------------------
 
-def find_label_sets(source: Source, rule: LabelRule) -> Source:
+def find_label_sets(source: Source, keys: ListKeys) -> Source:
     """``source``, whose classes are the different texts of a list, with labels in place of these where images have several.
 
     Unless they are wanted, or their separator is named, joined labels are found where that is unambiguous: most texts with the separator
@@ -110,13 +94,13 @@ def find_label_sets(source: Source, rule: LabelRule) -> Source:
         DataError: two columns of the same name, or labels that seem to be joined by blanks.
     """
     texts = source.classes
-    if texts and isinstance(texts[0], Marks):
-        return _of_columns(source, texts[0], rule)
-    found = _splitter(source, rule)
-    if found is None and not rule.wanted:
+    if texts and isinstance(texts[0], MultiHot):
+        return _of_columns(source, texts[0], keys)
+    found = _splitter(source, keys)
+    if found is None and not keys.several:
         return source
     several = next((text for text in texts if len(text.split()) > 1), None)
-    if found is None and rule.separator == "auto" and several and _is_unambiguous(list(map(str.split, texts)), ","):
+    if found is None and keys.separator == "auto" and several and _is_unambiguous(list(map(str.split, texts)), ","):
         raise DataError(f"{source.root}: {several!r} is one label, unless blanks join several; say which with --opts DATA.LABEL_SEPARATOR "
                         "none, or blank")
     split, mark = found or ((lambda text: [text] if text else []), "")
@@ -147,16 +131,16 @@ def tell_single_labels(source: Source) -> None:
                                       "joined by something else than | ; or , name it with DATA.LABEL_SEPARATOR"))
 
 
-def _splitter(source: Source, rule: LabelRule) -> tuple[Callable[[str], list[str]], str] | None:
+def _splitter(source: Source, keys: ListKeys) -> tuple[Callable[[str], list[str]], str] | None:
     """(what splits the source's texts into labels, the separator); None where they are names of classes."""
-    for mark in {"auto": _SEPARATORS, "none": ()}.get(rule.separator, (rule.separator,)):
+    for mark in {"auto": _SEPARATORS, "none": ()}.get(keys.separator, (keys.separator,)):
         def split(text: str, mark: str | None = None if mark == "blank" else mark) -> list[str]:
             return list(dict.fromkeys(part for part in map(str.strip, text.split(mark)) if part))
 
         several = next((text for text in source.classes if len(split(text)) > 1), None)
-        if several is None and rule.separator == "auto":
+        if several is None and keys.separator == "auto":
             continue
-        if rule.wanted or rule.separator != "auto" or _is_unambiguous(list(map(split, source.classes)), mark):
+        if keys.several or keys.separator != "auto" or _is_unambiguous(list(map(split, source.classes)), mark):
             source.notices.append(Notice(f"{source.root}: several labels an image (TASK multilabel), joined by {mark!r}; with "
                                          "DATA.LABEL_SEPARATOR none they are names of classes"))
             return split, mark
@@ -174,16 +158,16 @@ def _is_unambiguous(sets: Sequence[Sequence[str]], mark: str) -> bool:
     return 2 * shared >= len(several) and (mark != "," or len(occurs) <= len(sets))
 
 
-def _of_columns(source: Source, marks: Marks, rule: LabelRule) -> Source:
-    """From texts that are all ``Marks`` of the same columns."""
-    if double := next((name for name, times in Counter(marks.names).items() if times > 1), None):
+def _of_columns(source: Source, first: MultiHot, keys: ListKeys) -> Source:
+    """From texts that are all ``MultiHot`` of the same columns."""
+    if double := next((name for name, times in Counter(first.names).items() if times > 1), None):
         raise DataError(f"{source.root}: two columns are called {double!r}; rename one")
-    classes, places = encode_labels(marks.names)
+    classes, places = encode_labels(first.names)
     labels = LabelSets(np.array([text.values for text in source.classes], dtype=np.int8), source.targets).mapped(places, len(classes))
-    one = not rule.wanted and bool(((labels.table == 1).sum(axis=1) == 1).all() and (labels.table >= 0).all())
+    one = not keys.several and bool(((labels.table == 1).sum(axis=1) == 1).all() and (labels.table >= 0).all())
     notices = [Notice(f"{source.root}: {len(classes)} columns of 0 and 1 ({first_few(classes)}) are "
                       + ("classes, one an image" if one else "labels, several an image")
-                      + (f"; other columns are left out ({first_few(marks.left_out)})" if marks.left_out else ""))]
+                      + (f"; other columns are left out ({first_few(first.left_out)})" if first.left_out else ""))]
     if unknown := int((labels.table[labels.which] < 0).sum()):
         notices.append(Notice(f"{source.root}: {unknown} empty or negative cells say that a label is not known; they do not count"))
     source.notices += notices
@@ -192,30 +176,3 @@ def _of_columns(source: Source, marks: Marks, rule: LabelRule) -> Source:
         return source
     return with_labels(source, classes, labels)
 
-
-def marks_of(header: Sequence[str], rows: Iterable[Sequence[str]], apart: Sequence[int]) -> list[Marks] | None:
-    """The columns of 0 and 1 of each of ``rows`` as a label; None where there are not at least two.
-
-    True and false, yes and no are 1 and 0. Where there is no 0 at all, -1 is it (as in CelebA's list); else -1, as an empty cell, says
-    that the label is not known (as in CheXpert's).
-
-    Args:
-        apart: positions of the columns that say something else.
-    """
-    rows, words = list(rows), _WORDS
-    columns = [at for at in range(len(header)) if at not in apart]
-    cells = {at: [row[at].lower() if at < len(row) else "" for row in rows] for at in columns}
-    kept = [at for at in columns if set(cells[at]) <= words.keys() and not set(cells[at]) <= {""}]
-    if len(kept) < 2:
-        return None
-    values = set().union(*(cells[at] for at in kept))
-    if not any(words[value] == 0 for value in values) and "" not in values:
-        words = {word: max(0, number) for word, number in words.items()}
-    names, left_out = [header[at] for at in kept], [header[at] for at in columns if at not in kept]
-    known: dict[tuple[str, ...], Marks] = {}
-    made = []
-    for texts in zip(*(cells[at] for at in kept), strict=True):
-        if texts not in known:
-            known[texts] = Marks(names, tuple(words[text] for text in texts), left_out)
-        made.append(known[texts])
-    return made

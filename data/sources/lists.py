@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,67 +18,87 @@ from data.errors import DataError
 from data.messages import Notice
 from data.sources.archives import ArchiveImages
 from data.sources.base import Source, View
-from data.sources.classes import encode_labels, whole_number
+from data.sources.classes import class_positions, encode_labels, whole_number
+from data.sources.columns import NO_KEYS, YES_OR_NO, Columns, ListKeys, find_columns, known_header
 from data.sources.folder import ImageFolder
-from data.sources.label_sets import LabelRule, find_label_sets, marks_of
-from data.sources.packed_names import IMAGE_EXTENSIONS, PackedNames, is_image
+from data.sources.label_sets import MultiHot, find_label_sets
+from data.sources.list_paths import find_listed
+from data.sources.packed_names import IMAGE_EXTENSIONS, PackedNames, is_image, natural_key
+from data.sources.regular_files import NotARegularFile, read_regular
 
-LIST_EXTENSIONS = (".csv", ".tsv", ".txt", ".lst", ".json")
-_PATH_COLUMNS = ("path", "filepath", "file_path", "file", "filename", "file_name", "image", "image_path", "image_file", "img", "img_path",
-                 "imageid", "image_id", "id", "name")
-_LABEL_COLUMNS = ("label", "labels", "class", "class_name", "classname", "category", "target", "class_id", "label_id", "y",
-                  "predictionstring")
-_SPLIT_COLUMNS = ("split", "set", "subset", "partition", "fold")
+LIST_EXTENSIONS = (".csv", ".tsv", ".txt", ".lst", ".json", ".jsonl")
 _LARGEST = 2 << 30  # bytes of a list; that of ImageNet-22K has 0.9 GB
-_IMAGE_FIRST = re.compile(rf"(.*?(?:{'|'.join(map(re.escape, IMAGE_EXTENSIONS))}))[\s,;]+(.+)", re.IGNORECASE)
+_SAMPLE = 1000  # rows by which the columns are told apart
+_LONGEST_PATH, _LONGEST_LABEL = 4096, 10_000  # characters
+_UNPRINTABLE = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
+_JSON_LIST = re.compile(r'\s*\[\s*[\[{"]')
+_NAMED_FIRST = re.compile(rf'"?(.*(?:{"|".join(map(re.escape, IMAGE_EXTENSIONS))}))"?(?:\s*[,;]\s*|\s+)(\S.*)', re.IGNORECASE)
 
 
 class Row(NamedTuple):
-    """A line of a list: its number, counted from 1, and its cells; the label may be several, joined, or none."""
+    """A line of a list: its number, counted from 1, and its cells; "" for a column that the list does not have.
+
+    The label may be several, joined or as columns of 0 and 1, or none.
+    """
 
     line: int
     path: str
     label: str
     split: str = ""
+    fold: str = ""
+    group: str = ""
 
+
+Cells = tuple[int, list[str]]  # a line's number and its cells
 
 # --------------------------------------------------------------------------------------------------
 # Reading lists
 # --------------------------------------------------------------------------------------------------
 
 def read_text(path: str) -> str:
-    """A text file in UTF-8, with or without a byte order mark.
+    """A text file in UTF-8, with or without a byte order mark, or in UTF-16 with one.
 
     Raises:
-        DataError: unreadable, too large, or in another encoding.
+        DataError: unreadable, no regular file, too large, or in another encoding.
     """
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > _LARGEST:
-                raise DataError(f"{path}: is larger than any list of images")
-            return file.read().decode("utf-8-sig")
+        content = read_regular(path, _LARGEST)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except NotARegularFile as error:
+        raise DataError(f"{path!r}: {error}; give a text file") from None
+    try:
+        return content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text at byte {error.start}; save it as UTF-8") from None
 
 
-def read_list(path: str) -> list[Row]:
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
+    """(number from 1, line without the blanks around it) of the lines that are not empty; a line ends where an editor ends it."""
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+        if line := line.strip():
+            yield number, line
+
+
+def read_list(path: str, keys: ListKeys = NO_KEYS) -> list[Row]:
     """The rows of a CSV, TSV, text or JSON list.
 
-    CSV and TSV may begin with a header (path, label and optionally split, in any order and under their usual names); without
-    one the first column is the path and the second the label. In place of a label column there may be a column of 0 and 1 for each
-    label. Text: path and label, separated by a tab or by the line's last blank or comma, or by the first behind an image's name. JSON: a
-    list of ``[path, label]``, as Swin's of ImageNet-22K, or of ``[path, [label, ...]]``.
+    CSV and TSV may begin with a header, whose columns ``find_columns`` tells apart; without one the first column is the path and the
+    second the label. Text: path and label, separated by a tab, or by the blank or comma behind the image's suffix. JSON: a list of
+    ``[path, label]``, as Swin's of ImageNet-22K, a mapping from paths to labels, or records, also a line each (Hugging Face's
+    metadata.jsonl). An image may have several labels, or none (``find_label_sets``).
+
+    Args:
+        keys: what the config says of the columns.
 
     Raises:
         DataError: the list is empty, or has a line that cannot be used; the message names the line.
     """
-    text = read_text(path)
-    if text.lstrip()[:1] == "[":
-        rows = list(_json_rows(text, path))
-    elif path.lower().endswith((".csv", ".tsv")):
-        rows = _marked_rows(text, path) or list(_table_rows(text, path))
+    text, extension = read_text(path), os.path.splitext(path)[1].lower()
+    if extension in (".json", ".jsonl") or (extension not in (".csv", ".tsv") and _JSON_LIST.match(text)):
+        rows = list(_json_rows(text, path, extension == ".jsonl", keys))
+    elif extension in (".csv", ".tsv") or known_header(re.split("[,;\t]", next(lines_of(text), (0, ""))[1])):
+        rows = list(_table_rows(text, path, keys))
     else:
         rows = list(_text_rows(text, path))
     if not rows:
@@ -84,137 +106,197 @@ def read_list(path: str) -> list[Row]:
     return rows
 
 
-def _json_rows(text: str, path: str) -> Iterator[Row]:
+def checked_row(path: str, line: int, image: str, label: str, *others: str) -> Row:
+    """A checked row.
+
+    Raises:
+        DataError: no path, or a path or label that no file and no class can have.
+    """
+    if not image:
+        raise DataError(f"{path}:{line}: has no path or no label ({', '.join((image, label))[:80]!r})")
+    if "\0" in image or len(image) > _LONGEST_PATH or not _encodable(image):
+        raise DataError(f"{path}:{line}: {image[:80]!r} cannot be the name of a file")
+    if len(label) > _LONGEST_LABEL or _UNPRINTABLE.search(label):
+        raise DataError(f"{path}:{line}: {label[:80]!r} cannot be a label: it is too long or has control characters")
+    return Row(line, image, label, *others)
+
+
+def _encodable(name: str) -> bool:
     try:
-        entries = json.loads(text)
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _json_rows(text: str, path: str, by_line: bool, keys: ListKeys) -> Iterator[Row]:
+    try:
+        entries = [json.loads(line) for _, line in lines_of(text)] if by_line else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not valid JSON ({error})") from None
-    for number, entry in enumerate(entries, 1):
-        labels = entry[1] if isinstance(entry, list) and len(entry) >= 2 else None
-        labels = labels if isinstance(labels, list) else [labels]
-        if not all(type(label) in (int, str) for label in labels) or not isinstance(entry[0], str):
+    if isinstance(entries, dict):
+        entries = [list(pair) for pair in entries.items()]
+    if isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries):
+        header = list(dict.fromkeys(name for entry in entries[:_SAMPLE] for name in entry))
+        yield from _rows_of(path, path, header, ((number, [_cell(entry.get(name)) for name in header])
+                                                 for number, entry in enumerate(entries, 1)), keys)
+        return
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
+        labels = entry[1] if isinstance(entry, list) and len(entry) >= 2 and isinstance(entry[0], str) else None
+        if not all(type(label) in (int, str) for label in (labels if isinstance(labels, list) else [labels])):
             raise DataError(f"{path}: entry {number} is not a [path, label] pair")
-        yield Row(number, entry[0], "|".join(map(str, labels)))
+        yield checked_row(path, number, entry[0], _cell(entry[1]))
 
 
-def _table_rows(text: str, path: str) -> Iterator[Row]:
-    reader, delimiter = _reader(text, path)
-    columns: tuple[int, int, int] | None = None
+def _cell(value: Any) -> str:
+    """A value of a JSON record as it would stand in a table; "" for nested ones but lists of labels, which no column that counts has."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, list):
+        return "|".join(filter(None, map(_cell, value)))
     try:
+        return json.dumps(value) if isinstance(value, (bool, int, float)) else ""
+    except ValueError:  # more digits than Python writes
+        return ""
+
+
+def _table_rows(text: str, path: str, keys: ListKeys) -> Iterator[Row]:
+    if text[:4].lower() == "sep=":  # what Excel puts before the header
+        text = text.partition("\n")[2]
+    first = next(lines_of(text), (0, ""))[1]
+    delimiter = next((mark for mark in ("\t," if path.lower().endswith(".tsv") else ",\t") + ";|" if mark in first), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+
+    def cells_of_lines() -> Iterator[Cells]:
         for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if not any(cells):
-                continue
-            if columns is None:
-                columns, width = _columns(cells), len(cells)
-                if columns is not None:
-                    continue
-                if not is_image(os.path.basename(cells[0])):
-                    raise DataError(f"{path}:{reader.line_num}: neither a header with a path and a label column (such as path,label) "
-                                    "nor an image's path")
-                columns, width = (0, 1, -1), max(2, min(len(row) for row in _reader(text, path)[0] if any(row)))
-            at_path, at_label, at_split = columns
-            if len(cells) <= max(at_path, at_split) or not cells[at_path]:
-                raise DataError(f"{path}:{reader.line_num}: has no path or no label ({delimiter.join(cells)[:80]!r})")
-            label = cells[at_label] if at_label < len(cells) else ""
-            if any(cells[width:]) and at_label == width - 1:  # labels that the delimiter joins, without quotes
-                label = ("|" if delimiter == "\t" else delimiter).join(filter(None, cells[at_label:]))
-            elif any(cells[width:]):
-                raise DataError(f"{path}:{reader.line_num}: has {len(cells)} cells, the first line {width}; put a label that holds "
-                                f"{delimiter!r} into quotes")
-            yield Row(reader.line_num, cells[at_path], label, cells[at_split].lower() if at_split >= 0 else "")
+            if any(cells := [cell.strip() for cell in cells]):
+                yield reader.line_num, cells
+
+    lines = cells_of_lines()
+    try:
+        line, cells = next(lines, (0, []))
+        images = [i for i, cell in enumerate(cells) if is_image(os.path.basename(cell))]
+        if cells and images:
+            columns, first = Columns(images[0], 1 if images[0] == 0 else 0), [(line, cells), *itertools.islice(lines, _SAMPLE)]
+            yield from _filled(path, columns, max(2, min(len(cells) for _, cells in first)), first, lines)
+        elif cells:
+            yield from _rows_of(path, f"{path}:{line}", cells, lines, keys)
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: is not a table ({error})") from None
 
 
-def _reader(text: str, path: str) -> tuple[Any, str]:
-    """(rows of cells, the delimiter) of a table."""
-    first = text.split("\n", 1)[0]
-    others = [mark for mark in "\t;" if mark in first and "," not in first]
-    delimiter = "\t" if path.lower().endswith(".tsv") else others[0] if others else ","
-    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), delimiter
+def _rows_of(path: str, where: str, header: Sequence[str], lines: Iterator[Cells], keys: ListKeys) -> Iterator[Row]:
+    """The rows of a table with a header; ``where`` names the header in messages."""
+    first = list(itertools.islice(lines, _SAMPLE))
+    columns = find_columns(where, header, [cells for _, cells in first], keys)
+    yield from _filled(path, columns, len(header), first, lines, header)
 
 
-def _columns(header: Sequence[str]) -> tuple[int, int, int] | None:
-    """Positions of the path, label and split columns (-1: none), or None where the line is not a header."""
-    columns = _find(_PATH_COLUMNS, header), _find(_LABEL_COLUMNS, header), _find(_SPLIT_COLUMNS, header)
-    return columns if min(columns[:2]) >= 0 else None
+def _filled(path: str, columns: Columns, width: int, first: Sequence[Cells], lines: Iterable[Cells],
+            header: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of ``first`` and the further ``lines``, ``width`` cells each, or more where several labels stand last without quotes."""
+    label_of = _label_reader(path, columns, [cells for _, cells in first], header) if columns.labels else None
+    for line, cells in itertools.chain(first, lines):
+        if any(cells[width:]):
+            if columns.label != width - 1:
+                raise DataError(f"{path}:{line}: has {len(cells)} cells, the first line {width}; put labels that hold the separator into "
+                                "quotes")
+            cells = [*cells[:columns.label], "|".join(filter(None, cells[columns.label:]))]
+        cells = [*cells[:width], *[""] * (columns.highest + 1 - len(cells)), ""]  # the last is that of columns that are not there (-1)
+        split = columns.split_of(cells[columns.split])
+        label = "" if label_of is not None else cells[columns.label]
+        row = checked_row(path, line, cells[columns.image], label, split, cells[columns.fold], cells[columns.group])
+        yield row if label_of is None else row._replace(label=label_of(line, cells))
 
 
-def _find(names: Sequence[str], header: Sequence[str]) -> int:
-    words = [word.lower() for word in header]
-    return next((words.index(name) for name in names if name in words), -1)
+def _label_reader(path: str, columns: Columns, sample: Sequence[Sequence[str]],
+                  header: Sequence[str]) -> Callable[[int, Sequence[str]], MultiHot]:
+    """From a row's number and cells to what its columns of 0 and 1 say.
 
+    Where there is no 0 in the ``sample``, -1 is it (as in CelebA's list); else -1, as an empty cell, says that the label is not known (as
+    in CheXpert's).
+    """
+    words, known = YES_OR_NO, dict[tuple[str, ...], MultiHot]()
+    names = [header[at] for at in columns.labels]
+    left_out = [name for at, name in enumerate(header)
+                if at not in (columns.image, columns.split, columns.fold, columns.group, *columns.labels)]
+    seen = {cells[at].lower() if at < len(cells) else "" for cells in sample for at in columns.labels}
+    if "" not in seen and all(words.get(cell) != 0 for cell in seen):
+        words = {word: max(0, value) for word, value in words.items()}
 
-def _marked_rows(text: str, path: str) -> list[Row]:
-    """The rows of a table that has a column of 0 and 1 for each label in place of a label column; else none."""
-    reader, _ = _reader(text, path)
-    try:
-        header = [cell.strip() for cell in next(reader, [])]
-        at_path, at_split = _find(_PATH_COLUMNS, header), _find(_SPLIT_COLUMNS, header)
-        if at_path < 0 or _find(_LABEL_COLUMNS, header) >= 0 or len(header) < 3:
-            return []
-        numbered = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(cells)]
-    except csv.Error:
-        return []  # told where the table is read as any other
-    labels = marks_of(header, [cells for _, cells in numbered], (at_path, at_split))
-    if labels is None or not all(len(cells) > max(at_path, at_split) and cells[at_path] for _, cells in numbered):
-        return []
-    return [Row(line, cells[at_path], label, cells[at_split].lower() if at_split >= 0 else "")
-            for (line, cells), label in zip(numbered, labels, strict=True)]
+    def read(line: int, cells: Sequence[str]) -> MultiHot:
+        texts = tuple(cells[at].lower() for at in columns.labels)
+        if texts not in known:
+            if (odd := next((text for text in texts if text not in words), None)) is not None:
+                raise DataError(f"{path}:{line}: has {odd[:40]!r} in a column of 0 and 1; name the column of the labels with "
+                                "DATA.LABEL_COLUMN, or those of 0 and 1, joined by commas")
+            known[texts] = MultiHot(names, tuple(words[text] for text in texts), left_out)
+        return known[texts]
+
+    return read
 
 
 def _text_rows(text: str, path: str) -> Iterator[Row]:
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        name, label = _split_line(line)
-        if not name:
-            raise DataError(f"{path}:{number}: has no label ({line[:80]!r}); a line is a path, a tab or blank, and a label")
-        yield Row(number, name, label)
+    for number, line in lines_of(text):
+        if not line.startswith("#"):
+            name, label = split_line(line)
+            if not label and not is_image(os.path.basename(name)):
+                raise DataError(f"{path}:{number}: has no label ({line[:80]!r}); a line is a path, a tab or blank, and a label")
+            yield checked_row(path, number, name, label)
 
 
-def _split_line(line: str) -> tuple[str, str]:
-    """(path, label) of a line; the path may contain blanks, and so may a label after a tab or a comma."""
+def split_line(line: str) -> tuple[str, str]:
+    """(path, label) of a line; the path may contain blanks and commas, and so may a label after a tab or the path's suffix."""
     if "\t" in line:
-        cells = line.split("\t")
-        return cells[0].strip(), cells[1].strip()
+        cells = [cell.strip() for cell in line.split("\t")]
+        if len(cells) == 3 and is_image(os.path.basename(cells[2])) and not is_image(os.path.basename(cells[0])):
+            return cells[2], cells[1]  # MXNet's: number, label, path
+        return cells[0], cells[1]
+    if found := _NAMED_FIRST.fullmatch(line):
+        return found[1], found[2]
     for separator in (",", None):
-        cells = [cell.strip() for cell in line.rsplit(separator, 1)]
-        if len(cells) == 2:
-            break
-    if not is_image(os.path.basename(cells[0])) or len(cells) < 2:
-        if image := _IMAGE_FIRST.fullmatch(line):
-            return image[1], image[2].strip()
-        if is_image(os.path.basename(line)):
-            return line, ""
-    return (cells[0], cells[1]) if len(cells) == 2 else ("", "")
+        cells = line.rsplit(separator, 1)
+        if len(cells) == 2 and not is_image(line):
+            return cells[0].strip(), cells[1].strip()
+    return line, ""
 
 
 # --------------------------------------------------------------------------------------------------
 # Sources of listed images
 # --------------------------------------------------------------------------------------------------
 
-def list_source(path: str, rows: Sequence[Row], roots: Sequence[str], rule: LabelRule) -> Source:
+def list_source(path: str, rows: Sequence[Row], roots: Sequence[str], keys: ListKeys = NO_KEYS) -> Source:
     """The image files that ``rows`` of the list ``path`` name.
 
     Args:
-        roots: folders that the rows' paths may be relative to; the first in which the first image is found counts.
+        roots: folders that the rows' paths may be relative to.
 
     Raises:
-        DataError: the first image is in none of them, or one has no label where each must have one.
+        DataError: as of ``find_listed``, or an image has no label where each must have one.
     """
-    root = next((r for r in roots if os.path.exists(os.path.join(r, rows[0].path))), None)
-    if root is None:
-        raise DataError(f"{path}:{rows[0].line}: {rows[0].path} is not below {' or '.join(dict.fromkeys(roots))}; "
-                        "paths are relative to the list's folder, or absolute")
+    root, names, notices = find_listed(path, [row.line for row in rows], [row.path for row in rows], roots, keys)
     classes, targets = encode_labels([row.label for row in rows])
-    source = find_label_sets(ImageFolder(root, classes, PackedNames.of([row.path for row in rows]), targets), rule)
-    if source.labels is None and "" in source.classes:
-        bare = next(row for row in rows if not row.label)
-        raise DataError(f"{path}:{bare.line}: has no path or no label ({bare.path[:80]!r})")
+    source = find_label_sets(ImageFolder(root, classes, PackedNames.of(names), targets, notices), keys)
+    source.marks = marks_of(rows)
+    require_labels(source, path, rows)
     return source
+
+
+def require_labels(source: Source, path: str, rows: Sequence[Row]) -> None:
+    """Raise ``DataError`` for a row without a label where each image of ``source`` has a class."""
+    if source.labels is None and (bare := next((row for row in rows if not row.label), None)):
+        raise DataError(f"{path}:{bare.line}: has no path or no label ({bare.path[:80]!r})")
+
+
+def marks_of(rows: Sequence[Row]) -> dict[str, tuple[list[str], np.ndarray]]:
+    """``Source.marks`` of rows."""
+    columns = {"fold": [row.fold for row in rows], "group": [row.group for row in rows]}
+    marks = {}
+    for what, cells in columns.items():
+        if any(cells):
+            names = sorted(set(cells), key=lambda name: (natural_key(name), name))
+            marks[what] = names, class_positions(cells, names)
+    return marks
 
 
 def mapped_archive(archive: ArchiveImages, path: str) -> Source:
@@ -225,7 +307,7 @@ def mapped_archive(archive: ArchiveImages, path: str) -> Source:
     Raises:
         DataError: a bad line, or an image that the archive lacks; the message names the line.
     """
-    rows = [row for row in read_list(path) if row.label]
+    rows = read_list(path)
     for row in rows:
         if whole_number(row.label) is None:
             raise DataError(f"{path}:{row.line}: the label {row.label!r} is not a number")

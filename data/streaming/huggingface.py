@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from config import ConfigError
 from data.errors import DataError
-from data.layouts.detect import SPLIT_NAMES
+from data.layouts.options import names_of
 from data.sources.huggingface import find_columns, import_datasets
 from data.streaming.stream import Record, Stream
 
@@ -35,7 +35,7 @@ def open_hub_stream(path: str, split: str, names: list[str]) -> Stream:
     name, _, configuration = path[len("hf://"):].partition(":")
     try:
         tables = datasets.load_dataset(name, configuration or None, streaming=True)
-        split_name = next((n for n in SPLIT_NAMES[split] if n in tables), None)
+        split_name = next((n for n in tables if n.lower() in names_of(split)), None)
         if split_name is None:
             raise DataError(f"{path}: has no {split} split (only {', '.join(tables)})")
         table = tables[split_name] if tables[split_name].features else tables[split_name]._resolve_features()

@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 
 from config import ConfigError
 from data.errors import DataError
-from data.layouts.detect import resolve_data_file
+from data.layouts.options import resolve_data_file
 from data.messages import Notice
 from data.sources.classes import match_classes
 from data.sources.lists import read_text
@@ -29,9 +29,10 @@ def open_streams(config: CfgNode, splits: Sequence[str], classes: Sequence[str] 
     """
     root, data = config.DATA.DATA_PATH, config.DATA
     for key, value, default in (("DATA.SUBSET", data.SUBSET, 1.0), ("DATA.VAL_FRACTION", data.VAL_FRACTION, 0.0),
-                                ("DATA.REPEATED_AUG", data.REPEATED_AUG, 1), ("DATA.ZIP_MODE", data.ZIP_MODE, False)):
+                                ("DATA.FOLD", data.FOLD, ""), ("DATA.REPEATED_AUG", data.REPEATED_AUG, 1),
+                                ("DATA.ZIP_MODE", data.ZIP_MODE, False)):
         if value != default:
-            raise ConfigError(f"{key} {value} cannot be used with a stream ({root}); leave it at {default}, or copy the data to a disk")
+            raise ConfigError(f"{key} {value} cannot be used with a stream ({root}); leave it at {default!r}, or copy the data to a disk")
     class_file = resolve_data_file(data.CLASS_NAMES, ".")
     names = [line.partition("\t")[0].strip() for line in read_text(class_file).splitlines() if line.strip()] if class_file else []
     names = names or [str(number) for number in range(config.MODEL.NUM_CLASSES or len(classes or ()))]
@@ -42,7 +43,8 @@ def open_streams(config: CfgNode, splits: Sequence[str], classes: Sequence[str] 
         path = root if split == "train" or root.startswith("hf://") else data.VAL_PATH
         if not path:
             raise ConfigError(f"{root}: is a stream of training images; give the shards of the validation images with DATA.VAL_PATH")
-        stream = open_hub_stream(path, split, names) if path.startswith("hf://") else open_shard_stream(path, names)
+        judged = config.TEST.SPLIT if list(splits) == ["val"] else split
+        stream = open_hub_stream(path, judged, names) if path.startswith("hf://") else open_shard_stream(path, names)
         if not stream.classes:
             raise ConfigError(f"{path}: the stream does not name its classes; give MODEL.NUM_CLASSES, or DATA.CLASS_NAMES")
         if split == "train":

@@ -58,6 +58,9 @@ class Stream(Source):
     def identity(self) -> bytes:
         return f"{self.root} {len(self.segments)} {self.size}".encode()
 
+    def sample(self) -> bytes:
+        return b""  # reading ahead would cost a connection
+
     def records(self, order: Iterable[int]) -> Iterator[Record]:
         """The records of the segments in ``order``. A read that fails is tried again from the same record, for ``patience`` seconds.
 

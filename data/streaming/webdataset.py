@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 from config import ConfigError
 from data.errors import DataError
 from data.sources.archives import label_of
+from data.sources.tar import BEGINNING, CheckedHeader, damaged
 from data.streaming.stream import Record, Stream
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
@@ -42,16 +44,12 @@ def open_shard_stream(path: str, names: list[str]) -> Stream:
     except UnbalancedBracesError:
         raise ConfigError(f"{path}: its braces do not match; write the shards' numbers as in train-{{000000..000099}}.tar") from None
 
-    def no_split(urls: Iterable[Any]) -> Iterable[Any]:
-        return urls  # ``StreamSampler`` shares the images out between processes
-
     def segment(url: str) -> Callable[[], Iterator[Record]]:
         # webdataset cannot read s3; Amazon's own program can
         opened = f"pipe:aws s3 cp {shlex.quote(url)} -" if url.lower().startswith("s3://") else url
 
         def read() -> Iterator[Record]:
-            for sample in webdataset.WebDataset([opened], shardshuffle=False, nodesplitter=no_split, workersplitter=no_split,
-                                                empty_check=False, seed=0):  # without a seed it draws one from Python's generator
+            for sample in webdataset.tariterators.group_by_keys(_members(webdataset.gopen(opened), url)):
                 suffix = next((s for s in _IMAGE_SUFFIXES if s in sample), None)
                 if suffix is None:
                     continue
@@ -64,3 +62,24 @@ def open_shard_stream(path: str, names: list[str]) -> Stream:
         return read
 
     return Stream(path, [segment(url) for url in urls], None, names)
+
+
+def _members(stream: BinaryIO, url: str) -> Iterator[dict[str, Any]]:
+    """The members of a shard as ``group_by_keys`` takes them, an empty one at its end.
+
+    Raises:
+        DataError: a damaged shard on a disk.
+        OSError: a damaged shard elsewhere: it may be the connection that broke off.
+    """
+    name, end = BEGINNING, 0
+    try:
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=CheckedHeader) as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # it would keep a kilobyte for each member
+                if member.isreg():
+                    yield dict(fname=member.name, data=tar.extractfile(member).read(), __url__=url)
+                name, end = member.name, tar.offset
+    except tarfile.TarError as error:
+        fault = damaged(url, end, name, error)
+        raise fault if url.startswith("file:") else OSError(str(fault)) from None
+    yield {}

@@ -9,9 +9,11 @@ import numpy as np
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import AugmentOp, posterize
+from timm.data.transforms import CenterCropOrPad
 from yacs.config import CfgNode
 
 from config import ConfigError, image_size
+from data.transforms.fit import ProportionalCrop, ResizeInside, mean_colour
 
 
 def preprocessing(config: CfgNode) -> dict[str, Any]:
@@ -34,22 +36,28 @@ def preprocessing(config: CfgNode) -> dict[str, Any]:
             raise ConfigError(f"MODEL.NAME: timm's {name} has no weights tagged {tag!r}; leave the tag out"
                               + (f", or choose from {', '.join(known)}" if known else "")) from None
     height, width = image_size(config)
+    crop_mode = dict(squash="squash", pad="border").get(config.DATA.FIT, "center" if config.TEST.CROP else "squash")
     return dict(
         input_size=[3, height, width],
         interpolation=config.DATA.INTERPOLATION or getattr(published, "interpolation", None) or "bicubic",
         mean=list(config.DATA.MEAN or getattr(published, "mean", None) or IMAGENET_DEFAULT_MEAN),
         std=list(config.DATA.STD or getattr(published, "std", None) or IMAGENET_DEFAULT_STD),
-        crop_pct=(getattr(published, "crop_pct", None) or 224 / 256) if config.TEST.CROP else 1.0,
-        crop_mode="center" if config.TEST.CROP else "squash",
+        crop_pct=(getattr(published, "crop_pct", None) or 224 / 256) if crop_mode == "center" else 1.0,
+        crop_mode=crop_mode,
     )
 
 
 def build_eval_transform(prepare: dict[str, Any]) -> Callable[[Image.Image], Any]:
     """The transform that ``preprocessing`` describes: from a PIL image to a normalised float tensor (3, H, W)."""
-    return create_transform(
+    interpolation = "bicubic" if prepare["interpolation"] == "random" else prepare["interpolation"]
+    transform = create_transform(
         input_size=tuple(prepare["input_size"]), is_training=False, mean=tuple(prepare["mean"]), std=tuple(prepare["std"]),
-        interpolation="bicubic" if prepare["interpolation"] == "random" else prepare["interpolation"],
+        interpolation=interpolation,
         crop_pct=prepare["crop_pct"], crop_mode=prepare["crop_mode"])
+    if prepare["crop_mode"] == "border":
+        size = tuple(prepare["input_size"][1:])
+        transform.transforms[:2] = ResizeInside(size, 1.0, interpolation), CenterCropOrPad(size, mean_colour(prepare["mean"]))
+    return transform
 
 
 def build_train_transform(config: CfgNode) -> Callable[[Image.Image], Any]:
@@ -71,6 +79,9 @@ def build_train_transform(config: CfgNode) -> Callable[[Image.Image], Any]:
         raise ConfigError(f"AUG.AUTO_AUGMENT is {aug.AUTO_AUGMENT!r}; give a timm policy such as "
                           "rand-m9-mstd0.5-inc1, augmix-m3-w3, original or none") from None
     _patch_operations(transform)
+    if config.DATA.FIT != "crop":
+        transform.transforms[0] = ProportionalCrop(transform.transforms[0],
+                                                   mean_colour(prepare["mean"]) if config.DATA.FIT == "pad" else None)
     return transform
 
 

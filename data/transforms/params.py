@@ -20,6 +20,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import transforms
 
+from data.transforms.fit import ProportionalCrop, relative
 from data.transforms.randaugment import BRIGHTNESS, COLOR, CONTRAST, OPERATIONS
 
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -45,6 +46,8 @@ class Augmentation:
         size: (height, width) of the result.
         mode: interpolation of the crop and of the geometric operations, bicubic or bilinear.
         fill: (R, G, B) of what a geometric operation uncovers.
+        proportional: ratios of the crop are relative to the image's own (``data/transforms/fit.py``).
+        padding: (R, G, B) around a crop that keeps its shape; None where it is resized to ``size``.
         mean, std: (3,) float tensors of the normalisation.
         erase: what fills an erased box: ``"pixel"`` (noise), ``"rand"`` (a random colour) or ``"const"`` (zeros).
     """
@@ -69,7 +72,8 @@ class Augmentation:
             if mode not in _MODES.values():
                 raise LookupError(f"interpolation {mode}")
             self.size, self.mode, self.scale, self.ratio = part.size, mode, part.scale, part.ratio
-            self.log_ratio = math.log(part.ratio[0]), math.log(part.ratio[1])
+            self.proportional = isinstance(part, ProportionalCrop)
+            self.padding = part.fill if self.proportional else None
         elif isinstance(part, transforms.RandomHorizontalFlip):
             self.hflip = part.p
         elif isinstance(part, transforms.RandomVerticalFlip):
@@ -109,7 +113,8 @@ class Augmentation:
         return AugmentParams(crop, hflip, vflip, operations, self._sample_boxes() if self.erasing is not None else [])
 
     def _sample_crop(self, width: int, height: int) -> Box:
-        whole, (low, high) = width * height, self.log_ratio
+        whole, ratio = width * height, relative(self.ratio, width, height) if self.proportional else self.ratio
+        low, high = math.log(ratio[0]), math.log(ratio[1])
         for _ in range(10):
             area = random.uniform(*self.scale) * whole
             aspect = math.exp(random.uniform(low, high))
@@ -118,10 +123,10 @@ class Augmentation:
                 top = random.randint(0, height - h)  # drawn before the column, as timm does
                 return top, random.randint(0, width - w), h, w
         w, h = width, height  # the centre of an image too long for the ratios
-        if width / height < min(self.ratio):
-            h = int(round(w / min(self.ratio)))
-        elif width / height > max(self.ratio):
-            w = int(round(h * max(self.ratio)))
+        if width / height < min(ratio):
+            h = int(round(w / min(ratio)))
+        elif width / height > max(ratio):
+            w = int(round(h * max(ratio)))
         return (height - h) // 2, (width - w) // 2, h, w
 
     def _sample_policy(self) -> list[tuple[int, float]]:

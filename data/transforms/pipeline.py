@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
+from timm.data.transforms import CenterCropOrPad, RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torch import Tensor
 from torchvision import transforms
 from yacs.config import CfgNode
@@ -27,6 +27,7 @@ from data.sources.base import Source
 from data.transforms import randaugment
 from data.transforms.build import build_eval_transform, build_train_transform, preprocessing
 from data.transforms.device_transforms import DeviceAugment, DeviceNormalise
+from data.transforms.fit import fitted_size, padded
 from data.transforms.params import Augmentation
 
 
@@ -142,7 +143,8 @@ class PillowPipeline(Pipeline):
     """timm's transform on what Pillow decodes: normalised float (3, H, W)."""
 
     def __init__(self, transform: Callable[[Any], Tensor]):
-        crop = next(t for t in transform.transforms if isinstance(t, (RandomResizedCropAndInterpolation, transforms.CenterCrop)))
+        kinds = (RandomResizedCropAndInterpolation, transforms.CenterCrop, CenterCropOrPad)
+        crop = next(t for t in transform.transforms if isinstance(t, kinds))
         self.transform, self.shape = transform, (3, *crop.size)
 
     def __call__(self, source: Source, index: int, out: Tensor | None = None) -> Tensor:
@@ -191,7 +193,10 @@ class TrainPipeline(_FastPipeline):
         augmentation = self.augmentation
         (height, width), pixels = self.decoder.open(source, index)
         params = augmentation.sample(width, height)
-        crop = resize_crop(pixels(params.crop[0] + params.crop[2]), params.crop, augmentation.size, augmentation.mode)
+        size = augmentation.size if augmentation.padding is None else fitted_size(*params.crop[2:], augmentation.size)
+        crop = resize_crop(pixels(params.crop[0] + params.crop[2]), params.crop, size, augmentation.mode)
+        if augmentation.padding is not None:
+            crop = padded(crop, augmentation.size, augmentation.padding)
         if self.on_device:
             return _copy_to(out, crop), augmentation.pack(params, random.getrandbits(48))
         if params.hflip or params.vflip:
@@ -224,8 +229,8 @@ class EvalPipeline(_FastPipeline):
         for part in transform.transforms:
             if isinstance(part, (transforms.Resize, ResizeKeepRatio)):
                 self.resize, mode = part, part.interpolation
-            elif isinstance(part, transforms.CenterCrop):
-                self.size = tuple(part.size)
+            elif isinstance(part, (transforms.CenterCrop, CenterCropOrPad)):
+                self.size, self.padding = tuple(part.size), getattr(part, "fill", None)
             elif isinstance(part, transforms.Normalize):
                 mean, std = torch.as_tensor(part.mean), torch.as_tensor(part.std)
             elif not isinstance(part, transforms.ToTensor):
@@ -238,14 +243,19 @@ class EvalPipeline(_FastPipeline):
     def __call__(self, source: Source, index: int, out: Tensor | None = None) -> Tensor:
         shape, pixels = self.decoder.open(source, index)
         resized = self._resized_size(*shape)
-        top, left = (int(round((a - b) / 2)) for a, b in zip(resized, self.size, strict=True))
-        rows = rows_needed(shape[0], resized[0], top + self.size[0])
-        crop = resize_window(pixels(rows), shape, resized, (top, left, *self.size), self.mode)
+        size = self.size if self.padding is None else resized
+        top, left = (int(round((a - b) / 2)) for a, b in zip(resized, size, strict=True))
+        rows = rows_needed(shape[0], resized[0], top + size[0])
+        crop = resize_window(pixels(rows), shape, resized, (top, left, *size), self.mode)
+        if self.padding is not None:
+            crop = padded(crop, self.size, self.padding)
         return _copy_to(out, crop) if self.on_device else self.normalise(crop, out)
 
     def _resized_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) after the resize; timm's transforms make it no smaller than the crop."""
+        """(height, width) after the resize; timm's transforms make it no smaller than the crop, or where they pad no larger."""
         size = self.resize.size
+        if self.padding is not None:
+            return fitted_size(height, width, size)
         if isinstance(self.resize, ResizeKeepRatio):
             ratio = min(height / size[0], width / size[1])
             return round(height / ratio), round(width / ratio)

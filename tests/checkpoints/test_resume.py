@@ -133,13 +133,14 @@ def test_a_finished_run_is_not_the_result_of_another_recipe(straight: Path, tiny
 
 
 def test_images_changed_under_a_run_are_told(straight: Path, tiny_cfg: Path, images: Path, program) -> None:
-    """Two class folders swapped: as many steps, the same names."""
+    """Two class folders swapped, whose files have the same names: as many steps, the same list."""
     shutil.copytree(straight, program.folder / "output/tiny/default", symlinks=True)
     shutil.copytree(images, "moved")
     moved = ("--cfg", tiny_cfg, "--epochs", 7, "--data-path", "moved")
     assert program(*moved).returncode == 0  # the same images at another place
     for split in ("train", "val"):
-        Path("moved", split, "d", "2.jpg").rename(Path("moved", split, "d", "9.jpg"))
+        for name, other in (("c", "x"), ("d", "c"), ("x", "d")):
+            Path("moved", split, name).rename(Path("moved", split, other))
     more = ("--cfg", tiny_cfg, "--epochs", 8, "--data-path", "moved")
     refused = program(*more)
     assert refused.returncode == 2 and "training images" in refused.stderr and "validation images" in refused.stderr

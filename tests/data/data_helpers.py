@@ -104,6 +104,20 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
     path.write_bytes(tar_bytes(members))
 
 
+def damages(whole: bytes) -> dict[str, tuple[bytes, int]]:
+    """Ways a tar is spoiled: (what is left of it, the byte that the message names)."""
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        members = tar.getmembers()
+    middle, last = members[len(members) // 2], members[-1]
+    end = last.offset_data + -(-last.size // 512) * 512
+    flipped = bytearray(whole)
+    flipped[middle.offset + 5] ^= 16
+    return {"a bit of a header": (bytes(flipped), middle.offset), "cut in a header": (whole[:middle.offset + 100], middle.offset),
+            "cut at a member's end": (whole[:middle.offset], middle.offset), "cut in a member": (whole[:last.offset_data + 9], end),
+            "cut before the end marker": (whole[:end], end), "half an end marker": (whole[:end + 512], end),
+            "two joined": (whole + whole, end), "something behind": (whole + b"x", end), "empty": (b"", 0)}
+
+
 def write_zip(path: Path, members: list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> None:
     with zipfile.ZipFile(path, "w", method) as file:
         for name, data in members:

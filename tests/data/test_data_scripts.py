@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_images
 from data_helpers import CLASSES, content, image_paths, same_content, sources, write_archives
 from PIL import Image
 
@@ -76,6 +76,11 @@ def test_make_shards(plain: Path, tmp_path: Path, script) -> None:
     assert {p.name: p.read_bytes() for p in shards} == before
     other = script("make_shards.py", plain, tmp_path / "shards", "--images", 4)
     assert other.returncode == 3 and "choose another folder" in other.stderr
+    for number, name in enumerate(("a\tb", "a\nb", " a", "a\u2028b", os.fsdecode(b"a\xff"))):  # classes.txt has a line a class
+        for split in ("train", "val"):
+            write_images(tmp_path / str(number), split, {name: 1, "x": 1})
+        refused = script("make_shards.py", tmp_path / str(number), tmp_path / "other")
+        assert refused.returncode == 3 and "rename its folder" in refused.stderr and not (tmp_path / "other").exists()
 
 
 def test_resize_dataset(tmp_path: Path, script) -> None:

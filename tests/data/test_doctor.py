@@ -269,6 +269,23 @@ def test_little_or_nothing(make, status: int, codes: set[str], tmp_path: Path, p
         assert program("--doctor", "--data-path", root, *TINY, "DATA.VAL_FRACTION", 0.1).returncode == 0
 
 
+def test_long_images_are_found_from_two_to_one_on(tmp_path: Path, program) -> None:
+    """Against the input's shape; what the finding advises ends it."""
+    for number, shape in enumerate([(160, 80), (80, 161), (159, 80), (80, 80), (80, 90), (90, 80)]):
+        for split in ("train", "val"):
+            (tmp_path / f"data/{split}/{number % 2}").mkdir(parents=True, exist_ok=True)
+            picture(number + 10 * (split == "val"), *shape).save(tmp_path / f"data/{split}/{number % 2}/{number}.png")
+    rest = "--data-path", tmp_path / "data", *TINY, "DATA.BATCH_SIZE", 2
+    assert program("--doctor", *rest).returncode == 0
+    found = report_of(tmp_path / "output/doctor/data")[1]["long"]
+    assert found["severity"] == "warning" and names(found) == {"train/0/0.png", "val/0/0.png", "train/1/1.png", "val/1/1.png"}
+    assert found["mend"] == ["--opts DATA.FIT squash"]
+    assert program("--doctor", *rest, "DATA.FIT", "squash").returncode == 0
+    assert "long" not in report_of(tmp_path / "output/doctor/data")[1]
+    assert program(*("[64, 96]" if word == "64" else word for word in ("--doctor", *rest))).returncode == 0
+    assert names(report_of(tmp_path / "output/doctor/data")[1]["long"]) == {"train/1/1.png", "val/1/1.png"}
+
+
 def _after(_: int, root: Path) -> list[Path]:
     return list(root.rglob("*.jpg"))
 

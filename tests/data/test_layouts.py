@@ -18,7 +18,8 @@ from PIL import Image
 from config import ConfigError
 from data import DataError, build_loaders
 from data.layouts import digits
-from data.layouts.detect import Options, detect_layout
+from data.layouts.detect import detect_layout
+from data.layouts.options import Options
 from data.sources.folder import scan_folder
 
 

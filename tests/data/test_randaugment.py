@@ -131,7 +131,8 @@ def test_no_parameters_fail_and_zero_bits_are_black() -> None:
 
 @pytest.mark.parametrize("opts", [(), ("AUG.AUTO_AUGMENT", "none"), ("AUG.AUTO_AUGMENT", "rand-m5-n3-p0.7-mstd101"),
                                   ("AUG.AUTO_AUGMENT", "rand-m9-tweights-inc1", "AUG.VFLIP", 0.5), ("DATA.INTERPOLATION", "bilinear"),
-                                  ("AUG.REMODE", "rand", "AUG.REPROB", 1, "AUG.RECOUNT", 3), ("AUG.REMODE", "const", "AUG.REPROB", 1)])
+                                  ("AUG.REMODE", "rand", "AUG.REPROB", 1, "AUG.RECOUNT", 3), ("AUG.REMODE", "const", "AUG.REPROB", 1),
+                                  ("DATA.FIT", "squash"), ("DATA.FIT", "pad", "AUG.RATIO", "[0.2, 5]")])
 def test_a_sample_is_the_one_timm_makes_of_the_same_seeds(opts, monkeypatch) -> None:
     """Not only the same distribution: the same random numbers, so that the images differ by the resize's rounding alone."""
     monkeypatch.setattr(ra, "cv2", None)

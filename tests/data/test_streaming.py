@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import sys
 import types
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_MODEL, differences, load
-from data_helpers import write_tar
+from data_helpers import damages, write_tar
 
 from config import ConfigError, get_config
 from data import DataError, build_loaders
+from data.streaming.webdataset import open_shard_stream
 
 CLASSES = "abcd"
 
@@ -133,6 +135,31 @@ def test_a_bad_image_is_replaced_and_counted_once(images: Path, tmp_path: Path) 
     assert not differences(*runs) and len(lines) == 2 and "train-01.tar/0003.jpg: not a readable image" in lines[0]
     with pytest.raises(DataError, match="DATA.CORRUPT_BUDGET"):
         list(loaders_of(options, "DATA.CORRUPT_BUDGET", 0, splits=("train",)).batches())
+
+
+def test_a_damaged_shard_is_no_shorter_stream(images: Path, tmp_path: Path) -> None:
+    """Neither in training, whatever number of images is given, nor in evaluation, nor where a connection may have broken off."""
+    pytest.importorskip("webdataset")
+    train = write_shards(tmp_path, "train", records(images, "train")[:16], 2)
+    options = ["DATA.DATA_PATH", train, "DATA.VAL_PATH", train, "DATA.STREAM_IMAGES", 16, "MODEL.NUM_CLASSES", 4]
+    path = tmp_path / "train-01.tar"
+    for how, (data, place) in damages(path.read_bytes()).items():
+        path.write_bytes(data)
+        place = "[0-9]+" if how == "cut in a member" else place
+        for split, more in (("train", ()), ("val", ()), ("train", ("DATA.STREAM_IMAGES", 13))):
+            with pytest.raises(DataError, match=f"train-01.tar: a damaged tar file at byte {place},"):
+                loaders = loaders_of(options, *more, splits=(split,))
+                found = list(loaders.batches() if split == "train" else loaders.val)
+                pytest.fail(f"{how}: {len(found)} batches")
+    remote = train.replace("file://", "https://host")
+    stream, tries = open_shard_stream(remote, list(CLASSES)), []
+    stream.patience = 0.01
+    webdataset = sys.modules["webdataset"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(webdataset, "gopen", lambda url: tries.append(url) or io.BytesIO(path.read_bytes()))
+        with pytest.raises(DataError, match="DATA.READ_PATIENCE"):
+            list(stream.records([1]))
+    assert len(tries) > 1
 
 
 def test_what_is_missing_is_named(shards: list[object], parquet: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

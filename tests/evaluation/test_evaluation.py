@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import errno
 import json
 import os
@@ -148,7 +149,7 @@ def test_figures_of_each_class(world: Path, program) -> None:
 
 def test_the_table_by_hand() -> None:
     target, top1 = np.array([0, 0, 0, 1, 1, -1]), np.array([0, 2, 2, 1, 0, 1])
-    answers = ImagePredictions(target, top1, top1 == target, np.ones(6, np.float32), np.ones(6, np.float32))
+    answers = ImagePredictions(target, top1, top1, top1 == target, np.ones(6, np.float32), np.ones(6, np.float32), 6)
     table = PerClass.of(answers.target, answers.top1, 4)
     assert table.images.tolist() == [3, 2, 0, 0] and table.correct.tolist() == [1, 1, 0, 0] and table.answered.tolist() == [2, 1, 2, 0]
     assert table.mistaken.tolist() == [2, 0, -1, -1] and table.times.tolist() == [2, 1, 0, 0]
@@ -156,6 +157,7 @@ def test_the_table_by_hand() -> None:
     assert table.macro() == pytest.approx(((1 / 3 + 1 / 2) / 2, 0.75, (2 / 5 + 2 / 3) / 2))
     assert table.csv(list("abcd"))[:].splitlines()[3] == "c,0,0,,0.000000,,2,,0"
     assert answers.evaluation().line == "top1 40.00 top5 40.00 loss 1.0000 (2 of 5)"
+    assert dataclasses.replace(answers, choices=5).evaluation().line == "top1 40.00 loss 1.0000 (2 of 5)"
 
 
 def sorted_by_answer(world: Path, folder: Path, names: list[str]) -> list[int]:
@@ -301,7 +303,7 @@ def test_verdict_by_hand() -> None:
     target = np.zeros(n, np.int64)
     a, b = np.ones(n, np.int64), np.ones(n, np.int64)
     a[:20], b[18:22] = 0, 0  # A alone: 18, both: 2, B alone: 2
-    answers = [ImagePredictions(target, top1, top1 == 0, np.ones(n), np.ones(n)) for top1 in (a, b)]
+    answers = [ImagePredictions(target, top1, top1, top1 == 0, np.ones(n), np.ones(n), 2) for top1 in (a, b)]
     lines = report(["x", "y"], *answers)
     assert "right: both 2, A alone 18, B alone 2, neither 18, of 40 images" in lines[2] and "+40.00 points" in lines[3]
     assert lines[4].startswith(f"McNemar's exact test: p = {mcnemar(18, 2):.3g}; A is better")
@@ -316,6 +318,7 @@ def test_answers_stand_in_the_order_of_the_images() -> None:
     recorder(torch.tensor([[0.0, 3.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), torch.tensor([1, 1, -1]))
     answers = recorder.predictions(Loader())
     assert answers.target.tolist() == [0, 2, -1, 1, 1] and answers.top1.tolist() == [1, 2, 2, 1, 2]
+    assert answers.second.tolist() == [2, 1, 1, 2, 1] and answers.choices == 2
     assert answers.right.tolist() == [False, True, False, True, False]
     assert answers.confidence[1] == pytest.approx(1 / (1 + np.exp(-1)))
 
@@ -357,7 +360,7 @@ def test_a_full_disk_costs_the_file_not_the_figures(world: Path, program, monkey
 
 
 def test_names_of_classes_stay_on_their_line() -> None:
-    answers = ImagePredictions(np.array([0, 1]), np.array([1, 1]), np.ones(2, bool), np.ones(2), np.ones(2))
+    answers = ImagePredictions(np.array([0, 1]), np.array([1, 1]), np.array([0, 0]), np.ones(2, bool), np.ones(2), np.ones(2), 2)
     table = PerClass.of(answers.target, answers.top1, 2)
     names = ["a\ntop1 99.99", "b\udcff"]
     told = describe(answers, table, names)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import load, write_images
-from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, f1_score
+from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, f1_score, roc_auc_score
 
 from config import ConfigError, get_config
 from utils.tasks.classification import Classification
@@ -35,6 +36,33 @@ def test_metrics_are_those_of_scikit_learn(batch: int) -> None:
         assert "mean recall" in found.line
 
 
+@pytest.mark.parametrize("batch", [7, 60])
+def test_auroc_is_that_of_scikit_learn_and_of_two_classes(batch: int, images: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.tensor([0] * 50 + [1] * 10 + [-1] * 3)
+    logits = (4 * torch.randn(63, 2, generator=generator)).round()  # with ties
+    found = evaluated(logits, targets, batch, "TRAIN.BEST_METRIC", "auroc")
+    assert found.values["auroc"] == pytest.approx(roc_auc_score(targets[:60], (logits[:, 1] - logits[:, 0])[:60]), abs=1e-12)
+    assert "AUROC 0." in found.line and "top5" not in found.line
+    assert math.isnan(evaluated(logits[:50], targets[:50], batch, "TRAIN.BEST_METRIC", "auroc").values["auroc"])
+    with pytest.raises(ConfigError, match=r"TRAIN\.BEST_METRIC is auroc.* has 4"):
+        config = get_config(None, ["DATA.DATA_PATH", str(images), "DATA.NUM_WORKERS", "0", "TRAIN.BEST_METRIC", "auroc"])
+        Classification(config).build_loaders(config)
+
+
+def test_a_model_of_one_answer_is_cautioned_against() -> None:
+    logits = torch.tensor([[1.0, 0.0, 0.5]] * 20)
+    assert "number 0" in evaluated(logits, torch.tensor([0] * 19 + [1]), 7).caution
+    assert not evaluated(logits, torch.tensor([0] * 19 + [-1]), 7).caution  # all are of that class
+    logits[3, 1] = 2
+    assert not evaluated(logits, torch.tensor([0] * 19 + [1]), 7).caution
+
+
+def test_top5_is_told_from_six_classes_on() -> None:
+    targets = torch.arange(5)
+    assert "top5" not in evaluated(torch.eye(5), targets, 5).line and "top5 100.00" in evaluated(torch.eye(6)[:5], targets, 5).line
+
+
 def test_mean_recall_is_told_where_classes_are_uneven() -> None:
     logits = torch.tensor([[1.0, 0.0]] * 20)
     constant = evaluated(logits, torch.tensor([0] * 19 + [1]), 20)
@@ -47,6 +75,7 @@ def test_mean_recall_is_told_where_classes_are_uneven() -> None:
     (dict(top1=95.0, val_loss=0.2), dict(top1=95.0, val_loss=0.3), True),
     (dict(top1=95.0, val_loss=0.3), dict(top1=95.0, val_loss=0.2), False),
     (dict(top1=94.9, val_loss=0.1), dict(top1=95.0, val_loss=0.2), False),
+    (dict(top1=float("nan"), val_loss=0.1), dict(top1=float("nan"), val_loss=0.2), True),
     (dict(top1=95.0, val_loss=0.1), dict(top1=95.0), False)])  # a checkpoint of an older version does not say
 def test_of_equals_the_lower_loss_is_the_best(values: dict, best: dict, better: bool) -> None:
     assert Classification(get_config()).beats(values, best) == better
@@ -55,11 +84,14 @@ def test_of_equals_the_lower_loss_is_the_best(values: dict, best: dict, better: 
 def test_the_metric_that_is_asked_for_decides(tiny_cfg: Path, program) -> None:
     write_images(program.folder / "uneven", "train", dict(a=40, b=8))
     write_images(program.folder / "uneven", "val", dict(a=12, b=3), seed=1)
-    done = program("--cfg", tiny_cfg, "--data-path", "uneven", "--epochs", 4, "--opts", "TRAIN.BEST_METRIC", "loss", "TRAIN.EMA_DECAY", 0)
+    done = program("--cfg", tiny_cfg, "--data-path", "uneven", "--epochs", 4, "--opts", "TRAIN.BEST_METRIC", "auroc", "TRAIN.EMA_DECAY",
+                   0)
     assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("every image is taken for the class 'a'") == 1, done
     run = program.folder / "output/tiny/default"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert load(run / "best.pth")["best"]["val_loss"] == min(row["val_loss"] for row in rows)
+    assert load(run / "best.pth")["best"]["auroc"] == max(row["auroc"] for row in rows) > 0
+    assert done.stdout.count("AUROC") == 5 and "top5" not in done.stdout + (run / "report.html").read_text()
     assert done.stdout.count("mean recall") == 4 and 0 <= rows[0]["mean_recall"] <= 100
     with pytest.raises(ConfigError, match="TRAIN.BEST_METRIC"):
         get_config(None, ["TRAIN.BEST_METRIC", "accuracy"])

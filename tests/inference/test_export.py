@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -21,8 +22,12 @@ from utils.commands.export import Normalised
 
 @pytest.fixture
 def shares(program, tiny_run: Path, images: Path) -> torch.Tensor:
+    return shares_of(program, tiny_run, images)
+
+
+def shares_of(program, tiny_run: Path, images: Path, *opts: str) -> torch.Tensor:
     """Probabilities of one validation image in the order of the classes, by --predict on Pillow's pixels."""
-    done = program("--predict", images / "val/c/1.png", "--resume", tiny_run, "--json", "-", "--opts", "DATA.DECODER", "pillow")
+    done = program("--predict", images / "val/c/1.png", "--resume", tiny_run, "--json", "-", "--opts", "DATA.DECODER", "pillow", *opts)
     top = json.loads(done.stdout)["top"]
     return torch.tensor([share for _, share in sorted((row["number"], row["probability"]) for row in top)])
 
@@ -56,13 +61,54 @@ def test_hub_folder_opens_in_timm(program, tiny_run: Path, images: Path, shares)
     assert not list(here.rglob(".tmp*"))
 
 
-def test_pt2_carries_what_it_needs(program, tiny_run: Path, images: Path, shares) -> None:
-    done = program("--export", "m.pt2", "--resume", tiny_run)
+def test_hub_folder_opens_in_transformers(program, tiny_run: Path, images: Path, shares, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.disable_progress_bar()
+    assert program("--export", "mine", "--resume", tiny_run).returncode == 0
+    model = transformers.AutoModelForImageClassification.from_pretrained("mine").eval()
+    ours = timm.create_model("local-dir:mine", pretrained=True).eval()
+    x = torch.randn(3, *ours.pretrained_cfg["input_size"])
+    assert torch.equal(model(pixel_values=x).logits, ours(x)) and list(model.config.id2label.values()) == ["a", "b", "c", "d"]
+    # Models are built there without storage: what no file holds must be filled in again.
+    filled = dict(model.timm_model.named_buffers())
+    assert all(torch.equal(buffer, filled[name]) for name, buffer in ours.named_buffers()) and any("keep" in name for name in filled)
+    told = transformers.pipeline("image-classification", model="mine")(str(images / "val/c/1.png"))
+    assert all(abs(row["score"] - float(shares["abcd".index(row["label"])])) < 1e-5 for row in told) and len(told) == 4
+
+
+def test_the_program_reads_its_own_export(program, tiny_run: Path, tiny_cfg: Path, images: Path) -> None:
+    assert program("--export", "mine/", "--resume", tiny_run).returncode == 0
+    described = (program.folder / "mine/config.json").read_text()
+    assert str(images) not in described and json.loads(described)["recipe"]["config"]["MODEL.NAME"] == "tiny"
+    wanted = program("--eval", "--resume", tiny_run, "--weights", "ema").stdout.splitlines()[-1]
+    for path in ("mine", "mine/model.safetensors"):
+        done = program("--eval", "--resume", path, "--data-path", images)
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == wanted, done
+    done = program("--eval", "--resume", "mine/")
+    assert done.returncode == 2 and "--data-path" in done.stderr
+    done = program("--cfg", tiny_cfg, "--pretrained", "mine/", "--epochs", 1, "--opts", "TRAIN.REPORT", "none")
+    assert done.returncode == 0 and "98 tensors kept" in done.stdout and "fresh" not in done.stdout, done
+    done = program("--resume", "mine/", "--data-path", images, "--tag", "other")
+    assert done.returncode == 3 and "--pretrained mine/" in done.stderr
+    done = program("--predict", images / "val/c/1.png", "--resume", "mine/", "--json", "-")
+    assert done.returncode == 0 and {row["class"] for row in json.loads(done.stdout)["top"]} == set("abcd")
+    (program.folder / "mine/config.json").write_text(described.replace('"hvt_format": 1', '"hvt_format": "x"'))
+    done = program("--eval", "--resume", "mine/", "--data-path", images)
+    assert done.returncode == 3 and "mine/config.json: damaged" in done.stderr
+
+
+def test_pt2_carries_what_it_needs(program, tiny_run: Path, images: Path) -> None:
+    """Of a model whose images are padded."""
+    shares = shares_of(program, tiny_run, images, "DATA.FIT", "pad")
+    done = program("--export", "m.pt2", "--resume", tiny_run, "--opts", "DATA.FIT", "pad")
     assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) == 2, done
     beside = {"classes.json": "", "preprocessing.json": ""}
     model = torch.export.load(str(program.folder / "m.pt2"), extra_files=beside).module()
     assert json.loads(beside["classes.json"]) == ["a", "b", "c", "d"]
-    pixels = timm_pixels(json.loads(beside["preprocessing.json"]), images / "val/c/1.png")
+    prepare = json.loads(beside["preprocessing.json"])
+    assert "pad" in prepare["steps"]
+    pixels = timm_pixels(prepare, images / "val/c/1.png")
     assert torch.allclose(model(pixels.expand(3, -1, -1, -1)).softmax(dim=1)[2], shares, atol=1e-5)
 
 
@@ -114,6 +160,9 @@ def test_mistakes_and_failures_leave_nothing_behind(program, tiny_run: Path, mon
         done = program("--export", *arguments, "--resume", tiny_run)
         assert done.returncode == status and len(done.stderr.splitlines()) == 1 and not done.stdout, (arguments, done)
         assert all(word in done.stderr for word in words), (arguments, done.stderr)
+    if importlib.util.find_spec("onnxruntime"):
+        done = program("--export", "m.onnx", "--resume", tiny_run, "--opts", "EXPORT.OPSET", 99)
+        assert done.returncode == 2 and "EXPORT.OPSET is 99" in done.stderr
     done = program("--export", "m.pt2")
     assert done.returncode == 2 and "--export needs weights" in done.stderr
     monkeypatch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed

@@ -18,7 +18,7 @@ from conftest import ROOT, differences, environment, load, write_images
 from config import get_config
 from utils.runtime.precision import choose_precision
 
-TOP1 = re.compile(r"^top1 (\d+\.\d\d) top5 (\d+\.\d\d) loss (\d+\.\d{4}) \((\d+) of (\d+)\)$", re.M)
+TOP1 = re.compile(r"^top1 (\d+\.\d\d)(?: top5 (\d+\.\d\d))? loss (\d+\.\d{4}) \((\d+) of (\d+)\)$", re.M)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_fine_tuning_replaces_the_head_and_resume_refuses(trained: Path, tiny_cf
     done = program(*arguments, "--pretrained", trained / "best.pth")
     assert done.returncode == 0, done.stderr
     assert "head replaced by a fresh one" in done.stdout
-    assert float(TOP1.search(done.stdout)[2]) == 100.0  # top-5 of two classes
+    assert TOP1.search(done.stdout)[2] is None  # top-5 of two classes
     refused = program(*arguments, "--resume", trained / "best.pth", "--tag", "r")
     assert refused.returncode == 2 and f"--pretrained {trained / 'best.pth'}" in refused.stderr
     assert "4 classes" in refused.stderr and refused.stderr.count("\n") == 1

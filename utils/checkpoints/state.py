@@ -78,7 +78,7 @@ class TrainState:
             if saved not in (None, wanted):
                 raise ValueError(f"it was {saved}")
             self.optimizer.load_state_dict(content["optimizer"])
-        except (ValueError, KeyError) as error:
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: its optimizer state does not fit {wanted} ({error}); keep the optimizer and the "
                                   f"parameter groups of the run, or start a new run with another --tag and --pretrained {path}") from None
         for group, values in zip(self.optimizer.param_groups, ours, strict=True):

@@ -32,7 +32,8 @@ from utils.tasks.classification_report import ClassificationReport
 
 Pair = tuple[CfgNode, Any]
 # What a file's own config says even here: its model, and how it wants its images. All else is the first file's, or the command's.
-_OF_THE_FILE = ("MODEL.", "TRAIN.", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "TEST.CROP", "FUSED_LAYERNORM")
+_OF_THE_FILE = ("MODEL.", "TRAIN.", "DATA.IMG_SIZE", "DATA.FIT", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "TEST.CROP",
+                "FUSED_LAYERNORM")
 
 
 class _KeepsLogits(nn.Module):

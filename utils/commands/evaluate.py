@@ -39,6 +39,8 @@ def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: lo
         images = track(loaders.val, len(loaders.val), "evaluating", logger)
         *raw, result = evaluate(task, models, images, device, precision, record=report.record)
         tell_unreadable(loaders.val, result, logger)
+    if result.caution:
+        logger.warning(result.caution)
     logger.info(f"images {decoding(loaders.val)}")
     *lines, last = report.lines(result, raw)
     written, failure = [], None

@@ -22,9 +22,10 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError, ProgramError, config_from_text
+from config import ConfigError, ProgramError, config_from_text, with_values
 from data import preprocessing
 from models import architecture
+from utils.checkpoints.exported import OWN, recipe_of
 from utils.inference.exporters import LIMIT, difference, onnx_runner, quiet_exporter, require_packages, trace, trace_onnx
 from utils.inference.trained_model import Trained, open_trained
 from utils.runtime.files import TEMPORARY, open_atomically, replace_file, require_place
@@ -69,6 +70,7 @@ def export_run(config: CfgNode, content: Any, device: torch.device, logger: logg
     write = _FORM[form_of(path)]
     if write is _write_onnx:
         require_packages()
+        _require_operator_set(config.EXPORT.OPSET)
     if write is _write_hub:
         _require_folder(path, config)
     else:
@@ -97,16 +99,23 @@ def form_of(path: str) -> str:
     return suffix[1:]
 
 
+def _require_operator_set(asked: int, written: int | None = None) -> None:
+    """Raise ``ConfigError`` for a set that the packages here do not know, or that the exporter has not ``written``."""
+    from onnx.defs import onnx_opset_version
+    if asked > onnx_opset_version() or written not in (None, asked):
+        raise ConfigError(f"EXPORT.OPSET is {asked}, which the ONNX packages here cannot write; leave it out, the exporter speaks 18")
+
+
 @contextlib.contextmanager
 def _explained(config: CfgNode, what: str) -> Iterator[None]:
     try:
         yield
-    except (ExportError, OSError):
+    except (ProgramError, OSError):
         raise
     except Exception as error:  # the exporters raise anything where a model does what they do not know
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ExportError(f"{config.MODEL.NAME} cannot be exported by {what} ({type(error).__name__}: {reason}); another form may do") \
-            from None
+        raise ExportError(f"{config.MODEL.NAME} cannot be exported by {what} ({type(error).__name__}: {reason}); another form may do"
+                          + (f", or EXPORT.OPSET 18 in place of {config.EXPORT.OPSET}" if config.EXPORT.OPSET > 18 else "")) from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,14 +125,14 @@ def _explained(config: CfgNode, what: str) -> Iterator[None]:
 def _write_onnx(config: CfgNode, trained: Trained, model: nn.Module, path: str) -> str:
     with _explained(config, "torch.onnx"):
         program = trace_onnx(model, _example(config, 2), config.EXPORT.OPSET)
+        _require_operator_set(config.EXPORT.OPSET, program.model.opset_imports[""])
         for node in program.model.graph:
             node.metadata_props.clear()  # where in whose sources it comes from
         program.model.metadata_props.update(_description(config, trained))
         with open_atomically(path) as file:
             program.save(file.name, external_data=False)
             worst = _largest_difference(config, model, onnx_runner(file.name), "onnxruntime")
-    opset = program.model.opset_imports[""]
-    return f"wrote {path}: ONNX, operator set {opset}; {_facts(config, path)}; {_verdict(worst, 'onnxruntime')}"
+    return f"wrote {path}: ONNX, operator set {config.EXPORT.OPSET}; {_facts(config, path)}; {_verdict(worst, 'onnxruntime')}"
 
 
 def _write_pt2(config: CfgNode, trained: Trained, model: nn.Module, path: str) -> str:
@@ -199,17 +208,28 @@ def _hub_config(config: CfgNode, trained: Trained, name: str, arguments: dict[st
     described = {label: words for label, words in zip(trained.classes, trained.descriptions, strict=True) if words}
     return dict(
         architecture=name, num_classes=len(trained.classes), num_features=getattr(trained.model, "num_features", None),
-        model_args=arguments, label_names=trained.classes, **trained.facts, **(dict(label_descriptions=described) if described else {}),
-        pretrained_cfg=dict(kept, **dict(prepare, interpolation=interpolation), num_classes=len(trained.classes), custom_load=False))
+        model_args={key: value for key, value in arguments.items() if key != "num_classes"},  # transformers gives it itself
+        label_names=trained.classes, **trained.facts, **(dict(label_descriptions=described) if described else {}),
+        pretrained_cfg=dict(kept, **dict(prepare, interpolation=interpolation), num_classes=len(trained.classes), custom_load=False),
+        **{OWN: recipe_of(_pixels_as_evaluated(config, trained), trained.step)})
+
+
+def _pixels_as_evaluated(config: CfgNode, trained: Trained) -> CfgNode:
+    """Published weights are evaluated on Pillow's pixels; as an export they no longer count as published."""
+    if not trained.published or config.DATA.DECODER != "auto":
+        return config
+    return with_values(config, {"DATA.DECODER": "pillow"}, "export")
 
 
 def _description(config: CfgNode, trained: Trained) -> dict[str, str]:
     """What ONNX and pt2 files carry beside the graph, as JSON texts."""
     prepare = preprocessing(config)
+    resize = dict(squash="resize to the input's size, whatever the shape", border="resize until the whole image fits in, pad with the mean "
+                  "colour").get(prepare["crop_mode"], "resize and crop")
     if config.EXPORT.PREPROCESS:
-        steps = "resize and crop; the model takes uint8 pixels of 0 to 255 in RGB, (N, 3, H, W), and normalises them itself"
+        steps = f"{resize}; the model takes uint8 pixels of 0 to 255 in RGB, (N, 3, H, W), and normalises them itself"
     else:
-        steps = "resize, crop, divide by 255, subtract mean, divide by std; RGB, (N, 3, H, W), float32"
+        steps = f"{resize}, divide by 255, subtract mean, divide by std; RGB, (N, 3, H, W), float32"
     facts = dict(classes=trained.classes, preprocessing=dict(prepare, steps=steps), model=dict(name=config.MODEL.NAME, step=trained.step),
                  **trained.facts)
     if any(trained.descriptions):

@@ -9,7 +9,8 @@ from yacs.config import CfgNode
 
 from config import ConfigError, command_of, config_for_another_command, get_config, lookup, with_values
 from data.build import has_label_sets
-from models.safe_load import CheckpointError, read_file
+from models.safe_load import CheckpointError
+from utils.checkpoints.exported import read_trained
 from utils.checkpoints.file_format import is_own, require_own, task_of
 
 # --------------------------------------------------------------------------------------------------
@@ -25,7 +26,7 @@ def resolve_config(cfg_file: str | None, opts: list[str]) -> tuple[CfgNode, Any]
     if compared := _asked_value("COMPARE.FILES", asked, opts):
         return _resolve_each(cfg_file, opts, compared)
     resume = os.path.expanduser(_asked_value("MODEL.RESUME", asked, opts))
-    config, content = _resolve(asked, opts, resume, read_file(resume) if resume else None)
+    config, content = _resolve(asked, opts, resume, read_trained(resume) if resume else None)
     _check_pretrained(config, opts)
     return config, content
 
@@ -69,7 +70,7 @@ def _resolve_each(cfg_file: str | None, opts: list[str], files: Any) -> tuple[Cf
     """(config of the first, [(config, content) of each]) of files to compare: each by its own config, bare weights by ``cfg_file``."""
     opts, found = [*opts, "COMPARE.FILES", files], []
     for path in map(os.path.expanduser, lookup(get_config(None, ["COMPARE.FILES", files]), "COMPARE.FILES")):
-        content, own = read_file(path), [*opts, "MODEL.RESUME", path]
+        content, own = read_trained(path), [*opts, "MODEL.RESUME", path]
         asked = get_config(cfg_file, own) if cfg_file and not is_own(content) else None
         found.append(_resolve(asked, own, path, content))
     return found[0][0], found

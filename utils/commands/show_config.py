@@ -73,10 +73,10 @@ def describe(path: str) -> Run:
         return Run("", path, flatten(get_config(path)))
     if not os.path.exists(path):
         raise ConfigError(f"{path}: no such run folder, checkpoint or YAML file")
-    from models.safe_load import read_file
+    from utils.checkpoints.exported import read_trained
     from utils.checkpoints.file_format import require_own
 
-    content = require_own(read_file(path), path)
+    content = require_own(read_trained(path), path)
     start = dict(event="start", **{key: content.get(key) for key in ("step", "versions", "git_commit", "global_batch", "steps_per_epoch")})
     best = content.get("best") or {}
     start["best"] = next((key for key in best if key not in ("epoch", "step")), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -66,6 +67,23 @@ def _kappa(sums: Tensor) -> float:
     return (observed - chance) / (1 - chance) if chance < 1 else 0.0
 
 
+def _scores(logits: Tensor, targets: Tensor) -> Tensor:
+    """(B, 2): how much likelier the second of two classes is, and the class."""
+    return torch.stack([logits[:, 1] - logits[:, 0], targets.to(logits.dtype)], dim=1)
+
+
+def _auroc(rows: Tensor) -> float:
+    """Area under the ROC curve: how often an image of the second class scores above one of the first, a tie counting half, by the ranks
+    of the scores (Mann and Whitney, 1947); nan without images of both."""
+    from scipy.stats import rankdata
+    scores, targets = rows[rows[:, 1] >= 0].numpy().T
+    second = targets == 1
+    images, others = int(second.sum()), int((~second).sum())
+    if not images or not others:
+        return math.nan
+    return float(rankdata(scores)[second].sum() - images * (images + 1) / 2) / (images * others)
+
+
 HEADLINE = (
     SumMetric("top1", "top1", sums=_hits(1), value=_ratio(100)),
     SumMetric("top5", "top5", sums=_hits(5), value=_ratio(100)),
@@ -76,13 +94,23 @@ METRICS = (*HEADLINE, SumMetric("mean_recall", "mean recall", sums=_per_class, v
 OTHERS = (
     SumMetric("f1", "F1", sums=_per_class, value=_macro_f1),
     SumMetric("kappa", "kappa", digits=4, sums=_per_class, value=_kappa),
+    SumMetric("auroc", "AUROC", digits=4, sums=_scores, value=_auroc, add=lambda a, b: torch.cat((a, b))),
 )
+FEW = 5  # classes up to which all are among the first five, so that top-5 says nothing
 UNEVEN = 1.5  # images of the largest class over those of the smallest, from where the mean recall is told beside top-1
 
 
 def detail(values: Mapping[str, float], samples: int) -> str:
     """``(313 of 360)``: images answered rightly, of all."""
     return f"({round(values['top1'] * samples / 100) if samples else 0} of {samples})"
+
+
+def only_answer(sums: Tensor) -> int | None:
+    """The class that all images of an evaluation, by its ``mean_recall`` sums, are taken for; None where there is not just one, or where
+    all are of one class."""
+    _, images, predicted = sums
+    answers = predicted.nonzero().flatten().tolist()
+    return answers[0] if len(answers) == 1 and int((images > 0).sum()) > 1 else None
 
 
 def uneven(sums: Tensor) -> bool:

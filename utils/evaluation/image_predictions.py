@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from data import DataError
 from data.errors import UnreadableImage
 from data.loading.sampler import ShardSampler
-from utils.evaluation.classification_metrics import HEADLINE, detail
+from utils.evaluation.classification_metrics import FEW, HEADLINE, detail
 from utils.evaluation.metrics import Evaluation, line
 from utils.evaluation.predictions_file import MOST_IMAGES, PredictionsFile, names_of, thumbnail
 from utils.runtime import distributed
@@ -26,16 +27,20 @@ class ImagePredictions:
     Attributes:
         target: class of the image.
         top1: class predicted.
+        second: the next likely one; -1 where there is but one.
         in5: the image's class is among the first five predictions.
         confidence: probability of the class predicted.
         loss: cross entropy, float32; its negative exponential is the probability of the image's class.
+        choices: how many classes predictions were chosen from.
     """
 
     target: np.ndarray
     top1: np.ndarray
+    second: np.ndarray
     in5: np.ndarray
     confidence: np.ndarray
     loss: np.ndarray
+    choices: int
 
     @property
     def right(self) -> np.ndarray:
@@ -47,11 +52,12 @@ class ImagePredictions:
         number = int(counted.sum())
         sums = dict(top1=self.right[counted].sum(), top5=self.in5[counted].sum(), val_loss=self.loss[counted].astype(np.float64).sum())
         values = {metric.name: metric.value(torch.tensor([sums[metric.name], number])) for metric in HEADLINE}
-        return Evaluation(values, number, line(HEADLINE, values, detail(values, number)))
+        told = [metric for metric in HEADLINE if metric.name != "top5" or self.choices > FEW]
+        return Evaluation(values, number, line(told, values, detail(values, number)))
 
     def on(self, classes: np.ndarray) -> ImagePredictions:
         """The same, with images of other ``classes`` (K,) marked as such that do not count."""
-        return ImagePredictions(np.where(np.isin(self.target, classes), self.target, -1), self.top1, self.in5, self.confidence, self.loss)
+        return dataclasses.replace(self, target=np.where(np.isin(self.target, classes), self.target, -1))
 
 
 class PredictionRecorder:
@@ -62,7 +68,7 @@ class PredictionRecorder:
     """
 
     def __init__(self, allowed: np.ndarray | None = None):
-        self.allowed, self._barred = allowed, None
+        self.allowed, self._barred, self._choices = allowed, None, 0
         self._rows: list[tuple[Tensor, ...]] = []
 
     def __call__(self, logits: Tensor, targets: Tensor) -> None:
@@ -74,7 +80,9 @@ class PredictionRecorder:
         logs = logits.log_softmax(1)
         best = logs.topk(min(5, logs.shape[1]), dim=1)
         of_target = logs.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-        self._rows.append((targets, best.indices[:, 0], (best.indices == targets[:, None]).any(1), best.values[:, 0], -of_target))
+        second = best.indices[:, 1] if logs.shape[1] > 1 else torch.full_like(targets, -1)
+        self._rows.append((targets, best.indices[:, 0], second, (best.indices == targets[:, None]).any(1), best.values[:, 0], -of_target))
+        self._choices = logs.shape[1] if self.allowed is None else len(self.allowed)
 
     def predictions(self, loader: Any) -> ImagePredictions:
         """The predictions of all ranks together, in the order of ``loader``'s images; every rank must ask."""
@@ -84,11 +92,12 @@ class PredictionRecorder:
             columns = [column[:sampler.high - sampler.low] for column in columns]
         else:
             columns = [column[columns[0] >= 0] for column in columns]
-        target, top1, in5, log, loss = (np.concatenate(parts) for parts in zip(*distributed.gather_objects(columns), strict=True))
-        return ImagePredictions(target, top1, in5, np.exp(log), loss)
+        parts = zip(*distributed.gather_objects([*columns, np.array([self._choices])]), strict=True)
+        target, top1, second, in5, log, loss, choices = map(np.concatenate, parts)
+        return ImagePredictions(target, top1, second, in5, np.exp(log), loss, int(choices.max()))
 
 
-_EMPTY = [np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0, np.float32), np.zeros(0, np.float32)]
+_EMPTY = [np.zeros(0, kind) for kind in (np.int64, np.int64, np.int64, bool, np.float32, np.float32)]
 
 
 _THUMBNAILS = 24

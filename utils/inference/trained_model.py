@@ -13,8 +13,8 @@ from yacs.config import CfgNode
 from config import ConfigError, config_from_text
 from data.layouts.splits import read_class_names
 from models import check_input_size, classifier_rows, load_pretrained, load_state
-from models.safe_load import read_file
 from models.weights import check_finite, unwrap_state_dict
+from utils.checkpoints.exported import read_trained
 from utils.checkpoints.file_format import is_own, task_of
 from utils.checkpoints.run_folder import run_folder
 from utils.runtime import distributed
@@ -157,8 +157,8 @@ def _weights_without_resume(config: CfgNode, command: str) -> tuple[str, Any]:
     if not os.path.exists(best):
         if not pretrained:
             raise ConfigError(f"{command} needs weights: give --resume FILE (there is no {best})")
-        return pretrained, read_file(pretrained)
-    content = read_file(best)
+        return pretrained, read_trained(pretrained)
+    content = read_trained(best)
     if pretrained and is_own(content) and pretrained != config_from_text(content["config"]).MODEL.PRETRAINED:
         raise ConfigError(f"{command} could take {best} of the run so named, or --pretrained {pretrained}; say which by --resume FILE")
     return best, content

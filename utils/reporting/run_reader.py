@@ -254,8 +254,9 @@ def facts(run: Run) -> dict[str, str]:
     if not run.folder:
         return found if best else {}
     last = run.evaluated[-1] if best else {}
-    # The loss of validation stands beside that of training among the curves.
-    found |= {f"last {metric.label}": metric.shown(last.get(metric.name)) for metric in run.metrics if metric.name != "val_loss"}
+    # The loss of validation stands beside that of training among the curves; of five classes all are among the first five.
+    passed_over = {"val_loss"} | ({"top5"} if run.predictions is not None and len(run.predictions.classes) <= 5 else set())
+    found |= {f"last {metric.label}": metric.shown(last.get(metric.name)) for metric in run.metrics if metric.name not in passed_over}
     done, planned = (run.rows[-1].get("epoch", "?") if run.rows else 0), run.config.get("TRAIN.EPOCHS", "?")
     speeds = sorted(row["images_per_s"] for row in run.steps or run.rows if _is_number(row.get("images_per_s")))
     skipped = (row["skipped_steps"] for row in run.rows if _is_number(row.get("skipped_steps")))

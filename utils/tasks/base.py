@@ -93,7 +93,8 @@ class Task(Protocol):
     def beats(self, values: Mapping[str, float], best: Mapping[str, float]) -> bool:
         """Whether an evaluation is better than the best one so far, which is empty before the first."""
         value, than = values[self.best.name], best.get(self.best.name)
-        tied = self.tie_break is not None and value == than and self.tie_break.name in best
+        same = value == than or (value != value and than is not None and than != than)  # or both are no number
+        tied = self.tie_break is not None and same and self.tie_break.name in best
         return self.tie_break.better(values[self.tie_break.name], best[self.tie_break.name]) if tied else self.best.better(value, than)
 
     # What is trained on what

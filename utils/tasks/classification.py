@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from config import ConfigError
 from data import Loaders
 from data.transforms.mixup import build_mixup
-from utils.evaluation.classification_metrics import METRICS, OTHERS, counted, detail, uneven
+from utils.evaluation.classification_metrics import FEW, METRICS, OTHERS, counted, detail, only_answer, uneven
 from utils.evaluation.image_predictions import PredictionRecorder, recordable, write_predictions
 from utils.evaluation.metrics import SumEvaluator, SumMetric
 from utils.evaluation.predictions_file import FILE
@@ -35,6 +37,15 @@ class Classification(Task):
         self.best, loss = chosen_metric(config, known, "top1"), known["loss"]
         self.metrics = METRICS if self.best in METRICS else (*METRICS, self.best)
         self.tie_break = loss if self.best is not loss else None
+        self.classes: Sequence[str] = ()  # of the data, once its loaders are there
+
+    def build_loaders(self, config: CfgNode, rank: int = 0, world_size: int = 1, **options: Any) -> Loaders:
+        loaders = super().build_loaders(config, rank, world_size, **options)
+        self.classes = loaders.classes
+        if self.best.name == "auroc" and len(self.classes) != 2:
+            raise ConfigError(f"TRAIN.BEST_METRIC is auroc, which is of two classes, and {config.DATA.DATA_PATH} has {len(self.classes)}; "
+                              "f1, kappa and mean_recall are of any number")
+        return loaders
 
     def batch_transform(self, config: CfgNode, num_classes: int, rank: int) -> Callable[[Batch, int], Batch]:
         mixup = build_mixup(config, num_classes, rank)
@@ -53,10 +64,20 @@ class Classification(Task):
         return F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=smoothing)
 
     def evaluator(self, device: torch.device) -> SumEvaluator:
-        return SumEvaluator(self.metrics, device, counted, detail, self._is_shown)
+        return SumEvaluator(self.metrics, device, counted, detail, self._is_shown, self._caution)
 
     def _is_shown(self, metric: SumMetric, sums: Mapping[str, Tensor]) -> bool:
+        if metric.name == "top5":
+            return sums["mean_recall"].shape[1] > FEW
         return metric.name != "mean_recall" or metric is self.best or uneven(sums["mean_recall"])
+
+    def _caution(self, sums: Mapping[str, Tensor]) -> str:
+        answer = only_answer(sums["mean_recall"])
+        if answer is None:
+            return ""
+        name = repr(self.classes[answer]) if self.classes else f"number {answer}"
+        return (f"every image is taken for the class {name}: top1 is its share of the images, and nothing is told apart yet; where that "
+                "stays so, train longer or with another --lr")
 
     def prediction_log(self, loaders: Loaders) -> _PredictionLog | None:
         return _PredictionLog(loaders) if recordable(loaders.val) else None

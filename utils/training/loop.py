@@ -48,6 +48,7 @@ class Run:
         records: on rank 0 alone.
         saved_step, saved_at: of the last checkpoint; -1 where the folder holds none of just this state.
         save_asked: a signal asked for a checkpoint in the middle of an evaluation.
+        cautioned: what is probably wrong with an evaluation's result has been said; once is enough.
         loader_failed: it was the data that ended training; the state is that of a whole step.
     """
 
@@ -66,6 +67,7 @@ class Run:
     saved_step: int = -1
     saved_at: float = field(default_factory=time.perf_counter)
     save_asked: bool = False
+    cautioned: bool = False
     loader_failed: bool = False
 
     @property
@@ -106,7 +108,7 @@ def open_run(config: CfgNode, state: TrainState, plan: StepPlan, loaders: Any, g
 def _facts(plan: StepPlan, loaders: Any, description: dict[str, Any]) -> dict[str, Any]:
     """Of this start, for the run's history; nothing that names the machine."""
     data = {split: dict(images=len(getattr(loaders, split).dataset.source), fingerprint=fingerprint[:16])
-            for split, fingerprint in description["fingerprints"].items()}
+            for split, fingerprint in description["image_fingerprints"].items()}
     metrics = [dict(name=m.name, label=m.label, higher_is_better=m.higher_is_better, digits=m.digits) for m in plan.task.metrics]
     return dict(flags=sys.argv[1:], task=plan.task.name, metrics=metrics, best=plan.task.best.name,
                 tie_break=plan.task.tie_break.name if plan.task.tie_break is not None else None, versions=description["versions"],
@@ -303,6 +305,9 @@ def evaluate_epoch(run: Run, row: dict[str, Any], progress: Progress, final: boo
     for other in raw:
         logger.info(f"raw {other.line}")
         row.update({f"raw_{name}": finite_or_none(value) for name, value in other.values.items()})
+    if result.caution and not run.cautioned:
+        run.cautioned = True
+        logger.warning(result.caution)
     logger.info(result.line, extra=RESULT)
     row.update({name: finite_or_none(value) for name, value in result.values.items()})
     return result

@@ -14,7 +14,7 @@ from config import KEYS, RECIPE, ConfigError, config_from_text, lookup
 from data import Loaders
 from data.messages import NOTICE
 from models.safe_load import CheckpointError
-from utils.checkpoints.file_format import require_own
+from utils.checkpoints.file_format import require_training_state
 from utils.checkpoints.folder import CheckpointFolder
 from utils.loggers.console import tell
 from utils.runtime import distributed
@@ -40,7 +40,7 @@ def choose_start(config: CfgNode, resume_content: Any, folder: str, logger: logg
     if (shared := files.share(found)) is not None:
         start = Start("auto-resume", *shared)
     if start is None and config.MODEL.RESUME:
-        start = Start("resume", config.MODEL.RESUME, require_own(resume_content, config.MODEL.RESUME))
+        start = Start("resume", config.MODEL.RESUME, require_training_state(resume_content, config.MODEL.RESUME))
     if start is None:
         start = Start("pretrained", os.path.expanduser(config.MODEL.PRETRAINED)) if config.MODEL.PRETRAINED else Start("scratch")
     steps = distributed.gather_objects((start.content or {}).get("step"))
@@ -89,7 +89,7 @@ def check_same_data(start: Start, config: CfgNode, loaders: Loaders, logger: log
     if start.content["steps_per_epoch"] != steps:
         raise ConfigError(f"{start.path}: its epochs had {start.content['steps_per_epoch']} steps, with this data they have {steps}, so "
                           f"the training images are others; {_new_run(start)}")
-    known, found = start.content.get("fingerprints", {}), loaders.fingerprints()  # older files have none
+    known, found = start.content.get("image_fingerprints", {}), loaders.fingerprints()  # older files have none
     names = dict(train="training", val="validation")
     changed = [f"the {names[split]} images are others" for split in found if known.get(split, found[split]) != found[split]]
     _accept(start, "the data", changed, config, logger)

@@ -1,0 +1,189 @@
+"""Lists of images as people have them: columns, folders, suffixes and separators are found, or the message says what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from data_helpers import config_for, sources
+from PIL import Image
+
+from data import DataError, build_loaders
+from data.errors import UnreadableImage
+from data.sources.lists import Row, list_source, read_list, split_line
+from data.sources.regular_files import NotARegularFile, read_regular
+
+HALF = ("DATA.VAL_FRACTION", 0.5)
+
+
+def write_numbers(folder: Path, names: Sequence[str]) -> None:
+    """Tiny images, the i-th of brightness i."""
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), i).save(folder / name, "PNG")
+
+
+def listed(root: Path, *opts: object) -> dict[int, str]:
+    """The class of each image in both splits, by its brightness, under DATA.VAL_FRACTION."""
+    train, val, _ = sources(root, *HALF, *opts)
+    return {source.load(i).getpixel((0, 0))[0]: source.classes[source.targets[i]] for source in (train, val) for i in range(len(source))}
+
+
+def judged(root: Path, *opts: object) -> tuple[list[str], list[str]]:
+    """(classes of the images that an evaluation alone would judge, messages)."""
+    loaders = build_loaders(config_for(root, *opts), splits=("val",))
+    source = loaders.val.dataset.source
+    return [loaders.classes[t] for t in source.targets], loaders.notices
+
+
+SIX = [f"{i:02x}b" for i in range(6)]
+BREEDS = ["pug", "boxer", "pug", "boxer", "pug", "boxer"]
+
+
+@pytest.mark.parametrize(("names", "table", "keys"), [
+    # an id without its suffix, images in another folder, another folder with the same names beside it
+    (["train_images/{}.png", "test_images/{}.png"], "train.csv:id_code,diagnosis|{},{}", ()),
+    (["pics/{}.JPG"], "labels.csv:id,breed|{},{}", ()),
+    (["in/{}.png"], "all.csv:filepath,species|in\\{}.png,{}", ()),
+    (["in/{}.png"], "all.csv:Species;File Path|{1};C:\\old\\data\\in\\{0}.png", ()),
+    (["train_images/{}.jpg"], "train.csv:image_id,label|{}.jpg,{}", ()),
+    (["images/{}.png"], "metadata.csv:file_name,caption,label|images/{}.png,\"a, b\",{}", ()),
+    (["{}.png"], "metadata.jsonl:|{{\"file_name\": \"{}.png\", \"box\": [1, 2], \"label\": \"{}\"}}", ()),
+    (["one/{}.png", "two/{}x.png"], "table.csv:Unnamed: 0,lesion_id,image_id,dx,age|1,{0},{0},{1},40.0", ()),
+    (["a/{}.png", "b/{}.png"], "x.csv:who,what,age|{},{},4",
+     ("DATA.IMAGE_COLUMN", "who", "DATA.LABEL_COLUMN", "What", "DATA.IMAGE_ROOT", "a", "DATA.IMAGE_SUFFIX", ".png")),
+], ids=lambda value: value.partition(":")[0] if isinstance(value, str) else "")
+def test_a_list_as_people_have_it(names: list[str], table: str, keys: tuple, tmp_path: Path) -> None:
+    for name in names:
+        write_numbers(tmp_path, [name.format(i) for i in SIX])
+    file, _, text = table.partition(":")
+    header, _, row = text.partition("|")
+    lines = [header, *(row.format(i, breed) for i, breed in zip(SIX, BREEDS, strict=True))]
+    for start, end in (("", "\n"), ("\ufeff", "\r\n")):
+        (tmp_path / file).write_text(start + "".join(line + end for line in lines if line), newline="")
+        if file.endswith(".csv"):
+            assert listed(tmp_path / file, *keys) == dict(enumerate(BREEDS))
+        assert listed(tmp_path, *keys) == dict(enumerate(BREEDS))
+    (tmp_path / file).write_bytes((tmp_path / file).read_text("utf-8-sig").encode("utf-16"))
+    assert listed(tmp_path, *keys) == dict(enumerate(BREEDS))
+
+
+def test_hugging_faces_metadata_beside_the_images_of_a_split(tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        write_numbers(tmp_path / split, [f"{i}.png" for i in SIX])
+        rows = zip(SIX, BREEDS if split == "train" else BREEDS[::-1], strict=True)
+        (tmp_path / split / "metadata.csv").write_text("file_name,text,label\n" + "".join(f"{i}.png,words,{b}\n" for i, b in rows))
+    train, val, loaders = sources(tmp_path)
+    assert [loaders.classes[t] for t in train.targets] == BREEDS and [loaders.classes[t] for t in val.targets] == BREEDS[::-1]
+    assert judged(tmp_path, "TEST.SPLIT", "test")[0] == BREEDS[::-1]
+
+
+def test_columns_that_are_not_clear_are_shown_with_the_names_that_would_be(tmp_path: Path) -> None:
+    write_numbers(tmp_path, ["a.png", "b.png"])
+    path = tmp_path / "list.csv"
+    for text, words in (("image,one,two\na.png,x,y\nb.png,x,z\n",
+                         r"list\.csv:1: .*labels .*\(image, one, two\).*DATA\.LABEL_COLUMN.*breed"),
+                        ("one,two,label\nq,w,x\nq,w,z\n", r"images .*\(one, two, label\).*DATA\.IMAGE_COLUMN.*id_code"),
+                        ("image,label\nc.png,x\n", r"list\.csv:2: c\.png .*DATA\.IMAGE_ROOT.*DATA\.IMAGE_SUFFIX"),
+                        ("image,label\na.png,x\n\nb.png,\n", r"list\.csv:4: ")):
+        path.write_text(text)
+        with pytest.raises(DataError, match=words):
+            judged(path)
+    path.write_text("image,one,two\na.png,x,y\nb.png,x,z\n")
+    assert judged(path, "DATA.LABEL_COLUMN", "two")[0] == ["y", "z"]
+    with pytest.raises(DataError, match=r"no column 'three', which DATA\.LABEL_COLUMN names; .*\(image, one, two\)"):
+        judged(path, "DATA.LABEL_COLUMN", "three")
+    for folder in ("cats", "dogs"):  # folders that may be the classes, and a table that says nothing clear
+        write_numbers(tmp_path / "pets", [f"{folder}/{i}.png" for i in range(2)])
+    (tmp_path / "pets/sizes.csv").write_text("image,height,width\ncats/0.png,4,5\ncats/1.png,4,6\n")
+    labels, notices = judged(tmp_path / "pets")
+    assert labels == ["cats", "cats", "dogs", "dogs"] and any("sizes.csv" in line for line in notices)
+
+
+def test_splits_of_a_list_and_the_rows_of_none(tmp_path: Path) -> None:
+    write_numbers(tmp_path, [f"{i}.png" for i in range(8)])
+    words = ["train", "Train ", "val", "test", "test", "trian", "", "training"]
+    path = tmp_path / "list.csv"
+    path.write_text("image,label,split\n" + "".join(f"{i}.png,{'ab'[i % 2]},{word}\n" for i, word in enumerate(words)))
+    train, val, loaders = sources(path)
+    assert len(train) == 3 and len(val) == 1
+    (told,) = [line for line in loaders.notices if "left out" in line]
+    assert "4 of its 8" in told and "test (2)" in told and "trian (1)" in told and "empty (1)" in told and told.level > 25
+    labels, notices = judged(path, "TEST.SPLIT", "TEST")
+    assert labels == ["b", "a"] and any("6 of its 8" in line for line in notices)
+    assert len(judged(path, "TEST.SPLIT", "trian")[0]) == 1 and len(judged(path, "TEST.SPLIT", "all")[0]) == 8
+    with pytest.raises(DataError, match=r"split is dev; it has test \(2\), train \(2\), .*--split all"):
+        judged(path, "TEST.SPLIT", "dev")
+    path.write_text("image,label,is_valid\n" + "".join(f"{i}.png,{'ab'[i % 2]},{i > 5}\n" for i in range(8)))
+    train, val, _ = sources(path)
+    assert len(train) == 6 and len(val) == 2
+    path.write_text("image,label\n" + "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(8)))
+    labels, notices = judged(path)
+    assert len(labels) == 8 and any("all of its 8" in line for line in notices)
+    path.write_text("image,label\n0.png,a\n")
+    with pytest.raises(DataError, match="no image for validation"):  # not 0 of 0
+        sources(path, *HALF)
+
+
+def test_blanks_and_commas_in_the_names_of_a_text_list(tmp_path: Path) -> None:
+    for line, parts in (("a, b.jpg 3", ("a, b.jpg", "3")), ("a,b.JPG,red fox", ("a,b.JPG", "red fox")), ("a b.png; 3", ("a b.png", "3")),
+                        ("a.jpg b.jpg 3", ("a.jpg b.jpg", "3")), ('"a, b.jpg", c', ("a, b.jpg", "c")), ("a b,c", ("a b", "c")),
+                        ("a b\tc d", ("a b", "c d")), ("17\t2\tx.jpg", ("x.jpg", "2")), ("my a.jpg", ("my a.jpg", ""))):
+        assert split_line(line) == parts, line
+    (tmp_path / "l.txt").write_text("\ufeff# comment\r\na.png\v 1\r\rfilename\u2028.png 2\n")  # only line ends end a line
+    assert [(row.path, row.label) for row in read_list(str(tmp_path / "l.txt"))] == [("a.png", "1"), ("filename\u2028.png", "2")]
+    (tmp_path / "l.txt").write_text("filename,label\na.png,1\n")
+    assert read_list(str(tmp_path / "l.txt"))[0][:3] == (2, "a.png", "1")
+
+
+def test_rows_that_are_no_files_and_names_that_cannot_be(tmp_path: Path) -> None:
+    write_numbers(tmp_path, ["a.png", "b.png"])
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    path = tmp_path / "list.csv"
+    for name, words in (("/dev/zero", "a device"), ("pipe.png", "a pipe"), ("folder.png", "a folder"), ("a\0.png", "cannot be the name"),
+                        ("a" * 5000 + ".png", "cannot be the name")):
+        path.write_text(f"image,label\na.png,x\nb.png,y\n{name},x\n")
+        with pytest.raises(DataError, match=rf"list\.csv:4: .*{words}"):
+            judged(path)
+    for label in ("x\x1b[31m", "x\x7f", '"x\ny"', "9" * 20_000):
+        path.write_text(f"image,label\na.png,{label}\n")
+        with pytest.raises(DataError, match=r"list\.csv:[23]: .*cannot be a label"):
+            judged(path)
+    for text in ('[["a\\ud800.png", 1]]', '[["a.png", ' + "9" * 9999 + "]]", "[" * 100_000, '[["a.png", 1.5]]', '{"a.png": []}', "7", "[7]",
+                 '[{"image": "a.png", "label": null}]', '[{"image": "a.png", "label": ' + "9" * 9999 + "}]", '[["a.png", "\\u0000"]]'):
+        (tmp_path / "list.json").write_text(text)
+        with pytest.raises(DataError, match=r"list\.json"):
+            judged(tmp_path / "list.json")
+    path.write_text('image,label\n"a.png,x\n' + "b.png,y\n" * 20_000)  # a quote that is never closed
+    with pytest.raises(DataError, match=r"list\.csv:\d+: "):
+        judged(path)
+    for file, words in (("pipe.png", "pipe"), ("folder.png", "folder"), ("/dev/zero", "device"), ("a\0", "name"), ("a.png", "MiB")):
+        with pytest.raises(NotARegularFile, match=words):
+            read_regular(os.path.join(tmp_path, file), 10)
+    source = list_source(str(path), [Row(1, "a.png", "x")], [str(tmp_path)])
+    (tmp_path / "a.png").unlink()
+    os.mkfifo(tmp_path / "a.png")  # since the list was read
+    with pytest.raises(UnreadableImage, match="pipe"):
+        source.read(0)
+
+
+def test_a_list_of_records_needs_no_header(tmp_path: Path) -> None:
+    write_numbers(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "l.json").write_text(json.dumps([{"x": [1], "img": "a.png", "target": 0}, {"img": "b.png", "target": 1}]))
+    assert judged(tmp_path / "l.json")[0] == ["0", "1"]
+    (tmp_path / "l.json").write_text(json.dumps({"a.png": "cat", "b.png": 7}))
+    assert judged(tmp_path / "l.json")[0] == ["cat", "7"]
+
+
+def test_splits_in_capital_letters(tmp_path: Path) -> None:
+    for split in ("Train", "VAL", "Test"):
+        write_numbers(tmp_path, [f"{split}/{c}/{i}.png" for c in "ab" for i in range(2)])
+    train, val, loaders = sources(tmp_path)
+    assert loaders.classes == ["a", "b"] and train.root.endswith("Train") and val.root.endswith("VAL")
+    assert judged(tmp_path, "TEST.SPLIT", "test")[0] == ["a", "a", "b", "b"]
+    with pytest.raises(DataError, match="no split dev; --split test or train or val"):
+        judged(tmp_path, "TEST.SPLIT", "dev")
