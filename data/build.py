@@ -6,7 +6,7 @@ import atexit
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -199,9 +199,11 @@ def has_label_sets(config: CfgNode) -> bool:
     root = os.path.expanduser(config.DATA.DATA_PATH)
     if not root or is_stream(root) or config.DATA.DATASET == "imagenet22K":
         return False
+    options = Options.of(config)
+    options = replace(options, keys=replace(options.keys, unseen=True))
     for split in ("train", "val"):
         try:
-            layout = detect_layout(root, Options.of(config), [split])
+            layout = detect_layout(root, options, [split])
             return "list of" in layout.name and layout.open[split]().labels is not None
         except DataError:
             continue

@@ -35,6 +35,7 @@ class ListKeys:
     Attributes:
         separator: what joins several labels of an image; ``blank``, ``none``, or ``auto``: the first of | ; and , that the labels hold.
         several: images have several labels; otherwise that is found out.
+        unseen: the list is only judged: by its first rows, and without a look for the images.
     """
 
     image: str = ""
@@ -45,6 +46,7 @@ class ListKeys:
     suffix: str = ""
     separator: str = "auto"
     several: bool = False
+    unseen: bool = False
 
 
 NO_KEYS = ListKeys()

@@ -29,6 +29,7 @@ from data.sources.regular_files import NotARegularFile, read_regular
 LIST_EXTENSIONS = (".csv", ".tsv", ".txt", ".lst", ".json", ".jsonl")
 _LARGEST = 2 << 30  # bytes of a list; that of ImageNet-22K has 0.9 GB
 _SAMPLE = 1000  # rows by which the columns are told apart
+_JUDGED = 100_000  # rows by which a list is judged before it is read
 _LONGEST_PATH, _LONGEST_LABEL = 4096, 10_000  # characters
 _UNPRINTABLE = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 _JSON_LIST = re.compile(r'\s*\[\s*[\[{"]')
@@ -96,11 +97,12 @@ def read_list(path: str, keys: ListKeys = NO_KEYS) -> list[Row]:
     """
     text, extension = read_text(path), os.path.splitext(path)[1].lower()
     if extension in (".json", ".jsonl") or (extension not in (".csv", ".tsv") and _JSON_LIST.match(text)):
-        rows = list(_json_rows(text, path, extension == ".jsonl", keys))
+        rows = _json_rows(text, path, extension == ".jsonl", keys)
     elif extension in (".csv", ".tsv") or known_header(re.split("[,;\t]", next(lines_of(text), (0, ""))[1])):
-        rows = list(_table_rows(text, path, keys))
+        rows = _table_rows(text, path, keys)
     else:
-        rows = list(_text_rows(text, path))
+        rows = _text_rows(text, path)
+    rows = list(itertools.islice(rows, _JUDGED if keys.unseen else None))
     if not rows:
         raise DataError(f"{path}: lists no images")
     return rows
@@ -274,7 +276,8 @@ def list_source(path: str, rows: Sequence[Row], roots: Sequence[str], keys: List
     Raises:
         DataError: as of ``find_listed``, or an image has no label where each must have one.
     """
-    root, names, notices = find_listed(path, [row.line for row in rows], [row.path for row in rows], roots, keys)
+    names = [row.path for row in rows]
+    root, names, notices = (roots[0], names, []) if keys.unseen else find_listed(path, [row.line for row in rows], names, roots, keys)
     classes, targets = encode_labels([row.label for row in rows])
     source = find_label_sets(ImageFolder(root, classes, PackedNames.of(names), targets, notices), keys)
     source.marks = marks_of(rows)

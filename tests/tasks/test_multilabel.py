@@ -124,6 +124,8 @@ def test_predicted_reported_exported_and_planned(here: Path, program) -> None:
     described = json.loads((here / "exported/config.json").read_text())
     assert described["problem_type"] == "multi_label_classification" and described["thresholds"] == kept
     assert described["label_names"] == NAMES
+    told = [program("--predict", "data/val5.png", "--resume", file).stdout.splitlines()[1:2] for file in (f"{RUN}/best.pth", "exported")]
+    assert told[0] == told[1] and "%" in told[0][0]
     done = program("--plan", "--cfg", "cfg.yaml", "--tag", "other", "--opts", "PLAN.SECONDS", 0.1)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "fits: yes", done.stderr
     assert program("--show-batch", "batch.png", "--cfg", "cfg.yaml").returncode == 0

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from typing import Any, BinaryIO
 
 import torch
-import yaml
 from torch import Tensor
 
+from config import ConfigError, config_from_text
 from models.safe_load import FORMAT_KEY, TRAILER_MAGIC, CheckpointError
 from utils.runtime.files import write_atomically
 from utils.runtime.provenance import git_commit, versions
@@ -108,10 +108,16 @@ def is_own(content: Any) -> bool:
 def task_of(content: dict[str, Any]) -> str:
     """The value of TASK that a checkpoint of ours was trained with."""
     try:
-        task = (yaml.safe_load(content["config"]) or {}).get("TASK", "auto")
-    except (yaml.YAMLError, AttributeError):
+        task = config_from_text(content["config"]).TASK
+    except ConfigError:  # of another version
         task = "auto"
-    return "classification" if task == "auto" else str(task)
+    return "classification" if task == "auto" else task
+
+
+def task_state(content: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of ours keeps of its task (``Task.state_dict``); empty where it keeps nothing."""
+    state = content.get("task")
+    return state if isinstance(state, dict) else {}
 
 
 def describe(config_text: str, classes: list[str], preprocessing: dict[str, Any], data_path: str, fingerprints: dict[str, str],

@@ -15,7 +15,7 @@ from data.layouts.splits import read_class_names
 from models import check_input_size, classifier_rows, load_pretrained, load_state
 from models.weights import check_finite, unwrap_state_dict
 from utils.checkpoints.exported import read_trained
-from utils.checkpoints.file_format import is_own, task_of
+from utils.checkpoints.file_format import is_own, task_of, task_state
 from utils.checkpoints.run_folder import run_folder
 from utils.runtime import distributed
 
@@ -75,12 +75,13 @@ def open_trained(task: Task, config: CfgNode, content: Any, command: str) -> Tra
         model = task.build_model(config)
         load_pretrained(model, "hub", config)
         check_input_size(model, config)
-        return Trained(model.eval(), "hub", True, None, False, _published_names(config, model.num_classes), task.facts())
+        names = _published_names(config, model.num_classes)
+        return Trained(model.eval(), "hub", True, None, False, names, task.facts(names))
     path, content = weights_to_evaluate(config, content, command)
     if is_own(content):
         classes, step = content["classes"], content["step"]
         state, averaged = chosen_state(config, content, path)
-        task.load_state_dict(content.get("task", {}))
+        task.load_state_dict(task_state(content))
         model = task.build_model(config, len(classes))
     else:
         state, step, averaged = unwrap_state_dict(content, path), None, False
@@ -89,7 +90,7 @@ def open_trained(task: Task, config: CfgNode, content: Any, command: str) -> Tra
     check_finite(state, path)
     load_state(model, state, config, path)
     check_input_size(model, config)
-    return Trained(model.eval(), path, not is_own(content), step, averaged, list(classes), task.facts())
+    return Trained(model.eval(), path, not is_own(content), step, averaged, list(classes), task.facts(classes))
 
 
 def chosen_state(config: CfgNode, content: dict[str, Any], path: str) -> tuple[dict[str, Tensor], bool]:

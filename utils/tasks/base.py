@@ -158,8 +158,8 @@ class Task(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what a checkpoint kept; empty for one of a version or a task that keeps nothing."""
 
-    def facts(self) -> dict[str, Any]:
-        """What those who use an exported model must know beside the names of its classes, as plain data."""
+    def facts(self, classes: Sequence[str]) -> dict[str, Any]:
+        """What those who use an exported model of these ``classes`` must know beside their names, as plain data."""
         return {}
 
     # What commands show of a trained model

@@ -90,10 +90,12 @@ class Multilabel(Task):
         return dict(thresholds=list(self.found)) if self.found else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.found = [float(value) for value in state.get("thresholds", [])]
+        values = state.get("thresholds")
+        sound = isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
+        self.found = [float(value) for value in values] if sound else []
 
-    def facts(self) -> dict[str, Any]:
-        return dict(problem_type="multi_label_classification", thresholds=self.given if self.given is not None else self.found or UNDECIDED)
+    def facts(self, classes: Sequence[str]) -> dict[str, Any]:
+        return dict(problem_type="multi_label_classification", thresholds=self.thresholds(len(classes)).tolist())
 
     def prediction_log(self, loaders: Loaders) -> _PredictionLog | None:
         return _PredictionLog(self, loaders) if recordable(loaders.val) else None
