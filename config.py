@@ -94,6 +94,12 @@ def _str(value: Any) -> str:
     return str(value)
 
 
+def _output(value: Any) -> str:
+    """A file to write, or ``-`` for standard output, under whatever name."""
+    text = _str(value)
+    return "-" if text in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1") else text
+
+
 def _off_or(value: Any) -> str:
     """A word such as off, which YAML 1.1 reads as False."""
     return "off" if value is False else _str(value)
@@ -146,6 +152,27 @@ def _number_or_list(value: Any) -> float | list[float]:
 def _int_or_list(value: Any) -> int | list[int]:
     value = _literal(value)
     return _ints(value) if isinstance(value, (list, tuple)) else _int(value)
+
+
+def _mapping(value: Any) -> CfgNode:
+    """Names with plain values: numbers, texts, lists of them. As a node of the tree: a dump then holds it."""
+    value = _literal(value)
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ValueError("a mapping of names to values, such as {name: 1}")
+    return CfgNode({name: _plain_value(item) for name, item in value.items()})
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain_value(item) for item in value]
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if not isinstance(value, (float, str)):
+        raise ValueError("a mapping of names to numbers, texts or lists of them")
+    try:
+        return _float(value)  # 1e-3, a text in YAML 1.1
+    except ValueError:
+        return value
 
 
 def _base(value: Any) -> list[str]:
@@ -237,7 +264,7 @@ def ends_in(*suffixes: str) -> Rule:
     return Rule(lambda path: not path or path.endswith(suffixes), f"it ends in {' or '.join(suffixes)}")
 
 
-MODEL_TYPES = ("crossformer", "swin", "cvt", "shunted", "mpvit", "pvt", "pvt_v2", "galerkin", "timm")
+MODEL_TYPES = ("crossformer", "swin", "swinv2", "swin_mlp", "cvt", "shunted", "mpvit", "pvt", "pvt_v2", "galerkin", "timm")
 LABEL_SETS = ("auto", "imagenet", "v2", "a", "r", "sketch", "real")
 
 # --------------------------------------------------------------------------------------------------
@@ -327,8 +354,8 @@ COMMANDS: tuple[Command, ...] = (
             "images to predict (--predict): files, folders, patterns, lists of them in .txt files; - is a list on standard input",
             Rule(all, "a path must not be empty")),
         Key("PREDICT.TOPK", 5, _int, "classes shown for an image, most probable first", AT_LEAST_1),
-        Key("PREDICT.CSV", "", _str, "table of the predictions, a row an image; - is standard output"),
-        Key("PREDICT.JSON", "", _str, "predictions as JSON, a line an image; - is standard output"),
+        Key("PREDICT.CSV", "", _output, "table of the predictions, a row an image; - is standard output"),
+        Key("PREDICT.JSON", "", _output, "predictions as JSON, a line an image; - is standard output"),
         Key("PREDICT.FEATURES", "", _str,
             "pooled features before the classifier: FILE.npy or FILE.safetensors, with FILE.paths.json", ends_in(".npy", ".safetensors")),
         Key("PREDICT.SHEET", "", _str,
@@ -371,7 +398,7 @@ COMMANDS: tuple[Command, ...] = (
         Key("DOCTOR_MODE", False, _bool, "read and check the data only (--doctor)"),
         Key("DOCTOR.FOLDER", "", _str,
             "where the doctor writes its report, manifests and scripts; empty is OUTPUT/doctor/<name of the data>"),
-        Key("DOCTOR.JSON", "", _str, "file for the doctor's report as JSON; - is standard output; empty is report.json in its folder"),
+        Key("DOCTOR.JSON", "", _output, "file for the doctor's report as JSON; - is standard output; empty is report.json in its folder"),
         Key("DOCTOR.NEAR", 8, _int,
             "bits of 128 in which the fingerprints of a training and a validation image may differ to be compared closer (0 to 11; -1: "
             "none)", Rule(lambda bits: -1 <= bits <= 11, "bits between 0 and 11, or -1 for none")),
@@ -478,6 +505,12 @@ KEYS: tuple[Key, ...] = (
     Key("DATA.MEAN", None, _optional(_floats), "channel means of the normalisation; None is the model's, else ImageNet's", RGB_NUMBERS),
     Key("DATA.STD", None, _optional(_floats),
         "channel deviations of the normalisation; None is the model's, else ImageNet's", RGB_POSITIVE),
+    Key("DATA.WINDOW", None, _optional(_floats),
+        "values that are black and white in images of more than 8 bits a channel, e.g. [0, 4095]; None finds them in the data",
+        Rule(lambda pair: len(pair) == 2 and pair[0] < pair[1], "two numbers, rising")),
+    Key("DATA.MASK_PATCH_SIZE", 32, _int, "TASK simmim: side in pixels of the squares that are masked", AT_LEAST_1),
+    Key("DATA.MASK_RATIO", 0.6, _float, "TASK simmim: share of the squares that are masked",
+        Rule(lambda share: 0 < share < 1, "it must lie between 0 and 1")),
     Key("DATA.REPEATED_AUG", 1, _int, "copies of an image in an epoch, each augmented differently (DeiT uses 3)", AT_LEAST_1),
     Key("DATA.NUM_WORKERS", -1, _int,
         "DataLoader workers of each process; -1 chooses from the CPUs this process may use",
@@ -526,6 +559,10 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.RESUME", "", _str, "checkpoint to continue (training), or to evaluate, predict with or export", scope=RUN),
     Key("MODEL.DROP_RATE", 0.0, _float, "dropout rate", BELOW_1),
     Key("MODEL.DROP_PATH_RATE", 0.1, _float, "stochastic depth: rate of the last block, growing linearly from 0", BELOW_1),
+    Key("MODEL.SIMMIM.NORM_TARGET.ENABLE", False, _bool,
+        "TASK simmim: predict pixels normalised by their neighbourhood's mean and deviation"),
+    Key("MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE", 47, _int, "side of that neighbourhood in pixels",
+        Rule(lambda side: side >= 1 and side % 2 == 1, "an odd number of pixels, so that a pixel is its centre")),
     Key("MODEL.LABEL_SMOOTHING", 0.1, _float, "label smoothing", BELOW_1),
 
     Key("MODEL.CROSSFORMER.EMBED_DIM", None, _optional(_int), "width of the first stage"),
@@ -561,6 +598,29 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.SWIN.QK_SCALE", None, _optional(_float), "accepted from old files; only None"),
     Key("MODEL.SWIN.APE", None, _optional(_bool), "accepted from old files; only False"),
     Key("MODEL.SWIN.PATCH_NORM", None, _optional(_bool), "accepted from old files; only True"),
+
+    Key("MODEL.SWINV2.EMBED_DIM", None, _optional(_int), "width of the first stage"),
+    Key("MODEL.SWINV2.DEPTHS", None, _optional(_ints), "blocks per stage"),
+    Key("MODEL.SWINV2.NUM_HEADS", None, _optional(_ints), "heads per stage"),
+    Key("MODEL.SWINV2.WINDOW_SIZE", None, _optional(_int), "window size"),
+    Key("MODEL.SWINV2.PRETRAINED_WINDOW_SIZES", None, _optional(_ints),
+        "window sizes per stage that the weights to start from were trained with; 0: this model's own"),
+    Key("MODEL.SWINV2.PATCH_SIZE", None, _optional(_int), "patch size"),
+    Key("MODEL.SWINV2.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.SWINV2.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width"),
+    Key("MODEL.SWINV2.QKV_BIAS", None, _optional(_bool), "bias of the query and value projection"),
+    Key("MODEL.SWINV2.APE", None, _optional(_bool), "accepted from old files; only False"),
+    Key("MODEL.SWINV2.PATCH_NORM", None, _optional(_bool), "accepted from old files; only True"),
+
+    Key("MODEL.SWIN_MLP.EMBED_DIM", None, _optional(_int), "width of the first stage"),
+    Key("MODEL.SWIN_MLP.DEPTHS", None, _optional(_ints), "blocks per stage"),
+    Key("MODEL.SWIN_MLP.NUM_HEADS", None, _optional(_ints), "heads per stage"),
+    Key("MODEL.SWIN_MLP.WINDOW_SIZE", None, _optional(_int), "window size"),
+    Key("MODEL.SWIN_MLP.PATCH_SIZE", None, _optional(_int), "patch size"),
+    Key("MODEL.SWIN_MLP.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.SWIN_MLP.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width"),
+    Key("MODEL.SWIN_MLP.APE", None, _optional(_bool), "accepted from old files; only False"),
+    Key("MODEL.SWIN_MLP.PATCH_NORM", None, _optional(_bool), "accepted from old files; only True"),
 
     Key("MODEL.CVT.EMBED_DIMS", None, _optional(_ints), "width per stage"),
     Key("MODEL.CVT.DEPTHS", None, _optional(_ints), "blocks per stage"),
@@ -686,6 +746,9 @@ KEYS: tuple[Key, ...] = (
         "betas; None is the optimizer's own (AdamW [0.9, 0.999])",
         Rule(lambda betas: len(betas) >= 2 and all(0 <= b < 1 for b in betas), "two betas or more, in [0, 1)")),
     Key("TRAIN.OPTIMIZER.MOMENTUM", 0.9, _float, "momentum of SGD's kind", BELOW_1),
+    Key("TRAIN.OPTIMIZER.ARGS", {}, _mapping,
+        "further arguments of the optimizer by its own names, e.g. {ns_steps: 4}; Muon's fallback_list: patterns of parameters that its "
+        "AdamW takes, by default embeddings, tables and the classifier"),
 
     Key("AUG.COLOR_JITTER", 0.4, _float, "colour jitter; used when AUTO_AUGMENT is none", NOT_NEGATIVE),
     Key("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", _str, "timm's policy text, or none"),
@@ -723,9 +786,13 @@ KEYS: tuple[Key, ...] = (
 KEY = {key.name: key for key in KEYS}
 _SECTIONS = {key.rsplit(".", n)[0] for key in KEY for n in range(1, key.count(".") + 1)}
 
-# Spellings of the CrossFormer repository.
-_SECTION_ALIASES = {"MODEL.CROS": "MODEL.CROSSFORMER"}
+# Spellings of the CrossFormer and the SimMIM repository.
+_SECTION_ALIASES = {"MODEL.CROS": "MODEL.CROSSFORMER", "PRETRAINED": "MODEL.PRETRAINED"}
 _TYPE_ALIASES = {"cross-scale": "crossformer"}
+# Keys of theirs whose models are not here, and why.
+_MOE = "Swin-MoE is not supported: its layers of experts need the library Tutel; train a plain Swin (MODEL.TYPE swin or swinv2)"
+_VIT = "a plain ViT is none of the families here; timm's are reached by MODEL.TYPE timm, SimMIM's by MODEL.NAME beit_base_patch16_224"
+_REFUSED = {"MODEL.SWIN_MOE": _MOE, "TRAIN.MOE": _MOE, "MODEL.VIT": _VIT}
 
 
 def default_config() -> CfgNode:
@@ -777,6 +844,9 @@ def _nearest(word: str, names: Iterable[str]) -> str:
 
 
 def _unknown(key: str, where: str) -> ConfigError:
+    for section, reason in _REFUSED.items():
+        if key == section or key.startswith(section + "."):
+            return ConfigError(f"{where}: {key}: {reason}")
     near = _nearest(key, KEY)
     return ConfigError(f"{where}: unknown key {key}" + (f"; did you mean {near}?" if near else "; see --help-keys for all keys"))
 
@@ -800,6 +870,8 @@ def _set(root: CfgNode, key: str, raw: Any, where: str, source: str = "") -> Non
     value = converted(key, raw, f"{where}: {key}")
     if key == "MODEL.TYPE":
         value = _TYPE_ALIASES.get(value, value)
+        if f"MODEL.{value.upper()}" in _REFUSED:
+            raise ConfigError(f"{where}: MODEL.TYPE {value}: {_REFUSED[f'MODEL.{value.upper()}']}")
     *sections, leaf = key.split(".")
     node = root
     for section in sections:
@@ -810,6 +882,8 @@ def _set(root: CfgNode, key: str, raw: Any, where: str, source: str = "") -> Non
 
 _HISTORY = "history"  # attribute of the root beside the tree: key -> [(source, value), ...]
 COMMAND_LINE = "command line"
+# Keys that a run finds in its data where they are None; its checkpoints hold what was found.
+FOUND_IN_DATA = ("DATA.WINDOW",)
 
 
 def history(config: CfgNode) -> dict[str, list[tuple[str, Any]]]:
@@ -1026,9 +1100,6 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
         yield "PLAN.FIT", "--fit chooses the micro-batch of training; leave it out with --eval and --throughput"
     if config.DATA.FOLD and config.DATA.VAL_FRACTION:
         yield "DATA.FOLD", "it takes the place of DATA.VAL_FRACTION; set that to 0"
-    outputs = [key for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET") if lookup(config, key)]
-    for number, key in enumerate(outputs):
-        if not predict.PATHS:
+    for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET"):
+        if lookup(config, key) and not predict.PATHS:
             yield key, "it goes with --predict, which says what images to predict"
-        if lookup(config, key) in [lookup(config, other) for other in outputs[:number]]:
-            yield key, "another output goes there already"

@@ -14,6 +14,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from config import ConfigError
+from data.decoding.pillow import Reading
 from data.errors import DataError
 from data.layouts import digits
 from data.layouts.detect import detect_layout
@@ -27,6 +28,7 @@ from data.loading.workers import MIN_SHARED_MEMORY, free_shared_memory, ignore_s
 from data.messages import Notice
 from data.sources.base import Source
 from data.sources.classes import first_few, match_classes
+from data.sources.deep_levels import settle_reading
 from data.sources.label_sets import one_label_each, tell_single_labels
 from data.streaming.dataset import StreamEvalImages, StreamTrainImages
 from data.streaming.open import open_streams
@@ -49,6 +51,7 @@ class Loaders:
         classes: class names, in the order of the classifier's outputs.
         notices: messages for the user.
         layout: the name of the layout that was detected.
+        found: what the data told of keys that are None in the config (``config.FOUND_IN_DATA``).
     """
 
     train: ImageLoader | None
@@ -56,6 +59,7 @@ class Loaders:
     classes: list[str]
     notices: list[str] = field(default_factory=list)
     layout: str = ""
+    found: dict[str, Any] = field(default_factory=dict)
 
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The training stream from step ``start`` on."""
@@ -139,7 +143,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         dataset = kind(source, pipelines["val"], _val_batch(config), workers, pipe)
         sampler = _val_sampler(config, source, rank, world_size, workers > 0)
         val = ImageLoader(dataset, batch_sampler=sampler, persistent_workers=workers > 0, **options)  # it is used after every epoch
-    return Loaders(train, val, names, list(dict.fromkeys(notices)), layout)
+    return Loaders(train, val, names, list(dict.fromkeys(notices)), layout, _found(config, next(iter(sources.values()))))
 
 
 def build_prediction_loader(config: CfgNode, images: InputImages, device: torch.device,
@@ -153,7 +157,8 @@ def build_prediction_loader(config: CfgNode, images: InputImages, device: torch.
         published: as in ``build_loaders``.
     """
     pipeline, notices = build_eval_pipeline(config, device, published)
-    images.configure(config.DATA.EXIF, config.DATA.READ_PATIENCE)
+    _settle_reading(images, config, False)
+    notices += images.notices
     options, pipe = _loader_options(config, {"val": pipeline}, device, 1, notices)
     batch = min(_val_batch(config), len(images))
     sampler = ShardSampler(len(images), batch)
@@ -182,15 +187,30 @@ def _open_sources(config: CfgNode, root: str, splits: Sequence[str],
         if options.keys.several and classes is None:
             tell_single_labels(source)
         source = match_classes(source, classes(source.classes) if callable(classes) else classes)
+        if sources:
+            source.configure(next(iter(sources.values())).reading, config.DATA.READ_PATIENCE)
+        else:
+            _settle_reading(source, config, split == "train")
         if split == "train":
             source = subset(source, config.DATA.SUBSET, config.SEED) if config.DATA.SUBSET < 1 else source
             classes = source.classes if classes is None else classes
         if not len(source):
             raise DataError(f"{source.root}: holds no image for {dict(train='training', val='validation')[split]}; add some"
                             + (", or raise DATA.VAL_FRACTION" if options.val_fraction else ""))
-        source.configure(config.DATA.EXIF, config.DATA.READ_PATIENCE)
         sources[split] = source
     return sources, layout.name
+
+
+def _settle_reading(source: Source, config: CfgNode, given: bool) -> None:
+    """As ``settle_reading``, by the config, with a line among the source's notices."""
+    levels = settle_reading(source, Reading.of(config), config.DATA.READ_PATIENCE, config.DATA.TIMEOUT, given)
+    source.notices += levels.messages() if levels is not None else []
+
+
+def _found(config: CfgNode, source: Source) -> dict[str, Any]:
+    """What ``source`` told of keys that are None in the config."""
+    window = source.reading.window
+    return {"DATA.WINDOW": list(window)} if config.DATA.WINDOW is None and window is not None else {}
 
 
 def has_label_sets(config: CfgNode) -> bool:

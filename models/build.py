@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import ConfigError, image_size
-from models import cpu_bf16, crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin
+from models import cpu_bf16, crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin, swin_mlp, swinv2
 from models.base import HierarchicalModel
 from models.safe_load import CheckpointError
 from models.weights import (
@@ -34,8 +34,8 @@ from models.weights import (
 # -> argument, which arguments() may adjust), ONLY (keys that take one value) and REQUIRED, the numbers without which a name of one's
 # own is no model.
 _FAMILIES: dict[str, ModuleType] = {
-    "crossformer": crossformer, "swin": swin, "cvt": cvt, "shunted": shunted, "mpvit": mpvit, "pvt": pvt, "pvt_v2": pvt_v2,
-    "galerkin": galerkin}
+    "crossformer": crossformer, "swin": swin, "swinv2": swinv2, "swin_mlp": swin_mlp, "cvt": cvt, "shunted": shunted, "mpvit": mpvit,
+    "pvt": pvt, "pvt_v2": pvt_v2, "galerkin": galerkin}
 
 
 def variants(family: str) -> list[str]:
@@ -108,7 +108,7 @@ def load_pretrained(model: nn.Module, path: str, config: CfgNode) -> LoadReport:
 
 def _hub_weights(config: CfgNode) -> dict[str, Tensor]:
     name = _HUB.get(config.MODEL.NAME, config.MODEL.NAME)
-    described = timm.get_pretrained_cfg(name) if timm.is_model(name) and config.MODEL.TYPE in ("timm", "swin", "pvt_v2") else None
+    described = timm.get_pretrained_cfg(name) if timm.is_model(name) and config.MODEL.TYPE in ("timm", "swin", "swinv2", "pvt_v2") else None
     if described is None or not described.has_weights:
         raise ConfigError(f"MODEL.PRETRAINED is hub, but timm has no weights of {config.MODEL.NAME}; give a file")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each

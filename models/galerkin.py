@@ -31,8 +31,7 @@ from torch import Tensor, nn
 
 from models.base import MergingModel, Stage, check_heads, check_stages, register_variants
 from models.cpu_bf16 import Linear
-from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
-from models.ops import pad_to_even, pad_to_multiple
+from models.layers import DropPath, Mlp, PatchEmbed, PatchMerging, add_branch, init_linear, make_head
 
 
 def galerkin_attention(q: Tensor, k: Tensor, v: Tensor, k_weight: Tensor | None = None, k_bias: Tensor | None = None,
@@ -142,34 +141,6 @@ def unit_grid(height: int, width: int, device: torch.device) -> Tensor:
     """(y, x) of every token in the unit square, corners included, (1, H*W, 2)."""
     y, x = (torch.linspace(0, 1, size, device=device) for size in (height, width))
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).view(1, -1, 2)
-
-
-class PatchEmbed(nn.Module):
-    """Linear embedding of patches, and a norm. (B, 3, H, W) -> (B, H/patch, W/patch, C), rounded up."""
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int, norm: bool = True):
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
-        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(pad_to_multiple(x, self.patch_size)).permute(0, 2, 3, 1))
-
-
-class PatchMerging(nn.Module):
-    """2x2 tokens side by side, down the columns first, norm, linear. (B, H, W, C) -> (B, H/2, W/2, 2C), rounded up."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_even(x)
-        batch, height, width, dim = x.shape
-        x = x.view(batch, height // 2, 2, width // 2, 2, dim).permute(0, 1, 3, 4, 2, 5).flatten(3)
-        return self.reduction(self.norm(x))
 
 
 class GalerkinTransformer(MergingModel):

@@ -1,6 +1,6 @@
 """Layers that several families share, and how linears start.
 
-Shapes: B batch, C channels.
+Shapes: B batch, H W map, C channels.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from models.cpu_bf16 import Linear
+from models.ops import pad_to_even, pad_to_multiple
 
 
 class DropPath(nn.Module):
@@ -76,3 +77,31 @@ def make_head(width: int, num_classes: int) -> nn.Module:
     head = nn.Linear(width, num_classes)
     init_linear(head)
     return head
+
+
+class PatchEmbed(nn.Module):
+    """Swin's linear embedding of patches, and a norm. (B, 3, H, W) -> (B, H/patch, W/patch, C), rounded up."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, norm: bool = True):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(pad_to_multiple(x, self.patch_size)).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Swin's merging: 2x2 tokens side by side, down the columns first, norm, linear. (B, H, W, C) -> (B, H/2, W/2, 2C), rounded up."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pad_to_even(x)
+        batch, height, width, dim = x.shape
+        x = x.view(batch, height // 2, 2, width // 2, 2, dim).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.reduction(self.norm(x))

@@ -23,20 +23,22 @@ def main() -> int:
 
     from safetensors.torch import save
 
+    from config import ConfigError
     from models.safe_load import CheckpointError
     from models.weights import read_state_dict
-    from utils.runtime.files import replace_file
+    from utils.runtime.files import replace_file, require_outputs
 
     if not args.target.endswith(".safetensors"):
         print(f"error: {args.target}: the target ends in .safetensors", file=sys.stderr)
         return 2
     try:
+        require_outputs([("target", args.target)], [args.source])
         state = read_state_dict(args.source)
         # Names of one tensor (shared modules) become tensors of their own: the format knows no aliases.
         replace_file(args.target, save({name: tensor.clone().contiguous() for name, tensor in state.items()}))
-    except CheckpointError as error:
+    except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 3
+        return error.exit_status
     except OSError as error:
         print(f"error: {args.target}: cannot be written ({error.strerror})", file=sys.stderr)
         return 1

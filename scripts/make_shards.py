@@ -89,6 +89,8 @@ def main() -> int:
     args = parser.parse_args()
     manifest_path = os.path.join(args.output, "manifest.json")
     try:
+        if os.path.realpath(args.output) == os.path.realpath(args.data):
+            raise DataError(f"{args.output}: is the folder of the data itself; choose another one")
         layout = detect_layout(args.data, Options(val_fraction=args.val_fraction))
         train = layout.open["train"]()
         sources = {"train": train, "val": match_classes(layout.open["val"](), train.classes)}

@@ -31,7 +31,7 @@ from config import ConfigError, get_config
 from data import DataError
 from utils.runtime.compile import require_compiler
 from utils.runtime.device import choose_device, synchronize
-from utils.runtime.files import require_place
+from utils.runtime.files import require_outputs
 from utils.runtime.precision import choose_precision
 from utils.tasks.build import build_task
 from utils.training.assembly import synthetic_step
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     """Profile the steps, print the table, write the trace."""
     if args.steps < 1:
         raise ConfigError(f"--steps is {args.steps}; it must be at least 1")
-    require_place(args.trace, "--trace ")
+    require_outputs([("--trace", args.trace)], [args.cfg])
     flags = {"DEVICE": args.device, "PRECISION": args.precision, "COMPILE": args.compile, "DATA.BATCH_SIZE": args.batch_size}
     config = get_config(args.cfg, [*args.opts, *(item for key, value in flags.items() if value is not None for item in (key, value))])
     device = choose_device(config.DEVICE)

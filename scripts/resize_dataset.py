@@ -24,12 +24,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.decoding.pillow import decode
+from data.decoding.pillow import Reading, decode
 from data.errors import DataError, UnreadableImage
 from data.layouts.detect import detect_layout
 from data.layouts.options import Options
 from data.sources.base import Source
 from data.sources.classes import match_classes
+from data.sources.deep_levels import settle_reading, window_option
 
 MANIFEST, RECIPE = "manifest.jsonl", "recipe.json"
 _source: Source | None = None  # each process's own
@@ -40,11 +41,11 @@ def set_source(source: Source) -> None:
     _source = source
 
 
-def resized(data: bytes, name: str, side: int, quality: int, exif: bool) -> bytes:
+def resized(data: bytes, name: str, side: int, quality: int, reading: Reading) -> bytes:
     """An image file with its shorter side at most ``side`` pixels, as JPEG."""
-    image = decode(data, name, exif)
+    image = decode(data, name, reading)
     width, height = image.size
-    if min(width, height) <= side and data[:2] == b"\xff\xd8" and not exif:
+    if min(width, height) <= side and data[:2] == b"\xff\xd8" and not reading.exif:
         return data
     if min(width, height) > side:
         scale = side / min(width, height)
@@ -66,12 +67,12 @@ def folder_name(label: str) -> str:
     return "_" + folder if folder.startswith((".", "__MACOSX")) else folder
 
 
-def work(task: tuple[int, str, str, int, int, bool]) -> tuple[str, str, int, str]:
+def work(task: tuple[int, str, str, int, int]) -> tuple[str, str, int, str]:
     """Write one image; (name, source, size, SHA-256), or ("", source, 0, reason)."""
-    index, name, root, side, quality, exif = task
+    index, name, root, side, quality = task
     origin = _source.path(index)
     try:
-        data = resized(_source.read(index), origin, side, quality, exif)
+        data = resized(_source.read(index), origin, side, quality, _source.reading)
     except UnreadableImage as error:
         return "", origin, 0, error.reason
     path = os.path.join(root, name)
@@ -114,7 +115,7 @@ def verify(root: str) -> int:
 def copy_split(split: str, source: Source, args: argparse.Namespace, done: dict[str, dict]) -> int:
     """Write a split's images that are not there yet; how many could not be read."""
     names = ((i, target_name(source, split, i)) for i in range(len(source)))
-    tasks = [(i, name, args.output, args.side, args.quality, args.exif) for i, name in names
+    tasks = [(i, name, args.output, args.side, args.quality) for i, name in names
              if name not in done or not os.path.exists(os.path.join(args.output, name))]
     begun, bad, written = time.perf_counter(), 0, 0
     for label in source.classes:
@@ -156,6 +157,8 @@ def main() -> int:
             raise DataError("give the data set to read and the folder to write")
         if not 256 <= args.side <= 512 or not 50 <= args.quality <= 100:
             raise DataError("--side lies between 256 and 512, --quality between 50 and 100")
+        if os.path.realpath(args.output) == os.path.realpath(args.data):
+            raise DataError(f"{args.output}: is the folder of the data itself; choose another one")
         layout = detect_layout(args.data, Options(val_fraction=args.val_fraction))
         train = layout.open["train"]()
         sources = {"train": train, "val": match_classes(layout.open["val"](), train.classes)}
@@ -163,6 +166,12 @@ def main() -> int:
             raise DataError(f"{args.data}: its images have several labels each, and a folder is one class")
         if len(set(map(folder_name, train.classes))) < len(train.classes):
             raise DataError(f"{args.data}: two classes would share a folder; rename one")
+        levels = settle_reading(train, Reading(args.exif), 0, 0)
+        sources["val"].configure(train.reading, 0)
+        for line in levels.messages() if levels is not None else []:
+            print(line)
+        if levels is not None:
+            print(f"a model trained on this copy, which has 8 bits, sees the originals alike with --opts {window_option(levels.window)}")
         os.makedirs(args.output, exist_ok=True)
         recipe = dict(side=args.side, quality=args.quality, exif=args.exif, images={s: len(x) for s, x in sources.items()})
         path = Path(args.output, RECIPE)

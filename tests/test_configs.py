@@ -17,6 +17,8 @@ PARAMETERS = {
     "crossformer_t": 27_776_794, "crossformer_s": 30_657_394, "crossformer_b": 51_971_554, "crossformer_l": 91_971_184,
     "crossformer_pp_s": 23_325_340, "crossformer_pp_b": 51_994_594, "crossformer_pp_l": 92_001_904, "crossformer_pp_h": 95_962_944,
     "swin_t": 28_288_354, "swin_s": 49_606_258, "swin_b": 87_768_224, "swin_b_384": 87_903_584, "swin_l": 196_532_476,
+    "swinv2_t": 28_347_154, "swin_mlp_t_c24": 20_386_632, "swin_mlp_t_c12": 21_152_072,
+    "swin_mlp_t_c6": 22_682_952, "swin_mlp_b": 60_659_416,
     "cvt_13": 19_997_480, "cvt_21": 31_622_696, "cvt_13_384": 19_997_480, "cvt_21_384": 31_622_696, "cvt_w24_384": 277_196_392,
     "shunted_t": 11_553_576, "shunted_s": 22_401_256, "shunted_b": 39_614_376, "mpvit_t": 5_843_736, "mpvit_xs": 10_573_448,
     "mpvit_s": 22_892_400, "mpvit_b": 74_845_976, "pvt_t": 13_229_288, "pvt_s": 24_485_864, "pvt_m": 44_208_104, "pvt_l": 61_369_320,

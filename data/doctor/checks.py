@@ -18,8 +18,9 @@ from config import image_size
 from data.doctor.duplicate_checks import exact_duplicates, near_duplicates
 from data.doctor.finding import ERROR, NOTE, SEVERITIES, WARNING, Finding, Images, Move, all_rows, many, start_of
 from data.doctor.ignored_files import HIDDEN, LOOSE, ignored_files
-from data.doctor.image_record import ALPHA, ANIMATED, BLANK, EXIF_ROTATED, EXTENSION_OF, MISNAMED, MODES, format_of
+from data.doctor.image_record import ALPHA, ANIMATED, BLANK, DEEP, EXIF_ROTATED, EXTENSION_OF, MISNAMED, MODES, format_of
 from data.doctor.survey import Split, Survey, base_of
+from data.sources.deep_levels import window_option
 
 HUGE_PIXELS = 20_000_000
 LONG, MANY_LONG = 2, 0.1  # sides over those of the input's shape; share of the images from where such ones are a warning
@@ -223,14 +224,29 @@ def _kinds(survey: Survey) -> Iterator[Finding]:
         yield Images(survey, at, _mode).finding("transparent", NOTE,
                                                 f"{many(len(at))} with an alpha channel; transparent parts become white",
                                                 advice="nothing needs to be done")
-    for code, modes, what in (("cmyk", ("CMYK",), "in CMYK, converted by Pillow's rule (as torchvision and timm do)"),
-                              ("deep", ("I;16", "I", "F"), "of more than 8 bits a channel, scaled to 8")):
-        if len(at := np.flatnonzero(read & np.isin(rows["mode"], [MODES.index(mode) for mode in modes]))):
-            yield Images(survey, at, _mode).finding(code, NOTE, f"{many(len(at))} {what}", advice="nothing needs to be done")
+    if len(at := np.flatnonzero(read & (rows["mode"] == MODES.index("CMYK")))):
+        yield Images(survey, at, _mode).finding("cmyk", NOTE,
+                                                f"{many(len(at))} in CMYK, converted by Pillow's rule (as torchvision and timm do)",
+                                                advice="nothing needs to be done")
+    if len(at := np.flatnonzero(read & ((flags & DEEP) > 0))):
+        yield from _deep(Images(survey, at, _mode), survey)
     middle = float(np.median(shorter[read])) if read.any() else 0
     if middle > 2.5 * side:
         yield Finding("large", NOTE, f"half of the images have a shorter side above {middle:,.0f} pixels, and the input is {side}: "
                       "a smaller copy decodes several times as fast", commands=[resize_command(survey)])
+
+
+def _deep(images: Images, survey: Survey) -> Iterator[Finding]:
+    levels, much = survey.levels, f"{many(len(images.positions))} of more than 8 bits a channel, scaled to 8"
+    if levels is None:
+        yield images.finding("deep", WARNING, f"{much}; they are rare, and the first look of training may miss them",
+                             advice="give the values that are black and white with DATA.WINDOW")
+        return
+    yield images.finding("deep", NOTE, f"{much}: {levels.window[0]:g} is black and {levels.window[1]:g} white in all of them",
+                         advice="training finds the same, and its checkpoints keep it")
+    if levels.few:
+        yield Finding("few-levels", WARNING, levels.loss(), advice="differences between images may be lost",
+                      commands=[f"--opts {window_option(levels.better)}"] if levels.better is not None else [])
 
 
 def _long(survey: Survey, rows: np.ndarray, read: np.ndarray, size: Callable[[Split, int], str]) -> Iterator[Finding]:

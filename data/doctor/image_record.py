@@ -10,14 +10,16 @@ import time
 import numpy as np
 from PIL import Image
 
-from data.decoding.pillow import FORMATS, decode
+from data.decoding.deep import is_deep
+from data.decoding.pillow import FORMATS, decode, is_single_colour
 from data.errors import UnreadableImage
 from data.sources.base import Source
 
 LARGEST_FILE = 256 << 20  # bytes; no encoded image is larger, and reading one would only fill the memory
 
 # Flags of a row. SEEN: the file has been read or tried. FATAL: the process that read it died. PLAIN: too even for a fingerprint.
-SEEN, UNREADABLE, FATAL, EXIF_ROTATED, ANIMATED, MISNAMED, ALPHA, BLANK, PLAIN = (1 << bit for bit in range(9))
+# DEEP: more than 8 bits a channel.
+SEEN, UNREADABLE, FATAL, EXIF_ROTATED, ANIMATED, MISNAMED, ALPHA, BLANK, PLAIN, DEEP = (1 << bit for bit in range(10))
 
 MODES = ("?", "RGB", "L", "CMYK", "P", "RGBA", "LA", "1", "I;16", "I", "F", "PA", "other")
 _KINDS = ("?", *FORMATS)
@@ -59,9 +61,10 @@ def inspect_image(source: Source, index: int, row: np.void) -> str:
         row["sha256"] = np.frombuffer(hashlib.sha256(data).digest(), dtype=np.uint8)
         _describe(data, name, row)
         started = time.thread_time()
-        image = decode(data, name, source.exif)
+        image = decode(data, name, source.reading)
         row["decode_us"] = int((time.thread_time() - started) * 1e6)
         _fingerprint(image, row)
+        row["flags"] |= BLANK * bool(row["flags"] & PLAIN and is_single_colour(data, name))
         return ""
     except UnreadableImage as error:
         reason = error.reason
@@ -87,6 +90,7 @@ def _describe(data: bytes, name: str, row: np.void) -> None:
         flags |= EXIF_ROTATED * (image.getexif().get(0x0112, 1) in range(2, 9))
     except Exception:  # a damaged block of metadata is no reason to refuse the pixels
         pass
+    flags |= DEEP * is_deep(image)
     flags |= ALPHA * (image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info)
     expected = _EXTENSIONS.get(os.path.splitext(name)[1].lower())
     flags |= MISNAMED * (expected is not None and expected != image.format)
@@ -96,7 +100,7 @@ def _describe(data: bytes, name: str, row: np.void) -> None:
 def _fingerprint(image: Image.Image, row: np.void) -> None:
     grey = np.asarray(image.resize((_GRID, _GRID), Image.Resampling.BOX).convert("L")).astype(np.int16)
     contrast = int(grey.max() - grey.min())
-    row["flags"] |= BLANK * (contrast == 0) | PLAIN * (contrast < 8)
+    row["flags"] |= PLAIN * (contrast < 8)
     right, down = grey[:8, 1:] < grey[:8, :8], grey[1:, :8] < grey[:8, :8]
     row["hash"] = (_BITS[right.ravel()].sum(dtype=np.uint64), _BITS[down.ravel()].sum(dtype=np.uint64))
 

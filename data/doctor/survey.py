@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from config import ConfigError
+from data.decoding.pillow import Reading
 from data.doctor.image_record import UNREADABLE
 from data.doctor.worker_pool import WorkerPool
 from data.errors import DataError
@@ -19,6 +21,7 @@ from data.layouts.options import Options, resolve_data_file
 from data.layouts.splits import choose_classes
 from data.sources.base import Source, View
 from data.sources.classes import match_classes
+from data.sources.deep_levels import DeepLevels, settle_reading
 from data.sources.folder import ImageFolder
 from data.sources.index_cache import Entry, record_entries
 
@@ -77,6 +80,7 @@ class Survey:
         failures: why a split could not be opened, by its name.
         seconds: that reading all images took.
         processes: that read them.
+        levels: the black and white level of images of more than 8 bits; None where there are none.
     """
 
     root: str
@@ -87,6 +91,7 @@ class Survey:
     failures: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     processes: int = 0
+    levels: DeepLevels | None = None
 
     def counts(self, split: str, readable: bool = False) -> np.ndarray:
         """(classes,) numbers of images, all or the readable ones, an image with several labels counting for each; zeros for a split that
@@ -142,7 +147,11 @@ def open_survey(config: CfgNode) -> Survey:
         except DataError as error:
             survey.failures[name] = str(error)
             continue
-        source.configure(config.DATA.EXIF, config.DATA.READ_PATIENCE)
+        if survey.splits:
+            source.configure(next(iter(survey.splits.values())).source.reading, config.DATA.READ_PATIENCE)
+        else:
+            with contextlib.suppress(DataError):  # a file hangs, which is told when all are read
+                survey.levels = settle_reading(source, Reading.of(config), config.DATA.READ_PATIENCE, config.DATA.TIMEOUT)
         base = base_of(source)[0]
         entry = entries[0] if len(entries) == 1 and len(entries[0].index["targets"]) == len(base) else None
         survey.splits[name] = Split(name, layout.name, source, own, source.targets, np.zeros(0), entry=entry)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from data.decoding.pillow import decode
+from data.decoding.pillow import AS_STORED, Reading, decode
 from data.errors import UnreadableImage
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Source:
         labels: the labels of each image where it has several of ``classes``, or none; None where each has one class.
         notices: messages for the user.
         patience: seconds for which a failing read is tried again.
-        exif: rotate images as their EXIF orientation says.
+        reading: how they become pixels.
         marks: what a list says of each image beside its class, "fold" or "group": (names, positions in them (images,) int64).
     """
 
@@ -62,7 +62,7 @@ class Source:
     labels: LabelSets | None = None
     notices: list[str]
     patience: float = 0.0
-    exif: bool = False
+    reading: Reading = AS_STORED
     marks: Mapping[str, tuple[list[str], np.ndarray]] = {}
     _fingerprint: str | None = None
 
@@ -110,9 +110,9 @@ class Source:
         """What an image is: the position of its class, or of several labels (classes,) int8: 1, 0, or -1 for one that is not known."""
         return int(self.targets[index]) if self.labels is None else self.labels[index]
 
-    def configure(self, exif: bool, patience: float) -> None:
+    def configure(self, reading: Reading, patience: float) -> None:
         """Set how images are read."""
-        self.exif, self.patience = exif, patience
+        self.reading, self.patience = reading, patience
 
     def read(self, index: int) -> bytes:
         """The encoded image; a read that fails is tried again for ``patience`` seconds.
@@ -134,7 +134,7 @@ class Source:
         Raises:
             UnreadableImage: it cannot be read or decoded; the message names the file.
         """
-        return decode(self.read(index), self.path(index), self.exif)
+        return decode(self.read(index), self.path(index), self.reading)
 
 
 class View(Source):
@@ -143,6 +143,7 @@ class View(Source):
     def __init__(self, source: Source, indices: np.ndarray, classes: list[str], targets: np.ndarray, notices: list[str]):
         self.source, self.indices = source, indices
         self.root, self.classes, self.targets, self.notices = source.root, classes, targets, notices
+        self.reading, self.patience = source.reading, source.patience
         self.marks = {what: (names, marked[indices]) for what, (names, marked) in source.marks.items()}
         self.labels = None if source.labels is None else source.labels.take(indices)
 
@@ -152,9 +153,9 @@ class View(Source):
     def identity(self) -> bytes:
         return self.source.identity() + self.indices.tobytes()
 
-    def configure(self, exif: bool, patience: float) -> None:
-        self.source.configure(exif, patience)
-        super().configure(exif, patience)
+    def configure(self, reading: Reading, patience: float) -> None:
+        self.source.configure(reading, patience)
+        super().configure(reading, patience)
 
     def read(self, index: int) -> bytes:
         return self.source.read(int(self.indices[index]))

@@ -20,7 +20,7 @@ class _StreamImages(BatchedImages):
 
     def __init__(self, stream: Stream, pipeline: Pipeline, workers: int, pipe: bool):
         super().__init__(stream, pipeline, pipe)
-        self.record_source = RecordSource(stream.exif)
+        self.record_source = RecordSource(stream.reading)
         self.corrupt_policy = CorruptImagePolicy(stream, workers)  # a worker reads no file here that could hang
 
     def _decode(self, item: Item, out: Tensor) -> Any:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 from yacs.config import CfgNode
 
 from config import ConfigError
-from data.errors import DataError
+from data.decoding.pillow import Reading, decode_stored
+from data.errors import DataError, UnreadableImage
 from data.layouts.options import resolve_data_file
 from data.messages import Notice
 from data.sources.classes import match_classes
+from data.sources.deep_levels import FIRST_LOOK, Sample, levels_of, sample
 from data.sources.lists import read_text
 from data.streaming.huggingface import open_hub_stream
-from data.streaming.stream import Stream
+from data.streaming.stream import Record, Stream
 from data.streaming.webdataset import open_shard_stream
 
 
@@ -52,14 +55,37 @@ def open_streams(config: CfgNode, splits: Sequence[str], classes: Sequence[str] 
             if not stream.size:
                 raise ConfigError(f"{path}: the stream does not say how many images it has; give the number of training images with "
                                   "DATA.STREAM_IMAGES")
-        stream.patience, stream.exif = data.READ_PATIENCE, data.EXIF
+        stream.configure(Reading.of(config), data.READ_PATIENCE)
         classes = list(classes) if classes is not None else stream.classes
         opened[split] = match_classes(stream, classes)
         first = next(stream.records(range(len(stream.segments))), None)  # a fault of every image stops the program now
         if first is None:
             raise DataError(f"{stream.root}: holds no images; give another address")
         stream.target(first)
+        if len(opened) == 2:
+            stream.configure(opened["train"].reading, data.READ_PATIENCE)
+        else:
+            _settle_reading(stream, first)
     if "train" in opened:
         opened["train"].notices.append(Notice(f"{root} is a stream: resume is exact to the epoch only (within an epoch the images that "
                                               "were seen are skipped, which is exact if the stream still has the same order)"))
     return opened
+
+
+def _settle_reading(stream: Stream, first: Record) -> None:
+    """Where a stream begins with an image of more than 8 bits, and no window is given, take that of the images it begins with."""
+    if stream.reading.window is not None or _sample(first) is None:
+        return
+    records = islice(stream.records(range(len(stream.segments))), FIRST_LOOK)
+    levels = levels_of(found for found in map(_sample, records) if found is not None)
+    if levels is not None:
+        stream.reading = stream.reading._replace(window=levels.window)
+        stream.notices += levels.messages()
+
+
+def _sample(record: Record) -> Sample | None:
+    try:
+        stored = decode_stored(record.data, record.name)
+    except UnreadableImage:
+        return None
+    return sample(stored) if stored is not None else None

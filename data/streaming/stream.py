@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import seeds
+from data.decoding.pillow import Reading
 from data.errors import DataError, UnreadableImage
 from data.sources.base import Retry, Source
 from data.sources.classes import join_by_number, whole_number
@@ -120,8 +121,8 @@ class Stream(Source):
 class RecordSource(Source):
     """A source of one record at a time, for the pipelines, which read from a ``Source``."""
 
-    def __init__(self, exif: bool):
-        self.exif, self.record = exif, Record("", b"", 0)
+    def __init__(self, reading: Reading):
+        self.reading, self.record = reading, Record("", b"", 0)
 
     def path(self, index: int) -> str:
         return self.record.name

@@ -44,6 +44,7 @@ def preprocessing(config: CfgNode) -> dict[str, Any]:
         std=list(config.DATA.STD or getattr(published, "std", None) or IMAGENET_DEFAULT_STD),
         crop_pct=(getattr(published, "crop_pct", None) or 224 / 256) if crop_mode == "center" else 1.0,
         crop_mode=crop_mode,
+        **(dict(window=list(config.DATA.WINDOW)) if config.DATA.WINDOW else {}),
     )
 
 

@@ -86,7 +86,7 @@ class Decoder:
         """
         data = source.read(index)
         header = jpeg.read_header(data)
-        if header is None or (source.exif and not header.upright):
+        if header is None or (source.reading.exif and not header.upright):
             image = self._decode_by_pillow(data, source, index)
             return image.shape[:2], lambda rows: image
 
@@ -100,7 +100,7 @@ class Decoder:
         return (header.height, header.width), pixels
 
     def _decode_by_pillow(self, data: bytes, source: Source, index: int) -> np.ndarray:
-        image = np.array(decode(data, source.path(index), source.exif))
+        image = np.array(decode(data, source.path(index), source.reading))
         self.by_pillow += 1
         return image
 

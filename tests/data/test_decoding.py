@@ -17,7 +17,7 @@ from PIL import Image
 
 from config import get_config
 from data.decoding import jpeg
-from data.decoding.pillow import decode
+from data.decoding.pillow import Reading, decode
 from data.decoding.resize import MODES, resize_crop, resize_window, rows_needed
 from data.errors import DataError
 from data.transforms.build import build_eval_transform, build_train_transform, preprocessing
@@ -31,20 +31,6 @@ def grey(data: bytes) -> np.ndarray:
     pixels = np.asarray(image)
     assert image.mode == "RGB" and (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 0] == pixels[..., 2]).all()
     return pixels[..., 0].astype(int)
-
-
-@pytest.mark.parametrize(("dtype", "form"), [(np.uint16, "PNG"), (np.uint16, "TIFF"), (np.uint16, "PPM"), (">u2", "TIFF"),
-                                             (np.int32, "TIFF"), (np.float32, "TIFF")])
-def test_deep_grey_is_scaled_not_clipped(dtype, form: str) -> None:
-    assert (grey(encoded(Image.fromarray((RAMP.astype(np.uint16) * 257).astype(dtype)), form)) == RAMP).all()
-
-
-def test_floats_of_one_and_integers_of_a_byte_keep_their_range() -> None:
-    assert (grey(encoded(Image.fromarray((RAMP / 255).astype(np.float32)), "TIFF")) == RAMP).all()
-    assert (grey(encoded(Image.fromarray(RAMP.astype(np.int32)), "TIFF")) == RAMP).all()
-    assert (grey(encoded(Image.fromarray((RAMP * 1000.0 - 7e4).astype(np.float32)), "TIFF")) == RAMP).all()
-    hollow = np.where(RAMP > 9, np.nan, RAMP).astype(np.float32)
-    assert grey(encoded(Image.fromarray(hollow), "TIFF")).max() == 9
 
 
 def test_transparent_pixels_are_white_whatever_lies_below() -> None:
@@ -91,7 +77,7 @@ def test_orientation_is_a_choice() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(Image.new("RGB", (30, 20)), "JPEG", exif=exif)
-    assert decode(data, "x").size == (30, 20) and decode(data, "x", exif=True).size == (20, 30)
+    assert decode(data, "x").size == (30, 20) and decode(data, "x", Reading(exif=True)).size == (20, 30)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (20000, 3)])

@@ -298,7 +298,7 @@ def test_usage(sound: Path, tmp_path: Path, program) -> None:
     done = program("--doctor", "--data-path", sound, "--opts", "DOCTOR.FOLDER", tmp_path / "file/x")
     assert done.returncode == 2 and "DOCTOR.FOLDER" in done.stderr and len(done.stderr.splitlines()) == 1
     done = program("--doctor", "--data-path", sound, "--doctor-json", tmp_path / "no/x.json")
-    assert done.returncode == 2 and f"{tmp_path}/no/x.json: the report cannot be written" in done.stderr
+    assert done.returncode == 2 and f"DOCTOR.JSON is {tmp_path}/no/x.json" in done.stderr
     done = program("--doctor", "--data-path", sound, "--opts", "DOCTOR.FOLDER", sound / "train/report")
     assert done.returncode == 2 and "among the images" in done.stderr and not (sound / "train/report").exists()
     done = program("--doctor", "--data-path", sound, "--doctor-json", "-", *TINY)

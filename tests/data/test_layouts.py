@@ -218,6 +218,68 @@ def test_a_training_folder_alone_is_shared_out_when_asked(plain: Path, tmp_path:
     assert content(both[0]) == content(sources(plain)[0])  # a split of its own wins
 
 
+def test_folds_share_out_every_class_once(tmp_path: Path) -> None:
+    write_images(tmp_path, ".", {"a": 7, "b": 11, "c": 3, "d": 1})
+    folds = [sources(tmp_path, "DATA.FOLD", f"{k}/3", "SEED", k) for k in (1, 2, 3)]
+    counts = np.array([np.bincount(val.targets, minlength=4) for _, val, _ in folds])
+    assert (np.ptp(counts, axis=0) <= 1).all() and sorted(counts.sum(axis=1)) == [7, 7, 8]
+    paths = [{val.path(i) for i in range(len(val))} for _, val, _ in folds]
+    assert len(set.union(*paths)) == 22 == sum(map(len, paths)) and all(len(train) == 22 - len(val) for train, val, _ in folds)
+    assert all(not paths[k] & {train.path(i) for i in range(len(train))} for k, (train, _, _) in enumerate(folds))
+    assert len({tuple(loaders.classes) for _, _, loaders in folds}) == 1
+    with pytest.raises(DataError, match="leaves no images"):
+        sources(tmp_path, "DATA.FOLD", "40/40")
+    for value in ("0/3", "4/3", "1/1", "1/2/3"):
+        with pytest.raises(ConfigError, match="DATA.FOLD"):
+            config_for(tmp_path, "DATA.FOLD", value)
+    with pytest.raises(ConfigError, match="DATA.VAL_FRACTION"):
+        config_for(tmp_path, "DATA.FOLD", "1/3", "DATA.VAL_FRACTION", 0.1)
+    root = tmp_path / "own"  # a validation part of its own stays aside
+    write_images(root, "train", {"a": 4, "b": 4})
+    write_images(root, "val", {"a": 1, "b": 1})
+    train, val, loaders = sources(root, "DATA.FOLD", "2/4")
+    assert (len(train), len(val)) == (6, 2) and "train" in val.path(0) and any("left out" in line for line in loaders.notices)
+
+
+def test_groups_of_a_list_stay_together_and_its_own_folds_count(tmp_path: Path) -> None:
+    sizes = np.random.RandomState(0).randint(1, 9, 40)
+    patients = np.repeat(np.arange(40), sizes)
+    labels = ["ab"[int(patient % 3 == 0)] for patient in patients]
+    write_images(tmp_path, ".", {"x": 1})
+    for i in range(1, len(labels)):
+        os.link(tmp_path / "x/0.jpg", tmp_path / f"x/{i}.jpg")
+    path = tmp_path / "list.csv"
+
+    def written(header: str, cells: list[str]) -> None:
+        rows = enumerate(zip(labels, cells, strict=True))
+        path.write_text(f"image,label,{header}\n" + "".join(f"x/{i}.jpg,{label},{cell}\n" for i, (label, cell) in rows))
+
+    def held(*opts: object) -> np.ndarray:
+        """Numbers of the validation images."""
+        source = sources(path, *opts)[1]
+        return np.array(sorted(int(Path(source.path(i)).stem) for i in range(len(source))))
+
+    written("patient_id", [f"p{patient}" for patient in patients])
+    folds = [held("DATA.FOLD", f"{k}/4") for k in (1, 2, 3, 4)]
+    assert sorted(np.concatenate(folds)) == list(range(len(labels)))
+    assert sum(len(set(patients[fold])) for fold in folds) == 40  # no patient in two
+    assert np.ptp([len(fold) for fold in folds]) <= 4 and np.ptp([sum(labels[i] == "b" for i in fold) for fold in folds]) <= 4
+    tenth = held("DATA.VAL_FRACTION", 0.1)
+    assert abs(len(tenth) - 0.1 * len(labels)) < 4 and not set(patients[tenth]) & set(np.delete(patients, tenth))
+    written("who", [f"p{patient}" for patient in patients])
+    assert sum(len(set(patients[held("DATA.FOLD", f"{k}/4", "DATA.GROUP_COLUMN", "who")])) for k in (1, 2, 3, 4)) == 40
+    written("kfold", [str(10 * (patient % 3)) for patient in patients])
+    assert set(patients[held("DATA.FOLD", "10")] % 3) == {1} == set(patients[held("DATA.FOLD", "2/3")] % 3)
+    for value, words in (("5", "folds are 0, 10, 20"), ("1/4", "has 3 folds")):
+        with pytest.raises(DataError, match=words):
+            sources(path, "DATA.FOLD", value)
+    with pytest.raises(DataError, match="one of folds .*DATA.FOLD 0"):
+        sources(path)
+    written("other", ["7"] * len(labels))
+    with pytest.raises(DataError, match="no fold column"):
+        sources(path, "DATA.FOLD", "2", "DATA.LABEL_COLUMN", "label")
+
+
 def test_class_names_set_the_order_choose_and_join(plain: Path, tmp_path: Path) -> None:
     listing = tmp_path / "classes.txt"
     listing.write_text("n02102040\tdog\nn01443537\tfish\nn01440764\tfish\n")

@@ -34,6 +34,7 @@ from data_helpers import (
 )
 
 from data import DataError, build_loaders
+from data.decoding.pillow import AS_STORED
 from data.sources import archives, folder, index_cache
 from data.sources.archives import scan_archives
 from data.sources.folder import scan_folder
@@ -67,7 +68,7 @@ def test_a_file_that_comes_back_is_waited_for(tmp_path: Path, monkeypatch) -> No
     path.rename(away)
     pauses = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    source.configure(exif=False, patience=2.0)
+    source.configure(AS_STORED, patience=2.0)
     with pytest.raises(DataError, match=r"0\.jpg: not a readable image \(No such file"):
         source.load(0)
     assert sum(pauses) == pytest.approx(2.0) and pauses == sorted(pauses[:-1]) + pauses[-1:] and len(pauses) > 3
@@ -229,7 +230,7 @@ def test_an_archive_cut_after_it_was_listed(plain: Path, tmp_path: Path) -> None
 def test_an_archive_on_a_share_that_comes_back_is_opened_again(plain: Path, tmp_path: Path, monkeypatch) -> None:
     write_archives("tar", plain, tmp_path)
     source, real, opened = scan_archives([str(tmp_path / "train.tar")], "x"), os.open, []
-    source.configure(exif=False, patience=1.0)
+    source.configure(AS_STORED, patience=1.0)
     whole = source.read(0)
     stale = iter([OSError(116, "Stale file handle")])
     monkeypatch.setattr(os, "open", lambda *a, **k: opened.append(a[0]) or real(*a, **k))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -199,6 +200,40 @@ def test_a_split_is_not_taken_for_a_set_of_its_own(split: str, world: Path, prog
     """Or the training images would be evaluated where the data's folder was meant."""
     done = program("--eval", "--resume", world / "a.pth", "--data-path", world / "data" / split)
     assert done.returncode == 3 and "looks like one split" in done.stderr
+
+
+def test_other_data_are_judged_whole_and_by_the_split_that_is_asked_for(world: Path, program) -> None:
+    """The checkpoint's own DATA.DATASET and DATA.VAL_FRACTION are about the images it was trained on, wherever these lie now."""
+    paths = sorted((world / "data/val").glob("*/*.png"))
+    shutil.copytree(world / "data/val", program.folder / "holdout")
+    shutil.make_archive(str(program.folder / "holdout"), "zip", program.folder, "holdout")
+    (program.folder / "holdout.csv").write_text("image_file,kind,split\n" + "".join(
+        f"{path},{path.parent.name},{'test' if i % 3 else 'other'}\n" for i, path in enumerate(paths)))
+    (program.folder / "plain.csv").write_text("image_file,kind\n" + "".join(f"{path},{path.parent.name}\n" for path in paths))
+    shutil.copytree(world / "data/train", program.folder / "whole")
+    content = load(world / "a.pth")
+    content["config"] = content["config"].replace("  DATASET: imagenet\n", "  DATASET: folder\n").replace("  FOLD: ''\n", "  FOLD: 2/4\n")
+    content["data_path"] = str(program.folder / "whole")
+    with contextlib.closing(build_loaders(config_from_text(content["config"], ["DATA.DATA_PATH", content["data_path"]]), splits=("val",),
+                                          classes=content["classes"])) as loaders:
+        content["image_fingerprints"] = loaders.fingerprints()
+    write_checkpoint(str(program.folder / "fold.pth"), content)
+    assert last(program("--eval", "--resume", "fold.pth").stdout)[1] == 12  # a fold of 48
+    (program.folder / "whole").rename(program.folder / "moved")
+    assert last(program("--eval", "--resume", "fold.pth", "--data-path", "moved").stdout)[1] == 12
+    right = last(program("--eval", "--resume", world / "a.pth").stdout)
+    for place in ("holdout", "holdout.zip", "plain.csv"):
+        done = program("--eval", "--resume", "fold.pth", "--data-path", place)
+        assert last(done.stdout) == right and "DATA.FOLD 2/4" in done.stderr + done.stdout, place
+    assert last(program("--eval", "--resume", "fold.pth", "--data-path", "plain.csv", "--opts", "DATA.FOLD", "1/4").stdout)[1] == 9
+    done = program("--eval", "--resume", "fold.pth", "--data-path", "holdout.csv", "--split", "test")
+    assert last(done.stdout)[1] == 24 and "12 of its 36 rows are left out" in done.stdout
+    assert "of 36 images" in program("--compare", "fold.pth", world / "a.pth", "--data-path", "plain.csv").stdout
+    refused = program("--eval", "--resume", "fold.pth", "--data-path", "holdout.csv")
+    assert refused.returncode == 3 and "test (24), other (12)" in refused.stderr and "--split all" in refused.stderr
+    assert last(program("--eval", "--resume", "fold.pth", "--data-path", "holdout.csv", "--split", "all").stdout) == right
+    assert last(program("--eval", "--resume", world / "a.pth", "--data-path", world / "data/val", "--split", "all").stdout) == right
+    assert last(program("--eval", "--resume", world / "a.pth", "--split", "train").stdout)[1] == 48
 
 
 def test_subsets_are_judged_among_their_classes_and_among_all(world: Path, program) -> None:

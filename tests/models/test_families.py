@@ -60,23 +60,29 @@ VARIANTS = {
     "pvt_v2_b3": (45_238_696, 45_071_552, 574, 2677649786, 0.3, (64, 128, 320, 512)),
     "pvt_v2_b4": (62_556_072, 62_316_992, 834, 1267476938, 0.3, (64, 128, 320, 512)),
     "pvt_v2_b5": (81_956_008, 81_648_576, 1054, 3431210572, 0.3, (64, 128, 320, 512)),
+    "swin_mlp_tiny_c24": (20_386_632, 20_326_912, 137, 3471856688, 0.2, (96, 192, 384, 768)),
+    "swin_mlp_tiny_c12": (21_152_072, 21_080_576, 137, 4017401970, 0.2, (96, 192, 384, 768)),
+    "swin_mlp_tiny_c6": (22_682_952, 22_587_904, 137, 2334017748, 0.2, (96, 192, 384, 768)),
+    "swin_mlp_base": (60_659_416, 60_522_104, 257, 488845729, 0.5, (128, 256, 512, 1024)),
     "galerkin_tiny": (26_121_736, 26_042_880, 185, 822736477, 0.2, (96, 192, 384, 768)),
     "galerkin_small": (45_659_656, 45_507_072, 353, 4026914522, 0.3, (96, 192, 384, 768)),
     "galerkin_base": (63_405_928, 63_251_968, 269, 407682238, 0.3, (128, 256, 512, 1024)),
 }
 OURS = [name for name in VARIANTS if not name.startswith("pvt_v2")]
-ONE_A_FAMILY = ["crossformer_tiny", "crossformer_pp_small", "cvt_13", "shunted_t", "mpvit_tiny", "pvt_tiny", "galerkin_tiny"]
+ONE_A_FAMILY = ["crossformer_tiny", "crossformer_pp_small", "cvt_13", "shunted_t", "mpvit_tiny", "pvt_tiny", "swin_mlp_tiny_c12",
+                "galerkin_tiny"]
 REFERENCES = ["crossformer_tiny", "crossformer_base", "crossformer_pp_small", "swin_tiny", "cvt_13", "shunted_t", "mpvit_tiny", "pvt_tiny",
               "pvt_v2_b1"]
 
 
 def family_of(name: str) -> str:
-    return "pvt_v2" if name.startswith("pvt_v2") else name.partition("_")[0]
+    return next((family for family in ("pvt_v2", "swin_mlp") if name.startswith(family)), name.partition("_")[0])
 
 
 def build(name: str, **kwargs: Any) -> nn.Module:
     module = importlib.import_module(f"models.{family_of(name)}")
-    return module.build(name, dict(module.VARIANTS[name], **kwargs), (224, 224)).eval()
+    side = 256 if name.startswith("swin_mlp_tiny") else 224  # its windows bound the weights
+    return module.build(name, dict(module.VARIANTS[name], **kwargs), (side, side)).eval()
 
 
 def on_meta(name: str, **kwargs: Any) -> nn.Module:
@@ -295,6 +301,16 @@ def turn_galerkin(state: dict[str, Tensor]) -> None:
             state[name] = torch.cat([heads[..., [1, 0]], heads[..., 2:]], dim=2).flatten(1)
 
 
+def turn_swin_mlp(state: dict[str, Tensor]) -> None:
+    """The tokens of a window come row by row, in the perceptron over them both as inputs and as outputs."""
+    turn_galerkin(state)
+    for name in state:
+        if ".spatial_mlp." in name:
+            heads = 2 if name.startswith("layers.0") else 4
+            x = state[name].view(heads, 4, 4, *((4, 4) if name.endswith("weight") else ()))
+            state[name] = (x.transpose(1, 2).transpose(3, 4) if x.ndim == 5 else x.transpose(1, 2)).reshape(state[name].shape)
+
+
 @dataclass
 class Small:
     """A small model of a family.
@@ -399,6 +415,14 @@ SMALL = {
         turn=turn_pvt,
         wrong=[(dict(num_heads=(1, 2)), "num_heads has 2 entries for 3 stages"), (dict(num_heads=(3, 2, 4)), "width 8 cannot have 3 heads"),
                (dict(sr_ratios=(4, 2, 2)), "must not reduce")]),
+    "swin_mlp": Small(
+        "swin_mlp_tiny_c24", dict(embed_dim=8, depths=(1, 2, 1), num_heads=(2, 4, 4), window_size=4), turn=turn_swin_mlp,
+        channels=(8, 16, 32), sides=[ceil(4), ceil(8), ceil(16)], first=["patch_embed.proj.weight"],
+        depth=["patch_embed.proj.weight", "layers.0.blocks.0.norm1.weight", "layers.1.blocks.0.spatial_mlp.weight",
+               "layers.1.blocks.1.norm1.weight", "layers.2.blocks.0.norm1.weight", "head.weight"],
+        beside={"norm.weight": "layers.2.blocks.0.norm1.weight"},
+        wrong=[(dict(num_heads=(1, 2)), "num_heads has 2 entries for 3 stages"), (dict(num_heads=(3, 4, 4)), "width 8 cannot have 3 heads"),
+               (dict(window_size=0), "window_size 0; they must be")]),
     "galerkin": Small("galerkin_tiny", dict(embed_dim=8, depths=(1, 2, 1), num_heads=(2, 4, 4)), sides=[ceil(4), ceil(8), ceil(16)],
                       **GALERKIN),
     "galerkin with positions": Small(

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import math
+import warnings
+from pathlib import Path
 
 import pytest
+import timm.optim
 import torch
 import torch.nn.functional as F
+from conftest import differences
 from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
 
-from config import ConfigError, get_config
+from config import ConfigError, config_from_text, get_config
 from models.crossformer import CrossFormer
+from utils.checkpoints.state import TrainState
+from utils.commands.show_config import annotated
 from utils.optim import optimizer as optim
 from utils.optim.lr_schedule import Schedule, build_schedule, set_lr
 from utils.tasks.classification import Classification
@@ -74,8 +82,7 @@ def test_layer_decay_scales_the_rate() -> None:
     assert rate[id(model.head.weight)] == 1.0 and rate[id(model.patch_embed.projs[0].weight)] == min(rate.values()) < 0.2
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "adafactor", "nadamw", "rmsproptf", "fused_adam", "fused_sgd",
-                                  "fused_lamb"])
+@pytest.mark.parametrize("name", ["adamw", "fused_adam", "fused_sgd", "fused_lamb"])
 def test_optimizers_by_name_step(name: str) -> None:
     model = CrossFormer(**TINY)
     before = model.head.weight.clone()
@@ -86,6 +93,95 @@ def test_optimizers_by_name_step(name: str) -> None:
     assert not torch.equal(before, model.head.weight)
     if name == "adamw":
         assert optimizer.defaults["fused"] and optimizer.defaults["betas"] == (0.9, 0.999)
+
+
+class Mixed(nn.Module):
+    """A kind of parameter each: of pixels, a table, a matrix of the middle, a norm, a classifier."""
+
+    pretrained_cfg = dict(first_conv="stem", classifier="head")
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.fc, self.norm, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 5)
+        self.table = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.fc(self.stem(x).flatten(2).mean(2) + self.table.mean(0))))
+
+
+NOT_HERE = {"adahessian", "fusedadamw", "fusednovograd", *timm.optim.list_optimizers("bnb*")}  # second derivatives, or a GPU and a package
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in timm.optim.list_optimizers() if torch.cuda.is_available() or name not in NOT_HERE])
+def test_every_optimizer_steps_and_resumes_to_the_same_bits(name: str) -> None:
+    if "kron" in name:
+        pytest.importorskip("opt_einsum")
+    config = get_config(None, ["TRAIN.OPTIMIZER.NAME", name])
+
+    def state() -> TrainState:
+        model = Mixed()
+        return TrainState(model, optim.build_optimizer(config, model), torch.amp.GradScaler(enabled=False))
+
+    def step(state: TrainState) -> None:
+        torch.manual_seed(state.step)
+        set_lr(state.optimizer, 1e-3 * (state.step + 1))
+        state.model(torch.randn(2, 3, 4, 4)).square().sum().backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.step += 1
+
+    whole, stopped = state(), state()
+    before = whole.model.fc.weight.clone()
+    for _ in range(2):
+        step(whole)
+    assert not torch.equal(before, whole.model.fc.weight)
+    file = io.BytesIO()
+    torch.save(dict(whole.state_dict(), steps_per_epoch=9), file)
+    file.seek(0)
+    stopped.load_state_dict(torch.load(file, weights_only=True), "file")
+    step(whole)
+    step(stopped)
+    assert differences(whole.model.state_dict(), stopped.model.state_dict()) == []
+
+
+@pytest.mark.parametrize("name", sorted(NOT_HERE))
+def test_the_others_are_a_sentence(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"TRAIN.OPTIMIZER.NAME is {name}|TRAIN.OPTIMIZER.NAME {name} cannot"):
+        optim.build_optimizer(get_config(None, ["TRAIN.OPTIMIZER.NAME", name]), Mixed())
+
+
+def test_kron_without_opt_einsum_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timm.optim.kron.has_opt_einsum", False)
+    with pytest.raises(ConfigError, match="pip install opt_einsum"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optim.build_optimizer(get_config(None, ["TRAIN.OPTIMIZER.NAME", "kron"]), Mixed())
+
+
+@pytest.mark.parametrize(("opts", "matrices"), [
+    ([], {"fc.weight"}), (["TRAIN.LAYER_DECAY", "0.9"], {"fc.weight"}),
+    (["TRAIN.OPTIMIZER.ARGS", "{fallback_list: ['f*', head.weight]}"], {"stem.weight", "table"})])
+def test_muon_is_for_matrices_between_features(opts: list[str], matrices: set[str]) -> None:
+    model = Mixed()
+    optimizer = optim.build_optimizer(get_config(None, ["TRAIN.OPTIMIZER.NAME", "nmuon", *opts]), model)
+    fallback = {id(p) for group in optimizer.param_groups if group.get("use_fallback") for p in group["params"]}
+    assert {name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in fallback} == matrices
+
+
+def test_arguments_of_the_optimizers_own(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("TRAIN: {OPTIMIZER: {NAME: muon, ARGS: {ns_steps: 4, eps: 1e-5, betas: [0.8, 0.9], momentum: 0.5}}}")
+    config = get_config(str(tmp_path / "a.yaml"))
+    again = config_from_text(config.dump())
+    assert again.TRAIN.OPTIMIZER.ARGS == config.TRAIN.OPTIMIZER.ARGS
+    assert "ARGS: {betas: [0.8, 0.9], eps: 1.0e-05" in "".join(annotated(again))
+    group = optim.build_optimizer(again, Mixed()).param_groups[0]
+    assert [group[key] for key in ("ns_steps", "eps", "betas", "momentum")] == [4, 1e-5, (0.8, 0.9), 0.5]
+    for text, words in (("{lr: 1}", "lr is the key TRAIN.BASE_LR"), ("{nosuch: 1}", "takes no nosuch; it takes adamw_lr.*fallback_list"),
+                        ("{ns_coefficients: odd}", "cannot be made here with TRAIN.OPTIMIZER.ARGS"), ("[1]", "takes a mapping"),
+                        ("{eps: {a: 1}}", "takes a mapping of names to numbers")):
+        with pytest.raises(ConfigError, match=words):
+            optim.build_optimizer(get_config(None, ["TRAIN.OPTIMIZER.NAME", "muon", "TRAIN.OPTIMIZER.ARGS", text]), Mixed())
 
 
 def test_sgd_without_momentum_is_made() -> None:

@@ -27,6 +27,7 @@ from utils.evaluation.predictions_file import PredictionsFile, PredictionsFileEr
 from utils.evaluation.statistics import mcnemar
 from utils.loggers.metrics_files import JsonLines, MetricsLog
 from utils.reporting.charts import charts
+from utils.reporting.repeats import repeats
 from utils.reporting.run_reader import Run, facts, read_run
 
 RUN = "output/tiny/a"
@@ -230,6 +231,40 @@ def test_report_of_two_runs_tests_them_on_the_same_images(finished: Path, progra
     assert "A and B on 19 images" in page.text and "0.05" in page.text and "TRAIN.BASE_LR" in page.text
 
 
+def test_report_on_folds_gives_mean_and_spread(images: Path, tiny_cfg: Path, program) -> None:
+    command = ["--cfg", tiny_cfg, "--data-path", images / "train", "--epochs", "1", "--opts", "TRAIN.WARMUP_EPOCHS", "0", "TRAIN.REPORT",
+               "none", "DATA.FOLD"]
+    best = []
+    for k in (1, 2):
+        done = program(*command, f"{k}/3", "TAG", f"fold{k}")
+        assert done.returncode == 0, done.stderr
+        best.append(float(re.search(r"best top1 (\S+)", done.stdout)[1]))
+    done = program(*command, "3/3", "TAG", "fold2")  # the tag was forgotten
+    assert done.returncode == 2 and "images are others" in done.stderr and "--tag" in done.stderr
+    judged = program("--eval", "--resume", "output/tiny/fold2/best.pth")
+    assert judged.stdout.splitlines()[-1].startswith(f"top1 {best[1]:.2f} ") and re.search(r"of 1[45]\)", judged.stdout)
+    done = program("--report", "output/tiny/fold1", "output/tiny/fold2")
+    page = Page(program.folder / "output/tiny/fold1/comparison.html")
+    for text in (done.stdout + done.stderr, page.text):
+        assert "2 runs of 2 folds" in text and "fold 3/3 is missing" in text
+        assert f"{np.mean(best):.2f} %" in text and f"{np.std(best, ddof=1):.2f} %" in text
+
+
+def test_repeated_runs_by_hand() -> None:
+    def run(name: str, fold: str, top1: float, seed: int = 0, epochs: int = 2, lr: float = 0.1) -> Run:
+        return Run(name, name, {"DATA.FOLD": fold, "SEED": seed, "TRAIN.EPOCHS": 2, "TRAIN.BASE_LR": lr, "TAG": name},
+                   rows=[dict(step=epoch, epoch=epoch, top1=top1 - epochs + epoch) for epoch in range(1, epochs + 1)])
+
+    (group,) = repeats([run("a", "1/2", 80.0), run("b", "2/2", 84.0), run("c", "", 1.0, lr=0.2)])
+    assert group.title == "2 runs of 2 folds" and not group.problems
+    assert [(f.name, f.mean, round(f.spread, 4)) for f in group.figures] == [("best top-1", 82, 2.8284), ("last top-1", 82, 2.8284)]
+    first, second = repeats([run(f"{lr}{k}{s}", f"{k}/2", 80.0 + k, s, lr=lr) for lr in (0.1, 0.2) for k in (1, 2) for s in (0, 1)])
+    assert first.title == second.title == "4 runs of 2 folds and 2 seeds" and not first.problems
+    (group,) = repeats([run("a", "1/3", 80.0), run("b", "1/3", 84.0), run("c", "2/3", 84.0, epochs=1)])
+    assert len(group.problems) == 3 and "3/3 is missing" in group.problems[0]
+    assert not repeats([run("a", "1/2", 80.0), run("b", "1/3", 80.0), run("c", "1/2", 80.0)])
+
+
 def predictions(right: list[bool], names: list[str] | None = None) -> PredictionsFile:
     target = np.zeros(len(right), dtype=np.int32)
     probability = np.linspace(0.5, 0.9, len(right), dtype=np.float32)
@@ -351,7 +386,7 @@ def test_report_asked_for_where_there_is_none(finished: Path, program) -> None:
         done = program("--report", name)
         assert done.returncode == 2 and words in done.stderr
     done = program("--report", finished / RUN, "--opts", "REPORT.FILE", "absent/page.html")
-    assert done.returncode == 2 and "the report cannot be written" in done.stderr
+    assert done.returncode == 2 and "REPORT.FILE is absent/page.html" in done.stderr
 
 
 def test_a_report_that_fails_does_not_fail_the_run(tiny_cfg: Path, program, monkeypatch) -> None:

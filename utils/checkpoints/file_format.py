@@ -10,8 +10,9 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from yacs.config import CfgNode
 
-from config import ConfigError, config_from_text
+from config import FOUND_IN_DATA, ConfigError, config_from_text, lookup, with_values
 from models.safe_load import FORMAT_KEY, TRAILER_MAGIC, CheckpointError
 from utils.runtime.files import write_atomically
 from utils.runtime.provenance import git_commit, versions
@@ -118,6 +119,16 @@ def task_state(content: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint of ours keeps of its task (``Task.state_dict``); empty where it keeps nothing."""
     state = content.get("task")
     return state if isinstance(state, dict) else {}
+
+
+def with_found(config: CfgNode, content: Any, path: str) -> CfgNode:
+    """``config`` with what the run of a checkpoint found in its data, where the config leaves it open (``config.FOUND_IN_DATA``)."""
+    try:
+        saved = config_from_text(content["config"]) if is_own(content) else config
+    except ConfigError:  # another version's; whoever needs the rest of it says so
+        return config
+    found = {key: lookup(saved, key) for key in FOUND_IN_DATA if lookup(config, key) is None and lookup(saved, key) is not None}
+    return with_values(config, found, f"checkpoint {path}") if found else config
 
 
 def describe(config_text: str, classes: list[str], preprocessing: dict[str, Any], data_path: str, fingerprints: dict[str, str],

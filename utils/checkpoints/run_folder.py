@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 from config import ConfigError
 from utils.checkpoints.folder import CheckpointFolder
 from utils.loggers.console import close_files, log_to_file
+from utils.loggers.metrics_files import LOG
 from utils.runtime import distributed
 from utils.runtime.files import file_limit, free_bytes, lock_folder, remove_leftovers
 
@@ -84,7 +85,7 @@ def open_run_folder(folder: str, logger: logging.Logger) -> Iterator[None]:
         remove_leftovers(folder)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another --output or --tag") from None
-    log_to_file(logger, os.path.join(folder, "log.txt"))
+    log_to_file(logger, os.path.join(folder, LOG))
     logger.info(f"run {folder}, begun {time.strftime('%Y-%m-%d %H:%M:%S')}")
     try:
         yield

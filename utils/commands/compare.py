@@ -21,7 +21,7 @@ from utils.evaluation.image_predictions import ImagePredictions, PredictionRecor
 from utils.evaluation.label_sets import Labels
 from utils.evaluation.loop import evaluate
 from utils.evaluation.paired_test import report as paired_report
-from utils.evaluation.setup import open_loaders, prepare
+from utils.evaluation.setup import config_for_data, open_loaders, prepare
 from utils.inference.evaluation_models import evaluation_models
 from utils.loggers.console import tell
 from utils.loggers.progress import track
@@ -32,8 +32,8 @@ from utils.tasks.classification_report import ClassificationReport
 
 Pair = tuple[CfgNode, Any]
 # What a file's own config says even here: its model, and how it wants its images. All else is the first file's, or the command's.
-_OF_THE_FILE = ("MODEL.", "TRAIN.", "DATA.IMG_SIZE", "DATA.FIT", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "TEST.CROP",
-                "FUSED_LAYERNORM")
+_OF_THE_FILE = ("MODEL.", "TRAIN.", "DATA.IMG_SIZE", "DATA.FIT", "DATA.INTERPOLATION", "DATA.WINDOW", "DATA.MEAN", "DATA.STD",
+                "TEST.CROP", "FUSED_LAYERNORM")
 
 
 class _KeepsLogits(nn.Module):
@@ -60,7 +60,8 @@ def compare_run(config: CfgNode, content: Sequence[Pair], device: torch.device, 
     labels = report.labels
     if labels.name == "real":
         raise ConfigError("--compare counts one label an image; leave --labels real out")
-    pairs = [content[0], (_with_data_of(config, content[1][0]), content[1][1])]
+    config = config_for_data(report.task, config, content[0][1], logger)
+    pairs = [(config, content[0][1]), (_with_data_of(config, content[1][0]), content[1][1])]
     precision = prepare(config, device, logger)
     alike = preprocessing(pairs[0][0]) == preprocessing(pairs[1][0]) and len({is_own(c) for _, c in pairs}) == 1
     evaluate_both = _in_one_pass if alike else _in_two_passes

@@ -21,10 +21,11 @@ from data.doctor.finding import ERROR, NOTE, WARNING, Finding, Move
 from data.doctor.survey import Survey, base_of
 from data.sources.folder import ImageFolder
 from data.sources.index_cache import NPZ_ERRORS, Index
+from utils.commands.outputs import check_outputs
 from utils.loggers.console import plain
 from utils.loggers.progress import ProgressLines, is_live, listing_shown
 from utils.reporting.doctor_text import render
-from utils.runtime.files import replace_file, write_atomically
+from utils.runtime.files import is_stream, replace_file, write_atomically
 
 EXIT_GRAVE = 3
 _COLOURS = {ERROR: "red", WARNING: "yellow", NOTE: "cyan"}
@@ -55,7 +56,7 @@ def examine_run(config: CfgNode, logger: logging.Logger) -> int:
     progress = Progress()
 
     def begun(survey: Survey) -> None:
-        _prepare(folder, survey, config.DOCTOR.JSON)
+        _prepare(config, folder, survey)
         progress.begin(survey.images)
 
     try:
@@ -85,16 +86,19 @@ def report_folder(config: CfgNode) -> str:
     return os.path.expanduser(config.DOCTOR.FOLDER) or os.path.join(os.path.expanduser(config.OUTPUT or "output"), "doctor", name)
 
 
-def _prepare(folder: str, survey: Survey, json_file: str) -> None:
+def _prepare(config: CfgNode, folder: str, survey: Survey) -> None:
     """Make the report's folder before anything is read; it must not lie among the images."""
+    json_file = config.DOCTOR.JSON
     for split in survey.splits.values():
         base = base_of(split.source)[0]
         if isinstance(base, ImageFolder) and os.path.realpath(folder).startswith(os.path.join(os.path.realpath(base.root), "")):
             raise ConfigError(f"{folder}: the report would lie among the images of {base.root}; choose another place with "
                               "--opts DOCTOR.FOLDER")
     _tried(lambda: os.makedirs(folder, exist_ok=True), folder)
+    own = ["report.txt", "report.json", *(f"manifest-{name}.npz" for name in survey.splits)]
+    check_outputs(config, [*(("DOCTOR.FOLDER", os.path.join(folder, name)) for name in own), ("DOCTOR.JSON", json_file)])
     _tried(lambda: replace_file(os.path.join(folder, "report.txt"), b"the doctor has not finished\n"), folder)
-    if json_file not in ("", "-"):
+    if json_file not in ("", "-") and not is_stream(json_file):
         _tried(lambda: replace_file(os.path.expanduser(json_file), b"{}\n"), json_file)
     shutil.rmtree(os.path.join(folder, "mend"), ignore_errors=True)  # scripts of an earlier report
 

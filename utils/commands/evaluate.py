@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from utils.checkpoints.file_format import is_own
+from config import lookup
+from utils.checkpoints.file_format import is_own, with_found
+from utils.commands.outputs import check_outputs
 from utils.evaluation.data_messages import decoding, tell_unreadable
 from utils.evaluation.loop import evaluate
-from utils.evaluation.setup import open_loaders, prepare
+from utils.evaluation.setup import config_for_data, open_loaders, prepare
 from utils.inference.evaluation_models import evaluation_models
 from utils.inference.trained_model import weights_to_evaluate
 from utils.loggers.console import RESULT, tell
@@ -24,8 +26,11 @@ from utils.tasks.build import build_task
 def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: logging.Logger) -> None:
     """Evaluate a checkpoint, or published weights, on the validation images; the training images are not touched."""
     task = build_task(config)
+    check_outputs(config, [(key, lookup(config, key)) for key in ("TEST.PER_CLASS", "TEST.PREDICTIONS")])
     report = task.evaluation_report(config)
     path, content = weights_to_evaluate(config, content, "--eval")
+    config = with_found(config, content, path)
+    config = config_for_data(task, config, content, logger)
     precision = prepare(config, device, logger)
     loaders = open_loaders(task, config, device, logger, splits=("val",), classes=report.classes_wanted(content),
                            published=not is_own(content))

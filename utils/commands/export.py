@@ -26,13 +26,14 @@ from config import ConfigError, ProgramError, config_from_text, with_values
 from data import preprocessing
 from models import architecture
 from utils.checkpoints.exported import OWN, recipe_of
+from utils.commands.outputs import check_outputs
 from utils.inference.exporters import LIMIT, difference, onnx_runner, quiet_exporter, require_packages, trace, trace_onnx
 from utils.inference.trained_model import Trained, open_trained
-from utils.runtime.files import TEMPORARY, open_atomically, replace_file, require_place
+from utils.runtime.files import TEMPORARY, move_file, open_atomically, replace_file
 from utils.tasks.build import build_task
 
 _CHECKED = (1, 2, 5)  # batch sizes
-
+_HUB_CONFIG = "config.json"
 
 _FORMS = "give FILE.onnx, FILE.pt2, or a folder (ending in /) or FILE.safetensors for timm's layout"
 
@@ -64,18 +65,18 @@ def export_run(config: CfgNode, content: Any, device: torch.device, logger: logg
         ConfigError: another suffix, a missing package, no weights, or a place that cannot be written; before anything is built.
         ExportError: the exporter fails, or what it wrote computes something else.
     """
-    # Neither changes what is computed, and exporters know neither.
-    config = config_from_text(config.dump(), ["TRAIN.USE_CHECKPOINT", "False", "FUSED_LAYERNORM", "False"])
     path = os.path.expanduser(config.EXPORT.FILE)
     write = _FORM[form_of(path)]
+    check_outputs(config, _files(path))
+    # Neither changes what is computed, and exporters know neither.
+    config = config_from_text(config.dump(), ["TRAIN.USE_CHECKPOINT", "False", "FUSED_LAYERNORM", "False"])
     if write is _write_onnx:
         require_packages()
         _require_operator_set(config.EXPORT.OPSET)
     if write is _write_hub:
         _require_folder(path, config)
-    else:
-        require_place(path)
     trained = open_trained(build_task(config), config, content, "--export")
+    config = trained.config
     model = trained.model.requires_grad_(False)
     if config.EXPORT.PREPROCESS:
         prepare = preprocessing(config)
@@ -160,17 +161,26 @@ def _write_hub(config: CfgNode, trained: Trained, model: nn.Module, path: str) -
     content = json.dumps(_hub_config(config, trained, name, arguments), indent=2)
     with _removed_if_empty(folder), tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as scratch, _explained(config, "timm"):
         replace_file(os.path.join(scratch, file), safetensors_bytes(state, dict(format="pt")))
-        replace_file(os.path.join(scratch, "config.json"), content.encode())
+        replace_file(os.path.join(scratch, _HUB_CONFIG), content.encode())
         again = timm.create_model(f"local-dir:{scratch}", pretrained=True).eval()
         worst = _largest_difference(config, model, again, "timm")
-        for written in (file, "config.json"):
-            os.replace(os.path.join(scratch, written), os.path.join(folder, written))
+        for written in (file, _HUB_CONFIG):
+            move_file(os.path.join(scratch, written), os.path.join(folder, written))
     return (f"wrote {os.path.join(folder, '')} ({file}, config.json): timm's {name}; {_facts(config, os.path.join(folder, file))}; "
             f"{_verdict(worst, 'timm')}")
 
 
 _FORM: dict[str, Callable[[CfgNode, Trained, nn.Module, str], str]] = {
     "onnx": _write_onnx, "pt2": _write_pt2, "safetensors": _write_hub, "folder": _write_hub}
+
+
+def _files(path: str) -> list[tuple[str, str]]:
+    """(key, path) of what is written; the folder alone where there is none yet."""
+    if _FORM[form_of(path)] is not _write_hub:
+        return [("EXPORT.FILE", path)]
+    folder, file = _hub_place(path)
+    return [("EXPORT.FILE", os.path.join(folder, name) if os.path.isdir(folder) else folder)
+            for name in ((file, _HUB_CONFIG) if os.path.isdir(folder) else (file,))]
 
 
 def _hub_place(path: str) -> tuple[str, str]:
@@ -193,9 +203,10 @@ def _require_folder(path: str, config: CfgNode) -> None:
     if config.EXPORT.PREPROCESS:
         raise ConfigError("EXPORT.PREPROCESS is for FILE.onnx and FILE.pt2; timm's layout says in config.json how to normalise")
     folder, file = _hub_place(path)
-    require_place(folder if not os.path.isdir(folder) else os.path.join(folder, file))
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise ConfigError(f"EXPORT.FILE is {path}; it is to be a folder, and {folder} is none; {_FORMS}")
     there = {os.path.basename(name) for name in glob.glob(os.path.join(glob.escape(folder), "*"))}
-    others = {name for name in there - {file} if name.endswith(".safetensors") or (name == "config.json" and file not in there)}
+    others = {name for name in there - {file} if name.endswith(".safetensors") or (name == _HUB_CONFIG and file not in there)}
     if others:
         raise ConfigError(f"{folder}: holds {min(others)} of something else, and timm reads one model a folder; give a folder of its own")
 
@@ -204,12 +215,14 @@ def _hub_config(config: CfgNode, trained: Trained, name: str, arguments: dict[st
     """What timm keeps beside weights."""
     prepare, own = preprocessing(config), dict(getattr(trained.model, "pretrained_cfg", None) or {})
     kept = {key: own[key] for key in ("fixed_input_size", "first_conv", "classifier") if own.get(key) not in (None, "")}
+    window = dict(window=prepare.pop("window")) if "window" in prepare else {}  # timm knows no such field of pretrained_cfg
     interpolation = "bicubic" if prepare["interpolation"] == "random" else prepare["interpolation"]
     described = {label: words for label, words in zip(trained.classes, trained.descriptions, strict=True) if words}
     return dict(
         architecture=name, num_classes=len(trained.classes), num_features=getattr(trained.model, "num_features", None),
         model_args={key: value for key, value in arguments.items() if key != "num_classes"},  # transformers gives it itself
-        label_names=trained.classes, **trained.facts, **(dict(label_descriptions=described) if described else {}),
+        label_names=trained.classes, **trained.facts, **window,
+        **(dict(label_descriptions=described) if described else {}),
         pretrained_cfg=dict(kept, **dict(prepare, interpolation=interpolation), num_classes=len(trained.classes), custom_load=False),
         **{OWN: recipe_of(_pixels_as_evaluated(config, trained), trained.step)})
 
@@ -230,6 +243,8 @@ def _description(config: CfgNode, trained: Trained) -> dict[str, str]:
         steps = f"{resize}; the model takes uint8 pixels of 0 to 255 in RGB, (N, 3, H, W), and normalises them itself"
     else:
         steps = f"{resize}, divide by 255, subtract mean, divide by std; RGB, (N, 3, H, W), float32"
+    if "window" in prepare:
+        steps = f"images of more than 8 bits a channel: from {prepare['window']} to 0 and 255, clipped and rounded; {steps}"
     facts = dict(classes=trained.classes, preprocessing=dict(prepare, steps=steps), model=dict(name=config.MODEL.NAME, step=trained.step),
                  **trained.facts)
     if any(trained.descriptions):

@@ -14,18 +14,19 @@ from yacs.config import CfgNode
 from data.build import build_prediction_loader
 from data.layouts.input_paths import InputImages, find_input_images
 from data.loading.loader import ImageLoader
+from utils.commands.outputs import check_outputs
 from utils.evaluation.setup import prepare
-from utils.inference.outputs import Console, CsvTable, Features, JsonLines, PredictionFormat, standard_output, text_file
+from utils.inference.outputs import Console, CsvTable, Features, JsonLines, PredictionFormat, listing_of, standard_output, text_file
 from utils.inference.predict import predictions_of, require_features
 from utils.inference.trained_model import Trained, open_trained
 from utils.loggers.console import plain, tell
 from utils.loggers.progress import live_line_hidden, track
 from utils.runtime.compile import compile_model
-from utils.runtime.files import require_place
+from utils.runtime.files import STANDARD
 from utils.runtime.precision import Precision
 from utils.tasks.base import Task
 from utils.tasks.build import build_task
-from utils.visualization.contact_sheet import Sheet
+from utils.visualization.contact_sheet import Sheet, pages_of
 
 EXIT_UNREADABLE = 3
 
@@ -38,12 +39,15 @@ def predict_run(config: CfgNode, content: Any, device: torch.device, logger: log
         DataError: no image was found.
     """
     wanted = config.PREDICT
-    files = [os.path.expanduser(path) for path in (wanted.CSV, wanted.JSON, wanted.FEATURES, wanted.SHEET) if path not in ("", "-")]
-    for path in files:
-        require_place(path)
     given = find_input_images(wanted.PATHS, getattr(sys.stdin, "buffer", None))
+    outputs = [(f"PREDICT.{key}", wanted[key]) for key in ("CSV", "JSON", "FEATURES", "SHEET") if wanted[key]]
+    beside = [("PREDICT.FEATURES", listing_of(wanted.FEATURES))] if wanted.FEATURES else []
+    beside += [("PREDICT.SHEET", page) for page in pages_of(wanted.SHEET)[1:]] if wanted.SHEET else []
+    check_outputs(config, [*outputs, *beside], map(given.path, range(len(given))))
+    files = [os.path.expanduser(path) for _, path in outputs if path != STANDARD]
     task = build_task(config)
     trained = open_trained(task, config, content, "--predict")
+    config = trained.config
     form = task.prediction_format(config, trained)
     if wanted.FEATURES:
         require_features(trained.model, config)

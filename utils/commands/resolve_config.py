@@ -11,7 +11,7 @@ from config import ConfigError, command_of, config_for_another_command, get_conf
 from data.build import has_label_sets
 from models.safe_load import CheckpointError
 from utils.checkpoints.exported import read_trained
-from utils.checkpoints.file_format import is_own, require_own, task_of
+from utils.checkpoints.file_format import is_own, require_own, task_of, with_found
 
 # --------------------------------------------------------------------------------------------------
 # Config and starting point
@@ -57,7 +57,7 @@ def _merged(asked: CfgNode | None, opts: list[str], resume: str, content: Any) -
     if asked is not None:
         if content is not None and is_own(content) and not asked.DATA.DATA_PATH:
             asked = with_values(asked, {"DATA.DATA_PATH": content["data_path"]}, f"checkpoint {resume}")
-        return asked, content
+        return asked if content is None else with_found(asked, content, resume), content
     if content is None:
         return get_config(None, opts), None
     if not is_own(content):

@@ -12,12 +12,13 @@ from yacs.config import CfgNode
 
 from config import ConfigError, image_size
 from data import DataError, preprocessing
-from data.decoding.pillow import decode
+from data.decoding.pillow import Reading, decode
 from data.transforms.build import build_eval_transform
 from models import build_model, check_input_size, load_state
 from models.crossformer import CrossFormer
 from models.weights import check_finite, unwrap_state_dict
-from utils.checkpoints.file_format import is_own
+from utils.checkpoints.file_format import is_own, with_found
+from utils.commands.outputs import check_outputs
 from utils.inference.trained_model import chosen_state, weights_to_evaluate
 from utils.runtime import distributed
 from utils.visualization.attention_map import KINDS, attended, chosen, page, token_count
@@ -35,10 +36,12 @@ def show_attention(config: CfgNode, content: Any, device: torch.device, logger: 
         raise ConfigError(f"--show-attention draws the attention of CrossFormer and CrossFormer++; MODEL.TYPE is {config.MODEL.TYPE}, "
                           "whose attention has no such groups")
     path, point = require_png(config.SHOW.FILE, "SHOW.FILE"), _point(config)
+    check_outputs(config, [("SHOW.FILE", path)])
     if not distributed.is_main():
         return
-    picture = _read(os.path.expanduser(config.SHOW.ATTENTION), config)
     weights, content = weights_to_evaluate(config, content, "--show-attention")
+    config = with_found(config, content, weights)
+    picture = _read(os.path.expanduser(config.SHOW.ATTENTION), config)
     model = _load(config, weights, content)
     prepare = preprocessing(config)
     image = build_eval_transform(prepare)(picture)[None]
@@ -87,6 +90,6 @@ def _point(config: CfgNode) -> tuple[int, int]:
 def _read(path: str, config: CfgNode) -> Image.Image:
     try:
         with open(path, "rb") as file:
-            return decode(file.read(), path, config.DATA.EXIF)
+            return decode(file.read(), path, Reading.of(config))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None

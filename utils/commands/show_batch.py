@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 from config import ConfigError
 from data import preprocessing
 from utils.checkpoints.file_format import is_own
+from utils.commands.outputs import check_outputs
 from utils.evaluation.setup import open_loaders
 from utils.runtime import distributed
 from utils.tasks.build import build_task
@@ -28,6 +29,7 @@ def show_batch(config: CfgNode, content: Any, device: torch.device, logger: logg
         ConfigError: the picture cannot be written where SHOW.BATCH says.
     """
     path = require_png(config.SHOW.BATCH, "SHOW.BATCH")
+    check_outputs(config, [("SHOW.BATCH", path)])
     if not distributed.is_main():
         return
     classes = content["classes"] if is_own(content) else None

@@ -30,9 +30,11 @@ def tell_unreadable(loader: Any, result: Evaluation, logger: logging.Logger) -> 
     """Say how many images of an evaluation could not be read, over all ranks.
 
     Raises:
-        DataError: none could be read.
+        DataError: none could be read, or there was none.
     """
     bad = sum(distributed.gather_objects(loader.unreadable))
+    if not bad and not result.samples:
+        raise DataError(f"{loader.dataset.source.root}: holds no image to evaluate")
     if bad and not result.samples:
         raise DataError(f"{loader.dataset.source.root}: none of its {bad} validation images can be read; the lines above say why")
     if bad:

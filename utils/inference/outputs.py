@@ -185,6 +185,11 @@ def standard_output() -> TextIO:
     return _StandardOutput()
 
 
+def listing_of(features: str) -> str:
+    """The file with the images' paths beside a file of features."""
+    return os.path.splitext(features)[0] + ".paths.json"
+
+
 class Features:
     """Vectors to FILE.npy or FILE.safetensors as they come, one a row, none kept; the images' paths to FILE.paths.json.
 
@@ -214,8 +219,7 @@ class Features:
             self._file.seek(0)
             self._file.write(self._header())
         if not self._stack.__exit__(*error) and error[0] is None:
-            listing = os.path.splitext(self.path)[0] + ".paths.json"
-            write_atomically(listing, lambda file: file.write(json.dumps(self.paths, indent=0).encode()))
+            write_atomically(listing_of(self.path), lambda file: file.write(json.dumps(self.paths, indent=0).encode()))
 
     def _header(self) -> bytes:
         shape = (len(self.paths), self.width)

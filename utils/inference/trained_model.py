@@ -15,7 +15,7 @@ from data.layouts.splits import read_class_names
 from models import check_input_size, classifier_rows, load_pretrained, load_state
 from models.weights import check_finite, unwrap_state_dict
 from utils.checkpoints.exported import read_trained
-from utils.checkpoints.file_format import is_own, task_of, task_state
+from utils.checkpoints.file_format import is_own, task_of, task_state, with_found
 from utils.checkpoints.run_folder import run_folder
 from utils.runtime import distributed
 
@@ -30,6 +30,7 @@ class Trained:
     """A model and what its outputs mean.
 
     Attributes:
+        config: with what its run found in its data.
         model: on the CPU, in evaluation mode.
         path: the file of its weights.
         published: the weights are others', to be evaluated on the pixels that their authors had.
@@ -40,6 +41,7 @@ class Trained:
         descriptions: words for names that are WordNet's ids, such as ImageNet's; "" for others.
     """
 
+    config: CfgNode
     model: nn.Module
     path: str
     published: bool
@@ -76,8 +78,9 @@ def open_trained(task: Task, config: CfgNode, content: Any, command: str) -> Tra
         load_pretrained(model, "hub", config)
         check_input_size(model, config)
         names = _published_names(config, model.num_classes)
-        return Trained(model.eval(), "hub", True, None, False, names, task.facts(names))
+        return Trained(config, model.eval(), "hub", True, None, False, names, task.facts(names))
     path, content = weights_to_evaluate(config, content, command)
+    config = with_found(config, content, path)
     if is_own(content):
         classes, step = content["classes"], content["step"]
         state, averaged = chosen_state(config, content, path)
@@ -90,7 +93,7 @@ def open_trained(task: Task, config: CfgNode, content: Any, command: str) -> Tra
     check_finite(state, path)
     load_state(model, state, config, path)
     check_input_size(model, config)
-    return Trained(model.eval(), path, not is_own(content), step, averaged, list(classes), task.facts(classes))
+    return Trained(config, model.eval(), path, not is_own(content), step, averaged, list(classes), task.facts(classes))
 
 
 def chosen_state(config: CfgNode, content: dict[str, Any], path: str) -> tuple[dict[str, Tensor], bool]:

@@ -16,6 +16,8 @@ LOGGER = logging.getLogger("trainer")
 # What lies in a run's folder beside checkpoints and log.
 CONFIG, SOURCES = "config.yaml", "sources.json"
 EPOCHS, TABLE, STEPS, EVENTS, EVIDENCE = "metrics.jsonl", "metrics.csv", "steps.jsonl", "history.jsonl", "nonfinite.jsonl"
+LOG = "log.txt"
+RECORDS = (CONFIG, SOURCES, EPOCHS, TABLE, STEPS, EVENTS, EVIDENCE, LOG)
 
 
 class JsonLines:

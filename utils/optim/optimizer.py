@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import timm.optim
 import torch
+from timm.optim import kron
 from torch import nn
 from yacs.config import CfgNode
 
 from config import ConfigError
 from data.messages import Notice
+from models.weights import classifier_prefixes
 
 # What the optimizer names of NVIDIA apex stand for here, and the torch form that replaces each.
 _APEX = {"fused_adam": ("FusedAdam", "adamw"), "fusedadam": ("FusedAdam", "adamw"), "fused_adamw": ("FusedAdam", "adamw"),
@@ -58,12 +63,35 @@ def check_optimizer(config: CfgNode) -> None:
 
 
 def parameter_groups(config: CfgNode, model: nn.Module) -> list[dict]:
-    """timm's groups: no decay on 1-D parameters, biases and what the model names; ``lr_scale`` under layer decay."""
-    skip = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    """timm's groups: no decay on 1-D parameters, biases and what the model names; ``lr_scale`` under layer decay; of a hybrid such
+    as Muon ``use_fallback`` on what it leaves to AdamW."""
+    common = dict(weight_decay=config.TRAIN.WEIGHT_DECAY, fallback_list=fallback_list(config, model),
+                  no_weight_decay_list=set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set())
     if config.TRAIN.LAYER_DECAY < 1:
-        return timm.optim.param_groups_layer_decay(
-            model, config.TRAIN.WEIGHT_DECAY, no_weight_decay_list=skip, layer_decay=config.TRAIN.LAYER_DECAY)
-    return timm.optim.param_groups_weight_decay(model, config.TRAIN.WEIGHT_DECAY, no_weight_decay_list=skip)
+        return timm.optim.param_groups_layer_decay(model, layer_decay=config.TRAIN.LAYER_DECAY, **common)
+    return timm.optim.param_groups_weight_decay(model, **common)
+
+
+def _is_hybrid(name: str) -> bool:
+    """Whether timm's optimizer of that name treats matrices in one way and all other parameters in another."""
+    return name.lower() in timm.optim.list_optimizers("*muon*")
+
+
+def fallback_list(config: CfgNode, model: nn.Module) -> list[str]:
+    """Parameters, or patterns of their names, that Muon leaves to AdamW beside the 1-D ones, as its author advises.
+
+    Muon is for matrices that map hidden features to hidden features: not for what embeds the image (convolutions on pixels and patch
+    embeddings), tables and tokens, which no layer multiplies by, nor the classifier. TRAIN.OPTIMIZER.ARGS may name others.
+    """
+    if not _is_hybrid(config.TRAIN.OPTIMIZER.NAME):
+        return []
+    if "fallback_list" in config.TRAIN.OPTIMIZER.ARGS:
+        return config.TRAIN.OPTIMIZER.ARGS["fallback_list"]
+    first = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    ends = tuple(f"{name}." for name in (*((first,) if isinstance(first, str) else first), *classifier_prefixes(model)))
+    matrices = {id(p) for module in model.modules() for p in module.parameters(recurse=False)
+                if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention))}
+    return [name for name, p in model.named_parameters() if id(p) not in matrices or name.startswith(ends) or "patch_embed" in name]
 
 
 def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -72,38 +100,94 @@ def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     The learning rate is set before every step (``Schedule``); the groups start with ``TRAIN.BASE_LR``.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or arguments that it does not take.
     """
     check_optimizer(config)
-    options, groups = config.TRAIN.OPTIMIZER, parameter_groups(config, model)
+    options = config.TRAIN.OPTIMIZER
     name = options.NAME.lower()
     fused = apex_class(name)
     if fused is not None:
+        groups, given = parameter_groups(config, model), dict(options.ARGS)
         if name in ("fused_sgd", "fusedsgd"):
-            return fused(groups, lr=config.TRAIN.BASE_LR, momentum=options.MOMENTUM, nesterov=True)
-        return fused(groups, lr=config.TRAIN.BASE_LR, eps=options.EPS or 1e-8, betas=tuple(options.BETAS or (0.9, 0.999))[:2])
+            return fused(groups, lr=config.TRAIN.BASE_LR, **dict(momentum=options.MOMENTUM, nesterov=True) | given)
+        usual = dict(eps=options.EPS or 1e-8, betas=tuple(options.BETAS or (0.9, 0.999))[:2])
+        return fused(groups, lr=config.TRAIN.BASE_LR, **usual | given)
     name = _APEX[name][1] if name in _APEX else name
     try:
-        accepted = inspect.signature(timm.optim.get_optimizer_class(name, bind_defaults=False)).parameters
-        extra: dict = {}
-        if options.BETAS is not None and "betas" in accepted:
-            extra["betas"] = tuple(options.BETAS)
-        if options.EPS is not None and "eps" in accepted:
-            extra["eps"] = options.EPS
-        if "fused" in accepted and next(model.parameters()).device.type in ("cpu", "cuda"):
-            extra["fused"] = True
-        if "nesterov" in accepted and not options.MOMENTUM:
-            extra["nesterov"] = False  # which needs a momentum
-        optimizer = timm.optim.create_optimizer_v2(groups, opt=name, lr=config.TRAIN.BASE_LR, weight_decay=config.TRAIN.WEIGHT_DECAY,
-                                                   momentum=options.MOMENTUM, **extra)
-    except (AssertionError, ImportError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        arguments = _arguments(config, name, next(model.parameters()).device)
+        create = functools.partial(timm.optim.create_optimizer_v2, opt=name, lr=config.TRAIN.BASE_LR,
+                                   weight_decay=config.TRAIN.WEIGHT_DECAY, **arguments)
+        if options.ARGS:
+            _take_a_step(create)
+        optimizer = create(parameter_groups(config, model))
+    except ConfigError:
+        raise
+    except (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise ConfigError(f"TRAIN.OPTIMIZER.NAME {name} cannot be made here ({reason}); adamw and sgd always can") from None
-    if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults.get("fused") and options.MOMENTUM:
+        wrong = " with TRAIN.OPTIMIZER.ARGS" if options.ARGS else ""
+        raise ConfigError(f"TRAIN.OPTIMIZER.NAME {name} cannot be made here{wrong} ({reason}); adamw and sgd always can") from None
+    if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults.get("fused") and optimizer.defaults["momentum"]:
         # Left to itself torch allocates them in the first step, and leaves them as they are found where that step is skipped.
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    if isinstance(optimizer, kron.Kron):
+        _run_as_written(optimizer)
     return optimizer
+
+
+_OTHER_KEYS = {"lr": "TRAIN.BASE_LR", "weight_decay": "TRAIN.WEIGHT_DECAY", "params": "TRAIN.FREEZE", "layer_decay": "TRAIN.LAYER_DECAY"}
+
+
+def _arguments(config: CfgNode, name: str, device: torch.device) -> dict[str, Any]:
+    """What timm is given for the optimizer ``name`` beside groups, rate and decay.
+
+    Raises:
+        ConfigError: TRAIN.OPTIMIZER.ARGS holds what the optimizer does not take, or what another key says.
+    """
+    options = config.TRAIN.OPTIMIZER
+    accepted = inspect.signature(timm.optim.get_optimizer_class(name, bind_defaults=False)).parameters
+    extra: dict[str, Any] = dict(momentum=options.MOMENTUM)
+    if options.BETAS is not None and "betas" in accepted:
+        extra["betas"] = tuple(options.BETAS)
+    if options.EPS is not None and "eps" in accepted:
+        extra["eps"] = options.EPS
+    if "fused" in accepted and device.type in ("cpu", "cuda"):
+        extra["fused"] = True
+    if "deterministic" in accepted:
+        extra["deterministic"] = True  # Kron's noise: alike on all processes, and after a restart
+    for key, value in options.ARGS.items():
+        if key == "fallback_list" and _is_hybrid(name):
+            continue  # of parameter_groups
+        if key in _OTHER_KEYS:
+            raise ConfigError(f"TRAIN.OPTIMIZER.ARGS: {key} is the key {_OTHER_KEYS[key]}")
+        if key not in accepted:
+            known = sorted({*accepted} - {*_OTHER_KEYS} | ({"fallback_list"} if _is_hybrid(name) else set()))
+            raise ConfigError(f"TRAIN.OPTIMIZER.ARGS: {name} takes no {key}; it takes {', '.join(known)}")
+        extra[key] = tuple(value) if isinstance(value, list) else value
+    if "nesterov" in accepted and not extra["momentum"]:
+        extra["nesterov"] = False  # which needs a momentum
+    return extra
+
+
+def _take_a_step(create: Callable[..., torch.optim.Optimizer]) -> None:
+    """Raise what the optimizer raises for its arguments, some of which it looks at in its first step only."""
+    matrix = nn.Parameter(torch.eye(8))
+    matrix.grad = torch.eye(8)
+    optimizer = create([matrix])
+    if not isinstance(optimizer, kron.Kron):
+        optimizer.step()
+
+
+def _run_as_written(optimizer: kron.Kron) -> None:
+    """Let Kron compute as it is written: it has torch.compile make a program for every shape of a parameter, minutes on a CPU.
+
+    Raises:
+        ConfigError: without opt_einsum its products of many factors take gigabytes for the smallest models.
+    """
+    if not kron.has_opt_einsum:
+        raise ConfigError("TRAIN.OPTIMIZER.NAME kron needs the package opt_einsum, which is not installed here; pip install opt_einsum")
+    for name in ("_calc_A_and_conjB", "_q_terms", "_precond_grad", "_balance_Q"):
+        setattr(optimizer, name, getattr(kron, name))
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:

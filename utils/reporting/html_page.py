@@ -24,6 +24,7 @@ from utils.evaluation.statistics import accuracy_interval
 from utils.loggers.console import printable
 from utils.reporting import plots
 from utils.reporting.charts import letters, marks
+from utils.reporting.repeats import Repeats, repeats
 from utils.reporting.run_reader import Run, beside_preset, circumstances, config_differences, facts, shown, source_of
 
 MOST_ROWS = 1000  # of the table of classes
@@ -58,6 +59,7 @@ def render(runs: Sequence[Run]) -> str:
         script=script,
         tiles={name: value for name, value in facts(runs[0]).items() if (name, value) != ("state", "finished")},
         results=_results(runs, names) if len(runs) > 1 else None,
+        repeats=[dict(title=group.title, problems=group.problems, figures=_repeated(group)) for group in repeats(runs)],
         problems=[f"{letter} {problem}".strip() for letter, run in pairs for problem in run.problems],
         curves=[_placed(plot) for plot in plots.curves(runs)],
         happened=[sentence for letter, run in pairs for _, sentence in marks(run, letter)],
@@ -79,6 +81,13 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> Table:
 # --------------------------------------------------------------------------------------------------
 # Runs beside each other
 # --------------------------------------------------------------------------------------------------
+
+def _repeated(group: Repeats) -> Table:
+    return Table(["", "mean", "standard deviation", "lowest", "highest"],
+                 [[figure.name, *(figure.metric.shown(value) for value in (figure.mean, figure.spread, min(figure.values),
+                                                                           max(figure.values)))] for figure in group.figures],
+                 numeric=(1, 2, 3, 4))
+
 
 def _comparison(first: Run, second: Run, a: str, b: str) -> dict[str, Any]:
     """The two on the same images; a ``problem`` where that cannot be."""

@@ -232,6 +232,7 @@ def shown(value: Any) -> str:
     """A setting as YAML writes it."""
     if value is ...:
         return "(absent)"
+    value = dict(value) if isinstance(value, Mapping) else value  # a node of the config
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
 

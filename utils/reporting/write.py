@@ -14,14 +14,19 @@ from utils.runtime.files import replace_file
 REPORT, COMPARISON = "report.html", "comparison.html"
 
 
+def report_path(runs: Sequence[Run]) -> str:
+    """Where the report on ``runs`` goes by default: the first one's folder."""
+    return os.path.join(runs[0].folder, REPORT if len(runs) == 1 else COMPARISON)
+
+
 def write_report(runs: Sequence[Run], path: str = "") -> str:
-    """Write the report on ``runs``; its path, by default in the first one's folder.
+    """Write the report on ``runs``; its path, by default ``report_path``.
 
     Raises:
         ConfigError: the report cannot be written.
     """
     from utils.reporting.html_page import render
-    path = path or os.path.join(runs[0].folder, REPORT if len(runs) == 1 else COMPARISON)
+    path = path or report_path(runs)
     try:
         replace_file(path, render(runs).encode("utf-8", "backslashreplace"))
     except OSError as error:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import socket
+import stat
 import sys
-from collections.abc import Callable, Iterator
-from typing import BinaryIO
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -18,10 +21,14 @@ from config import ConfigError
 TEMPORARY = ".tmp-"
 
 
+# Names of what this process, or another one, has open already.
+_OPEN = re.compile(r"/dev/(std(in|out|err)|fd/\d+)|/proc/(self|thread-self|\d+)/fd/\d+")
+
+
 @contextlib.contextmanager
 def _temporary_beside(path: str) -> Iterator[str]:
     folder, name = os.path.split(os.path.abspath(path))
-    scratch = os.path.join(folder, f"{TEMPORARY}{name}-{os.getpid()}")
+    scratch = os.path.join(folder, f"{TEMPORARY}{name[-60:]}-{os.getpid()}")  # a longer name could have more bytes than a name may have
     try:
         yield scratch
     finally:
@@ -29,21 +36,49 @@ def _temporary_beside(path: str) -> Iterator[str]:
             os.unlink(scratch)
 
 
+def is_stream(path: str) -> bool:
+    """Whether ``path`` is a device or a pipe, or is open already: it is written to, and nothing takes its place."""
+    if _OPEN.fullmatch(os.path.abspath(path)):
+        return True
+    with contextlib.suppress(OSError, ValueError):
+        mode = os.stat(path).st_mode
+        return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
+    return False
+
+
 @contextlib.contextmanager
 def open_atomically(path: str) -> Iterator[BinaryIO]:
-    """A temporary file in the same folder; it gets its name, synced to the disk, once the block is done without an error."""
-    with _temporary_beside(path) as scratch:
-        try:
-            with open(scratch, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            if error.filename is None:  # a full disk does not say which file it was
-                error.filename = path
-            raise
-        os.replace(scratch, path)
-    _sync_folder(os.path.dirname(os.path.abspath(path)))
+    """A temporary file that gets the name ``path``, synced to the disk, once the block is done without an error.
+
+    Of a symbolic link it is the file that it leads to; a device or a pipe (``is_stream``) gets the temporary file's content instead.
+    """
+    if is_stream(path):
+        with tempfile.NamedTemporaryFile() as file:
+            yield file
+            file.seek(0)
+            with _named(path), open(path, "ab", buffering=0) as stream:
+                shutil.copyfileobj(file, stream)
+        return
+    place = os.path.realpath(path)
+    with _temporary_beside(place) as scratch:
+        with _named(path), open(scratch, "wb") as file:
+            with contextlib.suppress(OSError):
+                shutil.copymode(place, scratch)  # what only its owner may read stays so
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, place)
+    _sync_folder(os.path.dirname(place))
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say which file it was
+            error.filename = path
+        raise
 
 
 def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
@@ -58,26 +93,99 @@ def replace_file(path: str, content: bytes) -> None:
 
 
 def require_place(path: str, lead: str = "") -> None:
-    """Make sure, before long work, that a file can be written at ``path``.
+    """Make sure, before long work, that a file can be written at ``path``: a new one, in place of a regular one, or to a device.
 
     Args:
         lead: what the message begins with, such as the key's name.
 
     Raises:
-        ConfigError: there is no such folder, no permission, or a folder of that name.
+        ConfigError: there is no such folder, no permission, or something else of that name.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path):
-        raise ConfigError(f"{lead}{path}; no file can be written there: it is a folder; give the name of a file")
+    if fault := _fault_of_place(path):
+        raise ConfigError(f"{lead}{path}; no file can be written there{fault}")
+
+
+def _fault_of_place(path: str) -> str:
+    """Why no file can be written at ``path``, with the remedy; "" where one can."""
+    elsewhere = "; choose another place"
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = stat.S_IFREG
+    except (OSError, ValueError) as error:
+        return f" ({getattr(error, 'strerror', None) or error}){elsewhere}"
+    if stat.S_ISDIR(mode):
+        return ": it is a folder; give the name of a file"
+    if is_stream(path):
+        return "" if os.access(path, os.W_OK) else f" (Permission denied){elsewhere}"
+    if not stat.S_ISREG(mode):
+        return f": it is neither a file nor a device that takes one{elsewhere}"
+    folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
-        raise ConfigError(f"{lead}{path}; no file can be written there: there is no folder {folder}; make it first")
+        return f": there is no folder {folder}; make it first"
     probe = os.path.join(folder, f"{TEMPORARY}probe-{os.getpid()}")
     try:
         with open(probe, "wb"):
             pass
         os.unlink(probe)
     except OSError as error:
-        raise ConfigError(f"{lead}{path}; no file can be written there ({error.strerror}); choose another place") from None
+        return f" ({error.strerror}){elsewhere}"
+    return ""
+
+
+STANDARD = "-"  # standard input among the files read, standard output among those written
+
+
+def require_outputs(outputs: Iterable[tuple[str, str]], inputs: Iterable[str]) -> None:
+    """Decide, before long work, whether a command may write its files: each has a place, and none is a file that the command reads, or
+    that standard output goes to, or another one of them.
+
+    Args:
+        outputs: (what names it, such as a key; path), ``STANDARD`` being standard output.
+        inputs: paths of what the command reads, looked at only where an output would replace something.
+
+    Raises:
+        ConfigError: an output may not be written; the message names it.
+    """
+    places: dict[Any, tuple[str, str]] = {}
+    for name, path in outputs:
+        if path != STANDARD:
+            require_place(path, f"{name} is ")
+        own = _identity(path, standard=1)
+        if own in places:
+            raise ConfigError(f"{name} is {path}; another output goes there already ({places[own][0]})")
+        places[own] = name, path
+    replaced = {own: named for own, named in places.items() if isinstance(own, tuple) and os.path.isfile(named[1])}
+    if not replaced:
+        return
+    for descriptor, stream in ((1, "standard output"), (2, "standard error")):
+        with contextlib.suppress(OSError):
+            found = os.fstat(descriptor)
+            named = replaced.get((found.st_dev, found.st_ino))
+            if named and not is_stream(named[1]):
+                raise ConfigError(f"{named[0]} is {named[1]}; {stream} goes there already")
+    for source in inputs:
+        if named := replaced.get(_identity(source, standard=0)):
+            raise ConfigError(f"{named[0]} is {named[1]}; this command reads it ({source}), and would overwrite it; give another file")
+
+
+def _identity(path: str, standard: int) -> tuple[int, int] | str:
+    """What two paths of one file share."""
+    try:
+        found = os.fstat(standard) if path == STANDARD else os.stat(path)
+        return found.st_dev, found.st_ino
+    except (OSError, ValueError):
+        return os.path.realpath(path) if "\0" not in path else path
+
+
+def move_file(scratch: str, path: str) -> None:
+    """Give the file ``scratch`` the name ``path``, or that of the file that ``path`` links to."""
+    place = os.path.realpath(path)
+    if os.stat(scratch).st_dev == os.stat(os.path.dirname(place)).st_dev:
+        os.replace(scratch, place)
+    else:
+        with open(scratch, "rb") as file:
+            write_atomically(place, lambda target: shutil.copyfileobj(file, target))
 
 
 def link_atomically(target: str, link: str) -> None:

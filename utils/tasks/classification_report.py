@@ -19,7 +19,7 @@ from utils.evaluation.metrics import Evaluation
 from utils.evaluation.per_class import PerClass
 from utils.evaluation.predictions_file import MOST_IMAGES
 from utils.evaluation.summary import describe
-from utils.runtime.files import replace_file, require_place
+from utils.runtime.files import replace_file
 from utils.tasks.base import Batch, EvaluationReport, Task
 
 
@@ -35,9 +35,6 @@ class ClassificationReport(EvaluationReport):
         """``labels``: those of TEST.LABELS, where they have been read already."""
         super().__init__(task)
         self.config, self.labels = config, labels or Labels(config)
-        for key, path in (("TEST.PER_CLASS", config.TEST.PER_CLASS), ("TEST.PREDICTIONS", config.TEST.PREDICTIONS)):
-            if path:
-                require_place(os.path.expanduser(path), f"{key} is ")
 
     def classes_wanted(self, content: Any) -> Any:
         if is_own(content):

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from config import ConfigError
+from config import ConfigError, with_values
 from data import Loaders
 from data.messages import NOTICE
 from models import load_pretrained
-from utils.checkpoints.file_format import task_state
+from utils.checkpoints.file_format import task_state, with_found
 from utils.checkpoints.folder import CheckpointFolder
 from utils.checkpoints.run_folder import require_writable, run_folder
 from utils.checkpoints.state import TrainState
@@ -69,6 +69,7 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
     if config.PLAN.FIT:
         config = fit_micro_batch(config, task, start, device, world_size, logger)
     if start.content is not None:
+        config = with_found(config, start.content, start.path)
         if config.TRAIN.GLOBAL_BATCH not in (0, start.content["global_batch"]):
             logger.log(NOTICE, f"TRAIN.GLOBAL_BATCH is {config.TRAIN.GLOBAL_BATCH}, but {start.path} has a global batch of "
                         f"{start.content['global_batch']}, which is kept; another one needs a run of its own (--pretrained)")
@@ -79,6 +80,7 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
 
     distributed.begin_phase("indexing the images")
     loaders = open_loaders(task, config, device, logger)
+    config = with_values(config, loaders.found, "found in the data") if loaders.found else config
     sampler = loaders.train.batch_sampler
     global_batch = nominal_global_batch(config, world_size)
     steps_per_epoch, total_steps = sampler.steps_per_epoch, sampler.total_steps

@@ -22,6 +22,12 @@ _PAPER, _MOUNT, _INK, _FAINT, _TRACK = "#ffffff", "#f1f2f4", "#1c1f23", "#6b7280
 _SURE, _UNSURE, _WRONG = "#1f77b4", "#9db8cf", "#b3261e"
 
 
+def pages_of(path: str) -> list[str]:
+    """The files that a sheet at ``path`` may consist of."""
+    root, suffix = os.path.splitext(path)
+    return [path, *(f"{root}-{page}{suffix}" for page in range(2, _PAGES + 1))]
+
+
 class Sheet:
     """Pages of thumbnails, a PNG each: FILE.png, FILE-2.png, ...; pages are written as they fill, 25 at most.
 
@@ -61,9 +67,7 @@ class Sheet:
         for place, tile in enumerate(self.tiles):
             page.paste(tile, (_GAP + place % columns * across, _GAP + place // columns * down))
         self.tiles, self.pages = [], self.pages + 1
-        root, suffix = os.path.splitext(self.path)
-        path = self.path if self.pages == 1 else f"{root}-{self.pages}{suffix}"
-        write_atomically(path, lambda file: page.save(file, "PNG"))
+        write_atomically(pages_of(self.path)[self.pages - 1], lambda file: page.save(file, "PNG"))
 
     def _tile(self, prediction: Prediction) -> Image.Image:
         tile = Image.new("RGB", (_SIDE, _SIDE + _LABEL), _PAPER)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from config import ConfigError
 from utils.loggers.console import plain
-from utils.runtime.files import require_place, write_atomically
+from utils.runtime.files import write_atomically
 
 PAPER, INK, FAINT, LINE = (250, 250, 248), (28, 30, 33), (110, 114, 120), (205, 207, 210)
 
@@ -37,15 +37,14 @@ def magnification(height: int, width: int, wanted: int) -> int:
 
 
 def require_png(path: str, key: str) -> str:
-    """``path`` with the home folder put in, when a PNG can be written there.
+    """``path`` with the home folder put in.
 
     Raises:
-        ConfigError: it is no .png, or lies in no folder that can be written.
+        ConfigError: it is no .png.
     """
     path = os.path.expanduser(path)
     if not path.lower().endswith(".png"):
         raise ConfigError(f"{key} is {path}; pictures are PNG, give a file that ends in .png")
-    require_place(path, f"{key} is ")
     return path
 
 

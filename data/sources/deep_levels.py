@@ -1,0 +1,157 @@
+"""Which values of a data set's images of more than 8 bits a channel are black and white: found once, for all of them.
+
+Pixels are worked on in 8 bits. Twelve bits stored in sixteen would keep 16 of their 4,096 levels by the type's own range, and a range of
+each image's own would make two shots of one scene differ: so the range is that of the images together, and it is kept with the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.decoding.deep import Stored, Window, eight_bits
+from data.decoding.pillow import Reading, decode_stored
+from data.errors import DataError, UnreadableImage
+from data.messages import Caution, Message, Notice
+from data.sources.base import Source
+from data.sources.threads import Hang, in_threads
+
+FEWEST_LEVELS = 64  # of 256; with less, what distinguishes images may be lost
+FIRST_LOOK, WHOLE_LOOK = 256, 2048  # images of a large set: whether there are deep ones, and what range they have
+_PIXELS = 4096  # of an image, at most, that levels are counted on; the range is that of all its pixels
+_OUTLIERS = 0.1  # percent of the pixels at each end that a window may leave out where their range wastes the levels
+_EIGHT_BITS = (".jpg", ".jpeg", ".webp", ".bmp", ".gif")  # formats without deep images are not opened
+
+Sample = tuple[float, float, np.ndarray]  # an image's lowest and highest value, and some of its values
+
+
+@dataclass(frozen=True)
+class DeepLevels:
+    """The black and white level of a data set's deep images.
+
+    Attributes:
+        window: the values that are black and white.
+        levels: how many of 256 are then used.
+        stored: how many different values the pixels looked at have.
+        better: a window that uses more, where levels are few.
+    """
+
+    window: Window
+    levels: int
+    stored: int
+    better: Window | None
+
+    @property
+    def few(self) -> bool:
+        """Whether the step to 8 bits loses so much that it is worth a warning."""
+        return self.levels < min(FEWEST_LEVELS, self.stored)
+
+    def messages(self) -> list[Message]:
+        """For the log; the doctor has findings of its own for them."""
+        black, white = self.window
+        found: list[Message] = [Notice(f"there are images of more than 8 bits a channel: {black:g} is black and {white:g} white in all of "
+                                       "them (DATA.WINDOW)", "deep")]
+        return [*found, Caution(f"{self.loss()}{self.advice()}", "few-levels")] if self.few else found
+
+    def loss(self) -> str:
+        """Such as ``of the 4,096 values of deep images 16 levels remain``."""
+        return (f"of {self.stored:,} values or more in images of more than 8 bits a channel, {self.levels} levels remain between "
+                f"{self.window[0]:g} and {self.window[1]:g}")
+
+    def advice(self) -> str:
+        return f"; --opts {window_option(self.better)} uses more" if self.better is not None else "; give a range with DATA.WINDOW"
+
+
+def window_option(window: Window) -> str:
+    """KEY and VALUE as a shell takes them."""
+    return f"DATA.WINDOW '[{window[0]:.7g}, {window[1]:.7g}]'"
+
+
+def settle_reading(source: Source, reading: Reading, patience: float, timeout: float, given: bool = True) -> DeepLevels | None:
+    """Have a source read as ``reading`` says, with the window of its own deep images where ``reading`` has none.
+
+    Args:
+        given: look at the images even where ``reading`` has a window, for the levels that it leaves.
+        patience: seconds that a failing read is tried again.
+        timeout: as of ``find_levels``.
+    """
+    source.configure(reading, patience)
+    levels = find_levels(source, reading.window, timeout) if given or reading.window is None else None
+    if levels is not None:
+        source.configure(reading._replace(window=levels.window), patience)
+    return levels
+
+
+def find_levels(source: Source, window: Window | None = None, timeout: float = 0) -> DeepLevels | None:
+    """The levels of a source's deep images, or None where it has none.
+
+    Of more than ``FIRST_LOOK`` images that many, evenly spread, tell whether there are any, and ``WHOLE_LOOK`` their range.
+
+    Args:
+        window: one that is given, whose levels are counted.
+        timeout: seconds for which no image may be read; 0 waits for ever.
+
+    Raises:
+        DataError: no image could be read for so long.
+    """
+    found = _look(source, FIRST_LOOK, timeout)
+    if found and window is None and len(source) > FIRST_LOOK:
+        found = _look(source, WHOLE_LOOK, timeout)
+    return levels_of(found, window)
+
+
+def levels_of(samples: Iterable[Sample], window: Window | None = None) -> DeepLevels | None:
+    """The levels of images by their ``sample``; None of none.
+
+    The window is the whole range of the values, unless that leaves few levels and the range without outliers leaves more.
+    """
+    samples = list(samples)
+    if not samples:
+        return None
+    values = np.concatenate([sample for _, _, sample in samples])
+    low, high = min(low for low, _, _ in samples), max(high for _, high, _ in samples)
+    whole = window or (low, high if high > low else low + 1)
+    levels, better = _count(values, whole), None
+    if levels < FEWEST_LEVELS:
+        ranges = [(low, high), tuple(np.percentile(values, (_OUTLIERS, 100 - _OUTLIERS)).tolist())]
+        better = max((r for r in ranges if r[1] > r[0]), key=lambda r: _count(values, r), default=None)
+        better = better if better is not None and _count(values, better) > levels else None
+    if better is not None and window is None:
+        whole, levels, better = better, _count(values, better), None
+    return DeepLevels(whole, levels, len(np.unique(values)), better)
+
+
+def sample(stored: Stored) -> Sample | None:
+    """An image's range and some of its values, the same at every call; None where none of them is a number."""
+    values = stored.values.ravel()
+    values = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+    if not len(values):
+        return None
+    some = values if len(values) <= _PIXELS else values[np.random.RandomState(0).randint(0, len(values), _PIXELS)]
+    return float(values.min()), float(values.max()), some.astype(np.float64)
+
+
+def _count(values: np.ndarray, window: Window) -> int:
+    return len(np.unique(eight_bits(values, window)))
+
+
+def _look(source: Source, most: int, timeout: float) -> list[Sample]:
+    """Samples of the deep images among ``most`` of a source."""
+    places = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).astype(np.int64)).tolist() if len(source) else []
+    places = [index for index in places if not source.path(index).lower().endswith(_EIGHT_BITS)]
+
+    def look(index: int) -> Sample | None:
+        try:
+            stored = decode_stored(source.read(index), source.path(index))
+        except (UnreadableImage, MemoryError):  # training or evaluation meets it again, and says so
+            return None
+        return sample(stored) if stored is not None else None
+
+    try:
+        return [found for found in in_threads(look, places, timeout) if found is not None]
+    except Hang as hang:
+        busy = ", ".join(source.path(index) for index in hang.busy)
+        raise DataError(f"no image came for {timeout:g} seconds (DATA.TIMEOUT); being read at that moment: {busy}; check the disk or "
+                        "network share that holds it, or raise DATA.TIMEOUT") from None
