@@ -15,7 +15,7 @@ IMAGE_COLUMNS = ("path", "filepath", "file_path", "file", "filename", "file_name
                  "image_name", "image_filename", "img", "img_path", "img_name", "imageid", "image_id", "img_id", "image_index", "photo",
                  "photo_id", "picture", "id_code", "id", "uid", "uuid", "name")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "classname", "category", "target", "class_id", "label_id", "label_name",
-                 "category_id", "category_name", "y", "predictionstring")
+                 "category_id", "category_name", "y", "predictionstring", "tags", "finding_labels", "attribute_ids")
 _SUBJECTS = ("species", "breed", "diagnosis", "dx", "disease", "variety", "cultivar", "genus", "grade", "level")  # labels by what they tell
 _SPLITS = ("split", "set", "subset", "partition", "phase", "fold")
 _FLAGS = {"is_train": "train", "is_training": "train", "is_training_image": "train", "is_val": "val", "is_valid": "val",

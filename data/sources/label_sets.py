@@ -97,12 +97,15 @@ def find_label_sets(source: Source, keys: ListKeys) -> Source:
     if texts and isinstance(texts[0], MultiHot):
         return _of_columns(source, texts[0], keys)
     found = _splitter(source, keys)
-    if found is None and not keys.several:
-        return source
     several = next((text for text in texts if len(text.split()) > 1), None)
     if found is None and keys.separator == "auto" and several and _is_unambiguous(list(map(str.split, texts)), ","):
-        raise DataError(f"{source.root}: {several!r} is one label, unless blanks join several; say which with --opts DATA.LABEL_SEPARATOR "
-                        "none, or blank")
+        if keys.several:
+            raise DataError(f"{source.root}: {several!r} is one label, unless blanks join several; say which with --opts "
+                            "DATA.LABEL_SEPARATOR none, or blank")
+        source.notices.append(Notice(f"{source.root}: {several!r} is taken for the name of one class; where blanks join several labels: "
+                                     "--opts TASK multilabel DATA.LABEL_SEPARATOR blank"))
+    if found is None and not keys.several:
+        return source
     split, mark = found or ((lambda text: [text] if text else []), "")
     parts = [split(text) for text in texts]
     classes, places = encode_labels([part for some in parts for part in some])

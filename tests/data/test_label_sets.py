@@ -111,6 +111,19 @@ def test_one_column_each_and_names_with_commas_are_classes(plain: Path, tmp_path
         build_loaders(config_for(tmp_path))
 
 
+def test_parts_by_group_and_fold_and_columns_that_are_named(plain: Path, tmp_path: Path) -> None:
+    rows = [f"{path},p{i % 4},{i % 3},{','.join(map(str, TRUTH['train'][i]))}" for i, path in enumerate(image_paths(plain, "train"))]
+    (tmp_path / "all.csv").write_text("path,patient_id,fold,blue,green,red\n" + "\n".join(rows))
+    for opts, count in ((("DATA.VAL_FRACTION", 0.25), 3), (("DATA.FOLD", 2), 4), (("DATA.FOLD", "1/3"), 4)):
+        loaders = build_loaders(config_for(tmp_path / "all.csv", "TASK", "multilabel", *opts))
+        parts = [loader.dataset.source for loader in (loaders.train, loaders.val)]
+        assert loaders.classes == NAMES and [len(part) for part in parts] == [12 - count, count]
+        truth = {part.path(i): part.target_of(i).tolist() for part in parts for i in range(len(part))}
+        assert [truth[str(path)] for path in image_paths(plain, "train")] == TRUTH["train"].tolist()
+    config = config_for(tmp_path / "all.csv", "TASK", "multilabel", "DATA.FOLD", 2, "DATA.LABEL_COLUMN", "red,blue")
+    assert build_loaders(config).classes == ["blue", "red"]
+
+
 def test_other_ways_to_labels(plain: Path, tmp_path: Path) -> None:
     """A separator that is named; class folders; a file of class names; a flat folder; a split by fraction; an unreadable image."""
     write(tmp_path, plain, "{0},{labels}")
@@ -121,6 +134,8 @@ def test_other_ways_to_labels(plain: Path, tmp_path: Path) -> None:
     assert build_loaders(blank).classes == NAMES
     with pytest.raises(DataError, match="LABEL_SEPARATOR none, or blank"):
         build_loaders(config_for(tmp_path, "TASK", "multilabel"))
+    assert not has_label_sets(config_for(tmp_path)) and build_loaders(
+        config_for(tmp_path, "TASK", "multilabel", "DATA.LABEL_SEPARATOR", "blank")).classes == NAMES
     (tmp_path / "names.txt").write_text("red\twarm\ngreen\tcold\nblue\tcold\n")
     loaders = build_loaders(config_for(tmp_path, "TASK", "multilabel", "DATA.LABEL_SEPARATOR", "blank", "DATA.CLASS_NAMES", "names.txt"))
     assert loaders.classes == ["warm", "cold"]
