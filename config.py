@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import ast
 import difflib
+import errno
 import math
 import os
 import re
+import reprlib
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from numbers import Real
 from typing import Any, NamedTuple
 
 import yaml
@@ -52,16 +57,22 @@ def _bool(value: Any) -> bool:
     raise ValueError("true or false")
 
 
+_DIGITS = 18  # of the largest whole number: every one of them fits into 64 bits
+
+
 def _int(value: Any) -> int:
-    if isinstance(value, bool):
+    whole = False
+    if isinstance(value, (str, Real)) and not isinstance(value, bool):
+        try:
+            number = Decimal(str(value))  # exact, where a float rounds what lies beyond 2^53
+            whole = number == number.to_integral_value()
+        except (ArithmeticError, ValueError):
+            pass
+    if not whole:
         raise ValueError("a whole number")
-    try:
-        number = float(value) if not isinstance(value, int) else value
-        if int(number) != number:
-            raise ValueError
-        return int(number)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError("a whole number") from None
+    if not -10**_DIGITS < number < 10**_DIGITS:
+        raise ValueError(f"a whole number of at most {_DIGITS} digits")
+    return int(number)
 
 
 def _float(value: Any) -> float:
@@ -70,7 +81,7 @@ def _float(value: Any) -> float:
         raise ValueError("a number")
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError("a number") from None
     if not math.isfinite(number):
         raise ValueError("a finite number")
@@ -81,22 +92,39 @@ def _bytes(value: Any) -> int:
     """A size such as 20GB or 500 MiB, in bytes."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
-    if isinstance(value, bool) or not found or found[2].upper() not in units:
+    if isinstance(value, bool) or not found or found[2].upper() not in units or len(found[1]) > _DIGITS:
         raise ValueError("a size such as 20GB")
-    return int(float(found[1]) * units[found[2].upper()])
+    return int(Decimal(found[1]) * units[found[2].upper()])
 
 
 def _str(value: Any) -> str:
     if value is None:
         return ""
-    if isinstance(value, (list, dict)):
+    if isinstance(value, (list, tuple, dict)):
         raise ValueError("a text")
-    return str(value)
+    text = str(value)
+    try:
+        # What stands for a byte of a file name that is not UTF-8 passes, as the system takes it; other halves of a character do not.
+        if "\0" in text or len(text.encode("utf-8", "surrogateescape")) > LONGEST_TEXT:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"a text of at most {LONGEST_TEXT} bytes, without a null byte and halves of characters") from None
+    return text
+
+
+LONGEST_TEXT = 4095  # bytes: of a path, on Linux
+
+
+def _local(value: Any) -> str:
+    """A path, which ``scheme://`` begins nowhere: it would become a folder of that name."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text := _str(value)) and not re.match(r"[A-Za-z]:/(?!/)", text):
+        raise ValueError("a path on this machine's disks (mount a bucket as a folder, or copy from and to it)")
+    return text
 
 
 def _output(value: Any) -> str:
     """A file to write, or ``-`` for standard output, under whatever name."""
-    text = _str(value)
+    text = _local(value)
     return "-" if text in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1") else text
 
 
@@ -111,8 +139,8 @@ def _literal(value: Any) -> Any:
         return value
     try:
         # yacs users write tuples as Python does: (0.9, 0.999)
-        return ast.literal_eval(value) if value.lstrip().startswith("(") else yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, SyntaxError, MemoryError, RecursionError):
+        return ast.literal_eval(value) if value.lstrip().startswith("(") else yaml_tree(value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise ValueError("a list") from None
 
 
@@ -154,6 +182,19 @@ def _int_or_list(value: Any) -> int | list[int]:
     return _ints(value) if isinstance(value, (list, tuple)) else _int(value)
 
 
+BETA = "0.999"  # of the effective number of images, as its authors had it for ImageNet
+
+
+def _class_weights(value: Any) -> str | list[float]:
+    value = _literal(value)
+    if isinstance(value, (list, tuple)):
+        return _floats(value)
+    text = "none" if value in (None, False, "") else str(value).lower()
+    if not re.fullmatch(r"none|balanced|effective(:0?\.\d+)?", text):
+        raise ValueError(f"none, balanced, effective (or effective:{BETA}), or a list of numbers, one a class")
+    return text
+
+
 def _mapping(value: Any) -> CfgNode:
     """Names with plain values: numbers, texts, lists of them. As a node of the tree: a dump then holds it."""
     value = _literal(value)
@@ -176,7 +217,7 @@ def _plain_value(value: Any) -> Any:
 
 
 def _base(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else _strs(value)
+    return [_str(value)] if value is None or isinstance(value, str) else _strs(value)
 
 
 def _optional(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -230,6 +271,25 @@ class Key(NamedTuple):
         return (f"{', '.join(shown)}: " if shown else "") + self.meaning
 
 
+def between(low: float, high: float) -> Rule:
+    least = f"be at least {low:,}" if low else "not be negative"
+    return Rule(lambda number: low <= number <= high, f"it must {least}, and at most {high:,}")
+
+
+def each(low: float, high: float) -> Rule:
+    """Of a number a stage."""
+    return Rule(lambda numbers: 1 <= len(numbers) <= MOST_STAGES and all(low <= number <= high for number in numbers),
+                f"it takes a number a stage (1 to {MOST_STAGES} of them), each between {low:,} and {high:,}")
+
+
+def one_or_each(low: float, high: float) -> Rule:
+    """Of one number, or a list of them."""
+    many = each(low, high)
+    return Rule(lambda value: many.holds(value if isinstance(value, list) else [value]),
+                f"it takes one number or a list of 1 to {MOST_STAGES}, each between {low:,} and {high:,}")
+
+
+MOST_STAGES = 16
 AT_LEAST_1 = Rule(lambda number: number >= 1, "it must be at least 1")
 NOT_NEGATIVE = Rule(lambda number: number >= 0, "it must not be negative")
 ABOVE_0 = Rule(lambda number: number > 0, "it must be above 0")
@@ -237,18 +297,36 @@ UP_TO_1 = Rule(lambda number: 0 < number <= 1, "it must lie in (0, 1]")
 BELOW_1 = Rule(lambda number: 0 <= number < 1, "it must lie in [0, 1)")
 PROBABILITY = Rule(lambda number: 0 <= number <= 1, "a probability lies between 0 and 1")
 LEARNING_RATE = Rule(lambda rate: 0 < rate <= 1000, "a learning rate lies above 0, and no training survives one above 1000")
-PIXELS = Rule(lambda size: min(size if isinstance(size, list) else [size]) > 0, "it must be positive")
+LARGEST_SIDE = 16384  # pixels; a map of that size takes gigabytes already
+PIXELS = Rule(lambda size: all(0 < side <= LARGEST_SIDE for side in (size if isinstance(size, list) else [size])),
+              f"it must be positive, and at most {LARGEST_SIDE} pixels a side")
+IMAGES = between(1, 1_000_000)  # of a batch
+EPOCHS = between(1, 1_000_000)
+MILESTONES = Rule(lambda epochs: all(0 <= epoch <= 1_000_000 for epoch in epochs), "epochs lie between 0 and 1,000,000")
+SECONDS = between(0, 10_000_000)  # which is four months; the system's clocks take no more than some centuries
 SHARES = Rule(lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1, "two shares, rising, in (0, 1]")
-RISING = Rule(lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1], "two positive numbers, rising")
+RISING = Rule(lambda pair: len(pair) == 2 and 0.001 <= pair[0] <= pair[1] <= 1000, "two numbers, rising, between 0.001 and 1,000")
 PAIR = Rule(lambda paths: len(paths) in (0, 2), "two are compared")
-RGB = Rule(lambda channels: channels == 3, "images are read in RGB, so only 3 works here")
-RGB_NUMBERS = Rule(lambda values: len(values) == 3, "three numbers, one a channel")
-RGB_POSITIVE = Rule(lambda values: len(values) == 3 and min(values) > 0, "three numbers above 0, one a channel")
+CHANNELS = between(1, 1024)
+POSITIVE = Rule(lambda values: min(values, default=0) > 0, "numbers above 0, one a channel")
+# Of models. Widths of later stages may be many times the first one's.
+WIDTH, WIDTHS = between(1, 8192), each(1, 65536)
+DEPTHS = Rule(lambda depths: 1 <= len(depths) <= MOST_STAGES and min(depths) >= 1 and sum(depths) <= 1000,
+              f"it takes a number a stage (1 to {MOST_STAGES} of them), each at least 1, together at most 1,000")
+HEADS, KERNELS, RATES = each(1, 1024), each(1, 1024), each(1, 1024)
+KERNEL, MLP_RATIO, MLP_RATIOS = between(1, 1024), between(0.001, 256), each(0.001, 256)
+ONE_OR_MORE_KERNELS, ONE_OR_MORE_RATIOS = one_or_each(1, 1024), one_or_each(0.001, 256)
+KERNEL_LISTS = Rule(lambda rows: len(rows) <= MOST_STAGES and all(KERNELS.holds(row) for row in rows),
+                    f"it takes at most {MOST_STAGES} lists, each of 1 to {MOST_STAGES} numbers between 1 and 1,024")
+CONTROLS = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029]")
+NO_CONTROLS = Rule(lambda text: not CONTROLS.search(text), "it must not hold control characters")
+_LONGEST_NAME = 200  # bytes; file systems have 255, and what is written beside has longer names
 
 
 def _names_a_folder(text: str) -> bool:
     parts = text.replace("\\", "/").split("/")
-    return ".." not in parts and "." not in parts and all(part.strip() for part in parts)
+    return NO_CONTROLS.holds(text) and ".." not in parts and "." not in parts and all(
+        part.strip() and len(part.encode("utf-8", "surrogateescape")) <= _LONGEST_NAME for part in parts)
 
 
 def _is_fold(text: str) -> bool:
@@ -257,7 +335,8 @@ def _is_fold(text: str) -> bool:
 
 
 FOLD = Rule(_is_fold, "2/5 is the second of five folds; in a list with a fold column also what that column calls it")
-FOLDER_NAME = Rule(_names_a_folder, "it names the run's folder, so it must not be empty, absolute or lead elsewhere")
+FOLDER_NAME = Rule(_names_a_folder, f"it names the run's folder, so it must not be empty, absolute or lead elsewhere, hold control "
+                                    f"characters or a part of more than {_LONGEST_NAME} bytes")
 
 
 def ends_in(*suffixes: str) -> Rule:
@@ -301,6 +380,7 @@ class Command(NamedTuple):
         light: it needs neither a model nor a device, nor torch where MODEL.RESUME is empty; one process of a job runs it.
         to_stdout: keys whose value ``-`` makes standard output this command's data.
         beside: flags of other commands that may stand beside its own, without effect (as other trainers have it).
+        takes_less: what has it take less memory.
     """
 
     flag: Flag
@@ -310,8 +390,10 @@ class Command(NamedTuple):
     light: bool = False
     to_stdout: Sequence[str] = ()
     beside: Sequence[str] = ()
+    takes_less: str = "evaluate smaller batches (--opts TEST.BATCH_SIZE 8)"
 
 
+TRAINING_TAKES_LESS = "add --fit, which takes a smaller micro-batch and keeps the recipe, or --use-checkpoint"
 COMMANDS: tuple[Command, ...] = (
     Command(
         Flag("--eval", "EVAL_MODE", "evaluate a checkpoint; with --resume nothing else is needed", "True"), "evaluate.evaluate_run",
@@ -325,11 +407,11 @@ COMMANDS: tuple[Command, ...] = (
         Key("TEST.LABELS", "auto", _str,
             "--eval: label set of an ImageNet variant, or a text file of the classes that predictions are chosen from, one a line",
             words=LABEL_SETS),
-        Key("TEST.REAL_LABELS", "", _str,
+        Key("TEST.REAL_LABELS", "", _local,
             "--eval: real.json of the ReaL labels (a list of labels an image); empty is the one that timm carries"),
-        Key("TEST.PER_CLASS", "", _str,
+        Key("TEST.PER_CLASS", "", _local,
             "--eval: CSV file for each class's recall, precision, F1 and the class it is most often confused with"),
-        Key("TEST.PREDICTIONS", "", _str, "file (.npz) for the prediction of every image under --eval; empty writes none"),
+        Key("TEST.PREDICTIONS", "", _local, "file (.npz) for the prediction of every image under --eval; empty writes none"),
         ),
         flags=(
             Flag("--split", "TEST.SPLIT"),
@@ -356,9 +438,9 @@ COMMANDS: tuple[Command, ...] = (
         Key("PREDICT.TOPK", 5, _int, "classes shown for an image, most probable first", AT_LEAST_1),
         Key("PREDICT.CSV", "", _output, "table of the predictions, a row an image; - is standard output"),
         Key("PREDICT.JSON", "", _output, "predictions as JSON, a line an image; - is standard output"),
-        Key("PREDICT.FEATURES", "", _str,
+        Key("PREDICT.FEATURES", "", _local,
             "pooled features before the classifier: FILE.npy or FILE.safetensors, with FILE.paths.json", ends_in(".npy", ".safetensors")),
-        Key("PREDICT.SHEET", "", _str,
+        Key("PREDICT.SHEET", "", _local,
             "picture of the images with their classes, FILE.png; more pages are FILE-2.png and so on", ends_in(".png")),
         ),
         flags=(
@@ -374,12 +456,12 @@ COMMANDS: tuple[Command, ...] = (
              metavar="FILE"),
         "export.export_run",
         keys=(
-        Key("EXPORT.FILE", "", _str,
+        Key("EXPORT.FILE", "", _local,
             "what --export writes: FILE.onnx, FILE.pt2, or a folder (or FILE.safetensors) as timm and its hub have it"),
         Key("EXPORT.OPSET", 18, _int,
             "ONNX operator set", Rule(lambda number: number >= 18, "the exporter writes operator sets from 18 on")),
         Key("EXPORT.PREPROCESS", False, _bool, "ONNX and pt2: normalise inside the model, which then takes pixels of 0 to 255"),
-        )),
+        ), takes_less="export where there is more"),
     Command(
         Flag("--plan", "PLAN.RUN", "dry run: memory, speed, time and disk that the run will take; status 1: it does not fit", "True"),
         "plan.plan_run",
@@ -388,15 +470,15 @@ COMMANDS: tuple[Command, ...] = (
         Key("PLAN.FIT", False, _bool, "train (or plan) with the largest micro-batch that memory holds, the global batch staying (--fit)"),
         Key("PLAN.MEMORY", 0, _bytes,
             "memory that --plan and --fit may use, e.g. 24GB, for each GPU, or on a CPU for all processes together; 0: all there is"),
-        Key("PLAN.SECONDS", 4.0, _float, "about how long --plan measures each speed; longer is more exact", NOT_NEGATIVE),
-        Key("PLAN.SCRATCH", "", _str, "folder on whose disk --plan tries a save; empty is the system's folder for temporary files"),
-        )),
+        Key("PLAN.SECONDS", 4.0, _float, "about how long --plan measures each speed; longer is more exact", between(0, 3600)),
+        Key("PLAN.SCRATCH", "", _local, "folder on whose disk --plan tries a save; empty is the system's folder for temporary files"),
+        ), takes_less=TRAINING_TAKES_LESS),
     Command(
         Flag("--doctor", "DOCTOR_MODE", "read all images, say what is wrong and how to mend it; status 3: errors", "True"),
         "doctor.examine_run",
         keys=(
         Key("DOCTOR_MODE", False, _bool, "read and check the data only (--doctor)"),
-        Key("DOCTOR.FOLDER", "", _str,
+        Key("DOCTOR.FOLDER", "", _local,
             "where the doctor writes its report, manifests and scripts; empty is OUTPUT/doctor/<name of the data>"),
         Key("DOCTOR.JSON", "", _output, "file for the doctor's report as JSON; - is standard output; empty is report.json in its folder"),
         Key("DOCTOR.NEAR", 8, _int,
@@ -411,13 +493,13 @@ COMMANDS: tuple[Command, ...] = (
         keys=(
         Key("THROUGHPUT_MODE", False, _bool, "measure speed only (--throughput)"),
         ),
-        beside=("--eval",)),
+        beside=("--eval",), takes_less="measure a smaller --batch-size"),
     Command(
         Flag("--report", "REPORT.RUNS", "write a run folder's report.html; of several runs a comparison", several=True, metavar="RUN"),
         "report.report_runs",
         keys=(
         Key("REPORT.RUNS", [], _strs, "run folders to report on (--report); several are compared"),
-        Key("REPORT.FILE", "", _str,
+        Key("REPORT.FILE", "", _local,
             "where that report goes; empty is report.html (of several runs comparison.html) in the first run's folder"),
         ),
         light=True),
@@ -438,21 +520,21 @@ COMMANDS: tuple[Command, ...] = (
         Flag("--show-batch", "SHOW.BATCH", "PNG file: the first training batch with its labels, as the model sees it", metavar="FILE"),
         "show_batch.show_batch",
         keys=(
-        Key("SHOW.BATCH", "", _str, "PNG file for the first training batch as the model sees it (--show-batch)"),
-        )),
+        Key("SHOW.BATCH", "", _local, "PNG file for the first training batch as the model sees it (--show-batch)"),
+        ), takes_less="show a smaller --batch-size"),
     Command(
         Flag("--show-attention", "SHOW.ATTENTION", "image: draw which tokens of it a CrossFormer's token attends to", metavar="IMAGE"),
         "show_attention.show_attention",
         keys=(
-        Key("SHOW.ATTENTION", "", _str, "image on which a CrossFormer's attention is drawn (--show-attention)"),
+        Key("SHOW.ATTENTION", "", _local, "image on which a CrossFormer's attention is drawn (--show-attention)"),
         Key("SHOW.TOKEN", "", _str,
             "y,x in pixels of the model's input: the token whose attention is drawn; empty is the centre (--show-token)"),
-        Key("SHOW.FILE", "attention.png", _str, "PNG file for the attention (--show-file)"),
+        Key("SHOW.FILE", "attention.png", _local, "PNG file for the attention (--show-file)"),
         ),
         flags=(
             Flag("--show-token", "SHOW.TOKEN", "y,x in pixels of the input: that token, not the central one", metavar="Y,X"),
             Flag("--show-file", "SHOW.FILE", "PNG file for the attention; else attention.png", metavar="FILE"),
-        )),
+        ), takes_less="take a smaller --img-size"),
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -461,7 +543,7 @@ COMMANDS: tuple[Command, ...] = (
 
 KEYS: tuple[Key, ...] = (
     Key("BASE", [""], _base, "YAML files merged before this one, relative to it", scope=RUN),
-    Key("OUTPUT", "output", _str, "folder of all runs; a run lives in OUTPUT/MODEL.NAME/TAG", scope=PROCESS),
+    Key("OUTPUT", "output", _local, "folder of all runs; a run lives in OUTPUT/MODEL.NAME/TAG", NO_CONTROLS, scope=PROCESS),
     Key("TAG", "default", _str, "name of the run", FOLDER_NAME, scope=RUN),
     Key("SEED", 0, _int, "everything random derives from it: order, augmentation, mixup, dropout, initialisation", NOT_NEGATIVE),
     Key("TASK", "auto", _str,
@@ -482,7 +564,8 @@ KEYS: tuple[Key, ...] = (
     Key("TRACKER", "none", _str, "where the curves of a run go besides its folder", choices=("none", "trackio", "wandb"), scope=RUN),
     Key("TRACKER_PROJECT", "", _str, "project of the tracker; empty is the model's name", scope=RUN),
     Key("DIST_TIMEOUT", 20.0, _float,
-        "minutes without progress after which a job of several processes ends, naming the one it waits for", ABOVE_0, scope=RUN),
+        "minutes without progress after which a job of several processes ends, naming the one it waits for",
+        between(0.001, 100_000), scope=RUN),
     Key("LOCAL_RANK", 0, _int, "accepted from old files; the launcher's environment decides", scope=PROCESS),
     Key("FUSED_WINDOW_PROCESS", False, _bool, "accepted from old files; has no effect"),
     Key("FUSED_LAYERNORM", False, _bool, "use NVIDIA apex's fused layer norm when apex is installed"),
@@ -490,31 +573,33 @@ KEYS: tuple[Key, ...] = (
     Key("DATA.DATA_PATH", "", _str,
         "folder with train/ and val/ (or validation/), each holding a folder a class, or another layout (README)", scope=PROCESS),
     Key("DATA.VAL_PATH", "", _str, "validation shards where DATA.DATA_PATH is a stream of WebDataset shards: file:///d/val-{00..04}.tar"),
-    Key("DATA.STREAM_IMAGES", 0, _int, "training images of a stream that does not tell; 0 asks the stream", NOT_NEGATIVE),
-    Key("DATA.STREAM_BUFFER", 4096, _int, "encoded images held by each process to shuffle a stream of training images", ABOVE_0),
+    Key("DATA.STREAM_IMAGES", 0, _int, "training images of a stream that does not tell; 0 asks the stream", between(0, 10**11)),
+    Key("DATA.STREAM_BUFFER", 4096, _int, "encoded images held by each process to shuffle a stream of training images", between(1, 10**9)),
     Key("DATA.DATASET", "imagenet", _str,
         "imagenet takes whatever layout it finds; folder, lists, zip, tar and huggingface look for that alone; digits are scikit-learn's",
         choices=("imagenet", "imagenet22K", "folder", "lists", "zip", "tar", "huggingface", "digits"), scope=RUN),
-    Key("DATA.BATCH_SIZE", 128, _int, "images per process and micro-batch", AT_LEAST_1, scope=RUN),
+    Key("DATA.BATCH_SIZE", 128, _int, "images per process and micro-batch", IMAGES, scope=RUN),
     Key("DATA.IMG_SIZE", 224, _size, "input size in pixels: one number, or [height, width]", PIXELS),
     Key("DATA.FIT", "crop", _str,
         "how images come to DATA.IMG_SIZE, in training and evaluation: crop cuts parts out; squash and pad (with the mean colour) keep the "
         "whole of wide or tall images in sight, AUG.RATIO being relative to their own", choices=("crop", "squash", "pad")),
     Key("DATA.INTERPOLATION", None, _optional(_str),
         "of resizing; None is the model's, else bicubic", choices=("bicubic", "bilinear", "lanczos", "nearest", "random")),
-    Key("DATA.MEAN", None, _optional(_floats), "channel means of the normalisation; None is the model's, else ImageNet's", RGB_NUMBERS),
+    Key("DATA.MEAN", None, _optional(_floats),
+        "channel means of the normalisation; None is the model's, else ImageNet's, or for other channels than RGB the data's"),
     Key("DATA.STD", None, _optional(_floats),
-        "channel deviations of the normalisation; None is the model's, else ImageNet's", RGB_POSITIVE),
+        "channel deviations of the normalisation; None is the model's, else ImageNet's, or for other channels than RGB the data's",
+        POSITIVE),
     Key("DATA.WINDOW", None, _optional(_floats),
         "values that are black and white in images of more than 8 bits a channel, e.g. [0, 4095]; None finds them in the data",
-        Rule(lambda pair: len(pair) == 2 and pair[0] < pair[1], "two numbers, rising")),
-    Key("DATA.MASK_PATCH_SIZE", 32, _int, "TASK simmim: side in pixels of the squares that are masked", AT_LEAST_1),
+        Rule(lambda pair: len(pair) == 2 and -1e30 <= pair[0] < pair[1] <= 1e30, "two numbers, rising")),
+    Key("DATA.MASK_PATCH_SIZE", 32, _int, "TASK simmim: side in pixels of the squares that are masked", KERNEL),
     Key("DATA.MASK_RATIO", 0.6, _float, "TASK simmim: share of the squares that are masked",
         Rule(lambda share: 0 < share < 1, "it must lie between 0 and 1")),
-    Key("DATA.REPEATED_AUG", 1, _int, "copies of an image in an epoch, each augmented differently (DeiT uses 3)", AT_LEAST_1),
+    Key("DATA.REPEATED_AUG", 1, _int, "copies of an image in an epoch, each augmented differently (DeiT uses 3)", between(1, 1000)),
     Key("DATA.NUM_WORKERS", -1, _int,
         "DataLoader workers of each process; -1 chooses from the CPUs this process may use",
-        Rule(lambda number: number >= -1, "it is a number of workers, or -1 to choose it"), scope=PROCESS),
+        Rule(lambda number: -1 <= number <= 1024, "it is a number of workers up to 1,024, or -1 to choose it"), scope=PROCESS),
     Key("DATA.PIN_MEMORY", True, _bool, "page-locked batches for faster copies to a GPU", scope=RUN),
     Key("DATA.DECODER", "auto", _str,
         "pillow: every pixel as the papers had it; fast: also where published weights are evaluated", choices=("auto", "fast", "pillow")),
@@ -526,7 +611,7 @@ KEYS: tuple[Key, ...] = (
         "one part of a cross-validation, for validation: 2/5 is the second of five, stratified by class (and by the fold column of a list, "
         "where it has one, whose own names do too)", FOLD),
     Key("DATA.VAL_LABELS", "", _str, "file with the labels of a flat validation folder; empty looks for the usual ones"),
-    Key("DATA.CLASS_NAMES", "", _str,
+    Key("DATA.CLASS_NAMES", "", _local,
         "text file, a line a class in the classifier's order: a label, or label<TAB>class; others are left out"),
     Key("DATA.LABEL_SEPARATOR", "auto", _str,
         "what joins several labels of an image in a list; none: labels are names of classes as they stand; auto: | ; or , where a list "
@@ -539,13 +624,16 @@ KEYS: tuple[Key, ...] = (
     Key("DATA.IMAGE_ROOT", "", _str, "folder that the paths in a list are relative to; empty finds it", scope=PROCESS),
     Key("DATA.IMAGE_SUFFIX", "", _str, "suffix that a list leaves out of its images' names, such as .jpg; empty finds it", scope=RUN),
     Key("DATA.SUBSET", 1.0, _float, "share of each class's training images to use, chosen by the seed, e.g. 0.1", UP_TO_1),
+    Key("DATA.SAMPLING", "natural", _str,
+        "how often an epoch sees each class: as often as it has images; by the square root of that; all alike (balanced)",
+        choices=("natural", "sqrt", "balanced")),
     Key("DATA.EXIF", False, _bool, "turn images upright as their EXIF block says (the papers, torchvision and timm do not)"),
     Key("DATA.CORRUPT_BUDGET", 0.001, _float,
         "unreadable training images to go on with: below 1 a share of them, else a number", NOT_NEGATIVE, scope=RUN),
     Key("DATA.READ_PATIENCE", 2.0, _float,
-        "seconds that a failing read (file gone, share away) is tried again before the image is bad", NOT_NEGATIVE, scope=RUN),
+        "seconds that a failing read (file gone, share away) is tried again before the image is bad", SECONDS, scope=RUN),
     Key("DATA.TIMEOUT", 600.0, _float,
-        "seconds without a batch after which loading counts as hung; 0 waits for ever", NOT_NEGATIVE, scope=RUN),
+        "seconds without a batch after which loading counts as hung; 0 waits for ever", SECONDS, scope=RUN),
     Key("DATA.INDEX_CACHE", "auto", _str,
         "folder for the file lists of large data sets; auto is the user's cache folder, none keeps none", scope=RUN),
     Key("DATA.ZIP_MODE", False, _bool, "read train.zip and val.zip with their map files (train_map.txt), as Swin has them", scope=RUN),
@@ -553,29 +641,33 @@ KEYS: tuple[Key, ...] = (
 
     Key("MODEL.TYPE", "crossformer", _str, "family of the model; timm is any timm model", choices=MODEL_TYPES),
     Key("MODEL.NAME", "crossformer_tiny", _str, "variant of the family, or a label when the family's node gives the numbers", FOLDER_NAME),
-    Key("MODEL.NUM_CLASSES", 0, _int, "0 counts them in the data; another number must agree with the data", NOT_NEGATIVE, scope=RUN),
-    Key("MODEL.PRETRAINED", "", _str, "file of weights to start from (head and sizes are adapted), or hub for timm's own", scope=RUN),
-    Key("MODEL.CLASS_MAP", "", _str, "text file, a line a class: its row in the pretrained classifier (ImageNet-22k to 1k)"),
-    Key("MODEL.RESUME", "", _str, "checkpoint to continue (training), or to evaluate, predict with or export", scope=RUN),
+    Key("MODEL.NUM_CLASSES", 0, _int, "0 counts them in the data; another number must agree with the data", between(0, 10**7), scope=RUN),
+    Key("MODEL.PRETRAINED", "", _local, "file of weights to start from (head and sizes are adapted), or hub for timm's own", scope=RUN),
+    Key("MODEL.CLASS_MAP", "", _local, "text file, a line a class: its row in the pretrained classifier (ImageNet-22k to 1k)"),
+    Key("MODEL.RESUME", "", _local, "checkpoint to continue (training), or to evaluate, predict with or export", scope=RUN),
+    Key("MODEL.IN_CHANS", None, _optional(_int),
+        "channels of the images: 1 is grey, 4 RGB with alpha, others the bands of TIFF files; None is the family's IN_CHANS, else 3",
+        CHANNELS),
     Key("MODEL.DROP_RATE", 0.0, _float, "dropout rate", BELOW_1),
     Key("MODEL.DROP_PATH_RATE", 0.1, _float, "stochastic depth: rate of the last block, growing linearly from 0", BELOW_1),
     Key("MODEL.SIMMIM.NORM_TARGET.ENABLE", False, _bool,
         "TASK simmim: predict pixels normalised by their neighbourhood's mean and deviation"),
     Key("MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE", 47, _int, "side of that neighbourhood in pixels",
-        Rule(lambda side: side >= 1 and side % 2 == 1, "an odd number of pixels, so that a pixel is its centre")),
+        Rule(lambda side: 1 <= side <= 1023 and side % 2 == 1, "an odd number of pixels, so that a pixel is its centre")),
     Key("MODEL.LABEL_SMOOTHING", 0.1, _float, "label smoothing", BELOW_1),
 
-    Key("MODEL.CROSSFORMER.EMBED_DIM", None, _optional(_int), "width of the first stage"),
-    Key("MODEL.CROSSFORMER.DEPTHS", None, _optional(_ints), "blocks per stage"),
-    Key("MODEL.CROSSFORMER.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    Key("MODEL.CROSSFORMER.GROUP_SIZE", None, _optional(_ints), "group size per stage"),
-    Key("MODEL.CROSSFORMER.INTERVAL", None, _optional(_ints), "interval of long-distance attention per stage"),
-    Key("MODEL.CROSSFORMER.PATCH_SIZE", None, _optional(_int_or_list), "kernels of the image embedding, e.g. [4, 8, 16, 32]"),
-    Key("MODEL.CROSSFORMER.MERGE_SIZE", None, _optional(_int_lists), "kernels of the embeddings between stages"),
-    Key("MODEL.CROSSFORMER.MLP_RATIO", None, _optional(_number_or_list), "hidden width of the MLPs over their width"),
-    Key("MODEL.CROSSFORMER.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.CROSSFORMER.EMBED_DIM", None, _optional(_int), "width of the first stage", WIDTH),
+    Key("MODEL.CROSSFORMER.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
+    Key("MODEL.CROSSFORMER.NUM_HEADS", None, _optional(_ints), "heads per stage", HEADS),
+    Key("MODEL.CROSSFORMER.GROUP_SIZE", None, _optional(_ints), "group size per stage", KERNELS),
+    Key("MODEL.CROSSFORMER.INTERVAL", None, _optional(_ints), "interval of long-distance attention per stage", RATES),
+    Key("MODEL.CROSSFORMER.PATCH_SIZE", None, _optional(_int_or_list), "kernels of the image embedding, e.g. [4, 8, 16, 32]",
+        ONE_OR_MORE_KERNELS),
+    Key("MODEL.CROSSFORMER.MERGE_SIZE", None, _optional(_int_lists), "kernels of the embeddings between stages", KERNEL_LISTS),
+    Key("MODEL.CROSSFORMER.MLP_RATIO", None, _optional(_number_or_list), "hidden width of the MLPs over their width", ONE_OR_MORE_RATIOS),
+    Key("MODEL.CROSSFORMER.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
     Key("MODEL.CROSSFORMER.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    Key("MODEL.CROSSFORMER.QK_SCALE", None, _optional(_float), "scale of the queries; None is head width ** -0.5"),
+    Key("MODEL.CROSSFORMER.QK_SCALE", None, _optional(_float), "scale of the queries; None is head width ** -0.5", between(1e-6, 1e6)),
     Key("MODEL.CROSSFORMER.ATTENTION", None, _optional(_str), "lsda (short and long distance in turn), sda or lda alone"),
     Key("MODEL.CROSSFORMER.POSITION", None, _optional(_str), "position bias: dpb, dpb_residual, table (Swin's) or none"),
     Key("MODEL.CROSSFORMER.APE", None, _optional(_bool), "learned absolute position embedding on the tokens"),
@@ -587,115 +679,115 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.CROSSFORMER.NO_MASK", None, _optional(_bool), "let attention see the padding"),
     Key("MODEL.CROSSFORMER.ADAPT_INTER", None, _optional(_bool), "accepted from old files; only False"),
 
-    Key("MODEL.SWIN.EMBED_DIM", None, _optional(_int), "width of the first stage"),
-    Key("MODEL.SWIN.DEPTHS", None, _optional(_ints), "blocks per stage"),
-    Key("MODEL.SWIN.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    Key("MODEL.SWIN.WINDOW_SIZE", None, _optional(_int), "window size"),
-    Key("MODEL.SWIN.PATCH_SIZE", None, _optional(_int), "patch size"),
-    Key("MODEL.SWIN.IN_CHANS", None, _optional(_int), "input channels", RGB),
-    Key("MODEL.SWIN.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width"),
+    Key("MODEL.SWIN.EMBED_DIM", None, _optional(_int), "width of the first stage", WIDTH),
+    Key("MODEL.SWIN.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
+    Key("MODEL.SWIN.NUM_HEADS", None, _optional(_ints), "heads per stage", HEADS),
+    Key("MODEL.SWIN.WINDOW_SIZE", None, _optional(_int), "window size", KERNEL),
+    Key("MODEL.SWIN.PATCH_SIZE", None, _optional(_int), "patch size", KERNEL),
+    Key("MODEL.SWIN.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
+    Key("MODEL.SWIN.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width", MLP_RATIO),
     Key("MODEL.SWIN.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
     Key("MODEL.SWIN.QK_SCALE", None, _optional(_float), "accepted from old files; only None"),
     Key("MODEL.SWIN.APE", None, _optional(_bool), "accepted from old files; only False"),
     Key("MODEL.SWIN.PATCH_NORM", None, _optional(_bool), "accepted from old files; only True"),
 
-    Key("MODEL.SWINV2.EMBED_DIM", None, _optional(_int), "width of the first stage"),
-    Key("MODEL.SWINV2.DEPTHS", None, _optional(_ints), "blocks per stage"),
-    Key("MODEL.SWINV2.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    Key("MODEL.SWINV2.WINDOW_SIZE", None, _optional(_int), "window size"),
+    Key("MODEL.SWINV2.EMBED_DIM", None, _optional(_int), "width of the first stage", WIDTH),
+    Key("MODEL.SWINV2.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
+    Key("MODEL.SWINV2.NUM_HEADS", None, _optional(_ints), "heads per stage", HEADS),
+    Key("MODEL.SWINV2.WINDOW_SIZE", None, _optional(_int), "window size", KERNEL),
     Key("MODEL.SWINV2.PRETRAINED_WINDOW_SIZES", None, _optional(_ints),
-        "window sizes per stage that the weights to start from were trained with; 0: this model's own"),
-    Key("MODEL.SWINV2.PATCH_SIZE", None, _optional(_int), "patch size"),
-    Key("MODEL.SWINV2.IN_CHANS", None, _optional(_int), "input channels", RGB),
-    Key("MODEL.SWINV2.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width"),
+        "window sizes per stage that the weights to start from were trained with; 0: this model's own", each(0, 1024)),
+    Key("MODEL.SWINV2.PATCH_SIZE", None, _optional(_int), "patch size", KERNEL),
+    Key("MODEL.SWINV2.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
+    Key("MODEL.SWINV2.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width", MLP_RATIO),
     Key("MODEL.SWINV2.QKV_BIAS", None, _optional(_bool), "bias of the query and value projection"),
     Key("MODEL.SWINV2.APE", None, _optional(_bool), "accepted from old files; only False"),
     Key("MODEL.SWINV2.PATCH_NORM", None, _optional(_bool), "accepted from old files; only True"),
 
-    Key("MODEL.SWIN_MLP.EMBED_DIM", None, _optional(_int), "width of the first stage"),
-    Key("MODEL.SWIN_MLP.DEPTHS", None, _optional(_ints), "blocks per stage"),
-    Key("MODEL.SWIN_MLP.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    Key("MODEL.SWIN_MLP.WINDOW_SIZE", None, _optional(_int), "window size"),
-    Key("MODEL.SWIN_MLP.PATCH_SIZE", None, _optional(_int), "patch size"),
-    Key("MODEL.SWIN_MLP.IN_CHANS", None, _optional(_int), "input channels", RGB),
-    Key("MODEL.SWIN_MLP.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width"),
+    Key("MODEL.SWIN_MLP.EMBED_DIM", None, _optional(_int), "width of the first stage", WIDTH),
+    Key("MODEL.SWIN_MLP.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
+    Key("MODEL.SWIN_MLP.NUM_HEADS", None, _optional(_ints), "heads per stage", HEADS),
+    Key("MODEL.SWIN_MLP.WINDOW_SIZE", None, _optional(_int), "window size", KERNEL),
+    Key("MODEL.SWIN_MLP.PATCH_SIZE", None, _optional(_int), "patch size", KERNEL),
+    Key("MODEL.SWIN_MLP.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
+    Key("MODEL.SWIN_MLP.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width", MLP_RATIO),
     Key("MODEL.SWIN_MLP.APE", None, _optional(_bool), "accepted from old files; only False"),
     Key("MODEL.SWIN_MLP.PATCH_NORM", None, _optional(_bool), "accepted from old files; only True"),
 
-    Key("MODEL.CVT.EMBED_DIMS", None, _optional(_ints), "width per stage"),
-    Key("MODEL.CVT.DEPTHS", None, _optional(_ints), "blocks per stage"),
-    Key("MODEL.CVT.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    Key("MODEL.CVT.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
-    Key("MODEL.CVT.PATCH_SIZES", None, _optional(_ints), "kernels of the embeddings"),
-    Key("MODEL.CVT.PATCH_STRIDES", None, _optional(_ints), "strides of the embeddings"),
-    Key("MODEL.CVT.PATCH_PADDINGS", None, _optional(_ints), "paddings of the embeddings"),
-    Key("MODEL.CVT.KV_STRIDES", None, _optional(_ints), "stride of the key and value projections per stage"),
+    Key("MODEL.CVT.EMBED_DIMS", None, _optional(_ints), "width per stage", WIDTHS),
+    Key("MODEL.CVT.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
+    Key("MODEL.CVT.NUM_HEADS", None, _optional(_ints), "heads per stage", HEADS),
+    Key("MODEL.CVT.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage", MLP_RATIOS),
+    Key("MODEL.CVT.PATCH_SIZES", None, _optional(_ints), "kernels of the embeddings", KERNELS),
+    Key("MODEL.CVT.PATCH_STRIDES", None, _optional(_ints), "strides of the embeddings", RATES),
+    Key("MODEL.CVT.PATCH_PADDINGS", None, _optional(_ints), "paddings of the embeddings", each(0, 1024)),
+    Key("MODEL.CVT.KV_STRIDES", None, _optional(_ints), "stride of the key and value projections per stage", RATES),
     Key("MODEL.CVT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    Key("MODEL.CVT.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.CVT.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
-    Key("MODEL.SHUNTED.EMBED_DIMS", None, _optional(_ints), "width per stage"),
-    Key("MODEL.SHUNTED.DEPTHS", None, _optional(_ints), "blocks per stage"),
-    Key("MODEL.SHUNTED.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    Key("MODEL.SHUNTED.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
-    Key("MODEL.SHUNTED.SR_RATIOS", None, _optional(_ints), "merging rate of keys and values per stage (even; 1 is none)"),
-    Key("MODEL.SHUNTED.NUM_CONV", None, _optional(_int), "plain 3x3 convolutions in the image embedding"),
+    Key("MODEL.SHUNTED.EMBED_DIMS", None, _optional(_ints), "width per stage", WIDTHS),
+    Key("MODEL.SHUNTED.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
+    Key("MODEL.SHUNTED.NUM_HEADS", None, _optional(_ints), "heads per stage", HEADS),
+    Key("MODEL.SHUNTED.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage", MLP_RATIOS),
+    Key("MODEL.SHUNTED.SR_RATIOS", None, _optional(_ints), "merging rate of keys and values per stage (even; 1 is none)", RATES),
+    Key("MODEL.SHUNTED.NUM_CONV", None, _optional(_int), "plain 3x3 convolutions in the image embedding", between(0, 100)),
     Key("MODEL.SHUNTED.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    Key("MODEL.SHUNTED.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.SHUNTED.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
-    Key("MODEL.MPVIT.EMBED_DIMS", None, _optional(_ints), "width per stage"),
-    Key("MODEL.MPVIT.DEPTHS", None, _optional(_ints), "layers of each path's encoder per stage"),
-    Key("MODEL.MPVIT.NUM_PATHS", None, _optional(_ints), "paths per stage"),
-    Key("MODEL.MPVIT.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    Key("MODEL.MPVIT.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
+    Key("MODEL.MPVIT.EMBED_DIMS", None, _optional(_ints), "width per stage", WIDTHS),
+    Key("MODEL.MPVIT.DEPTHS", None, _optional(_ints), "layers of each path's encoder per stage", DEPTHS),
+    Key("MODEL.MPVIT.NUM_PATHS", None, _optional(_ints), "paths per stage", each(1, 16)),
+    Key("MODEL.MPVIT.NUM_HEADS", None, _optional(_ints), "heads per stage", HEADS),
+    Key("MODEL.MPVIT.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage", MLP_RATIOS),
     Key("MODEL.MPVIT.CRPE_WINDOWS", None, _optional(_int_lists),
-        "pairs of a kernel and the heads it serves, e.g. [[3, 2], [5, 3], [7, 3]]"),
+        "pairs of a kernel and the heads it serves, e.g. [[3, 2], [5, 3], [7, 3]]", KERNEL_LISTS),
     Key("MODEL.MPVIT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    Key("MODEL.MPVIT.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.MPVIT.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
-    Key("MODEL.PVT.EMBED_DIMS", None, _optional(_ints), "width per stage"),
-    Key("MODEL.PVT.DEPTHS", None, _optional(_ints), "blocks per stage"),
-    Key("MODEL.PVT.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    Key("MODEL.PVT.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
-    Key("MODEL.PVT.SR_RATIOS", None, _optional(_ints), "reduction of keys and values per stage (1 in the last)"),
-    Key("MODEL.PVT.PATCH_SIZE", None, _optional(_int), "patches of the first stage"),
+    Key("MODEL.PVT.EMBED_DIMS", None, _optional(_ints), "width per stage", WIDTHS),
+    Key("MODEL.PVT.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
+    Key("MODEL.PVT.NUM_HEADS", None, _optional(_ints), "heads per stage", HEADS),
+    Key("MODEL.PVT.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage", MLP_RATIOS),
+    Key("MODEL.PVT.SR_RATIOS", None, _optional(_ints), "reduction of keys and values per stage (1 in the last)", RATES),
+    Key("MODEL.PVT.PATCH_SIZE", None, _optional(_int), "patches of the first stage", KERNEL),
     Key("MODEL.PVT.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    Key("MODEL.PVT.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.PVT.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
-    Key("MODEL.PVT_V2.EMBED_DIMS", None, _optional(_ints), "width per stage"),
-    Key("MODEL.PVT_V2.DEPTHS", None, _optional(_ints), "blocks per stage"),
-    Key("MODEL.PVT_V2.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    Key("MODEL.PVT_V2.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage"),
-    Key("MODEL.PVT_V2.SR_RATIOS", None, _optional(_ints), "reduction of keys and values per stage"),
+    Key("MODEL.PVT_V2.EMBED_DIMS", None, _optional(_ints), "width per stage", WIDTHS),
+    Key("MODEL.PVT_V2.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
+    Key("MODEL.PVT_V2.NUM_HEADS", None, _optional(_ints), "heads per stage", HEADS),
+    Key("MODEL.PVT_V2.MLP_RATIOS", None, _optional(_floats), "hidden width of the MLPs over their width, per stage", MLP_RATIOS),
+    Key("MODEL.PVT_V2.SR_RATIOS", None, _optional(_ints), "reduction of keys and values per stage", RATES),
     Key("MODEL.PVT_V2.LINEAR", None, _optional(_bool), "keys and values from a 7x7 pooled map in every stage (b2_li)"),
     Key("MODEL.PVT_V2.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
-    Key("MODEL.PVT_V2.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.PVT_V2.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
-    Key("MODEL.GALERKIN.EMBED_DIM", None, _optional(_int), "width of the first stage"),
-    Key("MODEL.GALERKIN.DEPTHS", None, _optional(_ints), "blocks per stage"),
-    Key("MODEL.GALERKIN.NUM_HEADS", None, _optional(_ints), "heads per stage"),
-    Key("MODEL.GALERKIN.PATCH_SIZE", None, _optional(_int), "4 for strides 4 to 32, 2 for 2 to 16"),
-    Key("MODEL.GALERKIN.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width"),
+    Key("MODEL.GALERKIN.EMBED_DIM", None, _optional(_int), "width of the first stage", WIDTH),
+    Key("MODEL.GALERKIN.DEPTHS", None, _optional(_ints), "blocks per stage", DEPTHS),
+    Key("MODEL.GALERKIN.NUM_HEADS", None, _optional(_ints), "heads per stage", HEADS),
+    Key("MODEL.GALERKIN.PATCH_SIZE", None, _optional(_int), "4 for strides 4 to 32, 2 for 2 to 16", KERNEL),
+    Key("MODEL.GALERKIN.MLP_RATIO", None, _optional(_float), "hidden width of the MLPs over their width", MLP_RATIO),
     Key("MODEL.GALERKIN.QKV_BIAS", None, _optional(_bool), "bias of the query, key and value projection"),
     Key("MODEL.GALERKIN.PATCH_NORM", None, _optional(_bool), "layer norm after the image embedding"),
-    Key("MODEL.GALERKIN.NORM_EPS", None, _optional(_float), "eps of the norms of keys and values"),
+    Key("MODEL.GALERKIN.NORM_EPS", None, _optional(_float), "eps of the norms of keys and values", between(0, 1)),
     Key("MODEL.GALERKIN.OUT_PROJ", None, _optional(_bool), "a linear after the heads"),
     Key("MODEL.GALERKIN.POSITIONS", None, _optional(_bool), "give the attention the tokens' coordinates (implies OUT_PROJ)"),
-    Key("MODEL.GALERKIN.IN_CHANS", None, _optional(_int), "input channels", RGB),
+    Key("MODEL.GALERKIN.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
-    Key("TRAIN.EPOCHS", 300, _int, "passes over the training images", AT_LEAST_1),
+    Key("TRAIN.EPOCHS", 300, _int, "passes over the training images", EPOCHS),
     Key("TRAIN.START_EPOCH", 0, _int, "accepted from old files; the checkpoint's step decides"),
     Key("TRAIN.WARMUP_EPOCHS", 20, _float, "epochs of linear warm-up", NOT_NEGATIVE),
     Key("TRAIN.BASE_LR", 5e-4, _float, "peak learning rate for a global batch of LR_BATCH", LEARNING_RATE),
     Key("TRAIN.WARMUP_LR", 5e-7, _float, "learning rate of the first step, likewise scaled", NOT_NEGATIVE),
     Key("TRAIN.MIN_LR", 5e-6, _float, "learning rate at the end, likewise scaled", NOT_NEGATIVE),
-    Key("TRAIN.LR_BATCH", 512, _int, "global batch that the three rates are given for; 0 does not scale them", NOT_NEGATIVE),
+    Key("TRAIN.LR_BATCH", 512, _int, "global batch that the three rates are given for; 0 does not scale them", between(0, 10**9)),
     Key("TRAIN.WEIGHT_DECAY", 0.05, _float, "weight decay; none on biases, 1-D parameters and what the model names", NOT_NEGATIVE),
     Key("TRAIN.LAYER_DECAY", 1.0, _float, "factor on the learning rate per layer below the head (1: none)", UP_TO_1),
     Key("TRAIN.CLIP_GRAD", 5.0, _float, "largest gradient norm; 0 does not clip", NOT_NEGATIVE),
-    Key("TRAIN.ACCUMULATION_STEPS", 1, _int, "micro-batches per optimizer step", AT_LEAST_1, scope=RUN),
+    Key("TRAIN.ACCUMULATION_STEPS", 1, _int, "micro-batches per optimizer step", IMAGES, scope=RUN),
     Key("TRAIN.GLOBAL_BATCH", 0, _int,
         "images a step over all processes that the recipe was made for, which --fit keeps; 0: whatever the batch size, the accumulation "
-        "and the processes give", NOT_NEGATIVE, scope=RUN),
+        "and the processes give", between(0, 10**9), scope=RUN),
     Key("TRAIN.USE_CHECKPOINT", False, _bool, "activation checkpointing: less memory, about a third more time", scope=RUN),
     Key("TRAIN.CHECKPOINT_UNIT", "block", _str,
         "what TRAIN.USE_CHECKPOINT keeps of the forward pass: the input of each block (least memory), or that of each stage, all of "
@@ -721,6 +813,11 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.BEST_METRIC", "auto", _str,
         "what decides which checkpoint is the best; of equals the one with the lower loss is; auto: top1, for several labels an image map; "
         "auroc is of two classes", choices=("auto", "top1", "loss", "mean_recall", "f1", "kappa", "auroc", "map", "micro_f1")),
+    Key("TRAIN.CLASS_WEIGHTS", "none", _class_weights,
+        "of classes in the training loss: the rarer the heavier, in full or by their effective numbers of images (effective:0.99 less "
+        "so), or a list in the classes' order; an image weighs 1 on average (classification)",
+        Rule(lambda asked: isinstance(asked, str) or min(asked, default=-1) >= 0 < max(asked), "weights are not negative, nor all 0"),
+        words=("none", "balanced", "effective")),
     Key("TRAIN.EMA_DECAY", 0.0, _float, "decay of the averaged weights, e.g. 0.9999 (0: no average)", BELOW_1),
     Key("TRAIN.EMA_WARMUP", False, _bool, "let that decay grow from 0 over the first steps"),
     Key("TRAIN.EMA_DEVICE", "auto", _str,
@@ -736,9 +833,9 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.LR_SCHEDULER.NAME", "cosine", _str, "how the learning rate decays", choices=("cosine", "linear", "step", "multistep")),
     Key("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", None, _optional(_bool),
         "start the decay after the warm-up; None is the family's recipe (CrossFormer False, others True)"),
-    Key("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 30.0, _float, "step: epochs between decays", ABOVE_0),
+    Key("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 30.0, _float, "step: epochs between decays", between(0.001, 1_000_000)),
     Key("TRAIN.LR_SCHEDULER.DECAY_RATE", 0.1, _float, "step: factor of each decay", UP_TO_1),
-    Key("TRAIN.LR_SCHEDULER.MULTISTEPS", [], _floats, "multistep: epochs of the decays"),
+    Key("TRAIN.LR_SCHEDULER.MULTISTEPS", [], _floats, "multistep: epochs of the decays", MILESTONES),
     Key("TRAIN.LR_SCHEDULER.GAMMA", 0.1, _float, "multistep: factor of each decay", UP_TO_1),
     Key("TRAIN.OPTIMIZER.NAME", "adamw", _str, "any of timm's optimizers, or fused_adam of NVIDIA apex", words=("adamw", "sgd")),
     Key("TRAIN.OPTIMIZER.EPS", None, _optional(_float), "epsilon; None is the optimizer's own (AdamW 1e-8)", ABOVE_0),
@@ -750,7 +847,7 @@ KEYS: tuple[Key, ...] = (
         "further arguments of the optimizer by its own names, e.g. {ns_steps: 4}; Muon's fallback_list: patterns of parameters that its "
         "AdamW takes, by default embeddings, tables and the classifier"),
 
-    Key("AUG.COLOR_JITTER", 0.4, _float, "colour jitter; used when AUTO_AUGMENT is none", NOT_NEGATIVE),
+    Key("AUG.COLOR_JITTER", 0.4, _float, "colour jitter; used when AUTO_AUGMENT is none", between(0, 100)),
     Key("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", _str, "timm's policy text, or none"),
     Key("AUG.SCALE", [0.08, 1.0], _floats, "range of the random crop's share of the image", SHARES),
     Key("AUG.RATIO", [3 / 4, 4 / 3], _floats, "range of the random crop's aspect ratio", RISING),
@@ -758,9 +855,9 @@ KEYS: tuple[Key, ...] = (
     Key("AUG.VFLIP", 0.0, _float, "probability of an up-down flip", PROBABILITY),
     Key("AUG.REPROB", 0.25, _float, "probability of random erasing", PROBABILITY),
     Key("AUG.REMODE", "pixel", _str, "what random erasing fills with", choices=("const", "rand", "pixel")),
-    Key("AUG.RECOUNT", 1, _int, "boxes of random erasing", AT_LEAST_1),
-    Key("AUG.MIXUP", 0.8, _float, "mixup alpha (0: off)", NOT_NEGATIVE),
-    Key("AUG.CUTMIX", 1.0, _float, "cutmix alpha (0: off)", NOT_NEGATIVE),
+    Key("AUG.RECOUNT", 1, _int, "boxes of random erasing", between(1, 100)),
+    Key("AUG.MIXUP", 0.8, _float, "mixup alpha (0: off)", between(0, 1_000_000)),
+    Key("AUG.CUTMIX", 1.0, _float, "cutmix alpha (0: off)", between(0, 1_000_000)),
     Key("AUG.CUTMIX_MINMAX", None, _optional(_floats), "range of cutmix's side lengths; replaces its alpha", SHARES),
     Key("AUG.MIXUP_PROB", 1.0, _float, "probability of mixing a batch", PROBABILITY),
     Key("AUG.MIXUP_SWITCH_PROB", 0.5, _float, "probability of cutmix when both are on", PROBABILITY),
@@ -768,7 +865,7 @@ KEYS: tuple[Key, ...] = (
 
     Key("TEST.CROP", True, _bool,
         "DATA.FIT crop: resize to 256/224 of the size (or as the timm model was) and crop the centre; False squashes"),
-    Key("TEST.BATCH_SIZE", 0, _int, "images per process in evaluation; 0 is DATA.BATCH_SIZE", NOT_NEGATIVE, scope=RUN),
+    Key("TEST.BATCH_SIZE", 0, _int, "images per process in evaluation; 0 is DATA.BATCH_SIZE", between(0, 1_000_000), scope=RUN),
     Key("TEST.THRESHOLDS", None, _optional(_number_or_list),
         "probability from which an image has a label, one for all, or a list in the order of the classes; None: found on the validation "
         "images, where each label's F1 is greatest, and kept in the checkpoint",
@@ -822,8 +919,121 @@ def describe_keys() -> str:
 # Reading and merging
 # --------------------------------------------------------------------------------------------------
 
+LARGEST_CONFIG = 1 << 18  # bytes of a YAML file; all keys with their values have 16,000
+
+
+def read_text_file(path: str, most: int) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        OSError: unreadable, no regular file (reading a pipe or a device might never end), of more than ``most`` bytes or in another
+            encoding; ``strerror`` says so.
+    """
+    def refused(why: str) -> OSError:
+        return OSError(errno.EINVAL, why, path)
+
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise refused("is a folder" if os.path.isdir(path) else "is no regular file")
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise refused(f"is larger than {most:,} bytes")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise refused(f"is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML only; a class of our own so that nobody's constructors reach it."""
+    """Safe YAML only; a class of our own so that nobody's constructors reach it. Dates are texts."""
+
+    yaml_implicit_resolvers = {first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":timestamp")]
+                               for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+
+_MOST_VALUES, _DEEPEST = 10_000, 20  # of a YAML text: an alias may stand for any number of values
+_SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null")}
+
+
+class _PlainValues:
+    """Makes the values of a YAML text's nodes; counts them, so that a few aliases of aliases do not become millions."""
+
+    def __init__(self, loader: _Loader):
+        self.loader, self.left = loader, _MOST_VALUES
+
+    def value(self, node: yaml.Node, verbatim: bool = False, depth: int = 0) -> Any:
+        """Texts, numbers, lists and mappings; ``verbatim``: scalars as they are written (010 is no 8), but for null.
+
+        Raises:
+            ValueError: something else, or too much of it; says what.
+        """
+        self.left -= 1
+        if self.left < 0 or depth > _DEEPEST:
+            raise ValueError(f"more than {_MOST_VALUES:,} values, or nested deeper than {_DEEPEST} levels")
+        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+            return [self.value(item, verbatim, depth + 1) for item in node.value]
+        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+            pairs = [(self.value(key, verbatim, depth + 1), self.value(value, verbatim, depth + 1)) for key, value in node.value]
+            if any(isinstance(key, (list, dict)) for key, _ in pairs):
+                raise ValueError("a key must be a plain word")
+            return dict(pairs)
+        if node.tag not in _SCALARS or not isinstance(node, yaml.ScalarNode):
+            raise ValueError(f"{node.tag}; only plain values are read")
+        if verbatim and not node.tag.endswith(":null"):
+            return node.value
+        kind = node.tag.rpartition(":")[2]
+        try:
+            value = self.loader.construct_object(node)
+            if kind != "int" or abs(value) < 10**_DIGITS:
+                return value
+        except (ValueError, KeyError, yaml.YAMLError):
+            pass
+        raise ValueError(f"{quoted(node.value)} is no {kind}" + (f" of at most {_DIGITS} digits" if kind == "int" else ""))
+
+
+def _compose(text: str) -> tuple[_Loader, yaml.Node | None]:
+    """The loader and the root node of a YAML text.
+
+    Raises:
+        ValueError: no YAML; its arguments are the reason and the line (0: none).
+    """
+    try:
+        loader = _Loader(text)
+        return loader, loader.get_single_node()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValueError(problem, mark.line + 1 if mark else 0) from None
+    except RecursionError:
+        raise ValueError("nested too deeply", 0) from None
+    except (ValueError, OverflowError):  # an escape that stands for no character
+        raise ValueError("an impossible character", 0) from None
+
+
+def yaml_tree(text: str) -> Any:
+    """The plain value of a YAML text.
+
+    Raises:
+        ValueError: no YAML, or more than plain values, or too many of them.
+    """
+    if len(text) > LARGEST_CONFIG:
+        raise ValueError(f"more than {LARGEST_CONFIG:,} characters")
+    loader, root = _compose(text)
+    return None if root is None else _PlainValues(loader).value(root)
+
+
+class _Quoted(reprlib.Repr):
+    """Python's spelling of a value, cut where a message would grow long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 120
+        self.maxlist = self.maxtuple = self.maxdict = 20
+
+
+def quoted(value: Any) -> str:
+    """``value`` in Python's spelling, cut where a message would grow long."""
+    return _Quoted().repr(value)
 
 
 def _canonical(key: str) -> str:
@@ -847,7 +1057,7 @@ def _unknown(key: str, where: str) -> ConfigError:
     for section, reason in _REFUSED.items():
         if key == section or key.startswith(section + "."):
             return ConfigError(f"{where}: {key}: {reason}")
-    near = _nearest(key, KEY)
+    near, key = _nearest(key[:200], KEY), key if key.isprintable() and len(key) <= 200 else quoted(key)
     return ConfigError(f"{where}: unknown key {key}" + (f"; did you mean {near}?" if near else "; see --help-keys for all keys"))
 
 
@@ -856,7 +1066,7 @@ def converted(key: str, raw: Any, what: str) -> Any:
     try:
         return KEY[key].kind(raw)
     except ValueError as error:
-        raise ConfigError(f"{what} takes {error}, not {raw!r}") from None
+        raise ConfigError(f"{what} takes {error}, not {quoted(raw)}") from None
 
 
 def _set(root: CfgNode, key: str, raw: Any, where: str, source: str = "") -> None:
@@ -883,7 +1093,7 @@ def _set(root: CfgNode, key: str, raw: Any, where: str, source: str = "") -> Non
 _HISTORY = "history"  # attribute of the root beside the tree: key -> [(source, value), ...]
 COMMAND_LINE = "command line"
 # Keys that a run finds in its data where they are None; its checkpoints hold what was found.
-FOUND_IN_DATA = ("DATA.WINDOW",)
+FOUND_IN_DATA = ("DATA.WINDOW", "DATA.MEAN", "DATA.STD")
 
 
 def history(config: CfgNode) -> dict[str, list[tuple[str, Any]]]:
@@ -895,7 +1105,7 @@ def history(config: CfgNode) -> dict[str, list[tuple[str, Any]]]:
     return dict(config.__dict__.get(_HISTORY, {}))
 
 
-def _walk(node: yaml.MappingNode, prefix: str, name: str, loader: yaml.Loader) -> Iterable[tuple[str, Any, str]]:
+def _walk(node: yaml.MappingNode, prefix: str, name: str, values: _PlainValues) -> Iterator[tuple[str, Any, str]]:
     """(key, value, file:line) of every leaf; duplicate keys are refused, YAML would keep the last silently."""
     seen: set[str] = set()
     for key_node, value_node in node.value:
@@ -909,58 +1119,56 @@ def _walk(node: yaml.MappingNode, prefix: str, name: str, loader: yaml.Loader) -
         canonical = _canonical(key)
         if canonical in _SECTIONS:
             if isinstance(value_node, yaml.MappingNode):
-                yield from _walk(value_node, key + ".", name, loader)
+                yield from _walk(value_node, key + ".", name, values)
             elif value_node.value not in ("", "null", "~"):
                 raise ConfigError(f"{where}: {key} is a section and takes keys below it, not a value")
         elif canonical not in KEY:
             raise _unknown(key, where)
         else:
             try:
-                yield canonical, loader.construct_object(value_node, deep=True), where
-            except yaml.YAMLError as error:
-                problem = getattr(error, "problem", None) or "not plain YAML"
-                raise ConfigError(f"{where}: {key}: {problem}; only plain values are read") from None
+                yield canonical, values.value(value_node, verbatim=KEY[canonical].kind in (_str, _strs, _base, _output)), where
+            except ValueError as error:
+                raise ConfigError(f"{where}: {key}: {error}") from None
 
 
 def _read_yaml(text: str, name: str) -> list[tuple[str, Any, str]]:
-    loader = _Loader(text)
     try:
-        root = loader.get_single_node()
-        if root is None:
-            return []
-        if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{name}: a configuration is a mapping of sections and keys, such as 'MODEL: {{TYPE: crossformer}}'")
-        return list(_walk(root, "", name, loader))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{name}{line}: not valid YAML ({problem})") from None
-    finally:
-        loader.dispose()
+        loader, root = _compose(text)
+    except ValueError as error:
+        problem, line = error.args
+        raise ConfigError(f"{name}{f':{line}' if line else ''}: not valid YAML ({problem})") from None
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{name}: a configuration is a mapping of sections and keys, such as 'MODEL: {{TYPE: crossformer}}'")
+    return list(_walk(root, "", name, _PlainValues(loader)))
 
 
-def _merge_file(root: CfgNode, path: str, stack: tuple[str, ...] = ()) -> None:
+_MOST_FILES = 100  # that BASE leads to
+
+
+def _merge_file(root: CfgNode, path: str, stack: tuple[str, ...] = (), merged: list[str] | None = None) -> None:
     if os.path.splitext(path)[1].lower() not in (".yaml", ".yml"):
         raise ConfigError(f"{path}: a configuration file ends in .yaml or .yml")
     real = os.path.realpath(path)
     if real in stack:
         raise ConfigError(f"{path}: BASE leads back to this file; remove the cycle")
+    merged = [] if merged is None else merged
+    merged.append(real)
+    if len(merged) > _MOST_FILES:
+        raise ConfigError(f"{path}: BASE leads to more than {_MOST_FILES} files, counting one as often as it is named")
     try:
-        with open(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")
+        text = read_text_file(path, LARGEST_CONFIG)
     except FileNotFoundError:
         origin = f" (named by BASE in {stack[-1]})" if stack else ""
         raise ConfigError(f"{path}: no such configuration file{origin}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     entries = _read_yaml(text, path)
-    for key, value, _ in entries:
+    for key, value, where in entries:
         if key == "BASE":
-            for base in (b for b in KEY["BASE"].kind(value) if b):
-                _merge_file(root, os.path.join(os.path.dirname(path), base), (*stack, real))
+            for base in filter(None, converted(key, value, f"{where}: BASE")):
+                _merge_file(root, os.path.join(os.path.dirname(path), base), (*stack, real), merged)
     for key, value, where in entries:
         if key != "BASE":
             _set(root, key, value, where, f"base {where}" if stack else where)
@@ -971,6 +1179,8 @@ def _finish(root: CfgNode, opts: Sequence[str] | None) -> CfgNode:
     if len(opts) % 2:
         raise ConfigError(f"--opts takes pairs of KEY VALUE; {opts[-1]!r} has no partner")
     for key, raw in zip(opts[::2], opts[1::2], strict=True):
+        if key == "BASE":
+            raise ConfigError(f"--opts: BASE is read in YAML files only; give that file by --cfg {quoted(raw)}")
         _set(root, key, raw, "--opts", COMMAND_LINE)
     if root.TRAIN.LR_SCHEDULER.WARMUP_PREFIX is None:
         _set(root, "TRAIN.LR_SCHEDULER.WARMUP_PREFIX", root.MODEL.TYPE != "crossformer", "MODEL.TYPE", "derived from MODEL.TYPE")
@@ -1072,6 +1282,12 @@ def image_size(config: CfgNode) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def input_channels(config: CfgNode) -> int:
+    """Channels of the images: MODEL.IN_CHANS, else the IN_CHANS of the family's node, else 3."""
+    node = config.MODEL.get(config.MODEL.TYPE.upper(), {})
+    return config.MODEL.IN_CHANS or node.get("IN_CHANS") or 3
+
+
 def check(config: CfgNode) -> None:
     """Raise ``ConfigError`` for the first value that cannot work: by the rule of its key, then by what ties keys together."""
     for key in KEYS:
@@ -1080,24 +1296,28 @@ def check(config: CfgNode) -> None:
             continue
         if key.choices and value not in key.choices:
             near = difflib.get_close_matches(str(value), key.choices, n=1)
-            raise ConfigError(f"{key.name} is {value!r}; choose from {', '.join(filter(None, key.choices))}"
+            raise ConfigError(f"{key.name} is {quoted(value)}; choose from {', '.join(filter(None, key.choices))}"
                               + (f" (did you mean {near[0]}?)" if near else ""))
         if key.rule is not None and not key.rule.holds(value):
-            raise ConfigError(f"{key.name} is {value!r}; {key.rule.words}" if isinstance(value, str) else
-                              f"{key.name} is {value}; {key.rule.words}")
+            raise ConfigError(f"{key.name} is {quoted(value)}; {key.rule.words}")
     for key, fault in _faults_between(config):
         raise ConfigError(f"{key} is {lookup(config, key)}; {fault}")
 
 
 def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
     """(key, what is wrong) where values that are possible do not go together."""
-    train, predict = config.TRAIN, config.PREDICT
+    train, predict, channels = config.TRAIN, config.PREDICT, input_channels(config)
+    for key, values in (("DATA.MEAN", config.DATA.MEAN), ("DATA.STD", config.DATA.STD)):
+        if values is not None and len(values) != channels:
+            yield key, f"{channels} number{'s' * (channels != 1)}, one a channel"
+    if channels != 3 and config.DATA.DECODER == "pillow":
+        yield "DATA.DECODER", f"Pillow prepares images of 3 channels, not of {channels}; set it to auto"
     if train.MIN_LR > train.BASE_LR:
         yield "TRAIN.MIN_LR", f"it must lie between 0 and TRAIN.BASE_LR ({train.BASE_LR})"
     if train.WARMUP_EPOCHS and train.WARMUP_EPOCHS >= train.EPOCHS:
         yield "TRAIN.WARMUP_EPOCHS", f"the warm-up must end before training does (TRAIN.EPOCHS is {train.EPOCHS})"
-    if config.PLAN.FIT and (config.EVAL_MODE or config.THROUGHPUT_MODE):
-        yield "PLAN.FIT", "--fit chooses the micro-batch of training; leave it out with --eval and --throughput"
+    if config.PLAN.FIT and (command := command_of(config)) is not None and not command.light and command.flag.key != "PLAN.RUN":
+        yield "PLAN.FIT", f"--fit chooses the micro-batch of training; leave it out with {command.flag.name}"
     if config.DATA.FOLD and config.DATA.VAL_FRACTION:
         yield "DATA.FOLD", "it takes the place of DATA.VAL_FRACTION; set that to 0"
     for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET"):

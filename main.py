@@ -23,7 +23,9 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
-from config import command_of, get_config, takes_standard_output
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
+
+from config import TRAINING_TAKES_LESS, command_of, get_config, takes_standard_output
 from utils.cli.errors import exit_status
 from utils.cli.parser import asks_for_light_command, parse
 from utils.cli.suggestions import require_config_file
@@ -56,6 +58,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         return work(config, logger) or 0
     from utils.runtime import distributed
     from utils.runtime.device import choose_device, keep_freed_memory
+    from utils.runtime.memory import out_of_memory
     from utils.runtime.stop_signals import exit_from_within
 
     keep_freed_memory()
@@ -63,8 +66,13 @@ def run(argv: Sequence[str] | None = None) -> int:
     distributed.init(device, config.DIST_TIMEOUT)
     logger = create_logger(distributed.is_main(), takes_standard_output(config, command))
     tell(logger, advice)
-    with exit_from_within():
-        status = work(config, content, device, logger)
+    try:
+        with exit_from_within():
+            status = work(config, content, device, logger)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if (told := out_of_memory(error, TRAINING_TAKES_LESS if command is None else command.takes_less)) is not None:
+            raise told from None
+        raise
     distributed.shutdown()
     return status or 0
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from config import ConfigError
+from config import ConfigError, input_channels, with_values
 from data.decoding.pillow import Reading
 from data.errors import DataError
 from data.layouts import digits
@@ -27,6 +27,7 @@ from data.loading.sampler import ShardSampler, StepSampler
 from data.loading.workers import MIN_SHARED_MEMORY, free_shared_memory, ignore_signals, kill_workers, pipe_reason, worker_count
 from data.messages import Notice
 from data.sources.base import Source
+from data.sources.channel_statistics import measure_channels
 from data.sources.classes import first_few, match_classes
 from data.sources.deep_levels import settle_reading
 from data.sources.label_sets import one_label_each, tell_single_labels
@@ -110,13 +111,9 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     if config.DATA.DATASET == "digits" and root == digits.DEFAULT_PATH and digits.ensure_digits(root):
         notices.append(f"wrote scikit-learn's 1,797 digits to {root}")
 
-    device, pipelines = torch.device(device), {}
-    if "train" in splits:  # the pipelines first: an error in the config is raised before any image is looked for
-        pipelines["train"], lines = build_train_pipeline(config, device)
-        notices += lines
-    if "val" in splits:
-        pipelines["val"], lines = build_eval_pipeline(config, device, published)
-        notices += lines
+    device = torch.device(device)
+    pipelines, lines = _pipelines(config, splits, device, published)  # first: an error in the config is raised before any image is read
+    notices += lines
     if is_stream(root):
         sources, layout = open_streams(config, splits, classes(()) if callable(classes) else classes), "stream"
     else:
@@ -124,6 +121,8 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     names = list(next(iter(sources.values())).classes)
     for source in sources.values():
         notices += source.notices
+    if found := _found(config, next(iter(sources.values())), notices):
+        pipelines, _ = _pipelines(with_values(config, found, "the data"), splits, device, published)
     if config.MODEL.NUM_CLASSES and len(names) != config.MODEL.NUM_CLASSES:
         raise ConfigError(f"MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}, but {root} has {len(names)} classes; "
                           "set it to 0 to take the data's")
@@ -143,7 +142,17 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         dataset = kind(source, pipelines["val"], _val_batch(config), workers, pipe)
         sampler = _val_sampler(config, source, rank, world_size, workers > 0)
         val = ImageLoader(dataset, batch_sampler=sampler, persistent_workers=workers > 0, **options)  # it is used after every epoch
-    return Loaders(train, val, names, list(dict.fromkeys(notices)), layout, _found(config, next(iter(sources.values()))))
+    return Loaders(train, val, names, list(dict.fromkeys(notices)), layout, found)
+
+
+def _pipelines(config: CfgNode, splits: Sequence[str], device: torch.device, published: bool) -> tuple[dict[str, Pipeline], list[str]]:
+    """(the pipelines of the splits, messages for the user)."""
+    made = {}
+    if "train" in splits:
+        made["train"] = build_train_pipeline(config, device)
+    if "val" in splits:
+        made["val"] = build_eval_pipeline(config, device, published)
+    return {split: pipeline for split, (pipeline, _) in made.items()}, [line for _, lines in made.values() for line in lines]
 
 
 def build_prediction_loader(config: CfgNode, images: InputImages, device: torch.device,
@@ -159,6 +168,8 @@ def build_prediction_loader(config: CfgNode, images: InputImages, device: torch.
     pipeline, notices = build_eval_pipeline(config, device, published)
     _settle_reading(images, config, False)
     notices += images.notices
+    if found := _found(config, images, notices):
+        pipeline, _ = build_eval_pipeline(with_values(config, found, "the images"), device, published)
     options, pipe = _loader_options(config, {"val": pipeline}, device, 1, notices)
     batch = min(_val_batch(config), len(images))
     sampler = ShardSampler(len(images), batch)
@@ -207,10 +218,21 @@ def _settle_reading(source: Source, config: CfgNode, given: bool) -> None:
     source.notices += levels.messages() if levels is not None else []
 
 
-def _found(config: CfgNode, source: Source) -> dict[str, Any]:
-    """What ``source`` told of keys that are None in the config."""
-    window = source.reading.window
-    return {"DATA.WINDOW": list(window)} if config.DATA.WINDOW is None and window is not None else {}
+def _found(config: CfgNode, source: Source, notices: list[str]) -> dict[str, Any]:
+    """What ``source`` tells of keys that are None in the config; statistics of the channels only where no published ones fit."""
+    data, channels, found = config.DATA, input_channels(config), {}
+    if data.WINDOW is None and source.reading.window is not None:
+        found["DATA.WINDOW"] = list(source.reading.window)
+    if channels != 3 and (data.MEAN is None or data.STD is None):
+        mean, std = source.measure() if isinstance(source, Stream) else measure_channels(source, data.TIMEOUT)
+        found |= {"DATA.MEAN": data.MEAN or mean, "DATA.STD": data.STD or std}
+        notices.append(Notice(f"normalised by the data's own mean {_shown(found['DATA.MEAN'])} and deviation {_shown(found['DATA.STD'])}, "
+                              f"since its {channels} channel{'s are' if channels > 1 else ' is'} not ImageNet's three"))
+    return found
+
+
+def _shown(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
 
 
 def has_label_sets(config: CfgNode) -> bool:
@@ -240,7 +262,8 @@ def _train_sampler(config: CfgNode, source: Source, rank: int, world_size: int, 
     if isinstance(source, Stream):
         return StreamSampler(source, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, data.STREAM_BUFFER, thread,
                              data.TIMEOUT)
-    return StepSampler(size, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, data.REPEATED_AUG)
+    return StepSampler(size, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, data.REPEATED_AUG,
+                       source.targets, data.SAMPLING)
 
 
 def _val_sampler(config: CfgNode, source: Source, rank: int, world_size: int, thread: bool) -> ShardSampler | StreamShardSampler:

@@ -213,8 +213,24 @@ def check_heads(widths: Sequence[int], num_heads: Sequence[int], least: int = 1)
     """Raise ``ValueError`` unless the heads of every stage share its width in equal parts of at least ``least`` channels."""
     for width, heads in zip(widths, num_heads, strict=True):
         if width % heads or width // heads < least:
-            raise ValueError(f"a stage of width {width} cannot have {heads} heads; the width must be a multiple of the heads"
-                             + (f" and at least {least} times as many" if least > 1 else ""))
+            raise ValueError(f"num_heads is {list(num_heads)}: a stage of width {width} cannot have {heads} heads; the width "
+                             "must be a multiple of the heads" + (f" and at least {least} times as many" if least > 1 else ""))
+
+
+def check_mlps(widths: Sequence[int], **ratios: Sequence[float]) -> None:
+    """Raise ``ValueError`` unless every stage's MLP has a hidden channel; ``ratios``: one argument, hidden width over width a stage."""
+    for name, values in ratios.items():
+        for width, ratio in zip(widths, values, strict=True):
+            if int(width * ratio) < 1:
+                raise ValueError(f"{name} is {list(values)}: {ratio} times a width of {width} leaves no hidden channel; raise it")
+
+
+def check_doubling(embed_dim: int, depths: Sequence[int], num_heads: Sequence[int], mlp_ratio: float = 4.0, **_: Any) -> None:
+    """The checks above for a model whose width doubles from stage to stage, from the arguments it is made of."""
+    widths = [embed_dim * 2**stage for stage in range(len(depths))]
+    check_stages(depths, num_heads=num_heads)
+    check_heads(widths, num_heads)
+    check_mlps(widths, mlp_ratio=[mlp_ratio] * len(depths))
 
 
 def default_cfg(**overrides: Any) -> dict[str, Any]:

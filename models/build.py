@@ -6,16 +6,20 @@ import copy
 import difflib
 import inspect
 import logging
+import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
+import psutil
 import timm
 import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError, image_size
+from config import ConfigError, image_size, input_channels
 from models import cpu_bf16, crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin, swin_mlp, swinv2
 from models.base import HierarchicalModel
 from models.safe_load import CheckpointError
@@ -176,19 +180,19 @@ def check_input_size(model: nn.Module, config: CfgNode) -> None:
     A copy without storage runs one image, which costs next to nothing; only if that fails (some layers do not trace so)
     is the model itself tried.
     """
-    height, width = image_size(config)
+    (height, width), channels = image_size(config), input_channels(config)
     memo = {id(t): torch.nn.Parameter(torch.empty_like(t, device="meta"), requires_grad=False) for t in model.parameters()}
     memo |= {id(t): torch.empty_like(t, device="meta") for t in model.buffers()}
     try:
-        copy.deepcopy(model, memo).eval()(torch.empty(1, 3, height, width, device="meta"))
+        copy.deepcopy(model, memo).eval()(torch.empty(1, channels, height, width, device="meta"))
         return
     except Exception:  # whatever a model raises, the real one decides
         pass
     training = model.training
     try:
         with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, height, width))
-    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+            model.eval()(torch.zeros(1, channels, height, width))
+    except (RuntimeError, ValueError, ArithmeticError, AssertionError, TypeError, IndexError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise ConfigError(f"MODEL.NAME {config.MODEL.NAME} does not take images of {height} x {width} ({reason}); "
                           "change DATA.IMG_SIZE (--img-size)") from None
@@ -211,16 +215,44 @@ def _build_family(config: CfgNode, common: dict[str, Any]) -> nn.Module:
             raise ConfigError(f"MODEL.NAME {name!r} is no {config.MODEL.TYPE} variant ({', '.join(sorted(family.VARIANTS))})"
                               + (f"; did you mean {near[0]}?" if near else "")
                               + f"; a name of your own needs {', '.join(missing)}")
+    build = partial(family.build, name, dict(family.VARIANTS.get(name, {}), **from_node, **common), image_size(config))
+    if from_node or max(image_size(config)) > LARGE_IMAGE:
+        leaves = {argument: f"{key}.{leaf}" for leaf, argument in family.NODE_KEYS.items()}
+        _require_possible(build, name, leaves)
+    return build()
+
+
+LARGE_IMAGE = 1024  # pixels a side; for larger ones the tables of positions may not fit into memory
+
+
+def _require_possible(build: Callable[[], nn.Module], name: str, keys: dict[str, str]) -> None:
+    """Try numbers of the user's own on tensors without storage, before memory is taken for them.
+
+    Args:
+        keys: config key of each argument, for the message.
+
+    Raises:
+        ConfigError: they make no model, or one that is larger than this machine's memory.
+    """
     try:
-        return family.build(name, dict(family.VARIANTS.get(name, {}), **from_node, **common), image_size(config))
-    except (ValueError, AssertionError, ZeroDivisionError) as error:
-        raise ConfigError(f"MODEL.NAME {name}: {error or 'these sizes make no model'}") from None
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = build()
+    except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or ["these sizes make no model"])[0]
+        named = re.sub(rf"\b({'|'.join(keys)})\b", lambda found: keys[found[0]], reason)
+        raise ConfigError(f"MODEL.NAME {name}: {named}") from None
+    needed, free = sum(p.numel() * p.element_size() for p in model.parameters()), psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(f"MODEL.NAME {name}: its weights take {needed / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB of memory are free; "
+                          "give smaller numbers, or a smaller DATA.IMG_SIZE")
 
 
 def _node_arguments(family: ModuleType, config: CfgNode) -> dict[str, Any]:
     """The model's arguments that the family's config node sets."""
     node = config.MODEL[config.MODEL.TYPE.upper()]
     arguments = {argument: node[key] for key, argument in family.NODE_KEYS.items() if node[key] is not None}
+    if input_channels(config) != 3:
+        arguments["in_chans"] = input_channels(config)
     return family.arguments(arguments) if hasattr(family, "arguments") else arguments
 
 
@@ -231,9 +263,11 @@ def _create_timm(config: CfgNode, common: dict[str, Any]) -> tuple[nn.Module, di
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         raise ConfigError(f"MODEL.NAME {name!r} is no model of timm {timm.__version__}"
                           + (f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() names them"))
-    size = image_size(config)
+    size, kept = image_size(config), dict(num_classes=common["num_classes"])
+    if input_channels(config) != 3:
+        common, kept = dict(common, in_chans=input_channels(config)), dict(kept, in_chans=input_channels(config))
     attempts: list[dict[str, Any]] = [dict(common, img_size=size), common,
-                                      {k: v for k, v in common.items() if k != "drop_path_rate"}, dict(num_classes=common["num_classes"])]
+                                      {k: v for k, v in common.items() if k != "drop_path_rate"}, kept]
     # Some models take no img_size (any size works), some no drop path; timm says so by TypeError only.
     for kwargs in attempts:
         try:

@@ -68,6 +68,16 @@ def split_channels(dim: int, parts: int) -> list[int]:
     return [*widths, dim - sum(widths)]
 
 
+def check_kernels(name: str, kernels: Sequence[int], stride: int, width: int) -> None:
+    """Raise ``ValueError`` unless kernels at one stride sample maps of one size and have a channel each of ``width``."""
+    if any(kernel < stride or (kernel - stride) % 2 for kernel in kernels):
+        raise ValueError(f"{name} is {list(kernels)}: at stride {stride} every kernel must be that large, or larger by an even number of "
+                         "pixels")
+    if len(kernels) > 1 and min(split_channels(width, len(kernels))) < 1:
+        raise ValueError(f"{name} is {list(kernels)}: too many kernels for {width} channels, of which each gets half of what the one "
+                         "before has")
+
+
 class CrossScaleMerging(nn.Module):
     """CEL between stages: norm, then convolutions of stride 2, concatenated. (B, H, W, C) -> (B, H/2, W/2, 2C)."""
 

@@ -27,9 +27,9 @@ from timm.layers import calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
 from models.attention import biased_self_attention
-from models.base import MergingModel, Stage, check_heads, check_stages, register_variants
+from models.base import MergingModel, Stage, check_heads, check_mlps, check_stages, register_variants
 from models.cpu_bf16 import Linear
-from models.cross_scale_embedding import CrossScaleEmbedding, CrossScaleMerging
+from models.cross_scale_embedding import CrossScaleEmbedding, CrossScaleMerging, check_kernels
 from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
 from models.ops import DepthwiseConv2d
 from models.position_bias import POSITIONS, DynamicPositionBias, PositionTable, RelativePositionBias
@@ -149,7 +149,7 @@ def group_size_of(rule: str, nominal: int, block: int, total: int, stage: int, i
     if rule == "constant":
         return nominal
     if rule == "7_14":
-        return nominal // 2 if stage == 2 and index < 4 else nominal
+        return max(1, nominal // 2) if stage == 2 and index < 4 else nominal
     share = 4 / base + block * (1 - 4 / base) / total
     wanted = share * size
     if rule == "linear":
@@ -188,7 +188,8 @@ class CrossFormer(MergingModel):
                  drop_path_rate: float = 0.1):
         super().__init__()
         stages = len(depths)
-        check_stages(depths, num_heads=num_heads, group_size=group_size, interval=interval)
+        ratios = [float(mlp_ratio)] * stages if isinstance(mlp_ratio, (int, float)) else list(mlp_ratio)
+        check_stages(depths, num_heads=num_heads, group_size=group_size, interval=interval, mlp_ratio=ratios)
         if len(merge_size) < stages - 1:
             raise ValueError(f"merge_size has {len(merge_size)} entries; {stages} stages need {stages - 1}")
         for name, value, choices in (("group_type", group_type, GROUP_TYPES), ("position", position, POSITIONS),
@@ -199,8 +200,11 @@ class CrossFormer(MergingModel):
         check_heads(widths, num_heads)
         if embed_dim < 16:
             raise ValueError(f"embed_dim is {embed_dim}; it must be at least 16")
-        ratios = [float(mlp_ratio)] * stages if isinstance(mlp_ratio, (int, float)) else list(mlp_ratio)
+        check_mlps(widths, mlp_ratio=ratios)
         stride = patch_size[0]
+        check_kernels("patch_size", patch_size, stride, embed_dim)
+        for width, kernels in zip(widths[1:], merge_size, strict=False):
+            check_kernels("merge_size", kernels, 2, width)
         self.init_protocol(num_classes, in_chans, global_pool, 0.0, widths, [stride * 2 ** i for i in range(stages)],
                            [f"layers.{i}" for i in range(stages)])
         self.patch_embed = CrossScaleEmbedding(embed_dim, patch_size, in_chans, patch_norm)

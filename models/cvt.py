@@ -26,7 +26,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from models.attention import attention
-from models.base import HierarchicalModel, check_heads, check_stages, register_variants
+from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
 from models.cpu_bf16 import Linear, linear
 from models.layers import DropPath, add_branch, init_linear, make_head
@@ -171,6 +171,9 @@ class CvT(HierarchicalModel):
         check_stages(depths, embed_dims=embed_dims, num_heads=num_heads, mlp_ratios=mlp_ratios, patch_sizes=patch_sizes,
                      patch_strides=patch_strides, patch_paddings=patch_paddings, kv_strides=kv_strides)
         check_heads(embed_dims, num_heads)
+        check_mlps(embed_dims, mlp_ratios=mlp_ratios)
+        if any(padding >= size for size, padding in zip(patch_sizes, patch_paddings, strict=True)):
+            raise ValueError(f"patch_paddings is {list(patch_paddings)}; each must be below its patch_sizes ({list(patch_sizes)})")
         reductions = [patch_strides[0]]
         for stride in patch_strides[1:]:
             reductions.append(reductions[-1] * stride)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
-from models.base import MergingModel, Stage, check_heads, check_stages, register_variants
+from models.base import MergingModel, Stage, check_heads, check_mlps, check_stages, register_variants
 from models.cpu_bf16 import Linear
 from models.layers import DropPath, Mlp, PatchEmbed, PatchMerging, add_branch, init_linear, make_head
 
@@ -168,6 +168,7 @@ class GalerkinTransformer(MergingModel):
             raise ValueError(f"patch_size is {patch_size}; it must be at least 1 (the variants have 4 or 2)")
         widths = [embed_dim * 2 ** i for i in range(stages)]
         check_heads(widths, num_heads, least=2)
+        check_mlps(widths, mlp_ratio=[mlp_ratio] * stages)
         self.init_protocol(num_classes, in_chans, global_pool, drop_rate, widths, [patch_size * 2 ** i for i in range(stages)],
                            [f"layers.{i}" for i in range(stages)])
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, patch_norm)

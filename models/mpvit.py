@@ -26,7 +26,7 @@ import torch
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
-from models.base import HierarchicalModel, check_heads, check_stages, register_variants
+from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
 from models.cpu_bf16 import Linear
 from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
@@ -235,6 +235,9 @@ class MPViT(HierarchicalModel):
         stages = len(depths)
         check_stages(depths, embed_dims=embed_dims, num_paths=num_paths, num_heads=num_heads, mlp_ratios=mlp_ratios)
         check_heads(embed_dims, num_heads)
+        check_mlps(embed_dims, mlp_ratios=mlp_ratios)
+        if embed_dims[0] < 2:
+            raise ValueError(f"embed_dims is {list(embed_dims)}; the first convolution has half the first width, so give at least 2")
         if min(num_paths) < 1:
             raise ValueError(f"num_paths is {list(num_paths)}; every stage needs a path")
         if any(len(window) != 2 or window[0] % 2 == 0 for window in crpe_windows):

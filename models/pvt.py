@@ -27,7 +27,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from models.attention import attention
-from models.base import HierarchicalModel, check_heads, check_stages, register_variants
+from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
 from models.cpu_bf16 import Linear
 from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
@@ -130,6 +130,7 @@ class PyramidVisionTransformer(HierarchicalModel):
         stages = len(depths)
         check_stages(depths, embed_dims=embed_dims, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios)
         check_heads(embed_dims, num_heads)
+        check_mlps(embed_dims, mlp_ratios=mlp_ratios)
         if sr_ratios[-1] != 1:
             raise ValueError(f"sr_ratios ends with {sr_ratios[-1]}; the last stage has a class token and must not reduce (1)")
         strides = [patch_size * 2 ** i for i in range(stages)]

@@ -15,6 +15,8 @@ import timm.models.pvt_v2 as timm_pvt_v2
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
+from models.base import check_heads, check_mlps, check_stages
+
 _STAGE_PARTS = (
     (re.compile(r"^patch_embed1\."), "patch_embed."),
     (re.compile(r"^patch_embed(\d+)\."), "stages.{}.downsample."),
@@ -58,10 +60,11 @@ REQUIRED = ("EMBED_DIMS", "DEPTHS", "NUM_HEADS")
 
 def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> nn.Module:
     """timm's PyramidVisionTransformerV2; it takes images of any size from 29 pixels a side."""
-    stages = len(kwargs["depths"])
-    for key in ("embed_dims", "num_heads", "mlp_ratios", "sr_ratios"):
-        if key in kwargs and len(kwargs[key]) != stages:
-            raise ValueError(f"{key} has {len(kwargs[key])} entries for {stages} stages (depths {list(kwargs['depths'])})")
+    kwargs = dict(_COMMON, **kwargs)
+    stages, widths, ratios = len(kwargs["depths"]), kwargs["embed_dims"], kwargs["mlp_ratios"]
+    check_stages(kwargs["depths"], embed_dims=widths, num_heads=kwargs["num_heads"], mlp_ratios=ratios, sr_ratios=kwargs["sr_ratios"])
+    check_heads(widths, kwargs["num_heads"])
+    check_mlps(widths, mlp_ratios=ratios)
     kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()}
     # timm describes its own re-evaluation, which crops less; the published figures are of the usual crop.
     return build_model_with_cfg(

@@ -26,7 +26,7 @@ from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from models.attention import attention
-from models.base import HierarchicalModel, check_heads, check_stages, register_variants
+from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
 from models.cpu_bf16 import Linear
 from models.layers import DropPath, add_branch, init_linear, make_head
@@ -196,10 +196,11 @@ class ShuntedTransformer(HierarchicalModel):
         self.num_stages = len(depths)
         check_stages(depths, embed_dims=embed_dims, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios)
         check_heads(embed_dims, num_heads)
+        check_mlps(embed_dims, mlp_ratios=mlp_ratios)
         for heads, rate in zip(num_heads, sr_ratios, strict=True):
             if rate != 1 and (rate < 1 or rate % 2 or heads % 2):
-                raise ValueError(f"a stage of {heads} heads cannot merge at rate {rate}; merging takes an even rate and an even "
-                                 "number of heads, 1 is no merging")
+                raise ValueError(f"sr_ratios is {list(sr_ratios)}: a stage of {heads} heads cannot merge at rate {rate}; merging takes an "
+                                 "even rate and an even number of heads, 1 is no merging")
         self.init_protocol(num_classes, in_chans, global_pool, drop_rate, embed_dims, [4 * 2 ** i for i in range(len(depths))],
                            [f"norm{i + 1}" for i in range(len(depths))])
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))

@@ -13,6 +13,8 @@ import timm.models.swin_transformer as timm_swin
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
+from models.base import check_doubling
+
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Published names to timm's; derived masks and indices left out; bias tables resized to the model's windows."""
@@ -35,6 +37,7 @@ REQUIRED = ("EMBED_DIM", "DEPTHS", "NUM_HEADS")
 
 def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> nn.Module:
     """timm's SwinTransformer for an image of ``img_size``; windows that do not divide a map are padded by timm."""
+    check_doubling(**kwargs)
     kwargs = dict(kwargs, img_size=img_size, depths=tuple(kwargs["depths"]), num_heads=tuple(kwargs["num_heads"]))
     return build_model_with_cfg(
         timm_swin.SwinTransformer, name, False, pretrained_cfg=timm_swin._cfg(), pretrained_filter_fn=checkpoint_filter_fn,

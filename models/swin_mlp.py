@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from models.base import MergingModel, Stage, check_heads, check_stages, register_variants
+from models.base import MergingModel, Stage, check_doubling, register_variants
 from models.layers import DropPath, Mlp, PatchEmbed, PatchMerging, add_branch, init_linear, make_head
 
 
@@ -78,11 +78,10 @@ class SwinMLP(MergingModel):
                  window_size: int = 7, mlp_ratio: float = 4.0, drop_rate: float = 0.0, drop_path_rate: float = 0.1):
         super().__init__()
         stages = len(depths)
-        check_stages(depths, num_heads=num_heads)
+        check_doubling(embed_dim, depths, num_heads, mlp_ratio)
         if min(patch_size, window_size) < 1:
             raise ValueError(f"patch_size is {patch_size} and window_size {window_size}; they must be at least 1")
         widths = [embed_dim * 2 ** i for i in range(stages)]
-        check_heads(widths, num_heads)
         reductions = [patch_size * 2 ** i for i in range(stages)]
         self.init_protocol(num_classes, in_chans, global_pool, drop_rate, widths, reductions, [f"layers.{i}" for i in range(stages)])
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)

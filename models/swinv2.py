@@ -13,7 +13,7 @@ import timm.models.swin_transformer_v2 as timm_swinv2
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from models.base import check_stages
+from models.base import check_doubling, check_stages
 
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -56,8 +56,9 @@ def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> nn.Mo
     for key in ("depths", "num_heads", "pretrained_window_sizes"):
         if key in kwargs:
             kwargs[key] = tuple(kwargs[key])
-    check_stages(kwargs["depths"], num_heads=kwargs["num_heads"],
-                 **{key: kwargs[key] for key in ("pretrained_window_sizes",) if key in kwargs})
+    check_doubling(**kwargs)
+    if "pretrained_window_sizes" in kwargs:
+        check_stages(kwargs["depths"], pretrained_window_sizes=kwargs["pretrained_window_sizes"])
     return build_model_with_cfg(
         timm_swinv2.SwinTransformerV2, name, False, pretrained_cfg=timm_swinv2._cfg(crop_pct=224 / 256),
         pretrained_filter_fn=checkpoint_filter_fn,

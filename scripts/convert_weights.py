@@ -26,6 +26,7 @@ def main() -> int:
     from config import ConfigError
     from models.safe_load import CheckpointError
     from models.weights import read_state_dict
+    from utils.loggers.console import plain
     from utils.runtime.files import replace_file, require_outputs
 
     if not args.target.endswith(".safetensors"):
@@ -37,7 +38,7 @@ def main() -> int:
         # Names of one tensor (shared modules) become tensors of their own: the format knows no aliases.
         replace_file(args.target, save({name: tensor.clone().contiguous() for name, tensor in state.items()}))
     except (ConfigError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         return error.exit_status
     except OSError as error:
         print(f"error: {args.target}: cannot be written ({error.strerror})", file=sys.stderr)

@@ -29,6 +29,7 @@ from data.layouts.detect import detect_layout
 from data.layouts.options import Options
 from data.sources.base import Source
 from data.sources.classes import match_classes
+from utils.loggers.console import plain
 
 
 def shards_of(source: Source, seed: int, size: int) -> list[np.ndarray]:
@@ -118,7 +119,7 @@ def main() -> int:
                     os.replace(manifest_path + ".part", manifest_path)
                 print(f"{split}: shard {number + 1} of {len(parts)}", flush=True)
     except (DataError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         return 3
     return 0
 

@@ -31,6 +31,7 @@ from data.layouts.options import Options
 from data.sources.base import Source
 from data.sources.classes import match_classes
 from data.sources.deep_levels import settle_reading, window_option
+from utils.loggers.console import plain
 
 MANIFEST, RECIPE = "manifest.jsonl", "recipe.json"
 _source: Source | None = None  # each process's own
@@ -107,7 +108,7 @@ def verify(root: str) -> int:
             fine = False
         if not fine:
             bad += 1
-            print(f"warning: {os.path.join(root, name)}: is not what was written; delete it and run again without --verify")
+            print(f"warning: {plain(os.path.join(root, name))}: is not what was written; delete it and run again without --verify")
     print(f"{len(rows) - bad} of {len(rows)} images are as they were written")
     return 3 if bad or not rows else 0
 
@@ -128,7 +129,7 @@ def copy_split(split: str, source: Source, args: argparse.Namespace, done: dict[
                 written += size
             else:
                 bad += 1
-                print(f"warning: {origin}: not a readable image ({what}); left out", flush=True)
+                print(f"warning: {plain(origin)}: not a readable image ({what}); left out", flush=True)
             if number % 2000 == 0 or number == len(tasks):
                 manifest.flush()
                 pace = number / (time.perf_counter() - begun)
@@ -182,7 +183,7 @@ def main() -> int:
         bad = sum(copy_split(split, source, args, done) for split, source in sources.items())
         print(f"{args.output} holds the copy; train on it with --data-path {args.output}" + (f" ({bad} images left out)" if bad else ""))
     except (DataError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         return 3
     return 0
 

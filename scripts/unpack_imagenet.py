@@ -26,6 +26,7 @@ from data.layouts.flat_labels import find_label_file, label_flat
 from data.layouts.options import Options
 from data.sources.archives import Member, members, read_at
 from data.sources.packed_names import is_image
+from utils.loggers.console import plain
 
 LISTS = ("ILSVRC2012_validation_ground_truth.txt", "meta.mat")
 
@@ -77,6 +78,9 @@ def write(tar: str, found: Iterator[tuple[str, Member]], root: str) -> tuple[int
     descriptor = os.open(tar, os.O_RDONLY)
     try:
         for path, member in found:
+            label = path.partition("/")[2].rpartition("/")[0]
+            if label in ("", ".", "..") or set("/\\\0") & set(label):
+                raise DataError(f"{tar}: {member.name} has the label {label!r}, which is no folder's name; mend that")
             target = os.path.join(root, path)
             if os.path.exists(target) and os.path.getsize(target) == member.size:
                 there += 1
@@ -116,7 +120,7 @@ def main() -> int:
             source = layout.open[split]()
             print(f"{split}: {len(source)} images in {len(source.classes)} classes")
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         return 3
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,27 @@ def test_every_key_is_explained_in_help() -> None:
     (["AMP_OPT_LEVEL", "O3"], ["O0, O1, O2"]),
     (["TRAIN.AUTO_RESUME", "maybe"], ["true or false"]),
     (["MODEL.NUM_CLASSES", "-1"], ["must not be negative"]),
-    (["DATA.STD", "[1,1,0]"], ["three numbers"]),
+    (["DATA.STD", "[1,1,0]"], ["above 0"]), (["DATA.MEAN", "[1,1]"], ["3 numbers"]),
+    (["SEED", "9" * 5000], ["SEED takes a whole number of at most 18 digits"]),
+    (["SEED", "1e999999999"], ["SEED takes a whole number of at most 18 digits"]),
+    (["DATA.IMG_SIZE", "1000000"], ["DATA.IMG_SIZE is 1000000", "16384"]),
+    (["DATA.BATCH_SIZE", "1000000000000"], ["DATA.BATCH_SIZE is 1000000000000", "1,000,000"]),
+    (["DATA.TIMEOUT", "1e300"], ["DATA.TIMEOUT is 1e+300", "10,000,000"]),
+    (["DATA.NUM_WORKERS", "100000"], ["DATA.NUM_WORKERS", "1,024"]),
+    (["AUG.SCALE", "[" * 400], ["AUG.SCALE takes a list"]),
+    (["AUG.SCALE", "(" + "9" * 5000 + ", 1)"], ["AUG.SCALE takes a list"]),
+    (["TRAIN.CHECKPOINT_BUDGET", "9" * 400], ["TRAIN.CHECKPOINT_BUDGET takes a size"]),
+    (["TAG", "a\0b"], ["TAG takes a text"]),
+    (["TAG", "\ud800"], ["TAG takes a text"]),
+    (["TAG", "a\nb"], ["TAG is", "control characters"]),
+    (["TAG", "x" * 300], ["TAG is", "200 bytes"]),
+    (["OUTPUT", "a\x1b[31mb"], ["OUTPUT is", "control characters"]),
+    (["BASE", "x.yaml"], ["BASE", "--cfg"]),
+    (["X" * 100_000, "1"], ["unknown key"]),
+    (["MODEL.CROSSFORMER.GROUP_SIZE", "[0,4]"], ["MODEL.CROSSFORMER.GROUP_SIZE is [0, 4]", "between 1 and"]),
+    (["MODEL.CROSSFORMER.PATCH_SIZE", "[]"], ["MODEL.CROSSFORMER.PATCH_SIZE is []", "1 to 16"]),
+    (["MODEL.CROSSFORMER.MERGE_SIZE", "[[]]"], ["MODEL.CROSSFORMER.MERGE_SIZE is [[]]", "1 to 16"]),
+    (["MODEL.SWIN.DEPTHS", "[1000000]"], ["MODEL.SWIN.DEPTHS", "together at most 1,000"]),
 ])
 def test_impossible_values_are_one_sentence(opts: list[str], words: list[str]) -> None:
     message = refused(opts=opts)
@@ -87,12 +108,58 @@ def test_impossible_values_are_one_sentence(opts: list[str], words: list[str]) -
     (b"BASE: [other.yaml]\n", ["other.yaml: no such configuration file (named by BASE"]),
     (b"TAG: !!python/object/apply:os.system ['touch canary']\n", ["bad.yaml:1: TAG", "only plain values"]),
     (b"TRAIN:\n  EPOCHS: many\n", ["bad.yaml:2: TRAIN.EPOCHS takes a whole number"]),
+    (b"BASE: 5\n", ["5: a configuration file ends in"]),
+    (b"BASE: {a: 1}\n", ["bad.yaml:1: BASE takes a list of texts"]),
+    (b'BASE: "\\0"\n', ["bad.yaml:1: BASE takes a text"]),
+    (b'TAG: "\\ud800"\n', ["bad.yaml:1: TAG takes a text"]),
+    (b'TAG: "\\UFFFFFFFF"\n', ["bad.yaml: not valid YAML"]),
+    (b"TAG: a\x1bb\n", ["bad.yaml: not valid YAML"]),
+    (b"TRAIN: " + b"[" * 1200, ["bad.yaml: not valid YAML (nested too deeply)"]),
+    (b"SEED: " + b"[" * 100 + b"]" * 100, ["bad.yaml:1: SEED", "20 levels"]),
+    (b"SEED: " + b"9" * 5000, ["bad.yaml:1: SEED", "18 digits"]),
+    (b"SEED: 0x" + b"f" * 5000, ["bad.yaml:1: SEED", "18 digits"]),
+    (b"SEED: !!int x\n", ["bad.yaml:1: SEED", "no int"]),
+    (b"TRAIN: {FREEZE: &a [x, *a]}\n", ["bad.yaml:1: TRAIN.FREEZE", "20 levels"]),
+    (b"TRAIN: {FREEZE: [" + b"&a0 [x, x]," + b",".join(b"&a%d [%s]" % (i, b"*a%d, " % (i - 1) * 9) for i in range(1, 12)) + b"]}",
+     ["bad.yaml:1: TRAIN.FREEZE", "10,000 values"]),
+    (b"#" * (1 << 20), ["bad.yaml: cannot be read (is larger than 262,144 bytes)"]),
 ])
 def test_bad_files_name_file_and_line(tmp_path: Path, monkeypatch, text: bytes, words: list[str]) -> None:
     monkeypatch.chdir(tmp_path)
     message = refused(write(tmp_path / "bad.yaml", text))
     assert all(word in message for word in words), message
     assert not (tmp_path / "canary").exists()
+
+
+def test_whole_numbers_are_exact_and_texts_are_as_written(tmp_path: Path) -> None:
+    config = get_config(write(tmp_path / "a.yaml", b"SEED: 9007199254740993\nTAG: 010\nMODEL: {NAME: on}\nOUTPUT: 2024-13-45\n"))
+    assert (config.SEED, config.TAG, config.MODEL.NAME, config.OUTPUT) == (9007199254740993, "010", "on", "2024-13-45")
+    assert get_config(opts=["SEED", "9007199254740993"]).SEED == 9007199254740993 and get_config(opts=["SEED", "1e3"]).SEED == 1000
+    assert config_from_text(config.dump()).dump() == config.dump()
+
+
+def test_a_pipe_a_folder_and_a_diamond_of_bases_are_sentences(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    assert "no regular file" in refused(str(tmp_path / "pipe.yaml")) and "is a folder" in refused(str(tmp_path / "folder.yaml"))
+    for number in range(12):
+        write(tmp_path / f"{number}.yaml", f"BASE: [{number + 1}.yaml, {number + 1}.yaml]\n" if number < 11 else "")
+    assert "more than 100 files" in refused(str(tmp_path / "0.yaml"))
+
+
+def test_every_number_of_a_model_has_bounds() -> None:
+    for key in KEYS:
+        if key.name.startswith("MODEL.") and key.kind(None if key.default is None else key.default) is None:
+            for value in (0, -1, [0], [[0]], [10**12]):
+                try:
+                    value = key.kind(value)
+                except ValueError:
+                    continue
+                if isinstance(value, (bool, str)) or key.name.endswith(("PAD_TYPE", "SWIN.QK_SCALE")) or (value, key.rule) == (0, None):
+                    continue
+                if (key.name.endswith(("PADDINGS", "NUM_CONV", "NORM_EPS", "WINDOW_SIZES"))) and value in (0, [0]):
+                    continue
+                assert key.rule is not None and not key.rule.holds(value), (key.name, value)
 
 
 def test_bom_crlf_and_an_empty_file_are_fine(tmp_path: Path) -> None:

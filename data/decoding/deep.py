@@ -40,7 +40,13 @@ class Stored(NamedTuple):
 
 def is_deep(image: Image.Image) -> bool:
     """Whether an image that ``Image.open`` returned, loaded or not, has more than 8 bits a channel."""
-    return image.mode.startswith(("I", "F")) or _raw_mode(image)[-4:] in _LOW_BYTES or _white_of_ppm(image) > 255
+    return image.mode.startswith(("I", "F")) or _raw_mode(image)[-4:] in _LOW_BYTES or _white_of_ppm(image) > 255 or in_planes(image)
+
+
+def in_planes(image: Image.Image) -> bool:
+    """Whether a TIFF file stores deep colours plane by plane, which Pillow does not read."""
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(_PLANES) == 2 and len(image.getbands()) > 1 and max(tags.get(_BITS_PER_SAMPLE, (8,))) > 8
 
 
 def stored_values(image: Image.Image, data: bytes) -> Stored | None:
@@ -127,8 +133,6 @@ def _keyed(image: Image.Image, values: np.ndarray) -> np.ndarray | None:
 def _colour(image: Image.Image, data: bytes) -> np.ndarray:
     """(H, W, C) uint16 of a PNG or TIFF file."""
     raw = _raw_mode(image)
-    if getattr(image, "tag_v2", {}).get(_PLANES) == 2:
-        raise ValueError("16-bit colour in separate planes")
     if raw == "LA;16B":  # two samples of two bytes, as four of one
         pixels = _unpacked(data, image.format, "RGBA").astype(np.uint16)
         grey, alpha = (pixels[..., i] << 8 | pixels[..., i + 1] for i in (0, 2))

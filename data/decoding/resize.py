@@ -20,13 +20,13 @@ def resize_crop(image: np.ndarray, box: tuple[int, int, int, int], size: tuple[i
     """Crop, then resize.
 
     Args:
-        image: (H, W, 3), uint8.
+        image: (H, W, C), uint8.
         box: (top, left, height, width) of the crop, in pixels.
         size: (height, width) of the result.
         mode: one of ``MODES``.
 
     Returns:
-        (height, width, 3), uint8, contiguous.
+        (height, width, C), uint8, contiguous.
     """
     top, left, height, width = box
     pixels = _pixels(image[top:top + height, left:left + width])
@@ -46,14 +46,14 @@ def resize_window(image: np.ndarray, shape: tuple[int, int], size: tuple[int, in
     """Resize, then crop, without computing what lies below and to the right of the crop.
 
     Args:
-        image: (H or fewer, W, 3), uint8: at least the ``rows_needed``.
+        image: (H or fewer, W, C), uint8: at least the ``rows_needed``.
         shape: (height, width) of the whole image.
         size: (height, width) of the whole result.
         window: (top, left, height, width) of the crop in the result.
         mode: one of ``MODES``.
 
     Returns:
-        (height, width, 3), uint8, a view.
+        (height, width, C), uint8, a view.
     """
     top, left, height, width = window
     if shape == tuple(size):
@@ -68,9 +68,10 @@ def resize_window(image: np.ndarray, shape: tuple[int, int], size: tuple[int, in
 
 
 def _pixels(image: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) as (1, 3, H, W) in channels-last memory, with the batch axis's stride to match: otherwise torch's kernels are slower."""
-    height, width, _ = image.shape
-    return torch.from_numpy(np.ascontiguousarray(image)).as_strided((1, 3, height, width), (3 * height * width, 1, 3 * width, 3))
+    """(H, W, C) as (1, C, H, W) in channels-last memory, with the batch axis's stride to match: otherwise torch's kernels are slower."""
+    height, width, channels = image.shape
+    strides = (channels * height * width, 1, channels * width, channels)
+    return torch.from_numpy(np.ascontiguousarray(image)).as_strided((1, channels, height, width), strides)
 
 
 def _array(pixels: torch.Tensor) -> np.ndarray:

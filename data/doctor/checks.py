@@ -118,7 +118,8 @@ def _classes(survey: Survey) -> Iterator[Finding]:
     if len(present) and present.max() >= 10 * present.min() and len(present) > 1:
         yield Finding("imbalance", WARNING if present.max() >= 100 * present.min() else NOTE,
                       f"classes of {present.min():,} to {present.max():,} training images, 1 to {present.max() / present.min():,.0f}",
-                      advice="top-1 favours the large ones; add images to the small ones")
+                      advice="top-1 favours the large ones; add images to the small ones, or let training see all alike",
+                      commands=["--opts DATA.SAMPLING balanced TRAIN.BEST_METRIC mean_recall"])
 
 
 def _folders(split: Split | None, names: Sequence[str], chosen: np.ndarray, other: Split | None = None):

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from data.decoding.deep import is_deep
-from data.decoding.pillow import FORMATS, decode, is_single_colour
+from data.decoding.pillow import FORMATS, decode, decode_stored, is_single_colour
 from data.errors import UnreadableImage
 from data.sources.base import Source
 
@@ -62,9 +62,13 @@ def inspect_image(source: Source, index: int, row: np.void) -> str:
         _describe(data, name, row)
         started = time.thread_time()
         image = decode(data, name, source.reading)
+        if not row["width"]:  # a TIFF file that Pillow does not know
+            row["width"], row["height"] = image.size
+            row["format"], row["mode"] = _KINDS.index("TIFF"), MODES.index("other")
+            row["flags"] |= DEEP * (decode_stored(data, name, source.reading.channels) is not None)
         row["decode_us"] = int((time.thread_time() - started) * 1e6)
         _fingerprint(image, row)
-        row["flags"] |= BLANK * bool(row["flags"] & PLAIN and is_single_colour(data, name))
+        row["flags"] |= BLANK * bool(row["flags"] & PLAIN and is_single_colour(data, name, source.reading.channels))
         return ""
     except UnreadableImage as error:
         reason = error.reason

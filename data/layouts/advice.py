@@ -20,8 +20,8 @@ def not_found(root: str, split: str, options: Options) -> DataError:
     if options.zip_mode or options.dataset == "zip":
         return DataError(f"{root}: holds no {split}.zip (with {split}_map.txt), which DATA.ZIP_MODE asks for"
                          + _advice(root, split, options))
-    if split not in ("train", "val"):
-        there = split_folders_among([e.name for e in visible_entries(root) if e.is_dir()])
+    there = split_folders_among([e.name for e in visible_entries(root) if e.is_dir()])
+    if split not in ("train", "val") or (options.alone and there):
         return DataError(f"{root}: has no split {split}" + (f"; --split {' or '.join(n.lower() for n in there)} is there" if there else
                                                             "; --split all takes everything there is"))
     wanted = " or ".join(n + "/" for n in names_of(split)[:1 if split == "train" else 2])

@@ -21,9 +21,10 @@ from data.layouts.options import ALL, SPLIT_NAMES, Options, find_entry, names_of
 from data.messages import Caution, Notice
 from data.sources import archives, huggingface, lists
 from data.sources.base import Source
-from data.sources.classes import whole_number
+from data.sources.classes import join_names, whole_number
 from data.sources.folder import scan_flat, scan_folder, visible_entries
 from data.sources.packed_names import is_image
+from data.sources.regular_files import kind_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def detect_layout(root: str, options: Options, splits: Iterable[str] = ("train",
                         "and parquet files can stay as they are: hf download --repo-type dataset, aws s3 sync, wget), and give that path")
     if not os.path.exists(root):
         raise DataError(f"{root}: no such data folder; give the folder that holds train/ and val/ with --data-path")
+    if not os.path.isdir(root) and (what := kind_of(os.stat(root).st_mode)):
+        raise DataError(f"{root}: is {what}; give a folder, an archive or a list with --data-path")
     find = _find_in_file if os.path.isfile(root) else _find_in_folder
     found = {}
     for name in splits:
@@ -190,10 +193,12 @@ def _open_archives(files: list[str], where: str, split: str, options: Options, i
     class_file = next((p for p in (os.path.join(d, "classes.txt") for d in (folder, os.path.dirname(folder))) if os.path.isfile(p)), None)
     positions = [whole_number(name) for name in source.classes]
     if class_file and None not in positions:
-        names, numbers = lists.read_text(class_file).splitlines(), np.array(positions, dtype=np.int64)
-        if len(names) < len(source.classes) or len(names) <= numbers.max():
-            raise DataError(f"{class_file}: names {len(names)} classes, the archives have {max(len(numbers), numbers.max() + 1)}")
-        source.targets, source.classes = numbers[source.targets], [name.partition("\t")[0].strip() for name in names]
+        names, numbers = [line.partition("\t")[0].strip() for line in lists.read_text(class_file).splitlines()], np.array(positions)
+        if archives.named_by_folders(source):  # a folder 01 is the class 01, while the labels of shards are positions
+            numbers = join_names(source.classes, names)[0]
+        if len(names) < len(source.classes) or len(names) <= numbers.max() or numbers.min() < 0:
+            raise DataError(f"{class_file}: names {len(names)} classes, the archives have {max(len(numbers), max(positions) + 1)}")
+        source.targets, source.classes = numbers[source.targets], names
     return source
 
 

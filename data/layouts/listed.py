@@ -102,4 +102,7 @@ def _no_split(path: str, split: str, options: Options, rows: Sequence[Row], coun
     if folds:
         return DataError(f"{path}: has no split column, but one of folds ({', '.join(sorted(folds)[:10])}); say which is for validation "
                          f"with --opts DATA.FOLD {min(folds)}")
-    return DataError(f"{path}: has no split column{FRACTION_ADVICE}")
+    folder = os.path.dirname(path) or "."
+    other = find_split_list(folder, "val" if split == "train" else "train")
+    beside = f"; {other} lies beside it: give their folder {folder} for both" if other and not os.path.samefile(other, path) else ""
+    return DataError(f"{path}: has no split column{beside or FRACTION_ADVICE}")

@@ -19,25 +19,33 @@ Key = tuple[int, int, int]
 class StepSampler:
     """Batch sampler of the training stream: for each step, the keys of this rank's slice of the global batch.
 
-    Iteration starts at step ``start``, at no cost. The order of an epoch is a permutation derived from (seed, epoch); the
-    remainder below a global batch is dropped, a different one each epoch. A data set smaller than the global batch makes
-    one short batch an epoch.
+    Iteration starts at step ``start``, at no cost. The order of an epoch is derived from (seed, epoch): a permutation of all images, or
+    where classes are sampled otherwise an equally long draw. The remainder below a global batch is dropped, a different one each
+    epoch. A data set smaller than the global batch makes one short batch an epoch.
 
     Args:
         size: images in the training set.
         global_batch: images of an optimizer step over all ranks.
         repeats: consecutive copies of each image in the order; the epoch keeps its length, so it sees about size / repeats
             different images ("repeated augmentation", Hoffer et al. 2020, as DeiT uses it).
+        targets: class of each image (size,), for another ``sampling`` than natural: as DATA.SAMPLING has it.
+
+    Attributes:
+        draws: of each class (C,), mean number of its images in an epoch; None without ``targets``.
     """
 
     def __init__(self, size: int, global_batch: int, epochs: int, seed: int, rank: int = 0, world_size: int = 1,
-                 repeats: int = 1):
+                 repeats: int = 1, targets: np.ndarray | None = None, sampling: str = "natural"):
         self.size, self.seed, self.rank, self.world_size, self.repeats = size, seed, rank, world_size, repeats
         self.images_per_step = min(global_batch, size)
         self.steps_per_epoch = max(1, size // global_batch)
         self.total_steps = epochs * self.steps_per_epoch
         self.start = 0
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self._order: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
+        self.draws = None if targets is None else _draws(np.bincount(targets), sampling)
+        self._members: list[np.ndarray] = []  # the images of each class, where they are sampled by class
+        if targets is not None and sampling != "natural":
+            self._members = np.split(np.argsort(targets, kind="stable"), np.cumsum(np.bincount(targets))[:-1])
 
     def __len__(self) -> int:
         return max(0, self.total_steps - self.start)
@@ -55,19 +63,38 @@ class StepSampler:
         epoch, within = divmod(step, self.steps_per_epoch)
         low, high = self._slice(self.rank if rank is None else rank)
         first = within * self.images_per_step
-        order = self.order(epoch)
-        return [(epoch, int(order[p // self.repeats]), p % self.repeats) for p in range(first + low, first + high)]
+        order, copies = self.order(epoch)
+        places = [divmod(place, self.repeats) for place in range(first + low, first + high)]
+        return [(epoch, int(order[at]), int(copies[at]) * self.repeats + repeat) for at, repeat in places]
 
-    def order(self, epoch: int) -> np.ndarray:
-        """The permutation of an epoch."""
+    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(images of an epoch (size,), how often each has come before where it comes again (size,))."""
         if self._order[0] != epoch:
             generator = np.random.RandomState(seeds.derive32(self.seed, seeds.ORDER, epoch))
-            self._order = (epoch, generator.permutation(self.size))
-        return self._order[1]
+            order = generator.permutation(self.size)
+            images, copies = self._drawn(generator) if self._members else (order, np.zeros_like(order))
+            self._order = (epoch, images[order], copies[order]) if self._members else (epoch, images, copies)
+        return self._order[1:]
+
+    def _drawn(self, generator: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
+        """As ``order``, class by class: each image of a class comes equally often, but for a part of them that once more."""
+        ends = np.floor(np.round(np.cumsum(self.draws), 6) + generator.random_sample()).astype(np.int64)
+        images, copies = [], []
+        for members, count in zip(self._members, np.diff(ends, prepend=0).tolist(), strict=True):
+            whole, rest = divmod(count, max(1, len(members)))
+            images += [np.tile(members, whole), generator.permutation(members)[:rest]]
+            copies += [np.repeat(np.arange(whole), len(members)), np.full(rest, whole)]
+        return np.concatenate(images), np.concatenate(copies)
 
     def _slice(self, rank: int) -> tuple[int, int]:
         n, world = self.images_per_step, self.world_size
         return rank * n // world, (rank + 1) * n // world
+
+
+def _draws(images: np.ndarray, sampling: str) -> np.ndarray:
+    """Mean number of images of each class (C,) in an epoch, from those it has (C,)."""
+    shares = images ** dict(natural=1.0, sqrt=0.5, balanced=0.0)[sampling] * (images > 0)
+    return shares * (images.sum() / shares.sum())
 
 
 class ShardSampler:

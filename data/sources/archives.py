@@ -334,6 +334,15 @@ def scan_archives(files: Sequence[str], root: str, cache: str | None = None, spl
     return images
 
 
+def named_by_folders(images: ArchiveImages) -> bool:
+    """Whether the classes are named by folders or files of the archives, not by the labels of WebDataset samples (by a hundred images)."""
+    for index in range(0, len(images), max(1, len(images) // 100)):
+        archive = _stem(images.files[images.place[index, 0]])
+        if images.classes[images.targets[index]] != (_folder_label(images.names[index], archive) or archive):
+            return False
+    return True
+
+
 def split_folders(path: str, wanted: set[str]) -> set[str]:
     """Which of the names ``wanted``, in lower case, are folders in an archive, at its top or up to two levels below."""
     found: set[str] = set()

@@ -6,8 +6,9 @@ each image's own would make two shots of one scene differ: so the range is that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ _PIXELS = 4096  # of an image, at most, that levels are counted on; the range is
 _OUTLIERS = 0.1  # percent of the pixels at each end that a window may leave out where their range wastes the levels
 _EIGHT_BITS = (".jpg", ".jpeg", ".webp", ".bmp", ".gif")  # formats without deep images are not opened
 
+T = TypeVar("T")
 Sample = tuple[float, float, np.ndarray]  # an image's lowest and highest value, and some of its values
 
 
@@ -139,16 +141,25 @@ def _count(values: np.ndarray, window: Window) -> int:
 
 def _look(source: Source, most: int, timeout: float) -> list[Sample]:
     """Samples of the deep images among ``most`` of a source."""
-    places = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).astype(np.int64)).tolist() if len(source) else []
-    places = [index for index in places if not source.path(index).lower().endswith(_EIGHT_BITS)]
-
     def look(index: int) -> Sample | None:
+        if source.path(index).lower().endswith(_EIGHT_BITS):
+            return None
         try:
-            stored = decode_stored(source.read(index), source.path(index))
+            stored = decode_stored(source.read(index), source.path(index), source.reading.channels)
         except (UnreadableImage, MemoryError):  # training or evaluation meets it again, and says so
             return None
         return sample(stored) if stored is not None else None
 
+    return look_at(source, most, look, timeout)
+
+
+def look_at(source: Source, most: int, look: Callable[[int], T | None], timeout: float) -> list[T]:
+    """What ``look`` returns for up to ``most`` images that lie evenly over a source, without None.
+
+    Raises:
+        DataError: none came for ``timeout`` seconds (0: wait for ever).
+    """
+    places = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).astype(np.int64)).tolist()
     try:
         return [found for found in in_threads(look, places, timeout) if found is not None]
     except Hang as hang:

@@ -33,7 +33,7 @@ def open_streams(config: CfgNode, splits: Sequence[str], classes: Sequence[str] 
     root, data = config.DATA.DATA_PATH, config.DATA
     for key, value, default in (("DATA.SUBSET", data.SUBSET, 1.0), ("DATA.VAL_FRACTION", data.VAL_FRACTION, 0.0),
                                 ("DATA.FOLD", data.FOLD, ""), ("DATA.REPEATED_AUG", data.REPEATED_AUG, 1),
-                                ("DATA.ZIP_MODE", data.ZIP_MODE, False)):
+                                ("DATA.SAMPLING", data.SAMPLING, "natural"), ("DATA.ZIP_MODE", data.ZIP_MODE, False)):
         if value != default:
             raise ConfigError(f"{key} {value} cannot be used with a stream ({root}); leave it at {default!r}, or copy the data to a disk")
     class_file = resolve_data_file(data.CLASS_NAMES, ".")
@@ -74,18 +74,18 @@ def open_streams(config: CfgNode, splits: Sequence[str], classes: Sequence[str] 
 
 def _settle_reading(stream: Stream, first: Record) -> None:
     """Where a stream begins with an image of more than 8 bits, and no window is given, take that of the images it begins with."""
-    if stream.reading.window is not None or _sample(first) is None:
+    if stream.reading.window is not None or _sample(first, stream.reading.channels) is None:
         return
     records = islice(stream.records(range(len(stream.segments))), FIRST_LOOK)
-    levels = levels_of(found for found in map(_sample, records) if found is not None)
+    levels = levels_of(found for record in records if (found := _sample(record, stream.reading.channels)) is not None)
     if levels is not None:
         stream.reading = stream.reading._replace(window=levels.window)
         stream.notices += levels.messages()
 
 
-def _sample(record: Record) -> Sample | None:
+def _sample(record: Record, channels: int) -> Sample | None:
     try:
-        stored = decode_stored(record.data, record.name)
+        stored = decode_stored(record.data, record.name, channels)
     except UnreadableImage:
         return None
     return sample(stored) if stored is not None else None

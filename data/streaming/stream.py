@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from data import seeds
-from data.decoding.pillow import Reading
+from data.decoding.pillow import Reading, decode_pixels
 from data.errors import DataError, UnreadableImage
 from data.sources.base import Retry, Source
+from data.sources.channel_statistics import LOOK, statistics, sums
 from data.sources.classes import join_by_number, whole_number
 
 
@@ -85,6 +86,22 @@ class Stream(Source):
                         raise DataError(f"{self.root}: the stream cannot be read ({words}); check the network and the address, or raise "
                                         "DATA.READ_PATIENCE") from None
 
+    def measure(self) -> tuple[list[float], list[float]]:
+        """(mean, standard deviation) of each channel of the images that the stream begins with.
+
+        Raises:
+            DataError: none of them can be read.
+        """
+        found, fault = [], None
+        for record in itertools.islice(self.records(range(len(self.segments))), LOOK):
+            try:
+                found.append(sums(decode_pixels(record.data, record.name, self.reading)))
+            except UnreadableImage as error:
+                fault = error
+        if not found:
+            raise DataError(f"{self.root}: none of its first images can be read with {self.reading.channels} channels; {fault}")
+        return statistics(found)
+
     def epoch(self, seed: int, epoch: int, buffer: int) -> Iterator[Record]:
         """The records of a training epoch in the order that (seed, epoch) determines, shuffled within ``buffer`` records."""
         generator = np.random.RandomState(seeds.derive32(seed, seeds.ORDER, epoch))
@@ -114,8 +131,8 @@ class Stream(Source):
             label = self._positions[label]
         if 0 <= label < len(self.targets):
             return int(self.targets[label])
-        raise DataError(f"{record.name}: its label {record.label!r} is none of the {len(self.targets)} classes; set MODEL.NUM_CLASSES or "
-                        "DATA.CLASS_NAMES to what the stream has, or choose a split with labels")
+        raise DataError(f"{record.name}: its label {str(record.label)!r} is none of the {len(self.targets)} classes; set MODEL.NUM_CLASSES "
+                        "or DATA.CLASS_NAMES to what the stream has, or choose a split with labels")
 
 
 class RecordSource(Source):

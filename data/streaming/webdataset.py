@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from config import ConfigError
 from data.errors import DataError
 from data.sources.archives import label_of
+from data.sources.classes import whole_number
 from data.sources.tar import BEGINNING, CheckedHeader, damaged
 from data.streaming.stream import Record, Stream
 
@@ -58,7 +59,8 @@ def open_shard_stream(path: str, names: list[str]) -> Stream:
                               and (found := label_of(sample[s], f".{s}")) is not None), None)
                 if label is None:
                     raise DataError(f"{name}: has no label (.cls or .json) in its sample")
-                yield Record(name, sample[suffix], label)
+                number = whole_number(label)  # a position among the classes, whatever these are called; 01 is a name first
+                yield Record(name, sample[suffix], number if str(number) == label else label)
         return read
 
     return Stream(path, [segment(url) for url in urls], None, names)

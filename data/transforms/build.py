@@ -12,7 +12,7 @@ from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.transforms import CenterCropOrPad
 from yacs.config import CfgNode
 
-from config import ConfigError, image_size
+from config import ConfigError, image_size, input_channels
 from data.transforms.fit import ProportionalCrop, ResizeInside, mean_colour
 
 
@@ -20,7 +20,7 @@ def preprocessing(config: CfgNode) -> dict[str, Any]:
     """How evaluation prepares an image, as plain data that a checkpoint carries.
 
     Normalisation, interpolation and crop of a timm model are those that its authors published, unless the config says
-    otherwise.
+    otherwise; of other channels than RGB no published values fit, and a run measures them (``data/sources/channel_statistics.py``).
 
     Raises:
         ConfigError: the timm model has no weights of the tag in ``MODEL.NAME``.
@@ -35,13 +35,15 @@ def preprocessing(config: CfgNode) -> dict[str, Any]:
             known = [n.partition(".")[2] for n in timm.list_pretrained(name + ".*")]
             raise ConfigError(f"MODEL.NAME: timm's {name} has no weights tagged {tag!r}; leave the tag out"
                               + (f", or choose from {', '.join(known)}" if known else "")) from None
-    height, width = image_size(config)
+    (height, width), channels = image_size(config), input_channels(config)
+    usual = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
+    mean, std = (getattr(published, "mean", None), getattr(published, "std", None)) if channels == 3 else (None, None)
     crop_mode = dict(squash="squash", pad="border").get(config.DATA.FIT, "center" if config.TEST.CROP else "squash")
     return dict(
-        input_size=[3, height, width],
+        input_size=[channels, height, width],
         interpolation=config.DATA.INTERPOLATION or getattr(published, "interpolation", None) or "bicubic",
-        mean=list(config.DATA.MEAN or getattr(published, "mean", None) or IMAGENET_DEFAULT_MEAN),
-        std=list(config.DATA.STD or getattr(published, "std", None) or IMAGENET_DEFAULT_STD),
+        mean=list(config.DATA.MEAN or mean or usual[0]),
+        std=list(config.DATA.STD or std or usual[1]),
         crop_pct=(getattr(published, "crop_pct", None) or 224 / 256) if crop_mode == "center" else 1.0,
         crop_mode=crop_mode,
         **(dict(window=list(config.DATA.WINDOW)) if config.DATA.WINDOW else {}),

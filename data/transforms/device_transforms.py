@@ -19,7 +19,7 @@ from data.transforms.randaugment import interpolation_weights
 
 
 class DeviceAugment:
-    """``(crops (B, H, W, 3) uint8 on the device, packed parameters (B, R) on the host) -> (B, 3, H, W) float on the device``."""
+    """``(crops (B, H, W, C) uint8 on the device, packed parameters (B, R) on the host) -> (B, C, H, W) float on the device``."""
 
     def __init__(self, augmentation: Augmentation):
         self.augmentation = augmentation
@@ -61,13 +61,14 @@ class DeviceAugment:
         y, x = torch.arange(height, device=images.device)[None], torch.arange(width, device=images.device)[None]
         inside = ((y >= top) & (y < top + h))[:, None, :, None] & ((x >= left) & (x < left + w))[:, None, None, :]
         seeds = _to_device((noise[chosen].astype(np.int64) + layer * 0x9E3779B97F4A7) & (2 ** 48 - 1), images.device)
-        shape = dict(pixel=(3, height, width), rand=(3, 1, 1)).get(self.augmentation.erase)
+        channels = images.shape[1]
+        shape = dict(pixel=(channels, height, width), rand=(channels, 1, 1)).get(self.augmentation.erase)
         filling = normal_noise(seeds, shape) if shape is not None else torch.zeros((), device=images.device)
         images[index] = torch.where(inside, filling, images[index])
 
 
 class DeviceNormalise:
-    """``(crops (B, H, W, 3) uint8) -> (B, 3, H, W) float``, normalised, on the device."""
+    """``(crops (B, H, W, C) uint8) -> (B, C, H, W) float``, normalised, on the device."""
 
     def __init__(self, mean: Tensor, std: Tensor):
         self.mean, self.std = mean, std
@@ -77,7 +78,7 @@ class DeviceNormalise:
 
 
 def _to_planes(crops: Tensor) -> Tensor:
-    """(B, H, W, 3) bytes as (B, 3, H, W) floats, contiguous: a plane per channel."""
+    """(B, H, W, C) bytes as (B, C, H, W) floats, contiguous: a plane per channel."""
     return crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
@@ -120,11 +121,11 @@ def _hash(value: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# The operations: ``(images (B, 3, H, W), arguments (B,) of numpy, augmentation) -> images``
+# The operations: ``(images (B, C, H, W), arguments (B,) of numpy, augmentation) -> images``
 # --------------------------------------------------------------------------------------------------
 
 def _look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Each pixel's entry in its sample's and channel's table (B, 3, 256)."""
+    """Each pixel's entry in its sample's and channel's table (B, C, 256)."""
     return tables.to(torch.float32).gather(2, images.flatten(2).long()).view_as(images)
 
 
@@ -184,7 +185,7 @@ def _color(images: Tensor, factors: np.ndarray, _: Augmentation) -> Tensor:
 
 
 def _contrast(images: Tensor, factors: np.ndarray, _: Augmentation) -> Tensor:
-    grey = _grey(images).flatten(1)
+    grey = (_grey(images) if images.shape[1] == 3 else images).flatten(1)
     mean = (grey.long().sum(1).to(_wide(images.device)) / grey.shape[1] + 0.5).floor()
     return _blend(mean.to(torch.float32)[:, None, None, None], images, factors)
 

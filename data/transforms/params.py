@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import RandAugment
+from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
@@ -26,6 +26,26 @@ from data.transforms.randaugment import BRIGHTNESS, COLOR, CONTRAST, OPERATIONS
 Box = tuple[int, int, int, int]  # top, left, height, width
 _MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
 _FLIPS, _OP, _BOX = 2, 2, 4  # numbers that a packed row holds for the flips, for an operation, for a box
+
+
+def leave_out_colour(transform: transforms.Compose) -> list[str]:
+    """Take out of timm's training transform what needs red, green and blue, and return its names."""
+    left_out = []
+    for part in list(transform.transforms):
+        if isinstance(part, RandAugment):
+            kept = [place for place, op in enumerate(part.ops) if not op.name.startswith("Color")]
+            left_out += [op.name for op in part.ops if op.name.startswith("Color")]
+            if part.choice_weights is not None:
+                weights = np.asarray(part.choice_weights)[kept]
+                part.choice_weights = weights / weights.sum()
+            part.ops = [part.ops[place] for place in kept]
+        elif isinstance(part, transforms.ColorJitter):
+            left_out += [name for name in ("saturation", "hue") if getattr(part, name) is not None]
+            part.saturation = part.hue = None
+        elif isinstance(part, (AutoAugment, AugMixAugment)):
+            left_out.append(type(part).__name__)
+            transform.transforms.remove(part)
+    return left_out
 
 
 @dataclass

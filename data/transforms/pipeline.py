@@ -18,9 +18,9 @@ from torch import Tensor
 from torchvision import transforms
 from yacs.config import CfgNode
 
-from config import ConfigError
+from config import ConfigError, input_channels
 from data.decoding import jpeg
-from data.decoding.pillow import decode
+from data.decoding.pillow import decode_pixels, from_rgb
 from data.decoding.resize import MODES, resize_crop, resize_window, rows_needed
 from data.messages import Notice
 from data.sources.base import Source
@@ -28,7 +28,7 @@ from data.transforms import randaugment
 from data.transforms.build import build_eval_transform, build_train_transform, preprocessing
 from data.transforms.device_transforms import DeviceAugment, DeviceNormalise
 from data.transforms.fit import fitted_size, padded
-from data.transforms.params import Augmentation
+from data.transforms.params import Augmentation, leave_out_colour
 
 
 def build_train_pipeline(config: CfgNode, device: torch.device) -> tuple[Pipeline, list[str]]:
@@ -37,20 +37,25 @@ def build_train_pipeline(config: CfgNode, device: torch.device) -> tuple[Pipelin
     Raises:
         ConfigError: augmentation is asked for on the device, which does not support all of it.
     """
-    transform, where = build_train_transform(config), config.DATA.AUGMENT_ON
+    transform, where, channels = build_train_transform(config), config.DATA.AUGMENT_ON, input_channels(config)
     if config.DATA.DECODER == "pillow":
         if where == "device":
             raise ConfigError("DATA.AUGMENT_ON device cannot be used with DATA.DECODER pillow; set one of them to auto")
         return PillowPipeline(transform), []
+    notices: list[str] = []
     try:
+        if channels != 3 and (left_out := leave_out_colour(transform)):
+            notices.append(Notice(f"left out of the augmentation, since it needs RGB: {', '.join(left_out)} (MODEL.IN_CHANS {channels})"))
         augmentation = Augmentation(transform)
     except LookupError as reason:
+        if channels != 3:
+            raise _needs_rgb(reason, channels) from None
         if where == "device":
             raise ConfigError(f"DATA.AUGMENT_ON is device, which does not support this augmentation ({reason.args[0]}); "
                               "set it to auto, or take a rand- policy in AUG.AUTO_AUGMENT") from None
         return PillowPipeline(transform), [Notice(f"this augmentation ({reason.args[0]}) is timm's own on Pillow, about half as fast "
                                                   "as that of a rand- policy")]
-    return TrainPipeline(augmentation, where == "device" or (where == "auto" and device.type == "cuda")), []
+    return TrainPipeline(augmentation, where == "device" or (where == "auto" and device.type == "cuda")), notices
 
 
 def build_eval_pipeline(config: CfgNode, device: torch.device, published: bool) -> tuple[Pipeline, list[str]]:
@@ -60,12 +65,20 @@ def build_eval_pipeline(config: CfgNode, device: torch.device, published: bool) 
         published: the weights were published by others: with DATA.DECODER auto they get Pillow's pixels, as their authors evaluated.
     """
     transform = build_eval_transform(preprocessing(config))
-    if config.DATA.DECODER == "pillow" or (published and config.DATA.DECODER == "auto"):
+    channels = input_channels(config)
+    if config.DATA.DECODER == "pillow" or (published and config.DATA.DECODER == "auto" and channels == 3):
         return PillowPipeline(transform), []
     try:
         return EvalPipeline(transform, on_device=device.type == "cuda"), []
     except LookupError as reason:
+        if channels != 3:
+            raise _needs_rgb(reason, channels) from None
         return PillowPipeline(transform), [Notice(f"evaluation images are prepared by Pillow ({reason.args[0]})")]
+
+
+def _needs_rgb(reason: LookupError, channels: int) -> ConfigError:
+    return ConfigError(f"{reason.args[0]} is Pillow's, which does not prepare images of {channels} channels; set DATA.INTERPOLATION to "
+                       "bicubic or bilinear")
 
 
 class Decoder:
@@ -79,14 +92,14 @@ class Decoder:
         self.fast = self.by_pillow = 0
 
     def open(self, source: Source, index: int) -> tuple[tuple[int, int], Callable[[int], np.ndarray]]:
-        """((height, width) of an image, a function from a number of rows to its pixels: (at least these rows, W, 3) uint8).
+        """((height, width) of an image, a function from a number of rows to its pixels: (at least these rows, W, C) uint8).
 
         Raises:
             UnreadableImage: it cannot be read or decoded; the function raises it as well.
         """
         data = source.read(index)
         header = jpeg.read_header(data)
-        if header is None or (source.reading.exif and not header.upright):
+        if header is None or source.reading.channels not in (1, 2, 3, 4) or (source.reading.exif and not header.upright):
             image = self._decode_by_pillow(data, source, index)
             return image.shape[:2], lambda rows: image
 
@@ -95,12 +108,12 @@ class Decoder:
             if image is None:
                 return self._decode_by_pillow(data, source, index)
             self.fast += 1
-            return image
+            return from_rgb(image, source.reading.channels)
 
         return (header.height, header.width), pixels
 
     def _decode_by_pillow(self, data: bytes, source: Source, index: int) -> np.ndarray:
-        image = np.array(decode(data, source.path(index), source.reading))
+        image = decode_pixels(data, source.path(index), source.reading)
         self.by_pillow += 1
         return image
 
@@ -162,11 +175,12 @@ class PillowPipeline(Pipeline):
 
 
 class _FastPipeline(Pipeline):
-    """Hands over (3, *size) float, normalised; or, with a ``finish`` for the device, (*size, 3) uint8."""
+    """Hands over (C, *size) float, normalised; or, with a ``finish`` for the device, (*size, C) uint8."""
 
     def __init__(self, size: tuple[int, int], mean: Tensor, std: Tensor, finish: Callable[..., Tensor] | None):
         self.on_device, self.finish = finish is not None, finish
-        self.shape, self.dtype = ((*size, 3), torch.uint8) if self.on_device else ((3, *size), torch.float32)
+        channels = len(mean)
+        self.shape, self.dtype = ((*size, channels), torch.uint8) if self.on_device else ((channels, *size), torch.float32)
         self.decoder, self.normalise = Decoder(), Normalise(mean, std)
 
     def counts(self) -> tuple[int, int]:
@@ -182,7 +196,7 @@ class _FastPipeline(Pipeline):
 class TrainPipeline(_FastPipeline):
     """A training sample, the same as timm's transform makes with the same seeds.
 
-    Returns (3, H, W) float, normalised; or with ``on_device`` the resized crop (H, W, 3) uint8, and its packed parameters (R,).
+    Returns (C, H, W) float, normalised; or with ``on_device`` the resized crop (H, W, C) uint8, and its packed parameters (R,).
     """
 
     def __init__(self, augmentation: Augmentation, on_device: bool):
@@ -209,7 +223,7 @@ class TrainPipeline(_FastPipeline):
             if augmentation.erase == "pixel":
                 area.copy_(torch.empty(area.shape).normal_())
             elif augmentation.erase == "rand":
-                area.copy_(torch.empty(3, 1, 1).normal_())
+                area.copy_(torch.empty(len(area), 1, 1).normal_())
             else:
                 area.zero_()
         return out
@@ -219,7 +233,7 @@ class TrainPipeline(_FastPipeline):
 
 
 class EvalPipeline(_FastPipeline):
-    """An image resized and cropped for evaluation: (3, H, W) float, normalised, or with ``on_device`` (H, W, 3) uint8.
+    """An image resized and cropped for evaluation: (C, H, W) float, normalised, or with ``on_device`` (H, W, C) uint8.
 
     Raises:
         LookupError: a part of timm's transform is not supported here; the message names it.
@@ -272,7 +286,7 @@ class EvalPipeline(_FastPipeline):
 
 
 def flip(image: np.ndarray, horizontally: bool, vertically: bool) -> np.ndarray:
-    """A mirrored copy of (H, W, 3)."""
+    """A mirrored copy of (H, W, C)."""
     axes = [axis for axis, wanted in ((1, horizontally), (0, vertically)) if wanted]
     return torch.from_numpy(image).flip(axes).numpy()
 
@@ -282,12 +296,12 @@ def _copy_to(out: Tensor | None, image: np.ndarray) -> Tensor:
 
 
 class Normalise:
-    """(H, W, 3) uint8 to (3, H, W) float, equal to ToTensor and Normalize but for the last bit: their divisions take three times as
+    """(H, W, C) uint8 to (C, H, W) float, equal to ToTensor and Normalize but for the last bit: their divisions take three times as
     long as these products."""
 
     def __init__(self, mean: Tensor, std: Tensor):
         self.scale, self.shift = (1 / (255 * std))[:, None, None], (mean / std)[:, None, None]
 
     def __call__(self, image: np.ndarray, out: Tensor | None = None) -> Tensor:
-        out = torch.empty(3, *image.shape[:2]) if out is None else out
+        out = torch.empty(image.shape[2], *image.shape[:2]) if out is None else out
         return out.copy_(torch.from_numpy(image).permute(2, 0, 1)).mul_(self.scale).sub_(self.shift)

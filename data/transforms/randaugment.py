@@ -1,7 +1,8 @@
 """RandAugment's fifteen operations on one image in a DataLoader worker: Pillow's pixels, in numpy and torch where that is faster.
 
 Our own because timm's work on Pillow images only: these and the fast decoder read training images 1.9 times as fast (docs/data.md),
-and the device has the same operations. An image is a contiguous array (H, W, 3) uint8. All but the geometric operations give exactly
+and the device has the same operations. An image is a contiguous array (H, W, C) uint8, of which RGB is
+the usual case; only the saturation needs it. All but the geometric operations give exactly
 Pillow's bytes; shears and translations compute Pillow's bicubic (a = -1, rounded down) in single precision, which differs by 1 in
 about one pixel of ten thousand. A rotation is Pillow's own, or where OpenCV is installed its bicubic (a = -0.75), in a third of the
 time and 1 of 255 away on average.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -37,22 +39,23 @@ OPERATIONS = dict(
 
 GREY = np.float32([19595, 38470, 7471])  # Pillow's luminance in 65536ths; sums of bytes stay exact in single precision
 _GREY3 = np.repeat(GREY[:, None], 3, axis=1)
+Fill = Sequence[int]  # a number a channel
 _RESAMPLE = dict(bicubic=Image.Resampling.BICUBIC, bilinear=Image.Resampling.BILINEAR)
 
 
-def apply(image: np.ndarray, operation: int, argument: float, fill: tuple[int, int, int], mode: str) -> np.ndarray:
-    """``image`` (H, W, 3) uint8 after one operation.
+def apply(image: np.ndarray, operation: int, argument: float, fill: Fill, mode: str) -> np.ndarray:
+    """``image`` (H, W, C) uint8 after one operation.
 
     Args:
         argument: degrees, bits, threshold, addend, factor, shear or pixels, as timm's level functions give it.
-        fill: (R, G, B) of what a geometric operation uncovers.
+        fill: (C,) of what a geometric operation uncovers.
         mode: interpolation of the geometric operations, bicubic or bilinear.
     """
     height, width = image.shape[:2]
     if operation == AUTO_CONTRAST:
-        return np.array(ImageOps.autocontrast(Image.fromarray(image)))
+        return _by_pillow(ImageOps.autocontrast, image)
     if operation == EQUALIZE:
-        return np.array(ImageOps.equalize(Image.fromarray(image)))
+        return _by_pillow(ImageOps.equalize, image)
     if operation == INVERT:
         return 255 - image
     if operation == ROTATE:
@@ -69,7 +72,7 @@ def apply(image: np.ndarray, operation: int, argument: float, fill: tuple[int, i
         pixels = image.reshape(-1, 3).astype(np.float32)
         return _blend(_grey(pixels, _GREY3), pixels, argument).reshape(image.shape)
     if operation in (CONTRAST, BRIGHTNESS):
-        base = int(_grey(image.reshape(-1, 3).astype(np.float32), GREY).mean(dtype=np.float64) + 0.5) if operation == CONTRAST else 0
+        base = int(_brightness_of(image) + 0.5) if operation == CONTRAST else 0
         return _look_up(image, _blend(np.float32(base), np.arange(256, dtype=np.float32), argument))
     if operation == SHARPNESS:
         return _sharpen(image, argument)
@@ -84,7 +87,25 @@ def apply(image: np.ndarray, operation: int, argument: float, fill: tuple[int, i
     raise ValueError(f"no operation {operation}")
 
 
-def _rotate(image: np.ndarray, degrees: float, fill: tuple[int, int, int], mode: str) -> np.ndarray:
+def _by_pillow(operation: Callable[[Image.Image], Image.Image], image: np.ndarray) -> np.ndarray:
+    """An operation that works on each channel by itself."""
+    if image.shape[2] == 3:
+        return np.array(operation(Image.fromarray(image)))
+    return np.stack([np.asarray(operation(Image.fromarray(band))) for band in np.moveaxis(image, -1, 0).copy()], axis=-1)
+
+
+def _brightness_of(image: np.ndarray) -> float:
+    """The mean luminance of an RGB image as Pillow has it, the mean of all values of any other."""
+    if image.shape[2] != 3:
+        return float(image.mean(dtype=np.float64))
+    return float(_grey(image.reshape(-1, 3).astype(np.float32), GREY).mean(dtype=np.float64))
+
+
+def _rotate(image: np.ndarray, degrees: float, fill: Fill, mode: str) -> np.ndarray:
+    if image.shape[2] != 3:
+        channels = np.minimum(np.arange(-(-image.shape[2] // 3) * 3), image.shape[2] - 1).reshape(-1, 3)  # by threes
+        turned = [_rotate(np.ascontiguousarray(image[..., c]), degrees, tuple(fill[i] for i in c), mode) for c in channels.tolist()]
+        return np.ascontiguousarray(np.concatenate(turned, axis=2)[..., :image.shape[2]])
     if cv2 is None or mode != "bicubic":
         return np.array(Image.fromarray(image).rotate(degrees, resample=_RESAMPLE[mode], fillcolor=fill))
     height, width = image.shape[:2]
@@ -118,20 +139,20 @@ def _blend(base: np.ndarray, image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _sharpen(image: np.ndarray, factor: float) -> np.ndarray:
-    height, width = image.shape[:2]
+    height, width, channels = image.shape
     if height < 3 or width < 3:
         return image  # Pillow leaves the border as it is
-    n = 3 * width - 6
+    n = channels * (width - 2)
     pixels, sums, smooth = (scratch_buffer(name, np.float32, *shape) for name, shape in (
-        ("pixels", (height, 3 * width)), ("steps", (height, n)), ("mix", (height - 2, n))))
+        ("pixels", (height, channels * width)), ("steps", (height, n)), ("mix", (height - 2, n))))
     np.copyto(pixels, image.reshape(height, -1))
     pixels, sums, smooth = torch.from_numpy(pixels), torch.from_numpy(sums), torch.from_numpy(smooth)
-    torch.add(pixels[:, :-6], pixels[:, 3:-3], out=sums).add_(pixels[:, 6:])
-    centre = pixels[1:-1, 3:-3]
+    torch.add(pixels[:, :-2 * channels], pixels[:, channels:-channels], out=sums).add_(pixels[:, 2 * channels:])
+    centre = pixels[1:-1, channels:-channels]
     torch.add(sums[:-2], sums[1:-1], out=smooth).add_(sums[2:]).add_(centre, alpha=4).mul_(1 / 13).add_(0.5).floor_()
     blended = torch.sub(centre, smooth, out=sums[:-2]).mul_(factor).add_(smooth).clamp_(0, 255)
     out = image.copy()
-    out.reshape(height, -1)[1:-1, 3:-3] = blended.numpy()
+    out.reshape(height, -1)[1:-1, channels:-channels] = blended.numpy()
     return out
 
 
@@ -168,15 +189,15 @@ def _runs(*arrays: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
-def _filled(height: int, width: int, fill: tuple[int, int, int]) -> np.ndarray:
-    out = np.empty((height, width, 3), np.uint8)
+def _filled(height: int, width: int, fill: Fill) -> np.ndarray:
+    out = np.empty((height, width, len(fill)), np.uint8)
     out[:] = np.tile(np.uint8(fill), (width, 1))  # row by row; pixel by pixel takes thirty times as long
     return out
 
 
-def _shift_rows(image: np.ndarray, shifts: np.ndarray, fill: tuple[int, int, int], mode: str) -> np.ndarray:
+def _shift_rows(image: np.ndarray, shifts: np.ndarray, fill: Fill, mode: str) -> np.ndarray:
     """Row y of the result at x is the image's row y at ``x + shifts[y]``."""
-    height, width = image.shape[:2]
+    height, width, c = image.shape
     whole, fraction, low, high = _split_shifts(shifts, width)
     first, n = int(low.min()), max(0, int(high.max() - low.min()))  # there is only fill outside of these columns
     out = _filled(height, width, fill)
@@ -186,29 +207,29 @@ def _shift_rows(image: np.ndarray, shifts: np.ndarray, fill: tuple[int, int, int
     # interpolation reaches from inside it; everything beyond is covered by the fill.
     start = whole + first - 1
     left, right = max(0, -int(start.min())), max(0, int(start.max()) + n + 3 - width)
-    padded = scratch_buffer("padded", np.uint8, height, left + width + right, 3)
+    padded = scratch_buffer("padded", np.uint8, height, left + width + right, c)
     padded[:, left:left + width] = image
     padded[:, max(0, left - _REACH):left] = image[:, :1]
     padded[:, left + width:left + width + _REACH] = image[:, -1:]
-    moved = scratch_buffer("moved", np.uint8, height, n + 3, 3)
+    moved = scratch_buffer("moved", np.uint8, height, n + 3, c)
     for y0, y1 in _runs(whole):
         x0 = left + int(start[y0])
         moved[y0:y1] = padded[y0:y1, x0:x0 + n + 3]
-    pixels = scratch_buffer("pixels", np.float32, height, 3 * n + 9)
+    pixels = scratch_buffer("pixels", np.float32, height, c * (n + 3))
     np.copyto(pixels, moved.reshape(height, -1))
     pixels = torch.from_numpy(pixels)
-    steps = torch.sub(pixels[:, 3:], pixels[:, :-3], out=torch.from_numpy(scratch_buffer("steps", np.float32, height, 3 * n + 6)))
-    made = _add_steps(pixels[:, 3:3 + 3 * n], [steps[:, i:i + 3 * n] for i in (0, 3, 6)],
-                [torch.from_numpy(w.astype(np.float32)[:, None]) for w in interpolation_weights(fraction, mode)]).reshape(height, n, 3)
+    steps = torch.sub(pixels[:, c:], pixels[:, :-c], out=torch.from_numpy(scratch_buffer("steps", np.float32, height, c * (n + 2))))
+    made = _add_steps(pixels[:, c:c + c * n], [steps[:, i:i + c * n] for i in (0, c, 2 * c)],
+                [torch.from_numpy(w.astype(np.float32)[:, None]) for w in interpolation_weights(fraction, mode)]).reshape(height, n, c)
     for y0, y1 in _runs(low, high):
         x0, x1 = int(low[y0]), int(high[y0])
         out[y0:y1, x0:x1] = made[y0:y1, x0 - first:x1 - first]
     return out
 
 
-def _shift_columns(image: np.ndarray, shifts: np.ndarray, fill: tuple[int, int, int], mode: str) -> np.ndarray:
+def _shift_columns(image: np.ndarray, shifts: np.ndarray, fill: Fill, mode: str) -> np.ndarray:
     """Column x of the result at y is the image's column x at ``y + shifts[x]``."""
-    height, width = image.shape[:2]
+    height, width, c = image.shape
     whole, fraction, low, high = _split_shifts(shifts, height)
     first, n = int(low.min()), max(0, int(high.max() - low.min()))
     out = _filled(height, width, fill)
@@ -216,21 +237,21 @@ def _shift_columns(image: np.ndarray, shifts: np.ndarray, fill: tuple[int, int, 
         return out
     start = whole + first - 1
     above, below = max(0, -int(start.min())), max(0, int(start.max()) + n + 3 - height)
-    padded = scratch_buffer("padded", np.uint8, above + height + below, width, 3)
+    padded = scratch_buffer("padded", np.uint8, above + height + below, width, c)
     padded[above:above + height] = image
     padded[max(0, above - _REACH):above] = image[:1]
     padded[above + height:above + height + _REACH] = image[-1:]
-    moved = scratch_buffer("moved", np.uint8, n + 3, width, 3)
+    moved = scratch_buffer("moved", np.uint8, n + 3, width, c)
     for x0, x1 in _runs(whole):
         y0 = above + int(start[x0])
         moved[:, x0:x1] = padded[y0:y0 + n + 3, x0:x1]
-    pixels = scratch_buffer("pixels", np.float32, n + 3, 3 * width)
+    pixels = scratch_buffer("pixels", np.float32, n + 3, c * width)
     np.copyto(pixels, moved.reshape(n + 3, -1))
     pixels = torch.from_numpy(pixels)
-    steps = torch.sub(pixels[1:], pixels[:-1], out=torch.from_numpy(scratch_buffer("steps", np.float32, n + 2, 3 * width)))
+    steps = torch.sub(pixels[1:], pixels[:-1], out=torch.from_numpy(scratch_buffer("steps", np.float32, n + 2, c * width)))
     made = _add_steps(pixels[1:1 + n], [steps[i:i + n] for i in (0, 1, 2)],
-                [torch.from_numpy(np.repeat(w.astype(np.float32), 3)[None]) for w in interpolation_weights(fraction, mode)])
-    made = made.reshape(n, width, 3)
+                [torch.from_numpy(np.repeat(w.astype(np.float32), c)[None]) for w in interpolation_weights(fraction, mode)])
+    made = made.reshape(n, width, c)
     for x0, x1 in _runs(low, high):
         y0, y1 = int(low[x0]), int(high[x0])
         out[y0:y1, x0:x1] = made[y0 - first:y1 - first, x0:x1]

@@ -62,6 +62,12 @@ def test_unpack_imagenet(plain: Path, tmp_path: Path, script) -> None:
     again = script("unpack_imagenet.py", downloads, tmp_path / "out")
     assert "train: 1 images written" in again.stdout and "11 there already" in again.stdout and "val: 0 images written" in again.stdout
     assert content(sources(tmp_path / "out")[0]) == content(sources(plain)[0])
+    (downloads / "ILSVRC2012_img_train.tar").unlink()
+    for label in ("../..", "..", "/tmp", "a/b", "a\\..\\b"):
+        (downloads / "val.txt").write_text("".join(f"ILSVRC2012_val_{i:08d}.JPEG {label}\n" for i in range(5)))
+        led = script("unpack_imagenet.py", downloads, tmp_path / "led/astray")
+        assert led.returncode == 3 and repr(label) in led.stderr, led.stderr
+        assert not (tmp_path / "led").exists()
 
 
 def test_make_shards(plain: Path, tmp_path: Path, script) -> None:

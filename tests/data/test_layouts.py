@@ -352,6 +352,12 @@ def test_zeros_before_a_number_do_not_move_an_image_to_another_class(tmp_path: P
     assert joined("list i", ["1" * 5000, "2"], ["2"])[1] == ["2"]  # more digits than int() takes
     with pytest.raises(DataError, match="class '2'"):  # one name fits, so that no number is a position
         joined("j", ["0", "1", "cat"], ["1", "2"])
+    (tmp_path / "zip").mkdir()
+    for split in ("train", "val"):
+        shutil.make_archive(str(tmp_path / "zip" / split), "zip", tmp_path / "c/train")
+    (tmp_path / "zip/classes.txt").write_text("3\n2\n1\n")  # orders the folders 1, 2 and 3; does not number them
+    train, _, loaders = sources(tmp_path / "zip")
+    assert loaders.classes == ["3", "2", "1"] and [train.path(i).split("/")[-2] for i in np.argsort(train.targets)] == ["3", "2", "1"]
     (tmp_path / "names.txt").write_text("3\n1\n")
     assert sources(tmp_path / "list b", "DATA.CLASS_NAMES", tmp_path / "names.txt")[0].targets.tolist() == [1, 0]
 

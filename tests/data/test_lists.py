@@ -126,6 +126,15 @@ def test_splits_of_a_list_and_the_rows_of_none(tmp_path: Path) -> None:
     path.write_text("image,label\n0.png,a\n")
     with pytest.raises(DataError, match="no image for validation"):  # not 0 of 0
         sources(path, *HALF)
+    for name in ("train.csv", "val.csv"):
+        (tmp_path / name).write_text("image,label\n0.png,a\n")
+    with pytest.raises(DataError, match=rf"val\.csv lies beside it: give their folder {tmp_path} "):
+        sources(tmp_path / "train.csv")
+    assert len(sources(tmp_path)[0]) == 1
+    os.mkfifo(tmp_path / "fifo.csv")
+    for place in (tmp_path / "fifo.csv", "/dev/zero"):
+        with pytest.raises(DataError, match="is a (pipe|device); give"):
+            judged(place)
 
 
 def test_blanks_and_commas_in_the_names_of_a_text_list(tmp_path: Path) -> None:
@@ -187,3 +196,8 @@ def test_splits_in_capital_letters(tmp_path: Path) -> None:
     assert judged(tmp_path, "TEST.SPLIT", "test")[0] == ["a", "a", "b", "b"]
     with pytest.raises(DataError, match="no split dev; --split test or train or val"):
         judged(tmp_path, "TEST.SPLIT", "dev")
+    (tmp_path / "VAL").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="no split val; --split test or train is there"):
+        judged(tmp_path)
+    with pytest.raises(DataError, match=r"no val/ .*DATA\.VAL_FRACTION 0\.1"):
+        sources(tmp_path)

@@ -60,6 +60,32 @@ def test_repeated_augmentation() -> None:
     assert sorted({k[2] for k in keys}) == [0, 1, 2]
 
 
+@pytest.mark.parametrize(("sampling", "draws"), [("natural", [190, 0, 40, 10]), ("balanced", [80, 0, 80, 80]),
+                                                 ("sqrt", [240 * root / (190 ** 0.5 + 40 ** 0.5 + 10 ** 0.5)
+                                                           for root in (190 ** 0.5, 0, 40 ** 0.5, 10 ** 0.5)])])
+def test_classes_are_sampled_as_often_as_asked(sampling: str, draws: list[float]) -> None:
+    """In every epoch, by images that come equally often; the same from any step on and for any number of ranks."""
+    targets = np.random.RandomState(0).permutation(np.repeat([0, 2, 3], [190, 40, 10]))
+    whole = StepSampler(240, 24, 6, 5, targets=targets, sampling=sampling)
+    assert whole.draws == pytest.approx(draws)
+    steps = list(whole)
+    for epoch in range(6):
+        keys = [key for step in steps[10 * epoch:10 * epoch + 10] for key in step]
+        assert len(set(keys)) == 240  # an image that comes again is augmented anew
+        times = np.bincount([index for _, index, _ in keys], minlength=240)
+        for number, expected in enumerate(draws):
+            assert abs(times[targets == number].sum() - expected) <= 1
+            assert not expected or np.ptp(times[targets == number]) <= 1
+    assert sampling == "natural" or len({tuple(sorted(index for _, index, _ in step)) for step in steps}) == 60
+    later = StepSampler(240, 24, 6, 5, targets=targets, sampling=sampling)
+    later.start = 27
+    assert list(later) == steps[27:]
+    ranks = [StepSampler(240, 24, 6, 5, rank, 3, targets=targets, sampling=sampling) for rank in range(3)]
+    assert sum((rank.keys(33) for rank in ranks), []) == steps[33]
+    twice = StepSampler(240, 24, 1, 5, repeats=2, targets=targets, sampling=sampling)
+    assert len({key for step in twice for key in step}) == 240
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 25])
 def test_evaluation_shards_cover_everything_once(world: int) -> None:
     seen = [i for rank in range(world) for batch in ShardSampler(19, 4, rank, world) for i in batch]
@@ -139,6 +165,25 @@ def test_batches_of_a_worker_lie_in_shared_memory_at_once(images: Path) -> None:
     if sys.platform.startswith("linux"):
         assert {type(p).__name__ for p in multiprocessing.active_children()} == {"ForkProcess"}
     loaders.close()
+
+
+def test_a_run_with_sampled_and_weighted_classes_resumes_to_the_same_bits(tiny_cfg: Path, program) -> None:
+    write_images(program.folder / "uneven", "train", dict(a=30, b=4, c=10))
+    write_images(program.folder / "uneven", "val", dict(a=3, b=3, c=3), seed=1)
+    command = ["--cfg", tiny_cfg, "--data-path", "uneven", "--opts", "DATA.SAMPLING", "sqrt", "TRAIN.CLASS_WEIGHTS", "balanced",
+               "TRAIN.SAVE_EVERY_STEPS", 3, "TRAIN.KEEP_CHECKPOINTS", 0, "TRAIN.REPORT", "none"]
+    whole = program(*command)
+    assert whole.returncode == 0 and re.search(r"class weights from \S+ \(a\) to \S+ \(b\)", whole.stdout), whole
+    folder = program.folder / "output/tiny/default"
+    full = load(folder / "last.pth")
+    for path in folder.glob("*.pth"):
+        if path.name != "ckpt_00000003.pth":
+            path.unlink()
+    again = program(*command)
+    assert again.returncode == 0 and "at step 3\n" in again.stdout, again
+    assert differences({k: full[k] for k in STATE}, {k: load(folder / "last.pth")[k] for k in STATE}) == []
+    refused = program("--resume", folder / "last.pth", "--epochs", 3, "--opts", "DATA.SAMPLING", "balanced")
+    assert refused.returncode == 2 and "DATA.SAMPLING changed from sqrt to balanced" in refused.stderr
 
 
 @pytest.mark.parametrize("where", ["worker", "device"])

@@ -15,6 +15,7 @@ from data_helpers import damages, write_tar
 
 from config import ConfigError, get_config
 from data import DataError, build_loaders
+from data.streaming.stream import Record, Stream
 from data.streaming.webdataset import open_shard_stream
 
 CLASSES = "abcd"
@@ -160,6 +161,17 @@ def test_a_damaged_shard_is_no_shorter_stream(images: Path, tmp_path: Path) -> N
         with pytest.raises(DataError, match="DATA.READ_PATIENCE"):
             list(stream.records([1]))
     assert len(tries) > 1
+
+
+def test_labels_are_names_first_and_numbers_of_shards_are_positions() -> None:
+    stream = Stream("x", [], 1, ["02", "01", "10"])
+    for label, at in (("01", 1), ("1", 1), (1, 1), ("10", 2), (2, 2), ("2", 0)):
+        assert stream.target(Record("n", b"", label)) == at, label
+    named = Stream("x", [], 1, ["cat", "dog"])
+    assert [named.target(Record("n", b"", label)) for label in ("dog", "1", "01", 0)] == [1, 1, 1, 0]
+    for label in ("cow", "9" * 5000, "-1", 2, -1):
+        with pytest.raises(DataError, match="none of the 2 classes"):
+            named.target(Record("n", b"", label))
 
 
 def test_what_is_missing_is_named(shards: list[object], parquet: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,9 +21,11 @@ from recipe import PROBE_INPUT, deterministic_input, deterministic_state, eps_pr
 from timm.models._manipulate import group_with_matcher
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 import models
-from config import get_config
+from config import KEY, ConfigError, get_config
+from models.build import build_model
 from models.safe_load import CheckpointError
 from models.weights import load_pretrained_file
 
@@ -547,3 +549,52 @@ def test_numbers_of_a_config_node(small: Small) -> None:
     for kwargs, message in small.wrong:
         with pytest.raises(ValueError, match=message):
             small(**kwargs)
+
+
+@pytest.mark.parametrize(("kind", "own", "changed", "words"), [
+    ("crossformer", "[1, 2]", "NUM_HEADS [3, 2]", "CROSSFORMER.NUM_HEADS is [3, 2]: a stage of width 16"),
+    ("crossformer", "[1, 2]", "INTERVAL [1]", "CROSSFORMER.INTERVAL has 1 entries for 2 stages"),
+    ("crossformer", "[1, 2]", "PATCH_SIZE [4, 7]", "CROSSFORMER.PATCH_SIZE is [4, 7]"),
+    ("crossformer", "[1, 2]", "PATCH_SIZE [2, 4, 6, 8, 10, 12, 14]", "too many kernels for 16 channels"),
+    ("crossformer", "[1, 2]", "MERGE_SIZE [[3]]", "CROSSFORMER.MERGE_SIZE is [3]"),
+    ("crossformer", "[1, 2]", "MLP_RATIO [1, 2, 3]", "CROSSFORMER.MLP_RATIO has 3 entries"),
+    ("crossformer", "[1, 2]", "MLP_RATIO 0.01", "leaves no hidden channel"),
+    ("swin", "[1, 2]", "NUM_HEADS [1]", "SWIN.NUM_HEADS has 1 entries for 2 stages"),
+    ("swin", "[1, 2]", "NUM_HEADS [3, 2]", "SWIN.NUM_HEADS is [3, 2]"),
+    ("swinv2", "[1, 2]", "NUM_HEADS [3, 2]", "SWINV2.NUM_HEADS is [3, 2]"),
+    ("swinv2", "[1, 2]", "PRETRAINED_WINDOW_SIZES [8]", "SWINV2.PRETRAINED_WINDOW_SIZES has 1 entries"),
+    ("swin_mlp", "[1, 2]", "NUM_HEADS [3, 2]", "SWIN_MLP.NUM_HEADS is [3, 2]"),
+    ("pvt_v2", "[1, 2]", "NUM_HEADS [3, 2]", "PVT_V2.NUM_HEADS is [3, 2]"),
+    ("pvt_v2", "[1, 2]", "SR_RATIOS [1]", "PVT_V2.SR_RATIOS has 1 entries for 2 stages"),
+    ("pvt", "[1, 2]", "SR_RATIOS [1, 2]", "PVT.SR_RATIOS ends with 2"),
+    ("cvt", "[1, 2]", "PATCH_PADDINGS [9, 1]", "CVT.PATCH_PADDINGS is [9, 1]"),
+    ("shunted", "[2, 2]", "SR_RATIOS [3, 1]", "SHUNTED.SR_RATIOS is [3, 1]"),
+    ("mpvit", "[4, 4]", "CRPE_WINDOWS [[2, 4]]", "odd kernel"),
+    ("galerkin", "[1, 2]", "MLP_RATIO 0.01", "GALERKIN.MLP_RATIO"),
+])
+def test_numbers_that_make_no_model_are_told_by_their_keys(kind: str, own: str, changed: str, words: str) -> None:
+    section = f"MODEL.{kind.upper()}"
+    numbers = dict(DEPTHS="[1, 1]", NUM_HEADS=own)
+    numbers |= dict(EMBED_DIM="16") if f"{section}.EMBED_DIM" in KEY else dict(EMBED_DIMS="[16, 32]", MLP_RATIOS="[2, 2]")
+    more = dict(crossformer=dict(GROUP_SIZE="[4, 4]", INTERVAL="[2, 1]"), shunted=dict(SR_RATIOS="[2, 1]"), pvt=dict(SR_RATIOS="[2, 1]"),
+                pvt_v2=dict(SR_RATIOS="[2, 1]"), mpvit=dict(NUM_PATHS="[2, 2]", CRPE_WINDOWS="[[3, 4]]"),
+                cvt=dict(PATCH_SIZES="[7, 3]", PATCH_STRIDES="[4, 2]", PATCH_PADDINGS="[2, 1]", KV_STRIDES="[2, 2]"))
+    numbers |= more.get(kind, {})
+
+    def config(**numbers: str) -> CfgNode:
+        pairs = [word for leaf, value in numbers.items() for word in (f"{section}.{leaf}", value)]
+        return get_config(opts=["MODEL.TYPE", kind, "MODEL.NAME", "own", "DATA.IMG_SIZE", "32", *pairs])
+
+    drawn = torch.get_rng_state()
+    with torch.device("meta"):
+        build_model(config(**numbers), 4)
+    assert torch.equal(drawn, torch.get_rng_state())
+    leaf, _, value = changed.partition(" ")
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        build_model(config(**numbers | {leaf: value}), 4)
+
+
+def test_a_model_larger_than_the_memory_is_told_before_it_is_built() -> None:
+    with pytest.raises(ConfigError, match=r"weights take [\d,.]+ GiB"):
+        build_model(get_config(opts=["MODEL.TYPE", "galerkin", "MODEL.GALERKIN.EMBED_DIM", "8192", "MODEL.GALERKIN.DEPTHS", "[9, 9, 9, 9]",
+                                     "MODEL.GALERKIN.NUM_HEADS", "[8, 8, 8, 8]"]), 4)

@@ -168,6 +168,7 @@ def test_mistakes_are_one_sentence(tiny_cfg: Path, program, monkeypatch: pytest.
         (["--plan", "--opts", "PLAN.MEMORY", "much"], ["PLAN.MEMORY", "a size such as 20GB"]),
         (["--plan", "--opts", "PLAN.SCRATCH", program.folder / "absent"], ["PLAN.SCRATCH", "name a folder"]),
         (["--fit", "--eval"], ["--fit", "--eval"]),
+        (["--fit", "--predict", "a.jpg"], ["leave it out with --predict"]),
         (["--global-batch", "-1"], ["TRAIN.GLOBAL_BATCH", "must not be negative"]),
         (["--fit", "--global-batch", "64", "--opts", "DATA.SUBSET", "0.4"], ["longer than an epoch", "--global-batch"]),
     ]

@@ -137,6 +137,7 @@ def test_predicted_reported_exported_and_planned(here: Path, program) -> None:
 @pytest.mark.parametrize("arguments, status, words", [
     (("--cfg", "cfg.yaml", "--tag", "x", "--opts", "TASK", "classification"), 2, "TASK multilabel"),
     (("--cfg", "cfg.yaml", "--tag", "x", "--opts", "TRAIN.BEST_METRIC", "top1"), 2, "map, f1, micro_f1, loss"),
+    (("--cfg", "cfg.yaml", "--tag", "x", "--opts", "TRAIN.CLASS_WEIGHTS", "balanced"), 2, "DATA.SAMPLING balanced"),
     (("--predict", "data/val1.png", "--resume", f"{RUN}/best.pth", "--opts", "TASK", "classification"), 2, "--opts TASK multilabel"),
     (("--eval", "--resume", f"{RUN}/best.pth", "--opts", "TEST.THRESHOLDS", "[0.5, 0.5]"), 2, "3 classes"),
     (("--eval", "--resume", f"{RUN}/best.pth", "--labels", "real"), 2, "TEST.LABELS"),

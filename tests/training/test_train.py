@@ -208,6 +208,27 @@ def test_a_hopeless_learning_rate_stops_with_a_verdict(tiny_cfg: Path, program) 
         assert all(torch.isfinite(t).all() for t in load(path)["model"].values())  # what was saved is sound
 
 
+def test_out_of_memory_advises_what_the_command_takes(trained: Path, tiny_cfg: Path, program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9.")
+
+    monkeypatch.setattr("utils.commands.evaluate.evaluate", refuse)
+    monkeypatch.setattr("utils.training.engine.backward", refuse)
+    rows = {"TEST.BATCH_SIZE 8": ("--eval", "--resume", trained / "best.pth"), "--fit": ("--cfg", tiny_cfg, "--tag", "oom")}
+    for words, arguments in rows.items():
+        done = program(*arguments)
+        assert done.returncode == 1 and done.stderr.startswith("error: out of memory; ") and words in done.stderr, done
+        assert ("--fit" in done.stderr) == (words == "--fit")
+    monkeypatch.undo()
+
+
+def test_a_rate_is_for_the_images_that_there_are(tiny_cfg: Path, program) -> None:
+    done = program("--cfg", tiny_cfg, "--batch-size", 4096, "--epochs", 1, "--opts", "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.REPORT", "none")
+    assert done.returncode == 0 and "of which the data fills 44; learning rate 0.05 x 0.0859375 = 0.00429688" in done.stdout, done
+    row = json.loads((program.folder / "output/tiny/default/steps.jsonl").read_text().splitlines()[0])
+    assert row["lr"] == pytest.approx(0.05 * 44 / 512)
+
+
 def test_throughput_needs_no_data(program) -> None:
     done = program("--throughput", "--batch-size", 2, "--img-size", 64, "--device", "cpu", "--precision", "fp32")
     assert done.returncode == 0, done.stderr

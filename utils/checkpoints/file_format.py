@@ -125,10 +125,10 @@ def with_found(config: CfgNode, content: Any, path: str) -> CfgNode:
     """``config`` with what the run of a checkpoint found in its data, where the config leaves it open (``config.FOUND_IN_DATA``)."""
     try:
         saved = config_from_text(content["config"]) if is_own(content) else config
-    except ConfigError:  # another version's; whoever needs the rest of it says so
+        found = {key: lookup(saved, key) for key in FOUND_IN_DATA if lookup(config, key) is None and lookup(saved, key) is not None}
+        return with_values(config, found, f"checkpoint {path}") if found else config
+    except ConfigError:  # another version's, or it does not fit; whoever needs the rest of it says so
         return config
-    found = {key: lookup(saved, key) for key in FOUND_IN_DATA if lookup(config, key) is None and lookup(saved, key) is not None}
-    return with_values(config, found, f"checkpoint {path}") if found else config
 
 
 def describe(config_text: str, classes: list[str], preprocessing: dict[str, Any], data_path: str, fingerprints: dict[str, str],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
@@ -32,9 +33,8 @@ def exit_status(work: Callable[[], int]) -> int:
 
 
 def _explain(error: Exception) -> int:
-    if not isinstance(error, ProgramError) and "torch" in sys.modules:
-        from utils.runtime.foreign_errors import translated
-        error = translated(error) or error
+    if not isinstance(error, ProgramError):
+        error = _translated(error) or error
     if not isinstance(error, ProgramError):
         if isinstance(error, OSError):
             where, why = error.filename or "file system", error.strerror or error
@@ -44,9 +44,23 @@ def _explain(error: Exception) -> int:
     return _say(str(error), error.exit_status, error.any_rank) if str(error) else error.exit_status
 
 
+def _translated(error: Exception) -> ProgramError | None:
+    try:
+        if "torch" in sys.modules:
+            from utils.runtime.foreign_errors import translated
+            return translated(error)
+    except (ImportError, MemoryError):
+        pass  # torch itself could not be loaded
+    # Python has an error for it; the loader of its libraries only has words.
+    unloaded = isinstance(error, ImportError) and any(words in str(error) for words in ("failed to map segment", "annot allocate memory"))
+    if unloaded or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return ProgramError("out of memory while the program was being loaded; raise the limit (ulimit -v) or free some")
+    return None
+
+
 def _say(sentence: str, status: int, any_rank: bool = False) -> int:
     """Say it once: rank 0, or with its place any rank that may be alone in its trouble."""
-    from utils.loggers.console import printable
+    from utils.loggers.console import plain
     rank, where = launcher.rank(), ""
     if launcher.of_several():
         where = f" (rank {rank})"
@@ -54,5 +68,5 @@ def _say(sentence: str, status: int, any_rank: bool = False) -> int:
             distributed.announce_failure(sentence)
             where = f" ({distributed.current_place()})"
     if rank == 0 or any_rank or launcher.local_rank() == 0:
-        print(f"error{where if rank or any_rank else ''}: {printable(sentence)}", file=sys.stderr, flush=True)
+        print(f"error{where if rank or any_rank else ''}: {plain(sentence)}", file=sys.stderr, flush=True)
     return status

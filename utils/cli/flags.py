@@ -13,6 +13,7 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("--data-set", "DATA.DATASET"),
         Flag("--batch-size", "DATA.BATCH_SIZE"),
         Flag("--img-size", "DATA.IMG_SIZE", "input size in pixels, or [height,width]"),
+        Flag("--in-chans", "MODEL.IN_CHANS", "channels of the images: 1 grey, 4 RGB with alpha, or the bands of TIFF files (3)"),
         Flag("--num-workers", "DATA.NUM_WORKERS", "DataLoader workers of each process"),
     ],
     "weights and runs": [

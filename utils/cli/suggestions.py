@@ -28,6 +28,25 @@ ELSEWHERE: list[tuple[str, str]] = [
     ("evaluate evaluation test validate val only-eval test-only", "--eval"),
     ("train do-train", "no flag: without --eval and the like it trains"),
     ("optimizer opt", "--optim"),
+    ("opt-eps", "--opts TRAIN.OPTIMIZER.EPS"),
+    ("opt-betas", "--opts TRAIN.OPTIMIZER.BETAS"),
+    ("opt-kwargs optim-args", "--opts TRAIN.OPTIMIZER.ARGS"),
+    ("llrd layer-wise-decay", "--opts TRAIN.LAYER_DECAY"),
+    ("warmup warmup-epoch", "--warmup-epochs"),
+    ("class-map class-names class-to-idx", "--opts DATA.CLASS_NAMES FILE, a line a class in the classifier's order (MODEL.CLASS_MAP is "
+     "another thing: rows of a larger pretrained classifier)"),
+    ("clip-mode", "nothing: gradients are clipped by their norm (--opts TRAIN.CLIP_GRAD)"),
+    ("eval-metric", "--opts TRAIN.BEST_METRIC"),
+    ("interpolation train-interpolation", "--opts DATA.INTERPOLATION"),
+    ("crop-pct", "--opts TEST.CROP (or False: squashed)"),
+    ("drop dropout", "--opts MODEL.DROP_RATE"),
+    ("aug-repeats repeated-aug", "--opts DATA.REPEATED_AUG"),
+    ("no-aug", "--opts AUG.AUTO_AUGMENT none AUG.COLOR_JITTER 0 AUG.REPROB 0 AUG.MIXUP 0 AUG.CUTMIX 0"),
+    ("pin-mem", "--opts DATA.PIN_MEMORY True"),
+    ("channels-last no-prefetcher", "nothing: it is chosen by the device"),
+    ("torchcompile torchscript", "--compile"),
+    ("log-wandb wandb", "--opts TRACKER wandb"),
+    ("recovery-interval save-interval", "--opts TRAIN.SAVE_EVERY_STEPS"),
     ("sched scheduler lr-scheduler", "--opts TRAIN.LR_SCHEDULER.NAME"),
     ("amp fp16 bf16 half native-amp", "--precision fp16 (or bf16, fp32)"),
     ("gpu gpus cuda gpu-id", "--device cuda:0, or torchrun --nproc_per_node for several"),
@@ -68,12 +87,21 @@ def unknown(word: str, parser: argparse.ArgumentParser) -> ConfigError:
     if f"--{name}" in shown:
         return ConfigError(f"unknown flag {flag}; did you mean {shown[f'--{name}']}?")
     key = name.replace("-", "_").upper()
-    if near := next((k for k in KEY if key in (k, k.rpartition(".")[2]) or flag.lstrip("-").upper() == k), None):
-        return ConfigError(f"unknown flag {flag}; it is a key: --opts {near} {value or '...'}")
-    close = difflib.get_close_matches(flag.replace("_", "-"), shown, n=4, cutoff=0.6)  # the closest first
+    if near := [k for k in KEY if key in (k, k.rpartition(".")[2]) or flag.lstrip("-").upper() == k]:
+        return ConfigError(f"unknown flag {flag}; it is a key: {_keys_to_set(near, value or '...')}")
+    close = difflib.get_close_matches(flag.replace("_", "-"), shown, n=4, cutoff=0.7)  # the closest first
     ratio = {option: difflib.SequenceMatcher(None, option, flag).ratio() for option in close}
     names = list(dict.fromkeys(shown[option] for option in close if ratio[option] > ratio[close[0]] - 0.15))[:3]
     return ConfigError(f"unknown flag {flag}" + (f"; did you mean {', '.join(names)}?" if names else "; see --help"))
+
+
+def _keys_to_set(keys: Sequence[str], value: str) -> str:
+    """``--opts KEY VALUE``, or the choice where several keys end alike: each family of models has its own numbers."""
+    families = [key for key in keys if key.count(".") == 2 and key.startswith("MODEL.")]
+    if len(families) > 1:
+        return (f"--opts MODEL.<FAMILY>.{families[0].rpartition('.')[2]} {value}, with the family of MODEL.TYPE "
+                f"({', '.join(key.split('.')[1] for key in families)})")
+    return " or ".join(f"--opts {key} {value}" for key in keys[:3])
 
 
 def _stray(word: str) -> str:

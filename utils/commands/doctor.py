@@ -225,4 +225,4 @@ class Progress:
     def say(text: str) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed: nobody wants to know
             if not is_live():
-                print(text, file=sys.stderr, flush=True)
+                print(plain(text), file=sys.stderr, flush=True)

@@ -43,7 +43,7 @@ class ExportError(ProgramError):
 
 
 class Normalised(nn.Module):
-    """A model that takes pixels: (N, 3, H, W), uint8, scaled to 0..1 and normalised inside."""
+    """A model that takes pixels: (N, C, H, W), uint8, scaled to 0..1 and normalised inside."""
 
     mean: Tensor
     std: Tensor
@@ -214,7 +214,8 @@ def _require_folder(path: str, config: CfgNode) -> None:
 def _hub_config(config: CfgNode, trained: Trained, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """What timm keeps beside weights."""
     prepare, own = preprocessing(config), dict(getattr(trained.model, "pretrained_cfg", None) or {})
-    kept = {key: own[key] for key in ("fixed_input_size", "first_conv", "classifier") if own.get(key) not in (None, "")}
+    known = ("fixed_input_size", "classifier", *(["first_conv"] if prepare["input_size"][0] == 3 else []))  # timm would adapt it again
+    kept = {key: own[key] for key in known if own.get(key) not in (None, "")}
     window = dict(window=prepare.pop("window")) if "window" in prepare else {}  # timm knows no such field of pretrained_cfg
     interpolation = "bicubic" if prepare["interpolation"] == "random" else prepare["interpolation"]
     described = {label: words for label, words in zip(trained.classes, trained.descriptions, strict=True) if words}
@@ -239,10 +240,12 @@ def _description(config: CfgNode, trained: Trained) -> dict[str, str]:
     prepare = preprocessing(config)
     resize = dict(squash="resize to the input's size, whatever the shape", border="resize until the whole image fits in, pad with the mean "
                   "colour").get(prepare["crop_mode"], "resize and crop")
+    channels = prepare["input_size"][0]
+    colours = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels") + f", (N, {channels}, H, W)"
     if config.EXPORT.PREPROCESS:
-        steps = f"{resize}; the model takes uint8 pixels of 0 to 255 in RGB, (N, 3, H, W), and normalises them itself"
+        steps = f"{resize}; the model takes uint8 pixels of 0 to 255 in {colours}, and normalises them itself"
     else:
-        steps = f"{resize}, divide by 255, subtract mean, divide by std; RGB, (N, 3, H, W), float32"
+        steps = f"{resize}, divide by 255, subtract mean, divide by std; {colours}, float32"
     if "window" in prepare:
         steps = f"images of more than 8 bits a channel: from {prepare['window']} to 0 and 255, clipped and rounded; {steps}"
     facts = dict(classes=trained.classes, preprocessing=dict(prepare, steps=steps), model=dict(name=config.MODEL.NAME, step=trained.step),
@@ -258,11 +261,11 @@ def _description(config: CfgNode, trained: Trained) -> dict[str, str]:
 
 def _example(config: CfgNode, batch: int) -> Tensor:
     """Noise like images: uint8 pixels, or what normalisation makes of them."""
-    _, height, width = preprocessing(config)["input_size"]
+    channels, height, width = preprocessing(config)["input_size"]
     generator = torch.Generator().manual_seed(batch)
     if config.EXPORT.PREPROCESS:
-        return torch.randint(0, 256, (batch, 3, height, width), generator=generator, dtype=torch.uint8)
-    return torch.randn(batch, 3, height, width, generator=generator)
+        return torch.randint(0, 256, (batch, channels, height, width), generator=generator, dtype=torch.uint8)
+    return torch.randn(batch, channels, height, width, generator=generator)
 
 
 def _largest_difference(config: CfgNode, model: nn.Module, again: Callable[[Tensor], Tensor], what: str) -> float:
@@ -289,6 +292,6 @@ def _verdict(worst: float, by: str) -> str:
 
 
 def _facts(config: CfgNode, path: str) -> str:
-    _, height, width = preprocessing(config)["input_size"]
+    channels, height, width = preprocessing(config)["input_size"]
     kind = "pixels, uint8" if config.EXPORT.PREPROCESS else "normalised, float32"
-    return f"{os.path.getsize(path) / 2**20:.1f} MiB; takes (N, 3, {height}, {width}), {kind}"
+    return f"{os.path.getsize(path) / 2**20:.1f} MiB; takes (N, {channels}, {height}, {width}), {kind}"

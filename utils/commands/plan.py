@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from config import ConfigError, image_size
+from config import ConfigError, image_size, input_channels
 from data import preprocessing
 from data.messages import Notice
 from models.safe_load import read_file
@@ -86,7 +86,7 @@ def _plan(ready: Prepared, logger: logging.Logger) -> None:
 def _model_line(ready: Prepared) -> str:
     model, (height, width) = ready.state.model, image_size(ready.config)
     with torch.compiler.set_stance("force_eager"):
-        gmacs = multiply_adds(model, (height, width)) / 1e9
+        gmacs = multiply_adds(model, (height, width), input_channels(ready.config)) / 1e9
     parameters = sum(p.numel() for p in model.parameters())
     return (f"model: {ready.config.MODEL.NAME}, {parameters / 1e6:.2f} M parameters, {gmacs:.3g} GMACs an image "
             f"of {height} x {width}, on {ready.device} in {ready.plan.precision.name}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from config import ConfigError, command_of, config_for_another_command, get_config, lookup, with_values
+from config import ConfigError, command_of, config_for_another_command, converted, get_config, lookup, with_values
 from data.build import has_label_sets
 from models.safe_load import CheckpointError
 from utils.checkpoints.exported import read_trained
@@ -82,4 +82,4 @@ def _asked_value(key: str, asked: CfgNode | None, opts: list[str]) -> Any:
 
 def _last_value(opts: list[str], key: str) -> Any:
     values = [value for name, value in zip(opts[::2], opts[1::2], strict=False) if name == key]
-    return values[-1] if values else ""
+    return converted(key, values[-1], f"--opts: {key}") if values else ""

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from yacs.config import CfgNode
 
-from config import ConfigError, image_size
+from config import ConfigError, image_size, input_channels
 from data import DataError, preprocessing
 from data.decoding.pillow import Reading, decode
+from data.layouts.input_paths import InputImages
 from data.transforms.build import build_eval_transform
+from data.transforms.pipeline import EvalPipeline
 from models import build_model, check_input_size, load_state
 from models.crossformer import CrossFormer
 from models.weights import check_finite, unwrap_state_dict
@@ -44,7 +46,7 @@ def show_attention(config: CfgNode, content: Any, device: torch.device, logger: 
     picture = _read(os.path.expanduser(config.SHOW.ATTENTION), config)
     model = _load(config, weights, content)
     prepare = preprocessing(config)
-    image = build_eval_transform(prepare)(picture)[None]
+    image = (build_eval_transform(prepare)(picture) if isinstance(picture, Image.Image) else picture)[None]
     found = attended(model, image, point)
     own, best = is_own(content), (model(image).sigmoid() if config.TASK == "multilabel" else model(image).softmax(-1))[0]
     predicted = int(best.argmax())
@@ -87,7 +89,12 @@ def _point(config: CfgNode) -> tuple[int, int]:
     return y, x
 
 
-def _read(path: str, config: CfgNode) -> Image.Image:
+def _read(path: str, config: CfgNode) -> Image.Image | torch.Tensor:
+    """The image, or of other channels than RGB what evaluation makes of it, (C, H, W)."""
+    if input_channels(config) != 3:
+        images = InputImages([path], {})
+        images.configure(Reading.of(config), config.DATA.READ_PATIENCE)
+        return EvalPipeline(build_eval_transform(preprocessing(config)), on_device=False)(images, 0)
     try:
         with open(path, "rb") as file:
             return decode(file.read(), path, Reading.of(config))

@@ -9,7 +9,7 @@ from typing import Any
 
 from data import DataError
 from utils.evaluation.metrics import Evaluation
-from utils.loggers.console import tell
+from utils.loggers.console import plain, tell
 from utils.runtime import distributed
 
 
@@ -17,7 +17,7 @@ def unreadable_image_reporter(logger: logging.Logger) -> Callable[[str], None]:
     """Where lines about bad images go: rank 0's to the log, those of a rank that has none to standard error."""
     if distributed.is_main():
         return lambda line: tell(logger, [line])
-    return lambda line: print(f"{line} (rank {distributed.rank()})", file=sys.stderr, flush=True)
+    return lambda line: print(f"{plain(line)} (rank {distributed.rank()})", file=sys.stderr, flush=True)
 
 
 def decoding(loader: Any) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from utils.runtime.files import csv_writer
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class PerClass:
     def csv(self, names: Sequence[str], classes: np.ndarray | None = None) -> str:
         """The table, a line a class, of all ``classes`` or those at the positions given."""
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        writer = csv_writer(text)
         writer.writerow(["class", "images", "correct", "recall", "precision", "f1", "answered", "mistaken_for", "times"])
         figures = np.stack([self.recall, self.precision, self.f1], axis=1)
         for i in range(len(names)) if classes is None else classes.tolist():

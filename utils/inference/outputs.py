@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import csv
 import io
 import json
 import logging
@@ -19,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from utils.loggers.console import plain, printable
-from utils.runtime.files import open_atomically, write_atomically
+from utils.runtime.files import csv_writer, open_atomically, write_atomically
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ class CsvTable:
     """A row an image: path, the format's columns (class_1, probability_1, ...), error."""
 
     def __init__(self, file: TextIO, form: PredictionFormat):
-        self.columns, self.rows = form.columns, csv.writer(file, lineterminator="\n")
+        self.columns, self.rows = form.columns, csv_writer(file)
         self.rows.writerow(["path", *self.columns, "error"])
 
     def add(self, prediction: Prediction) -> None:

@@ -20,11 +20,11 @@ _LEVELS = {NOTICE: ("notice", "cyan"), logging.WARNING: ("warning", "yellow"), l
 
 
 class _Lines(logging.Formatter):
-    """The name of a line's level before it, but for what is merely said."""
+    """The name of a line's level before it, but for what is merely said. A message is one line, whatever the names in it hold."""
 
     def format(self, record: logging.LogRecord) -> str:
         name, _ = _LEVELS.get(record.levelno, ("", ""))
-        return f"{name}: {record.getMessage()}" if name else record.getMessage()
+        return (f"{name}: " if name else "") + plain(record.getMessage())
 
 
 class _Console(logging.Handler):
@@ -43,7 +43,7 @@ class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if self.closed or self.is_redundant(record):
             return
-        line = printable(self.format(record))
+        line = self.format(record)
         _, tint = _LEVELS.get(record.levelno, ("", getattr(record, "colour", "")))
         if self.colour and tint:
             line = colored(line, tint)
@@ -78,7 +78,10 @@ def printable(text: str, kept: str = "\n\t") -> str:
 
 
 def plain(text: object) -> str:
-    """``text`` on one line, with what is not printable written out."""
+    """``text`` on one line, with what is not printable written out: the door that every line of the program goes through.
+
+    What a file or class name holds can then neither begin a line of its own, nor steer a terminal, nor be more than UTF-8 can hold.
+    """
     return printable(str(text), kept="")
 
 

@@ -54,11 +54,13 @@ class TensorBoard:
                     self.writer.add_scalar(name, value, step)
 
     def images(self, step: int, images: Tensor, mean: Tensor, std: Tensor) -> None:
-        """A grid of the first of ``images`` (B, 3, H, W), normalised, as the model is given them."""
+        """A grid of the first of ``images`` (B, C, H, W), normalised, as the model is given them: three channels, or one."""
         with self._writing():
             if self.writer is not None:
                 from torchvision.utils import make_grid
-                shown = images[:_GRID_IMAGES].detach().float().cpu() * std.view(3, 1, 1) + mean.view(3, 1, 1)
+                channels = 3 if images.shape[1] >= 3 else 1
+                shown = images[:_GRID_IMAGES, :channels].detach().float().cpu()
+                shown = shown * std[:channels].view(-1, 1, 1) + mean[:channels].view(-1, 1, 1)
                 scale = _GRID_SIDE / max(shown.shape[-2:])
                 if scale < 1:
                     shown = torch.nn.functional.interpolate(shown, scale_factor=scale, mode="bilinear", antialias=True)

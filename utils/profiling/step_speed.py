@@ -62,9 +62,9 @@ def measure(task: Task, config: CfgNode, device: torch.device, precision: Precis
         yield memory.line()
 
 
-def multiply_adds(model: nn.Module, size: tuple[int, int]) -> int:
+def multiply_adds(model: nn.Module, size: tuple[int, int], channels: int = 3) -> int:
     """Those of the forward pass of one image of ``size`` (height, width); leaves ``model`` in evaluation mode."""
-    images = torch.zeros(1, 3, *size, device=next(model.parameters()).device)
+    images = torch.zeros(1, channels, *size, device=next(model.parameters()).device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(images)
     return counter.get_total_flops() // 2

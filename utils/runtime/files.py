@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import os
 import re
@@ -12,7 +13,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from filelock import FileLock, Timeout
 
@@ -186,6 +187,21 @@ def move_file(scratch: str, path: str) -> None:
     else:
         with open(scratch, "rb") as file:
             write_atomically(place, lambda target: shutil.copyfileobj(file, target))
+
+
+class _Rows:
+    """What ``csv`` writes rows to that end in CR LF; they reach ``file`` with LF alone."""
+
+    def __init__(self, file: TextIO):
+        self.file = file
+
+    def write(self, row: str) -> None:
+        self.file.write(row.removesuffix("\r\n") + "\n")
+
+
+def csv_writer(file: TextIO) -> Any:
+    """A ``csv.writer`` of lines that end in LF; a name with a CR is quoted, as one with an LF is: readers take either for a line's end."""
+    return csv.writer(_Rows(file), lineterminator="\r\n")
 
 
 def link_atomically(target: str, link: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 from collections.abc import Callable, Iterator, Mapping
 
@@ -22,15 +23,20 @@ class OutOfMemory(ProgramError):
     any_rank = True
 
 
-def out_of_memory(error: Exception) -> OutOfMemory | None:
-    """The error of ours for one that torch raised for lack of memory; None for any other error."""
-    if not is_out_of_memory(error):
-        return None
-    return OutOfMemory("out of memory; add --fit, which takes a smaller micro-batch and keeps the recipe, or --use-checkpoint")
+def out_of_memory(error: Exception, remedy: str = "free some, or go where there is more") -> OutOfMemory | None:
+    """The error of ours, which advises ``remedy``, for one that torch raised for lack of memory; None for any other error."""
+    return OutOfMemory(f"out of memory; {remedy}") if is_out_of_memory(error) else None
+
+
+# As torch, its libraries and its workers say it where they raise no error of their own for it.
+_WORDS = ("not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "caught memoryerror", "out of memory",
+          "storage size calculation overflowed")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: not enough memory" in str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and not isinstance(error, ProgramError) and any(words in str(error).lower() for words in _WORDS)
 
 
 def available(device: torch.device, budget: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError, image_size
+from config import ConfigError, image_size, input_channels
 from data import Loaders, build_loaders
 from models import build_model
 from utils.checkpoints.file_format import is_own
@@ -190,5 +190,5 @@ def chosen_metric(config: CfgNode, known: Mapping[str, Metric], otherwise: str) 
 
 
 def noise(config: CfgNode, images: int, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Synthetic images (B, 3, H, W) of the config's size; the same on every device."""
-    return torch.randn(images, 3, *image_size(config), generator=generator).to(device)
+    """Synthetic images (B, C, H, W) of the config's size; the same on every device."""
+    return torch.randn(images, input_channels(config), *image_size(config), generator=generator).to(device)

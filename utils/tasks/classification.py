@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from utils.inference.evaluation_models import Flipped, Reordered
 from utils.inference.outputs import TopClasses
 from utils.inference.trained_model import Trained
 from utils.tasks.base import Batch, Task, chosen_metric, noise
+from utils.tasks.class_weights import class_weights
 from utils.tasks.classification_report import ClassificationReport
 
 
@@ -38,6 +40,7 @@ class Classification(Task):
         self.metrics = METRICS if self.best in METRICS else (*METRICS, self.best)
         self.tie_break = loss if self.best is not loss else None
         self.classes: Sequence[str] = ()  # of the data, once its loaders are there
+        self.weights: Tensor | None = None  # of the classes in training, likewise
 
     def build_loaders(self, config: CfgNode, rank: int = 0, world_size: int = 1, **options: Any) -> Loaders:
         loaders = super().build_loaders(config, rank, world_size, **options)
@@ -45,7 +48,18 @@ class Classification(Task):
         if self.best.name == "auroc" and len(self.classes) != 2:
             raise ConfigError(f"TRAIN.BEST_METRIC is auroc, which is of two classes, and {config.DATA.DATA_PATH} has {len(self.classes)}; "
                               "f1, kappa and mean_recall are of any number")
+        if loaders.train is not None:
+            self._weigh(config, loaders)
         return loaders
+
+    def _weigh(self, config: CfgNode, loaders: Loaders) -> None:
+        draws = loaders.train.batch_sampler.draws
+        images = None if draws is None else np.pad(draws, (0, len(self.classes) - len(draws)))
+        self.weights = class_weights(config, len(self.classes), images)
+        if self.weights is not None:
+            low, high = int(self.weights.argmin()), int(self.weights.argmax())
+            loaders.notices.append(f"class weights from {self.weights[low]:.3g} ({self.classes[low]}) to {self.weights[high]:.3g} "
+                                   f"({self.classes[high]})")
 
     def batch_transform(self, config: CfgNode, num_classes: int, rank: int) -> Callable[[Batch, int], Batch]:
         mixup = build_mixup(config, num_classes, rank)
@@ -61,7 +75,9 @@ class Classification(Task):
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         targets = self.targets(batch)
         smoothing = 0.0 if targets.is_floating_point() else self.smoothing  # mixed targets come smoothed already
-        return F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=smoothing)
+        if self.weights is not None and self.weights.device != outputs.device:
+            self.weights = self.weights.to(outputs.device)
+        return F.cross_entropy(outputs, targets, self.weights, reduction="sum", label_smoothing=smoothing)
 
     def evaluator(self, device: torch.device) -> SumEvaluator:
         return SumEvaluator(self.metrics, device, counted, detail, self._is_shown, self._caution)
@@ -76,8 +92,9 @@ class Classification(Task):
         if answer is None:
             return ""
         name = repr(self.classes[answer]) if self.classes else f"number {answer}"
-        return (f"every image is taken for the class {name}: top1 is its share of the images, and nothing is told apart yet; where that "
-                "stays so, train longer or with another --lr")
+        even = "; against uneven classes DATA.SAMPLING balanced helps, or TRAIN.CLASS_WEIGHTS" if uneven(sums["mean_recall"]) else ""
+        return (f"every image is taken for the class {name}: top1 is its share of the images, and nothing is told apart yet; where "
+                f"that stays so, train longer or with another --lr{even}")
 
     def prediction_log(self, loaders: Loaders) -> _PredictionLog | None:
         return _PredictionLog(loaders) if recordable(loaders.val) else None

@@ -50,8 +50,9 @@ def assemble(config: CfgNode, task: Task, model: nn.Module, device: torch.device
     fixed = freeze(model, config)
     model.to(device)
     state = TrainState(model, build_optimizer(config, model), precision.scaler, build_average(config, model))
+    global_batch = min(images, nominal_global_batch(config, world_size))  # a rate is for the images that there are
     plan = StepPlan(
-        task=task, schedule=build_schedule(config, steps_per_epoch, nominal_global_batch(config, world_size)), transform=transform,
+        task=task, schedule=build_schedule(config, steps_per_epoch, global_batch), transform=transform,
         precision=precision, device=device, micro_batch=config.DATA.BATCH_SIZE, images=images,
         clip=config.TRAIN.CLIP_GRAD or float("inf"), seed=config.SEED, rank=rank, world_size=world_size, fixed=fixed)
     return state, plan

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from config import ConfigError, ProgramError, image_size, with_values
+from config import ConfigError, ProgramError, image_size, input_channels, with_values
 from data.loading.workers import worker_count
 from data.messages import NOTICE
 from utils.checkpoints.state import TrainState
@@ -123,10 +123,10 @@ def search(sizes: Sequence[int], fits: Callable[[int], bool], measured: dict[int
 
 def _of_loading(config: CfgNode, local: int, device: torch.device) -> int:
     """Bytes of the batches that DataLoader workers hold ready; a matter of the CPU's memory alone."""
-    height, width = image_size(config)
+    (height, width), channels = image_size(config), input_channels(config)
     if device.type != "cpu":
         return 0
-    return worker_count(config.DATA.NUM_WORKERS, launcher.local_world_size()) * BATCHES_AHEAD * local * 3 * height * width * 4
+    return worker_count(config.DATA.NUM_WORKERS, launcher.local_world_size()) * BATCHES_AHEAD * local * channels * height * width * 4
 
 
 class Trial:

@@ -144,8 +144,9 @@ def introduce(ready: Prepared, logger: logging.Logger) -> None:
     logger.info(f"data {config.DATA.DATA_PATH} ({loaders.layout}): {len(loaders.train.dataset.source)} training and {val} validation "
                 f"images, {loaders.train.batch_sampler.steps_per_epoch} steps an epoch, {loaders.train.num_workers} workers; "
                 f"{loaders.train.dataset.pipeline.description()}")
+    short = f", of which the data fills {plan.images}" if plan.images < ready.global_batch else ""
     logger.info(f"global batch {ready.global_batch} = {config.DATA.BATCH_SIZE} images x {config.TRAIN.ACCUMULATION_STEPS} accumulated x "
-                f"{plan.world_size} processes; learning rate {config.TRAIN.BASE_LR:g} x {lr_scale(config, ready.global_batch):g} "
+                f"{plan.world_size} processes{short}; learning rate {config.TRAIN.BASE_LR:g} x {lr_scale(config, plan.images):g} "
                 f"= {schedule.base:g}, from {schedule.warmup:g} over {schedule.warmup_steps} steps, to {schedule.floor:g}")
     _warn_of_a_long_average(config, loaders.train.batch_sampler.total_steps, logger)
 

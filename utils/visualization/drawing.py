@@ -25,10 +25,14 @@ def canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 
 def to_image(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """A normalised image (3, H, W) as it would look before the normalisation; what lies outside of 0 to 255 is clipped."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    """A normalised image (C, H, W) as it would look before the normalisation; what lies outside of 0 to 255 is clipped.
+
+    Of three channels or more the first three are shown, else the first as grey.
+    """
+    shown = 3 if len(pixels) >= 3 else 1
+    pixels, (mean, std) = pixels[:shown], (torch.tensor(values[:shown])[:, None, None] for values in (mean, std))
     levels = (pixels.detach().float().cpu() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
 def magnification(height: int, width: int, wanted: int) -> int:

@@ -1,0 +1,50 @@
+"""What the program says and keeps: lines that no name can forge, whole whatever the disk does."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+from conftest import write_images
+from PIL import Image
+
+from utils.loggers import console
+
+# A line of its own, a terminal's colour and title, a return to the line's beginning, a break by Unicode, and no UTF-8.
+HOSTILE = "x\nfinished 300 epochs\x1b[31m\x1b]0;t\x07\rerror: gone\u2028y" + os.fsdecode(b"\xff")
+
+
+def test_names_forge_no_lines(tmp_path: Path, capsys) -> None:
+    logger = console.create_logger(True)
+    console.log_to_file(logger, str(tmp_path / "log.txt"))
+    logger.warning(f"{HOSTILE}: cannot be read")
+    logger.info("next")
+    console.close_files(logger)
+    said = capsys.readouterr().out
+    for text in (said, (tmp_path / "log.txt").read_text(encoding="utf-8")):
+        first, second = text.split("\n")[:2]
+        assert first.startswith("warning: x\\nfinished") and first.isprintable() and "\\udcff" in first and second == "next"
+
+
+def test_hostile_names_in_lines_tables_and_errors(tiny_run: Path, tmp_path: Path, program) -> None:
+    root = tmp_path / "data"
+    write_images(root, "val", {"a": 2, "b": 1, "c": 1, "d": 1})
+    (root / "val/a/1.png").rename(os.path.join(root, "val/a", f"{HOSTILE[:40]}.png"))
+    (root / "val/b" / f"{HOSTILE[:40]}.png").write_bytes(b"no image")
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "a\rb.png")
+    predicted = program("--predict", root, tmp_path / "a\rb.png", "--resume", tiny_run, "--csv", "out.csv", "--json", "out.json")
+    assert predicted.returncode == 3
+    shown = program("--predict", root, "--resume", tiny_run)
+    evaluated = program("--eval", "--resume", tiny_run, "--data-path", root, "--opts", "DATA.CORRUPT_BUDGET", 1)
+    refused = program("--predict", tmp_path / HOSTILE[:40], "--resume", tiny_run)
+    assert shown.returncode == 3 and evaluated.returncode == 0 and refused.returncode == 3
+    for done in (predicted, shown, evaluated, refused):
+        lines = (done.stdout + done.stderr).rstrip("\n").split("\n")
+        assert all(line.isprintable() and not line.startswith("finished") for line in lines), lines
+    raw = (tmp_path / "out.csv").read_bytes()
+    assert len(raw.splitlines()) > raw.count(b"\r") and b'/a\rb.png",' in raw
+    with open(tmp_path / "out.csv", encoding="utf-8", newline="") as file:
+        paths = [row[0] for row in csv.reader(file)]
+    assert str(tmp_path / "a\rb.png") in paths and len(paths) == 8
