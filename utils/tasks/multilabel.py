@@ -41,8 +41,8 @@ class Multilabel(Task):
         known = {"loss" if metric.name == "val_loss" else metric.name: metric for metric in METRICS}
         self.best, loss = chosen_metric(config, known, "map"), known["loss"]
         if config.TRAIN.CLASS_WEIGHTS != "none":
-            raise ConfigError(f"TRAIN.CLASS_WEIGHTS is for one class an image, and TASK is {config.TASK}; DATA.SAMPLING balanced shows images "
-                              "of rare labels more often")
+            raise ConfigError(f"TRAIN.CLASS_WEIGHTS is for one class an image, and TASK is {config.TASK}; DATA.SAMPLING balanced shows "
+                              "images of rare labels more often")
         self.tie_break = loss if self.best is not loss else None
         self.softening, self.given = config.MODEL.LABEL_SMOOTHING, config.TEST.THRESHOLDS
         self.found: list[float] = []  # by the last evaluation, or in the checkpoint
