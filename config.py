@@ -156,6 +156,18 @@ def _list_of(item: Callable[[Any], Any], what: str) -> Callable[[Any], list]:
 _ints, _floats, _strs = _list_of(_int, "whole numbers"), _list_of(_float, "numbers"), _list_of(_str, "texts")
 
 
+def _window(value: Any) -> list[float] | list[list[float]]:
+    value = _literal(value)
+    if isinstance(value, (list, tuple)) and any(isinstance(pair, (list, tuple)) for pair in value):
+        return [_floats(pair) for pair in value]
+    return _floats(value)
+
+
+def pairs_of(window: Sequence[Any]) -> Sequence[Sequence[float]]:
+    """The pairs of DATA.WINDOW: one, or one a band."""
+    return window if window and isinstance(window[0], (list, tuple)) else [window]
+
+
 def _int_lists(value: Any) -> list[list[int]]:
     value = _literal(value)
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, (list, tuple)) for v in value):
@@ -306,6 +318,8 @@ MILESTONES = Rule(lambda epochs: all(0 <= epoch <= 1_000_000 for epoch in epochs
 SECONDS = between(0, 10_000_000)  # which is four months; the system's clocks take no more than some centuries
 SHARES = Rule(lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1, "two shares, rising, in (0, 1]")
 RISING = Rule(lambda pair: len(pair) == 2 and 0.001 <= pair[0] <= pair[1] <= 1000, "two numbers, rising, between 0.001 and 1,000")
+WINDOW = Rule(lambda value: all(len(pair) == 2 and -1e30 <= pair[0] < pair[1] <= 1e30 for pair in pairs_of(value)),
+              "two numbers, rising, or such a pair a band")
 PAIR = Rule(lambda paths: len(paths) in (0, 2), "two are compared")
 CHANNELS = between(1, 1024)
 POSITIVE = Rule(lambda values: min(values, default=0) > 0, "numbers above 0, one a channel")
@@ -419,7 +433,8 @@ COMMANDS: tuple[Command, ...] = (
             Flag("--real-labels", "TEST.REAL_LABELS", "real.json, where another than timm's is to be used", metavar="FILE"),
             Flag("--per-class", "TEST.PER_CLASS", "CSV file for the figures of each class", metavar="FILE"),
             Flag("--test-flip", "TEST.FLIP", "evaluate the mean logits of each image and its mirror image", "logits"),
-        )),
+        ),
+        to_stdout=("PREDICT.CSV",)),
     Command(
         Flag("--compare", "COMPARE.FILES", "evaluate two checkpoints on the same images, with a paired test", several=True, metavar="FILE"),
         "compare.compare_run",
@@ -436,7 +451,8 @@ COMMANDS: tuple[Command, ...] = (
             "images to predict (--predict): files, folders, patterns, lists of them in .txt files; - is a list on standard input",
             Rule(all, "a path must not be empty")),
         Key("PREDICT.TOPK", 5, _int, "classes shown for an image, most probable first", AT_LEAST_1),
-        Key("PREDICT.CSV", "", _output, "table of the predictions, a row an image; - is standard output"),
+        Key("PREDICT.CSV", "", _output,
+            "table of the predictions, a row an image, or under --eval of the images not recognised; - is standard output"),
         Key("PREDICT.JSON", "", _output, "predictions as JSON, a line an image; - is standard output"),
         Key("PREDICT.FEATURES", "", _local,
             "pooled features before the classifier: FILE.npy or FILE.safetensors, with FILE.paths.json", ends_in(".npy", ".safetensors")),
@@ -445,7 +461,8 @@ COMMANDS: tuple[Command, ...] = (
         ),
         flags=(
             Flag("--topk", "PREDICT.TOPK", "classes shown for an image (5)", metavar="NUMBER"),
-            Flag("--csv", "PREDICT.CSV", "file for the predictions as a table; - is standard output", metavar="FILE"),
+            Flag("--csv", "PREDICT.CSV", "file for the predictions as a table, with --eval for the mistakes; - is standard output",
+                 metavar="FILE"),
             Flag("--json", "PREDICT.JSON", "file for the predictions, a line of JSON an image; - is standard output", metavar="FILE"),
             Flag("--features", "PREDICT.FEATURES", "file.npy or file.safetensors for the features before the classifier", metavar="FILE"),
             Flag("--sheet", "PREDICT.SHEET", "file.png for a picture of the images and their classes", metavar="FILE"),
@@ -547,8 +564,9 @@ KEYS: tuple[Key, ...] = (
     Key("TAG", "default", _str, "name of the run", FOLDER_NAME, scope=RUN),
     Key("SEED", 0, _int, "everything random derives from it: order, augmentation, mixup, dropout, initialisation", NOT_NEGATIVE),
     Key("TASK", "auto", _str,
-        "what is learned: one class an image, or several labels; auto: several where a list, unambiguously, has them",
-        words=("auto", "classification", "multilabel")),
+        "what is learned: one class an image; several labels (multilabel); the pixels of masked squares, to start a classifier from "
+        "(simmim; SimMIM's files set it); auto: several labels where a list, unambiguously, has them, else one class",
+        words=("auto", "classification", "multilabel", "simmim")),
     Key("DEVICE", "auto", _str,
         "cuda:1 is the second GPU; auto takes CUDA, then MPS, then the CPU", words=("auto", "cpu", "cuda", "mps"), scope=PROCESS),
     Key("PRECISION", "auto", _str,
@@ -590,9 +608,9 @@ KEYS: tuple[Key, ...] = (
     Key("DATA.STD", None, _optional(_floats),
         "channel deviations of the normalisation; None is the model's, else ImageNet's, or for other channels than RGB the data's",
         POSITIVE),
-    Key("DATA.WINDOW", None, _optional(_floats),
-        "values that are black and white in images of more than 8 bits a channel, e.g. [0, 4095]; None finds them in the data",
-        Rule(lambda pair: len(pair) == 2 and -1e30 <= pair[0] < pair[1] <= 1e30, "two numbers, rising")),
+    Key("DATA.WINDOW", None, _optional(_window),
+        "values that are black and white in images of more than 8 bits a channel, e.g. [0, 4095], of more than 4 bands also a pair each; "
+        "None finds them in the data", WINDOW),
     Key("DATA.MASK_PATCH_SIZE", 32, _int, "TASK simmim: side in pixels of the squares that are masked", KERNEL),
     Key("DATA.MASK_RATIO", 0.6, _float, "TASK simmim: share of the squares that are masked",
         Rule(lambda share: 0 < share < 1, "it must lie between 0 and 1")),
@@ -813,6 +831,9 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.BEST_METRIC", "auto", _str,
         "what decides which checkpoint is the best; of equals the one with the lower loss is; auto: top1, for several labels an image map; "
         "auroc is of two classes", choices=("auto", "top1", "loss", "mean_recall", "f1", "kappa", "auroc", "map", "micro_f1")),
+    Key("TRAIN.PATIENCE", 0, _int,
+        "epochs without a better evaluation (TRAIN.BEST_METRIC) after which a run ends early; the schedule stays that of TRAIN.EPOCHS "
+        "(0: never)", NOT_NEGATIVE, scope=RUN),
     Key("TRAIN.CLASS_WEIGHTS", "none", _class_weights,
         "of classes in the training loss: the rarer the heavier, in full or by their effective numbers of images (effective:0.99 less "
         "so), or a list in the classes' order; an image weighs 1 on average (classification)",
@@ -1174,6 +1195,11 @@ def _merge_file(root: CfgNode, path: str, stack: tuple[str, ...] = (), merged: l
             _set(root, key, value, where, f"base {where}" if stack else where)
 
 
+# What SimMIM's pre-training does to images, where nothing else is asked for (the paper's section 4.1.1): crops and flips alone.
+_SIMMIM_AUGMENTATION = {"AUG.SCALE": [0.67, 1.0], "AUG.AUTO_AUGMENT": "none", "AUG.COLOR_JITTER": 0.0, "AUG.REPROB": 0.0, "AUG.MIXUP": 0.0,
+                        "AUG.CUTMIX": 0.0}
+
+
 def _finish(root: CfgNode, opts: Sequence[str] | None) -> CfgNode:
     opts = list(opts or [])
     if len(opts) % 2:
@@ -1182,6 +1208,12 @@ def _finish(root: CfgNode, opts: Sequence[str] | None) -> CfgNode:
         if key == "BASE":
             raise ConfigError(f"--opts: BASE is read in YAML files only; give that file by --cfg {quoted(raw)}")
         _set(root, key, raw, "--opts", COMMAND_LINE)
+    if "TASK" not in history(root) and root.MODEL.NAME.startswith("simmim_pretrain"):  # theirs is a program of its own
+        _set(root, "TASK", "simmim", "MODEL.NAME", "derived from MODEL.NAME")
+    if root.TASK == "simmim":
+        for key, value in _SIMMIM_AUGMENTATION.items():
+            if key not in history(root):
+                _set(root, key, value, "TASK", "derived from TASK")
     if root.TRAIN.LR_SCHEDULER.WARMUP_PREFIX is None:
         _set(root, "TRAIN.LR_SCHEDULER.WARMUP_PREFIX", root.MODEL.TYPE != "crossformer", "MODEL.TYPE", "derived from MODEL.TYPE")
     check(root)
@@ -1310,6 +1342,9 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
     for key, values in (("DATA.MEAN", config.DATA.MEAN), ("DATA.STD", config.DATA.STD)):
         if values is not None and len(values) != channels:
             yield key, f"{channels} number{'s' * (channels != 1)}, one a channel"
+    pairs = pairs_of(config.DATA.WINDOW or [0, 1])
+    if len(pairs) != 1 and (channels <= 4 or len(pairs) != channels):
+        yield "DATA.WINDOW", "one pair for all bands" + (f", or {channels} pairs" if channels > 4 else "")
     if channels != 3 and config.DATA.DECODER == "pillow":
         yield "DATA.DECODER", f"Pillow prepares images of 3 channels, not of {channels}; set it to auto"
     if train.MIN_LR > train.BASE_LR:
@@ -1321,5 +1356,5 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
     if config.DATA.FOLD and config.DATA.VAL_FRACTION:
         yield "DATA.FOLD", "it takes the place of DATA.VAL_FRACTION; set that to 0"
     for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET"):
-        if lookup(config, key) and not predict.PATHS:
-            yield key, "it goes with --predict, which says what images to predict"
+        if lookup(config, key) and not predict.PATHS and not (key == "PREDICT.CSV" and config.EVAL_MODE):
+            yield key, "it goes with --predict, which says what images to predict" + (", or with --eval" if key == "PREDICT.CSV" else "")

@@ -188,7 +188,7 @@ def _open_sources(config: CfgNode, root: str, splits: Sequence[str],
     class_file, sources = resolve_data_file(config.DATA.CLASS_NAMES, root), {}
     for split in (name for name in ("train", "val") if name in layout.open):
         source = layout.open[split]()
-        if source.labels is not None and not options.keys.several:
+        if source.labels is not None and config.TASK in ("auto", "classification"):
             mark = source.labels.separator
             raise ConfigError(f"{source.root}: its images have several labels ({first_few(source.classes, 3)}), and TASK is {config.TASK}; "
                               "give --opts TASK multilabel" + (f", or, where {mark!r} is part of the name of one class, --opts "

@@ -9,6 +9,8 @@ import math
 import numpy as np
 from PIL import Image
 
+from data.decoding.deep import as_number
+
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -17,8 +19,8 @@ def is_tiff(data: bytes) -> bool:
     return data[:4] in _MAGIC
 
 
-def read_bands(data: bytes, channels: int) -> np.ndarray:
-    """The values of a TIFF file, (H, W, channels); bands may be samples of a pixel, planes or pages.
+def read_bands(data: bytes, channels: int) -> tuple[np.ndarray, float | None]:
+    """(the values of a TIFF file, (H, W, channels), that of pixels which hold none); bands may be samples of a pixel, planes or pages.
 
     Raises:
         ValueError: tifffile is missing, or the file has another number of bands, or more pixels than Pillow would open.
@@ -36,12 +38,13 @@ def read_bands(data: bytes, channels: int) -> np.ndarray:
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and math.prod(shape) > 2 * limit * channels:
             raise ValueError(f"{math.prod(shape) // channels} pixels, which may be a decompression bomb")
-        values = series.asarray()
+        values, tag = series.asarray(), file.pages[0].tags.get("GDAL_NODATA")
     values = values.reshape(shape) if at is None else np.moveaxis(values.reshape(shape), at, -1)
     values = values.reshape(*(size for size in values.shape if size != 1 or values.ndim <= 3)) if at is not None else values[..., None]
     if values.ndim != 3 or values.dtype.kind not in "buif":
         raise ValueError(f"{values.dtype} values of the axes {axes}")
-    return values.astype(np.uint8) * 255 if values.dtype.kind == "b" else values.astype(values.dtype.newbyteorder("="))
+    values = values.astype(np.uint8) * 255 if values.dtype.kind == "b" else values.astype(values.dtype.newbyteorder("="))
+    return values, as_number(tag.value if tag is not None else None)
 
 
 def _band_axis(axes: str, shape: tuple[int, ...], channels: int) -> int | None:

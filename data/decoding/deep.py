@@ -14,8 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-Window = tuple[float, float]  # the values that are black and white
+# The values that are black and white, of all channels or of each.
+Window = tuple[float, float] | tuple[tuple[float, float], ...]
 
+_NO_DATA = 0xA481  # tag of GDAL's: the value of pixels that hold none
 _BITS_PER_SAMPLE, _PLANES, _ORIENTATION = 0x0102, 0x011C, 0x0112
 _OTHER_ENDIAN = ";16B" if sys.byteorder == "little" else ";16L"
 # From the suffix of Pillow's raw mode, which takes the high bytes, to that which takes the low ones.
@@ -30,12 +32,14 @@ class Stored(NamedTuple):
         alpha: (H, W) uint8; None for an opaque image.
         mode: Pillow's of these channels: L, RGB or CMYK.
         window: that of the type, for unsigned numbers of 16 bits; other types have none.
+        no_data: the value of pixels that hold none, where a TIFF file says so.
     """
 
     values: np.ndarray
     alpha: np.ndarray | None
     mode: str
     window: Window | None
+    no_data: float | None = None
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -72,8 +76,23 @@ def stored_values(image: Image.Image, data: bytes) -> Stored | None:
 
 
 def eight_bits(values: np.ndarray, window: Window) -> np.ndarray:
-    """``values`` as uint8: the window's ends are 0 and 255, what lies outside is clipped, not-a-number is black."""
+    """``values`` (H, W, C) as uint8: the window's ends are 0 and 255, what lies outside is clipped, not-a-number is black."""
+    if isinstance(window[0], tuple):
+        return np.stack([eight_bits(values[..., band], own) for band, own in enumerate(window)], axis=-1)
     return _table(window)[values] if values.dtype == np.uint16 else _scaled(values.astype(np.float64), window)
+
+
+def no_data_of(image: Image.Image) -> float | None:
+    """The value of pixels that hold none, where a TIFF file names one."""
+    return as_number(getattr(image, "tag_v2", {}).get(_NO_DATA))
+
+
+def as_number(text: object) -> float | None:
+    """The number in a tag's text; None where there is none."""
+    try:
+        return float(str(text).strip("\0 "))
+    except ValueError:
+        return None
 
 
 def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -118,11 +137,11 @@ def _grey(image: Image.Image) -> Stored:
     image.load()
     values = np.asarray(image)
     if image.mode.startswith("I;16") or image.format == "PPM" and image.mode == "I":  # Pillow scales PPM's own white to 65535
-        return Stored(values.astype(np.uint16)[..., None], _keyed(image, values), "L", (0.0, 65535.0))
+        return Stored(values.astype(np.uint16)[..., None], _keyed(image, values), "L", (0.0, 65535.0), no_data_of(image))
     tags = getattr(image, "tag_v2", {})
     if image.mode == "I" and tags.get(_BITS_PER_SAMPLE) == (32,) and tags.get(0x0153, (1,))[0] == 1:
         values = values.view(np.uint32)
-    return Stored(values[..., None], None, "L", None)
+    return Stored(values[..., None], None, "L", None, no_data_of(image))
 
 
 def _keyed(image: Image.Image, values: np.ndarray) -> np.ndarray | None:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from yacs.config import CfgNode
 
-from config import input_channels
+from config import input_channels, pairs_of
 from data.decoding.bands import is_tiff, read_bands
 from data.decoding.deep import Stored, Window, eight_bits, in_planes, orientation_of, stored_values, turned
 from data.errors import UnreadableImage
@@ -46,7 +46,8 @@ class Reading(NamedTuple):
     @classmethod
     def of(cls, config: CfgNode) -> Reading:
         """By DATA.EXIF, DATA.WINDOW and the model's input channels."""
-        return cls(config.DATA.EXIF, tuple(config.DATA.WINDOW) if config.DATA.WINDOW else None, input_channels(config))
+        window = tuple(map(tuple, pairs_of(config.DATA.WINDOW))) if config.DATA.WINDOW else None
+        return cls(config.DATA.EXIF, window[0] if window is not None and len(window) == 1 else window, input_channels(config))
 
 
 AS_STORED = Reading()
@@ -135,8 +136,8 @@ def _open(data: bytes, channels: int) -> tuple[Image.Image | None, Stored | None
     except Image.UnidentifiedImageError:
         if not is_tiff(data):
             raise
-    values = read_bands(data, channels)
-    return None, Stored(values, None, _MODES.get(channels, ""), (0.0, 65535.0) if values.dtype == np.uint16 else None)
+    values, no_data = read_bands(data, channels)
+    return None, Stored(values, None, _MODES.get(channels, ""), (0.0, 65535.0) if values.dtype == np.uint16 else None, no_data)
 
 
 def _has_own_bands(image: Image.Image, channels: int) -> bool:

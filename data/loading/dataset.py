@@ -50,10 +50,16 @@ class BatchedImages(Dataset):
 
     Attributes:
         pipe: batches leave a DataLoader worker as numpy arrays through a pipe, not in shared memory.
+        target_of: a sample's target as a function of its key, in place of its class; set it before the first batch.
     """
+
+    target_of: Callable[[Key], int] | None = None
 
     def __init__(self, source: Source, pipeline: Pipeline, pipe: bool):
         self.source, self.pipeline, self.pipe = source, pipeline, pipe
+
+    def _target(self, key: Key, label: int | np.ndarray) -> int | np.ndarray:
+        return label if self.target_of is None else self.target_of(key)
 
     def _allocate(self, size: int) -> Tensor:
         """Uninitialised rows for ``size`` images; in a worker in shared memory from the start, so that they are never copied."""
@@ -76,7 +82,8 @@ class BatchedImages(Dataset):
     def _eval_batch(self, items: Iterable[T], size: int, read: Callable[[T, Tensor, list[Failure]], int | np.ndarray | None]) -> Batch:
         """A batch of ``size`` rows; ``read(item, row, failures)`` fills one and returns its target, or None: the row then counts as
         padding, which is zeros with the target -1, or of several labels -1 each."""
-        images, failures, count, labels = self._allocate(size), [], 0, self.source.labels
+        images, failures, count = self._allocate(size), [], 0
+        labels = self.source.labels if self.target_of is None else None
         targets = torch.full((size,), -1) if labels is None else torch.full((size, labels.table.shape[1]), -1, dtype=torch.int8)
         for item in items:
             target = read(item, images[count], failures)
@@ -112,7 +119,7 @@ class TrainImages(BatchedImages):
         index = key[1]
         seed_generators(self.seed, key)
         image = self.pipeline(self.source, index, out)
-        target = self.source.target_of(index)
+        target = self._target(key, self.source.target_of(index))
         return (*image, target) if isinstance(image, tuple) else (image, target)
 
 
@@ -132,4 +139,4 @@ class EvalImages(BatchedImages):
 
     def _read(self, index: int, row: Tensor, failures: list[Failure]) -> int | np.ndarray | None:
         image = self.corrupt_policy.read(index, failures, lambda index: self.pipeline(self.source, index, row))
-        return None if image is None else self.source.target_of(index)
+        return None if image is None else self._target((0, index, 0), self.source.target_of(index))

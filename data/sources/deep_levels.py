@@ -6,12 +6,14 @@ each image's own would make two shots of one scene differ: so the range is that 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
+from config import pairs_of
 from data.decoding.deep import Stored, Window, eight_bits
 from data.decoding.pillow import Reading, decode_stored
 from data.errors import DataError, UnreadableImage
@@ -26,7 +28,11 @@ _OUTLIERS = 0.1  # percent of the pixels at each end that a window may leave out
 _EIGHT_BITS = (".jpg", ".jpeg", ".webp", ".bmp", ".gif")  # formats without deep images are not opened
 
 T = TypeVar("T")
-Sample = tuple[float, float, np.ndarray]  # an image's lowest and highest value, and some of its values
+# An image's lowest and highest values (C,) and some of its values (N, C), as floats that may be NaN: C is 1 for grey and colour, which have
+# one window, and the number of bands for images of more than four, whose bands may hold quite different quantities.
+Sample = tuple[np.ndarray, np.ndarray, np.ndarray]
+_OWN_WINDOWS = 5  # bands from which each has a window
+_LARGEST = 1e30  # floats beyond stand for missing values
 
 
 @dataclass(frozen=True)
@@ -52,15 +58,17 @@ class DeepLevels:
 
     def messages(self) -> list[Message]:
         """For the log; the doctor has findings of its own for them."""
-        black, white = self.window
-        found: list[Message] = [Notice(f"there are images of more than 8 bits a channel: {black:g} is black and {white:g} white in all of "
-                                       "them (DATA.WINDOW)", "deep")]
+        found: list[Message] = [Notice(f"there are images of more than 8 bits a channel; black to white is {self.words()}, in "
+                                       "all of them (DATA.WINDOW)", "deep")]
         return [*found, Caution(f"{self.loss()}{self.advice()}", "few-levels")] if self.few else found
 
+    def words(self) -> str:
+        """Such as ``from 0 to 4095``, or that of each band."""
+        return ", ".join(f"from {low:g} to {high:g}" for low, high in pairs_of(self.window))
+
     def loss(self) -> str:
-        """Such as ``of the 4,096 values of deep images 16 levels remain``."""
-        return (f"of {self.stored:,} values or more in images of more than 8 bits a channel, {self.levels} levels remain between "
-                f"{self.window[0]:g} and {self.window[1]:g}")
+        """Such as ``of 4,096 values or more ... 16 levels remain``, of the band that loses most."""
+        return f"of {self.stored:,} values or more in images of more than 8 bits a channel, {self.levels} levels remain {self.words()}"
 
     def advice(self) -> str:
         return f"; --opts {window_option(self.better)} uses more" if self.better is not None else "; give a range with DATA.WINDOW"
@@ -68,7 +76,8 @@ class DeepLevels:
 
 def window_option(window: Window) -> str:
     """KEY and VALUE as a shell takes them."""
-    return f"DATA.WINDOW '[{window[0]:.7g}, {window[1]:.7g}]'"
+    pairs = [f"[{low:.7g}, {high:.7g}]" for low, high in pairs_of(window)]
+    return f"DATA.WINDOW '{pairs[0] if len(pairs) == 1 else '[' + ', '.join(pairs) + ']'}'"
 
 
 def settle_reading(source: Source, reading: Reading, patience: float, timeout: float, given: bool = True) -> DeepLevels | None:
@@ -105,15 +114,31 @@ def find_levels(source: Source, window: Window | None = None, timeout: float = 0
 
 
 def levels_of(samples: Iterable[Sample], window: Window | None = None) -> DeepLevels | None:
-    """The levels of images by their ``sample``; None of none.
-
-    The window is the whole range of the values, unless that leaves few levels and the range without outliers leaves more.
-    """
+    """The levels of images by their ``sample``; None of none. Of several bands each has a window, and the worst counts are told."""
     samples = list(samples)
     if not samples:
         return None
-    values = np.concatenate([sample for _, _, sample in samples])
-    low, high = min(low for low, _, _ in samples), max(high for _, high, _ in samples)
+    count = samples[0][0].size
+    own = [None] * count if window is None else list(pairs_of(window)) * (count if len(pairs_of(window)) == 1 else 1)
+    bands = [_levels_of_band(*(np.concatenate([part[..., band] for part in parts], axis=None) for parts in zip(*samples, strict=True)),
+                             own[band]) for band in range(count)]
+    if count == 1:
+        return bands[0]
+    worst, better = min(bands, key=lambda band: (not band.few, band.levels)), None
+    if any(band.better is not None for band in bands):
+        better = tuple(band.better or band.window for band in bands)
+    return DeepLevels(window or tuple(band.window for band in bands), worst.levels, worst.stored, better)
+
+
+def _levels_of_band(lows: np.ndarray, highs: np.ndarray, values: np.ndarray, window: Window | None) -> DeepLevels:
+    """By the lowest and highest value of each image and some values of all; NaN is none.
+
+    The window is the whole range of the values, unless that leaves few levels and the range without outliers leaves more.
+    """
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return DeepLevels(window or (0.0, 1.0), 0, 0, None)
+    low, high = float(np.nanmin(lows)), float(np.nanmax(highs))
     whole = window or (low, high if high > low else low + 1)
     levels, better = _count(values, whole), None
     if levels < FEWEST_LEVELS:
@@ -127,12 +152,19 @@ def levels_of(samples: Iterable[Sample], window: Window | None = None) -> DeepLe
 
 def sample(stored: Stored) -> Sample | None:
     """An image's range and some of its values, the same at every call; None where none of them is a number."""
-    values = stored.values.ravel()
-    values = values[np.isfinite(values)] if values.dtype.kind == "f" else values
-    if not len(values):
-        return None
-    some = values if len(values) <= _PIXELS else values[np.random.RandomState(0).randint(0, len(values), _PIXELS)]
-    return float(values.min()), float(values.max()), some.astype(np.float64)
+    bands = stored.values.shape[2]
+    values = stored.values.reshape(-1, bands if bands >= _OWN_WINDOWS else 1)
+    most = _PIXELS if values.shape[1] == 1 else _PIXELS // 4
+    places = slice(None) if len(values) <= most else np.random.RandomState(0).randint(0, len(values), most)
+    if values.dtype.kind == "f" or stored.no_data is not None:
+        values = values.astype(np.float64)
+        values[~(np.abs(values) < _LARGEST) | (values == stored.no_data)] = np.nan
+        if np.isnan(values).all():
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of a band without a number
+            return np.nanmin(values, axis=0), np.nanmax(values, axis=0), values[places]
+    return values.min(axis=0).astype(np.float64), values.max(axis=0).astype(np.float64), values[places].astype(np.float64)
 
 
 def _count(values: np.ndarray, window: Window) -> int:

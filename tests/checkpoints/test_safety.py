@@ -172,7 +172,8 @@ def limit_files(process: subprocess.Popen[str], size: int) -> None:
 
 
 def test_full_disk_keeps_what_was_saved_and_training_goes_on(tiny_cfg: Path, tmp_path: Path) -> None:
-    """Checkpoints, log, metrics and TensorBoard fail, each is told once; with room again the next save succeeds."""
+    """Checkpoints, log, metrics and TensorBoard fail, each is told once; with room again nothing is missing."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     process = start("--cfg", tiny_cfg, "--epochs", 4000, "--warmup-epochs", 1, "--opts", "TRAIN.SAVE_EVERY_STEPS", 7, cwd=tmp_path)
     folder = tmp_path / "output/tiny/default"
     wait_for(folder / "log.txt", "epoch 4/4000")
@@ -182,7 +183,8 @@ def test_full_disk_keeps_what_was_saved_and_training_goes_on(tiny_cfg: Path, tmp
         said += process.stdout.readline()
     for what in ("was not saved", "log.txt: cannot be written", "metrics.jsonl: cannot be written"):
         assert what in said, said[-1000:]
-    assert said.count("log.txt: cannot be written") == 1 and said.count("TensorBoard curves end here") <= 1
+    for name in ("log.txt", "steps.jsonl", "metrics.jsonl", "events.out"):
+        assert len(re.findall(rf"{name}\S*: cannot be written", said)) == 1, name
     kept = sorted(int(path.stem[5:]) for path in folder.glob("ckpt_*.pth"))
     assert kept and kept[-1] < 100 and not list(folder.glob(".tmp-*"))  # from before; nothing half-written
     assert all(load(path)["step"] for path in folder.glob("*.pth"))
@@ -196,6 +198,13 @@ def test_full_disk_keeps_what_was_saved_and_training_goes_on(tiny_cfg: Path, tmp
     assert process.returncode == 75, err
     rows = [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(1, len(rows) + 1))  # the lines that could not be written then are there now
+    assert [int(number) for number in re.findall(r"^epoch (\d+)/4000 step 5/5 ", (folder / "log.txt").read_text(), re.M)] == rows
+    assert [row.split(",")[0] for row in (folder / "metrics.csv").read_text().splitlines()] == ["epoch", *map(str, rows)]
+    steps = [json.loads(line)["step"] for line in (folder / "steps.jsonl").read_text().splitlines()]
+    assert len(steps) == len(set(steps)) >= 2 * len(rows) and "Traceback" not in said + out + err
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    assert len(board.Scalars("val/top1")) == len(rows)
 
 
 def test_a_last_save_that_fails_is_told_by_the_exit_status(tiny_cfg: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from data import build_loaders
 from data.decoding.pillow import Reading, decode, decode_pixels, decode_stored, from_rgb
 from data.errors import DataError, UnreadableImage
 from data.sources.channel_statistics import measure_channels
+from data.sources.deep_levels import find_levels, window_option
 from data.sources.folder import scan_flat
 from data.transforms import device_transforms, randaugment
 from data.transforms.build import build_train_transform
@@ -164,8 +165,8 @@ def test_thirteen_bands_from_training_to_export(tmp_path: Path, monkeypatch, cap
     saved = load(Path(checkpoint))
     config = config_from_text(saved["config"])
     assert len(config.DATA.MEAN) == len(config.DATA.STD) == saved["preprocessing"]["input_size"][0] == 13
-    assert config.DATA.WINDOW[1] > 3500
-    assert config.DATA.MEAN[12] > config.DATA.MEAN[0] + 0.1 and saved["model"]["patch_embed.projs.0.weight"].shape[1] == 13
+    assert len(config.DATA.WINDOW) == 13 and config.DATA.WINDOW[12][1] > 3500 > 2300 > config.DATA.WINDOW[0][1]
+    assert saved["preprocessing"]["window"] == config.DATA.WINDOW and saved["model"]["patch_embed.projs.0.weight"].shape[1] == 13
     assert "ColorIncreasing" in (log := capsys.readouterr()).out + log.err
     assert main.main(["--eval", "--resume", checkpoint]) == 0
     image = "data/val/green/0.tif"
@@ -175,7 +176,7 @@ def test_thirteen_bands_from_training_to_export(tmp_path: Path, monkeypatch, cap
     assert described["pretrained_cfg"]["input_size"] == [13, 32, 32] and described["pretrained_cfg"]["mean"] == config.DATA.MEAN
     prepare, (_, val) = described["pretrained_cfg"], next(iter(build_loaders(config_from_text(saved["config"]), splits=("val",)).val))
     assert val.tolist()[:4] == [0, 0, 1, 1] and prepare["std"] == config.DATA.STD
-    pixels = decode_pixels(Path(image).read_bytes(), "x", Reading(window=tuple(config.DATA.WINDOW), channels=13))
+    pixels = decode_pixels(Path(image).read_bytes(), "x", Reading.of(config))
     bands = [Image.fromarray(pixels[..., i]).resize((40, 36), Image.Resampling.BICUBIC) for i in range(13)]  # 36 is 32 x 256 / 224
     pixels = (np.stack([np.asarray(b)[2:34, 4:36] for b in bands]) / 255 - np.array(prepare["mean"])[:, None, None]) \
         / np.array(prepare["std"])[:, None, None]
@@ -205,6 +206,34 @@ def test_pretrained_weights_are_adapted_as_timm_does(tiny_run: Path, tmp_path: P
     name = "patch_embed.projs.0.weight"
     before, after = load(tiny_run)["ema"][name], load(tmp_path / "output/tiny/default/last.pth")["model"][name]
     assert torch.allclose(after, before.sum(1, keepdim=True), atol=1e-5)
+
+
+def test_each_of_many_bands_has_its_own_window_and_missing_values_none(tmp_path: Path) -> None:
+    generator = np.random.RandomState(0)
+    values = generator.randint(0, 10000, (6, 30, 30)).astype(np.float32)
+    values[4] = generator.randint(10, 200, (30, 30))  # one window for all would leave it five levels
+    values[5] = np.nan
+    values[:, :9] = -9999
+    values[0, 20] = -3.4e38
+    tag = [(42113, "s", 0, "-9999", True)]
+    (tmp_path / "0.tif").write_bytes(tiff(values, photometric="minisblack", extratags=tag))
+    source = scan_flat(str(tmp_path))
+    source.configure(Reading(channels=6), 0)
+    found = find_levels(source)
+    kept = [np.where(np.abs(band) > 9998.5, np.nan, band) for band in values[:5]]
+    assert found.window == (*((np.nanmin(band), np.nanmax(band)) for band in kept), (0.0, 1.0)) and not found.few
+    pixels = decode_pixels(source.read(0), "x", Reading(window=found.window, channels=6))
+    assert len(np.unique(pixels[..., 4])) > 150 and not pixels[:9].any() and not pixels[20, :, 0].any()
+    given = find_levels(source, (0.0, 10000.0))
+    assert given.few and given.levels < 10 and len(given.better) == 6
+    written = window_option(given.better).partition(" ")[2].strip("'")
+    assert get_config(None, ["MODEL.IN_CHANS", "6", "DATA.WINDOW", written]).DATA.WINDOW[4] == list(found.window[4])
+    for bad in ("[[0, 1], [0, 1]]", "[[0, 1], 2]", "[3, 1]", "[]"):
+        with pytest.raises(ConfigError, match=r"DATA\.WINDOW"):
+            get_config(None, ["MODEL.IN_CHANS", "6", "DATA.WINDOW", bad])
+    grey = encoded(Image.fromarray(values[0]), "TIFF", tiffinfo={42113: "-9999"})
+    (tmp_path / "0.tif").write_bytes(grey)
+    assert find_levels(scan_flat(str(tmp_path))).window == found.window[0]
 
 
 def test_statistics_of_channels(tmp_path: Path) -> None:

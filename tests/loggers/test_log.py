@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import write_images
 from PIL import Image
 
 from utils.loggers import console
+from utils.runtime.files import Appended
 
 # A line of its own, a terminal's colour and title, a return to the line's beginning, a break by Unicode, and no UTF-8.
 HOSTILE = "x\nfinished 300 epochs\x1b[31m\x1b]0;t\x07\rerror: gone\u2028y" + os.fsdecode(b"\xff")
@@ -48,3 +50,36 @@ def test_hostile_names_in_lines_tables_and_errors(tiny_run: Path, tmp_path: Path
     with open(tmp_path / "out.csv", encoding="utf-8", newline="") as file:
         paths = [row[0] for row in csv.reader(file)]
     assert str(tmp_path / "a\rb.png") in paths and len(paths) == 8
+
+
+def test_a_partial_line_is_taken_back(tmp_path: Path) -> None:
+    """A disk that fills within a line, for a moment, for longer than what is kept, and to the end."""
+    path, told = tmp_path / "steps.jsonl", []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def room(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    file = Appended(str(path), told.append)
+    try:
+        file.write(b"one\n")
+        room(6)
+        file.write(b"two\n")
+        file.write(b"three\n")
+        assert path.read_bytes() == b"one\n" and len(told) == 1
+        room(before[1])
+        file.write(b"four\n")
+        assert path.read_bytes() == b"one\ntwo\nthree\nfour\n" and len(told) == 1
+        room(1)
+        file.write(b"five\n")
+        room(before[1])
+        file.close()  # without a further line
+        assert path.read_bytes().endswith(b"four\nfive\n") and len(told) == 2
+        room(1)
+        file._MOST = 10
+        for _ in range(3):
+            file.write(b"123456\n")
+        file.close()
+        assert "is lost" in told[-1] and path.read_bytes().endswith(b"five\n")
+    finally:
+        room(before[0])

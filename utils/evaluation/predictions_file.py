@@ -16,7 +16,7 @@ from data.sources.index_cache import NPZ_ERRORS
 from utils.evaluation.statistics import BINS, bins_of, expected_calibration_error
 from utils.runtime.files import write_atomically
 
-FILE = "predictions.npz"
+FILE, MISTAKES = "predictions.npz", "mistakes.csv"
 MOST_IMAGES = 200_000
 
 

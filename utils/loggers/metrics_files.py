@@ -9,7 +9,7 @@ import logging
 import os
 from typing import Any
 
-from utils.runtime.files import replace_file
+from utils.runtime.files import Appended, append_whole, replace_file
 
 LOGGER = logging.getLogger("trainer")
 
@@ -23,7 +23,7 @@ RECORDS = (CONFIG, SOURCES, EPOCHS, TABLE, STEPS, EVENTS, EVIDENCE, LOG)
 class JsonLines:
     """Appends a line of JSON a row. On resume, lines beyond the step of the checkpoint are cut off, and half a line that a kill left.
 
-    Lines that cannot be written now (disk full) are kept and written with the next.
+    Lines that cannot be written now (disk full) are kept and written with the next, or when it is closed.
 
     Attributes:
         last: the last row that the file held when it was opened, cut off or not.
@@ -31,8 +31,7 @@ class JsonLines:
 
     def __init__(self, path: str, step: float, logger: logging.Logger = LOGGER, sync: bool = True):
         """``sync``: every line reaches the disk before ``write`` returns."""
-        self.path, self.logger, self.sync = path, logger, sync
-        self._waiting, self._failing = "", False
+        self.path, self._file = path, Appended(path, logger.warning, sync)
         text = _text(path)
         found = [(row, line) for line in text.splitlines() if (row := _row(line)) is not None]
         kept = "".join(line + "\n" for row, line in found if row["step"] <= step)
@@ -41,47 +40,45 @@ class JsonLines:
             replace_file(path, kept.encode())
 
     def write(self, row: dict[str, Any]) -> None:
-        self._waiting += json.dumps(row, allow_nan=False) + "\n"
-        try:
-            size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
-            with open(self.path, "a", encoding="utf-8") as file:
-                try:
-                    file.write(self._waiting)
-                    file.flush()
-                    if self.sync:
-                        os.fsync(file.fileno())
-                except OSError:
-                    os.truncate(self.path, size)  # no half line
-                    raise
-        except OSError as error:
-            if not self._failing:
-                self.logger.warning(f"{self.path}: cannot be written ({error.strerror}); its lines are kept for later")
-            self._failing = True
-        else:
-            self._waiting, self._failing = "", False
+        self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class MetricsLog:
     """``metrics.jsonl``, a line an epoch, and the same rows in ``metrics.csv``, whose columns grow as needed."""
 
     def __init__(self, folder: str, step: int, logger: logging.Logger = LOGGER):
-        self.lines = JsonLines(os.path.join(folder, EPOCHS), step, logger)
+        self.lines, self.logger = JsonLines(os.path.join(folder, EPOCHS), step, logger), logger
         self.table, self.rows = os.path.join(folder, TABLE), read_rows(self.lines.path)
         self._columns: list[str] = []  # of the file as it stands; none: it must be written again
+        self._behind = False
 
     def write(self, row: dict[str, Any]) -> None:
         self.lines.write(row)
         self.rows.append(row)
         try:
             if self._columns and row.keys() <= set(self._columns):
-                with open(self.table, "a", encoding="utf-8", newline="") as file:
-                    file.write(_csv(self._columns, [row]))
-                return
-            columns = list(dict.fromkeys(key for row in self.rows for key in row))
-            replace_file(self.table, (_csv(columns, [dict(zip(columns, columns, strict=True))]) + _csv(columns, self.rows)).encode())
-            self._columns = columns
-        except OSError:  # metrics.jsonl has told it; the next row writes the table again
-            self._columns = []
+                append_whole(self.table, _csv(self._columns, [row]).encode())
+            else:
+                self._write_table()
+            self._behind = False
+        except OSError:  # metrics.jsonl has told it; the next row, or ``close``, writes the table again
+            self._columns, self._behind = [], True
+
+    def _write_table(self) -> None:
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        replace_file(self.table, (_csv(columns, [dict(zip(columns, columns, strict=True))]) + _csv(columns, self.rows)).encode())
+        self._columns = columns
+
+    def close(self) -> None:
+        self.lines.close()
+        if self._behind:
+            try:
+                self._write_table()
+            except OSError as error:
+                self.logger.warning(f"{self.table}: cannot be written ({error.strerror}); {EPOCHS} has the same rows")
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:

@@ -204,6 +204,63 @@ def csv_writer(file: TextIO) -> Any:
     return csv.writer(_Rows(file), lineterminator="\r\n")
 
 
+def append_whole(path: str, content: bytes, sync: bool = False) -> None:
+    """Add ``content`` at the end of a file: all of it, or on an ``OSError`` (a full disk) none; with ``sync`` it has reached the disk."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        size, left = os.fstat(descriptor).st_size, memoryview(content)
+        try:
+            while left:
+                left = left[os.write(descriptor, left):]
+            if sync:
+                os.fsync(descriptor)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, size)
+            error.filename = path
+            raise
+    finally:
+        os.close(descriptor)
+
+
+class Appended:
+    """A file that grows by pieces which are there whole, in order: those that cannot be written now are kept, and go with the next.
+
+    Args:
+        tell: takes a line about the file: once when it cannot be written, and again should pieces be lost.
+    """
+
+    _MOST = 64 << 20  # bytes kept
+
+    def __init__(self, path: str, tell: Callable[[str], None], sync: bool = False):
+        self.path, self.tell, self.sync = path, tell, sync
+        self._waiting, self._failing = bytearray(), False
+
+    def write(self, piece: bytes) -> None:
+        if len(self._waiting) + len(piece) > self._MOST:
+            self._waiting.clear()
+            self.tell(f"{self.path}: cannot be written for too long; what it should have had meanwhile is lost")
+        self._waiting += piece
+        before, error = self._failing, self._flush()
+        self._failing = error is not None
+        if error is not None and not before:
+            self.tell(f"{self.path}: cannot be written ({error.strerror}); what it lacks is kept for later")
+
+    def _flush(self) -> OSError | None:
+        try:
+            append_whole(self.path, bytes(self._waiting), self.sync)
+        except OSError as error:
+            return error
+        self._waiting.clear()
+        return None
+
+    def close(self) -> None:
+        """Try once more where something is waiting."""
+        if self._waiting and (error := self._flush()) is not None:
+            self._waiting.clear()
+            self.tell(f"{self.path}: cannot be written ({error.strerror}); what it lacks is lost")
+
+
 def link_atomically(target: str, link: str) -> None:
     """Make ``link`` lead to ``target``, a file of the same folder, replacing what it led to in one move."""
     with _temporary_beside(link) as scratch:

@@ -14,6 +14,7 @@ from utils.tasks.base import Task
 TASKS = {
     "classification": ("utils.tasks.classification", "Classification"),
     "multilabel": ("utils.tasks.multilabel", "Multilabel"),
+    "simmim": ("utils.tasks.simmim", "MaskedImages"),
 }
 
 
