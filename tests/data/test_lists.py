@@ -72,6 +72,12 @@ def test_a_list_as_people_have_it(names: list[str], table: str, keys: tuple, tmp
     assert listed(tmp_path, *keys) == dict(enumerate(BREEDS))
 
 
+def test_a_spreadsheets_number_is_the_file_whose_name_has_zeros_in_front(tmp_path: Path) -> None:
+    write_numbers(tmp_path / "train_images", ["0007.png", "0010.png", "7.png", "x0010.png"])
+    (tmp_path / "train.csv").write_text("id,breed\n10,pug\n7,pug\n")
+    assert listed(tmp_path / "train.csv") == {1: "pug", 2: "pug"}
+
+
 def test_hugging_faces_metadata_beside_the_images_of_a_split(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         write_numbers(tmp_path / split, [f"{i}.png" for i in SIX])
