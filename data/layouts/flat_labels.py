@@ -100,7 +100,8 @@ def _labelled(source: Source, path: str, rows: Sequence[Row], keys: ListKeys) ->
         found += of_image[:1]
     if missing:
         require_labels(source, path, rows)
-        raise DataError(f"{path}: has no label for {len(missing)} of the {len(source)} images of {source.root} ({first_few(missing, 3)})")
+        raise DataError(f"{path}: has no label for {len(missing)} of the {len(source)} images of {source.root} ({first_few(missing, 3)}); "
+                        "take them out, or use the images that the list names alone with --data-set lists")
     source.classes, source.targets = encode_labels([row.label for row in found])
     source = find_label_sets(source, keys)
     require_labels(source, path, found)
