@@ -433,7 +433,8 @@ COMMANDS: tuple[Command, ...] = (
             Flag("--real-labels", "TEST.REAL_LABELS", "real.json, where another than timm's is to be used", metavar="FILE"),
             Flag("--per-class", "TEST.PER_CLASS", "CSV file for the figures of each class", metavar="FILE"),
             Flag("--test-flip", "TEST.FLIP", "evaluate the mean logits of each image and its mirror image", "logits"),
-        )),
+        ),
+        to_stdout=("PREDICT.CSV",)),
     Command(
         Flag("--compare", "COMPARE.FILES", "evaluate two checkpoints on the same images, with a paired test", several=True, metavar="FILE"),
         "compare.compare_run",
@@ -450,7 +451,8 @@ COMMANDS: tuple[Command, ...] = (
             "images to predict (--predict): files, folders, patterns, lists of them in .txt files; - is a list on standard input",
             Rule(all, "a path must not be empty")),
         Key("PREDICT.TOPK", 5, _int, "classes shown for an image, most probable first", AT_LEAST_1),
-        Key("PREDICT.CSV", "", _output, "table of the predictions, a row an image; - is standard output"),
+        Key("PREDICT.CSV", "", _output,
+            "table of the predictions, a row an image, or under --eval of the images not recognised; - is standard output"),
         Key("PREDICT.JSON", "", _output, "predictions as JSON, a line an image; - is standard output"),
         Key("PREDICT.FEATURES", "", _local,
             "pooled features before the classifier: FILE.npy or FILE.safetensors, with FILE.paths.json", ends_in(".npy", ".safetensors")),
@@ -459,7 +461,8 @@ COMMANDS: tuple[Command, ...] = (
         ),
         flags=(
             Flag("--topk", "PREDICT.TOPK", "classes shown for an image (5)", metavar="NUMBER"),
-            Flag("--csv", "PREDICT.CSV", "file for the predictions as a table; - is standard output", metavar="FILE"),
+            Flag("--csv", "PREDICT.CSV", "file for the predictions as a table, with --eval for the mistakes; - is standard output",
+                 metavar="FILE"),
             Flag("--json", "PREDICT.JSON", "file for the predictions, a line of JSON an image; - is standard output", metavar="FILE"),
             Flag("--features", "PREDICT.FEATURES", "file.npy or file.safetensors for the features before the classifier", metavar="FILE"),
             Flag("--sheet", "PREDICT.SHEET", "file.png for a picture of the images and their classes", metavar="FILE"),
@@ -560,7 +563,9 @@ KEYS: tuple[Key, ...] = (
     Key("OUTPUT", "output", _local, "folder of all runs; a run lives in OUTPUT/MODEL.NAME/TAG", NO_CONTROLS, scope=PROCESS),
     Key("TAG", "default", _str, "name of the run", FOLDER_NAME, scope=RUN),
     Key("SEED", 0, _int, "everything random derives from it: order, augmentation, mixup, dropout, initialisation", NOT_NEGATIVE),
-    Key("TASK", "classification", _str, "what is learned: classification"),
+    Key("TASK", "classification", _str,
+        "what is learned: classification; simmim, the pixels of masked squares, to start a classifier from (SimMIM's files set it)",
+        words=("classification", "simmim")),
     Key("DEVICE", "auto", _str,
         "cuda:1 is the second GPU; auto takes CUDA, then MPS, then the CPU", words=("auto", "cpu", "cuda", "mps"), scope=PROCESS),
     Key("PRECISION", "auto", _str,
@@ -822,6 +827,9 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.BEST_METRIC", "top1", _str,
         "what decides which checkpoint is the best; of equals the one with the lower loss is; auroc is of two classes (classification)",
         choices=("top1", "loss", "mean_recall", "f1", "kappa", "auroc")),
+    Key("TRAIN.PATIENCE", 0, _int,
+        "epochs without a better evaluation (TRAIN.BEST_METRIC) after which a run ends early; the schedule stays that of TRAIN.EPOCHS "
+        "(0: never)", NOT_NEGATIVE, scope=RUN),
     Key("TRAIN.CLASS_WEIGHTS", "none", _class_weights,
         "of classes in the training loss: the rarer the heavier, in full or by their effective numbers of images (effective:0.99 less "
         "so), or a list in the classes' order; an image weighs 1 on average (classification)",
@@ -926,26 +934,27 @@ def describe_keys() -> str:
 LARGEST_CONFIG = 1 << 18  # bytes of a YAML file; all keys with their values have 16,000
 
 
-def read_text_file(path: str, most: int) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark.
+def require_regular(path: str) -> None:
+    """Raise ``OSError`` unless ``path`` is a regular file: a pipe or a device might never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is a folder" if os.path.isdir(path) else "is no regular file", path)
+
+
+def read_text_file(path: str, most: int, errors: str = "strict") -> str:
+    """The text of a file in UTF-8, with or without a byte order mark; ``errors`` as ``bytes.decode`` has it.
 
     Raises:
-        OSError: unreadable, no regular file (reading a pipe or a device might never end), of more than ``most`` bytes or in another
-            encoding; ``strerror`` says so.
+        OSError: unreadable, no regular file, of more than ``most`` bytes or in another encoding; ``strerror`` says so.
     """
-    def refused(why: str) -> OSError:
-        return OSError(errno.EINVAL, why, path)
-
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise refused("is a folder" if os.path.isdir(path) else "is no regular file")
+    require_regular(path)
     with open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise refused(f"is larger than {most:,} bytes")
+        raise OSError(errno.EFBIG, f"is larger than {most:,} bytes", path)
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
-        raise refused(f"is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        raise OSError(errno.EILSEQ, f"is not UTF-8 at byte {error.start}; save it as UTF-8", path) from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -1178,6 +1187,11 @@ def _merge_file(root: CfgNode, path: str, stack: tuple[str, ...] = (), merged: l
             _set(root, key, value, where, f"base {where}" if stack else where)
 
 
+# What SimMIM's pre-training does to images, where nothing else is asked for (the paper's section 4.1.1): crops and flips alone.
+_SIMMIM_AUGMENTATION = {"AUG.SCALE": [0.67, 1.0], "AUG.AUTO_AUGMENT": "none", "AUG.COLOR_JITTER": 0.0, "AUG.REPROB": 0.0, "AUG.MIXUP": 0.0,
+                        "AUG.CUTMIX": 0.0}
+
+
 def _finish(root: CfgNode, opts: Sequence[str] | None) -> CfgNode:
     opts = list(opts or [])
     if len(opts) % 2:
@@ -1186,6 +1200,12 @@ def _finish(root: CfgNode, opts: Sequence[str] | None) -> CfgNode:
         if key == "BASE":
             raise ConfigError(f"--opts: BASE is read in YAML files only; give that file by --cfg {quoted(raw)}")
         _set(root, key, raw, "--opts", COMMAND_LINE)
+    if "TASK" not in history(root) and root.MODEL.NAME.startswith("simmim_pretrain"):  # theirs is a program of its own
+        _set(root, "TASK", "simmim", "MODEL.NAME", "derived from MODEL.NAME")
+    if root.TASK == "simmim":
+        for key, value in _SIMMIM_AUGMENTATION.items():
+            if key not in history(root):
+                _set(root, key, value, "TASK", "derived from TASK")
     if root.TRAIN.LR_SCHEDULER.WARMUP_PREFIX is None:
         _set(root, "TRAIN.LR_SCHEDULER.WARMUP_PREFIX", root.MODEL.TYPE != "crossformer", "MODEL.TYPE", "derived from MODEL.TYPE")
     check(root)
@@ -1328,5 +1348,5 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
     if config.DATA.FOLD and config.DATA.VAL_FRACTION:
         yield "DATA.FOLD", "it takes the place of DATA.VAL_FRACTION; set that to 0"
     for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET"):
-        if lookup(config, key) and not predict.PATHS:
-            yield key, "it goes with --predict, which says what images to predict"
+        if lookup(config, key) and not predict.PATHS and not (key == "PREDICT.CSV" and config.EVAL_MODE):
+            yield key, "it goes with --predict, which says what images to predict" + (", or with --eval" if key == "PREDICT.CSV" else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # What a seed is for: the second part of every derivation, so that no two purposes share a random stream.
 ORDER, AUGMENT, MIXUP, DROPOUT, INIT = range(1, 6)
-REPLACE = 101
+REPLACE, MASK = 101, 102
 
 _MASK = (1 << 64) - 1
 

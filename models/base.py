@@ -168,17 +168,23 @@ class Stage(nn.Module):
 
 
 class MergingModel(HierarchicalModel):
-    """Base of models in Swin's layout: ``patch_embed``, then ``layers``, each a ``Stage``, its output taken before the merging."""
+    """Base of models in Swin's layout: ``patch_embed``, ``pos_drop``, then ``layers``, each a ``Stage``, whose output is taken before the
+    merging."""
 
+    patch_embed: nn.Module
+    pos_drop: nn.Module
     layers: nn.ModuleList
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Image (B, 3, H, W) to tokens (B, H/patch, W/patch, C)."""
-        raise NotImplementedError
+    def place(self, tokens: Tensor) -> Tensor:
+        """What comes between the embedding of patches and the first block, (B, H/patch, W/patch, C) -> the same."""
+        return self.pos_drop(tokens)
 
     def forward_stages(self, x: Tensor, last: int) -> list[Tensor]:
-        """(B, 3, H, W) -> outputs of stages 0..last, (B, H/patch, W/patch, C) first, each before its merging."""
-        x = self.embed(x)
+        """(B, 3, H, W) -> outputs of stages 0..last, (B, H/patch, W/patch, C) first (rounded up), each before its merging."""
+        return self.run_stages(self.place(self.patch_embed(x)), last)
+
+    def run_stages(self, x: Tensor, last: int) -> list[Tensor]:
+        """As ``forward_stages``, from the first block's tokens."""
         outputs: list[Tensor] = []
         for index, stage in enumerate(self.layers[:last + 1]):
             if index:

@@ -238,12 +238,11 @@ class CrossFormer(MergingModel):
         tables = {name for name, _ in self.named_parameters() if name.endswith("attn.pos.table")}
         return tables | ({"absolute_pos_embed"} if self.absolute_pos_embed is not None else set())
 
-    def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, H/4, W/4, C), rounded up."""
-        x = self.patch_embed(x)
+    def place(self, tokens: Tensor) -> Tensor:
+        """(B, H/4, W/4, C) -> the same, with absolute positions where the model has them."""
         if self.absolute_pos_embed is not None:
-            x = x + self.absolute_positions(x.shape[1], x.shape[2])
-        return self.pos_drop(x)
+            tokens = tokens + self.absolute_positions(tokens.shape[1], tokens.shape[2])
+        return self.pos_drop(tokens)
 
     def absolute_positions(self, height: int, width: int) -> Tensor:
         """The absolute embedding for a map of that size, (1, H, W, C)."""

@@ -184,10 +184,6 @@ class GalerkinTransformer(MergingModel):
         self.head = make_head(widths[-1], num_classes)
         self.apply(init_weights)
 
-    def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, H/patch, W/patch, C), rounded up."""
-        return self.pos_drop(self.patch_embed(x))
-
 
 def init_weights(module: nn.Module) -> None:
     """As ``init_linear``, but the projections to queries, keys and values start near a hundredth of the identity, as the paper's

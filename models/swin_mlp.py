@@ -97,10 +97,6 @@ class SwinMLP(MergingModel):
         self.head = make_head(widths[-1], num_classes)
         self.apply(init_weights)
 
-    def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, H/patch, W/patch, C), rounded up."""
-        return self.pos_drop(self.patch_embed(x))
-
 
 def init_weights(module: nn.Module) -> None:
     """As ``init_linear``, the perceptron over tokens too."""

@@ -50,10 +50,16 @@ class BatchedImages(Dataset):
 
     Attributes:
         pipe: batches leave a DataLoader worker as numpy arrays through a pipe, not in shared memory.
+        target_of: a sample's target as a function of its key, in place of its class; set it before the first batch.
     """
+
+    target_of: Callable[[Key], int] | None = None
 
     def __init__(self, source: Source, pipeline: Pipeline, pipe: bool):
         self.source, self.pipeline, self.pipe = source, pipeline, pipe
+
+    def _target(self, key: Key, label: int) -> int:
+        return int(label) if self.target_of is None else self.target_of(key)
 
     def _allocate(self, size: int) -> Tensor:
         """Uninitialised rows for ``size`` images; in a worker in shared memory from the start, so that they are never copied."""
@@ -111,7 +117,7 @@ class TrainImages(BatchedImages):
         index = key[1]
         seed_generators(self.seed, key)
         image = self.pipeline(self.source, index, out)
-        target = int(self.source.targets[index])
+        target = self._target(key, self.source.targets[index])
         return (*image, target) if isinstance(image, tuple) else (image, target)
 
 
@@ -131,4 +137,4 @@ class EvalImages(BatchedImages):
 
     def _read(self, index: int, row: Tensor, failures: list[Failure]) -> int | None:
         image = self.corrupt_policy.read(index, failures, lambda index: self.pipeline(self.source, index, row))
-        return None if image is None else int(self.source.targets[index])
+        return None if image is None else self._target((0, index, 0), self.source.targets[index])

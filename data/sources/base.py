@@ -95,8 +95,8 @@ class Source:
         digest = hashlib.sha256()
         for index in np.unique(np.linspace(0, len(self) - 1, min(len(self), _SAMPLED)).round().astype(np.int64)).tolist():
             try:
-                digest.update(self.read(index))
-            except UnreadableImage:  # told when it is trained on
+                digest.update(self.fetch(index))
+            except (OSError, UnreadableImage):  # told when it is trained on
                 digest.update(b"unreadable")
         return digest.digest()
 

@@ -55,7 +55,8 @@ class StreamTrainImages(_StreamImages):
             except UnreadableImage as error:
                 failures.append(_failure(item, error))
                 continue
-            return (*image, item.target) if isinstance(image, tuple) else (image, item.target)
+            target = self._target(item.key, item.target)
+            return (*image, target) if isinstance(image, tuple) else (image, target)
         last = failures[-1]
         raise DataError(f"{last.path}: not a readable image ({last.reason}), nor is any other of its step; repair the stream")
 
@@ -73,7 +74,7 @@ class StreamEvalImages(_StreamImages):
     def _read(self, item: Item, row: Tensor, failures: list[Failure]) -> int | None:
         try:
             self._decode(item, row)
-            return item.target
+            return self._target(item.key, item.target)
         except UnreadableImage as error:
             failures.append(_failure(item, error))
             return None

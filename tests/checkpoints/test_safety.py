@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, differences, environment, load, run_main, write_images
+from faults import start, wait_for
 from PIL import Image
 
 from config import get_config
@@ -27,20 +28,6 @@ from utils.checkpoints.run_folder import require_room
 from utils.training.resume import choose_start
 
 ENDLESS = ("--epochs", "4000", "--warmup-epochs", "1", "--opts", "SAVE_FREQ", "4000", "TRAIN.EVAL_FREQ", "4000")
-
-
-def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, str(ROOT / "main.py"), *map(str, arguments)], cwd=cwd, env=environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-
-
-def wait_for(path: Path, words: str, seconds: float = 60, binary: bool = False) -> None:
-    deadline = time.time() + seconds
-    while time.time() < deadline:
-        if path.exists() and (binary or words in path.read_text()):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no {words!r} in {path}")
 
 
 @pytest.mark.parametrize(("name", "workers", "group"), [("SIGTERM", 2, True), ("SIGINT", 0, False), ("SIGHUP", 1, True)])
@@ -61,9 +48,30 @@ def test_a_signal_saves_and_stops(tiny_cfg: Path, tmp_path: Path, name: str, wor
     assert again.returncode == 0 and f"at step {step}\n" in again.stdout
 
 
+def caught(process: subprocess.Popen[str], number: int) -> bool:
+    """Whether the process has a handler of its own for a signal."""
+    mask = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.M)
+    return bool(int(mask[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="asks Linux whether a signal is taken")
+@pytest.mark.parametrize(("number", "status", "words"), [(signal.SIGINT, 1, "error: stopped by Ctrl-C; what was saved before is intact\n"),
+                                                         (signal.SIGUSR1, 0, "")])
+def test_signals_while_modules_are_imported(number: int, status: int, words: str, tmp_path: Path) -> None:
+    process = start("--print-config", cwd=tmp_path)
+    while not caught(process, signal.SIGUSR1):  # the first thing that main.py does
+        time.sleep(0.001)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status and err == words and ("EVAL_MODE" in out) == (status == 0)
+
+
 def test_sigusr1_saves_and_goes_on(tiny_cfg: Path, tmp_path: Path) -> None:
     process = start("--cfg", tiny_cfg, *ENDLESS, cwd=tmp_path)
     folder = tmp_path / "output/tiny/default"
+    while not caught(process, signal.SIGUSR1):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGUSR1)  # nothing to save yet
     wait_for(folder / "log.txt", "epoch 2/4000")
     process.send_signal(signal.SIGUSR1)
     deadline = time.time() + 30
@@ -172,7 +180,8 @@ def limit_files(process: subprocess.Popen[str], size: int) -> None:
 
 
 def test_full_disk_keeps_what_was_saved_and_training_goes_on(tiny_cfg: Path, tmp_path: Path) -> None:
-    """Checkpoints, log, metrics and TensorBoard fail, each is told once; with room again the next save succeeds."""
+    """Checkpoints, log, metrics and TensorBoard fail, each is told once; with room again nothing is missing."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     process = start("--cfg", tiny_cfg, "--epochs", 4000, "--warmup-epochs", 1, "--opts", "TRAIN.SAVE_EVERY_STEPS", 7, cwd=tmp_path)
     folder = tmp_path / "output/tiny/default"
     wait_for(folder / "log.txt", "epoch 4/4000")
@@ -182,7 +191,8 @@ def test_full_disk_keeps_what_was_saved_and_training_goes_on(tiny_cfg: Path, tmp
         said += process.stdout.readline()
     for what in ("was not saved", "log.txt: cannot be written", "metrics.jsonl: cannot be written"):
         assert what in said, said[-1000:]
-    assert said.count("log.txt: cannot be written") == 1 and said.count("TensorBoard curves end here") <= 1
+    for name in ("log.txt", "steps.jsonl", "metrics.jsonl", "events.out"):
+        assert len(re.findall(rf"{name}\S*: cannot be written", said)) == 1, name
     kept = sorted(int(path.stem[5:]) for path in folder.glob("ckpt_*.pth"))
     assert kept and kept[-1] < 100 and not list(folder.glob(".tmp-*"))  # from before; nothing half-written
     assert all(load(path)["step"] for path in folder.glob("*.pth"))
@@ -196,6 +206,13 @@ def test_full_disk_keeps_what_was_saved_and_training_goes_on(tiny_cfg: Path, tmp
     assert process.returncode == 75, err
     rows = [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(1, len(rows) + 1))  # the lines that could not be written then are there now
+    assert [int(number) for number in re.findall(r"^epoch (\d+)/4000 step 5/5 ", (folder / "log.txt").read_text(), re.M)] == rows
+    assert [row.split(",")[0] for row in (folder / "metrics.csv").read_text().splitlines()] == ["epoch", *map(str, rows)]
+    steps = [json.loads(line)["step"] for line in (folder / "steps.jsonl").read_text().splitlines()]
+    assert len(steps) == len(set(steps)) >= 2 * len(rows) and "Traceback" not in said + out + err
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    assert len(board.Scalars("val/top1")) == len(rows)
 
 
 def test_a_last_save_that_fails_is_told_by_the_exit_status(tiny_cfg: Path, tmp_path: Path) -> None:
@@ -203,7 +220,7 @@ def test_a_last_save_that_fails_is_told_by_the_exit_status(tiny_cfg: Path, tmp_p
     folder = tmp_path / "output/tiny/default"
     wait_for(folder / "log.txt", "epoch 2/4000")
     process.send_signal(signal.SIGUSR1)
-    wait_for(folder / "last.pth", "", binary=True)
+    wait_for(folder / "last.pth")
     limit_files(process, 200_000)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,6 +72,22 @@ def test_a_list_as_people_have_it(names: list[str], table: str, keys: tuple, tmp
     assert listed(tmp_path, *keys) == dict(enumerate(BREEDS))
 
 
+def test_a_spreadsheets_number_is_the_file_whose_name_has_zeros_in_front(tmp_path: Path) -> None:
+    write_numbers(tmp_path / "train_images", ["0007.png", "0010.png", "7.png", "x0010.png"])
+    (tmp_path / "train.csv").write_text("id,breed\n10,pug\n7,pug\n")
+    assert listed(tmp_path / "train.csv") == {1: "pug", 2: "pug"}
+
+
+def test_a_list_that_was_mended_leaves_images_out_when_asked(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_numbers(tmp_path / split, ["a.png", "b.png", "bad.png"])
+        (tmp_path / f"{split}.csv").write_text("image,label\na.png,x\nb.png,y\n")
+    with pytest.raises(DataError, match=r"no label for 1 of the 3 .*bad\.png.*--data-set lists"):
+        sources(tmp_path)
+    train, val, _ = sources(tmp_path, "DATA.DATASET", "lists")
+    assert len(train) == len(val) == 2 and (train.root, val.root) == (str(tmp_path / "train"), str(tmp_path / "val"))
+
+
 def test_hugging_faces_metadata_beside_the_images_of_a_split(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         write_numbers(tmp_path / split, [f"{i}.png" for i in SIX])
@@ -88,6 +105,7 @@ def test_columns_that_are_not_clear_are_shown_with_the_names_that_would_be(tmp_p
                          r"list\.csv:1: .*labels .*\(image, one, two\).*DATA\.LABEL_COLUMN.*breed"),
                         ("one,two,label\nq,w,x\nq,w,z\n", r"images .*\(one, two, label\).*DATA\.IMAGE_COLUMN.*id_code"),
                         ("image,label\nc.png,x\n", r"list\.csv:2: c\.png .*DATA\.IMAGE_ROOT.*DATA\.IMAGE_SUFFIX"),
+                        (",".join(f"c{i}" for i in range(30_000)) + "\na.png,x\n", "has 30,000 columns"),
                         ("image,label\na.png,x\n\nb.png,\n", r"list\.csv:4: ")):
         path.write_text(text)
         with pytest.raises(DataError, match=words):
@@ -178,6 +196,41 @@ def test_rows_that_are_no_files_and_names_that_cannot_be(tmp_path: Path) -> None
     os.mkfifo(tmp_path / "a.png")  # since the list was read
     with pytest.raises(UnreadableImage, match="pipe"):
         source.read(0)
+
+
+def test_whatever_a_list_holds_only_sentences_come_out(tmp_path: Path) -> None:
+    """Seeded nonsense made of what lists hold: every one is read, or refused in a sentence with a status, and nothing else changes."""
+    write_numbers(tmp_path, ["a.png", "b c.png", "sub/1.png", "sub/2.jpg"])
+    os.mkfifo(tmp_path / "pipe.png")
+    before = sorted(tmp_path.rglob("*"))
+    paths = ["a.png", "b c.png", "sub\\1.png", "2", "./a.png", "C:\\x\\sub\\1.png", "/dev/zero", "pipe.png", "sub", "", "..", "a\0", "~",
+             "x" * 5000]
+    cells = [*paths, "a", "b", "01", "1", "-1", "1.5", "9" * 5000, "nan", "a|b", "\x1b[1m", "\u2028", "\u0663", '"', "train", "val"]
+    heads = ["path,label", "id,breed", "image,label,split", "image,label,fold,patient_id", "x,y,z", "", "image", "label,label", "a.png,a"]
+    outcomes = {True: 0, False: 0}
+    for seed in range(300):
+        draw = random.Random(seed)
+        mark, extension = draw.choice(",,,,,,;\t| "), draw.choice([".csv", ".csv", ".tsv", ".txt", ".json", ".jsonl"])
+        tame = seed % 2
+        rows = [[draw.choice(paths[:4] if tame else paths), *draw.choices(cells[14:18] if tame else cells, k=draw.randint(tame, 4))]
+                for _ in range(draw.randint(tame, 6))]
+        if extension.startswith(".json"):
+            entries = [dict(zip(("image", "label", "split"), row, strict=False)) if seed % 3 else row for row in rows]
+            text = json.dumps(entries) if extension == ".json" else "\n".join(map(json.dumps, entries))
+        else:
+            head = draw.choice(heads[:4] if tame else heads).replace(",", mark)
+            text = draw.choice("\n\r").join([head, *(mark.join(row) for row in rows)])
+        path = tmp_path / f"list{extension}"
+        path.write_bytes(text.encode("utf-8", "replace")[:draw.choice([10, 50, 10**6, 10**6])])
+        opts = draw.choice([(), ("TEST.SPLIT", "all"), HALF, ("DATA.FOLD", "1/2"), ("DATA.FOLD", "0"), ("DATA.LABEL_COLUMN", "split")])
+        try:
+            judged(path, *opts)
+            outcomes[True] += 1
+        except DataError as error:
+            assert str(error), text
+            outcomes[False] += 1
+        path.unlink()
+    assert min(outcomes.values()) > 20 and sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_list_of_records_needs_no_header(tmp_path: Path) -> None:

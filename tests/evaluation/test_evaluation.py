@@ -134,7 +134,7 @@ def test_weights_named_twice_are_refused_and_the_remedies_work(world: Path, prog
 def test_figures_of_each_class(world: Path, program) -> None:
     logits, targets = logits_of(world / "a.pth")
     answers = logits.argmax(1)
-    done = program("--eval", "--resume", world / "a.pth", "--per-class", "classes.csv")
+    done = program("--eval", "--resume", world / "a.pth", "--per-class", "classes.csv", "--csv", "wrong.csv")
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((program.folder / "classes.csv").open()))
     assert [row["class"] for row in rows] == NAMES
@@ -144,6 +144,18 @@ def test_figures_of_each_class(world: Path, program) -> None:
         assert float(row["recall"]) == pytest.approx(right / of, abs=1e-6)
         assert float(row["f1"]) == pytest.approx(2 * right / (of + taken), abs=1e-6)
     assert "interval of top1: " in done.stdout and "ECE" in done.stdout and "worst classes: " in done.stdout
+    mistakes = list(csv.DictReader((program.folder / "wrong.csv").open()))
+    best, shares = logits.topk(2).indices, logits.softmax(1).amax(1)
+    paths = [str(world / f"data/val/{name}/{i}.png") for name in NAMES for i in range(3)]
+    expected = {paths[i]: (NAMES[targets[i]], NAMES[best[i, 0]], NAMES[best[i, 1]]) for i in range(36) if best[i, 0] != targets[i]}
+    assert {row["path"]: (row["true"], row["predicted"], row["second"]) for row in mistakes} == expected and expected
+    certain = [float(row["probability"]) for row in mistakes]
+    assert certain == sorted(certain, reverse=True)
+    assert certain == pytest.approx([float(shares[paths.index(row["path"])]) for row in mistakes], rel=1e-4)
+    again = program("--eval", "--resume", world / "a.pth", "--csv", "-")
+    assert again.stdout == (program.folder / "wrong.csv").read_text() and last(again.stderr) == (36 - len(mistakes), 36)
+    refused = program("--eval", "--resume", world / "a.pth", "--csv", world / "data/val/n00/0.png")
+    assert refused.returncode == 2 and "PREDICT.CSV" in refused.stderr
     refused = program("--eval", "--resume", world / "a.pth", "--per-class", "nowhere/classes.csv")
     assert refused.returncode == 2 and "TEST.PER_CLASS" in refused.stderr
 
@@ -320,7 +332,7 @@ def test_comparison_is_paired_and_exact(world: Path, program) -> None:
     write_checkpoint(str(program.folder / "turned.pth"), content)
     again = program("--compare", world / "b.pth", "turned.pth")
     assert f"right: both {int(right_b.sum())}, A alone 0, B alone 0" in again.stdout and "p = 1;" in again.stdout
-    content["config"] = content["config"].replace("CROP: true", "CROP: false")
+    content["config"] = content["config"].replace("FIT: crop", "FIT: squash")
     write_checkpoint(str(program.folder / "squashed.pth"), content)
     squashed = program("--compare", world / "b.pth", "squashed.pth")
     expected = program("--eval", "--resume", "squashed.pth")

@@ -96,6 +96,10 @@ def test_a_run_records_its_steps_epochs_starts_and_images(finished: Path, images
     assert [path.split("/")[0] for path in made.paths] == [made.classes[target] for target in made.target]
     assert 100 * made.right.mean() == pytest.approx(rows[-1]["top1"])
     assert np.array_equal(made.right, made.probability == made.correct_probability)
+    with open(run / "mistakes.csv", newline="") as file:
+        mistakes = list(csv.DictReader(file))
+    assert {row["path"] for row in mistakes} == {str(images / "val" / made.paths[i]) for i in np.flatnonzero(~made.right)}
+    assert set(mistakes[0]) == {"path", "true", "predicted", "probability", "second"}
     assert set(made.thumbnails) == set(made.worst(24)) and all(blob[:2] == b"\xff\xd8" for blob in made.thumbnails.values())
 
 

@@ -26,9 +26,14 @@ from utils.runtime.files import file_limit, free_bytes, link_atomically, replace
 
 _JOB = ".job"
 # What goes with checkpoints that are set aside: copied where the run goes on from an older one, moved where it starts again.
-_COPIED = ("metrics.jsonl", "metrics.csv", "steps.jsonl", "config.yaml", "sources.json", "predictions.npz", "report.html")
+_COPIED = ("metrics.jsonl", "metrics.csv", "steps.jsonl", "config.yaml", "sources.json", "predictions.npz", "mistakes.csv", "report.html")
 _MOVED = ("history.jsonl", "nonfinite.jsonl", "tensorboard", "tracker.json", "plots")
 _NAME = re.compile(r"ckpt_(\d{8,})\.pth")
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a file of a run's folder is called as a checkpoint is."""
+    return _NAME.fullmatch(name) is not None
 
 
 class CheckpointFolder:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from config import lookup
+from config import ConfigError, lookup
 from utils.checkpoints.file_format import is_own, with_found
 from utils.commands.outputs import check_outputs
 from utils.evaluation.data_messages import decoding, tell_unreadable
@@ -26,8 +26,10 @@ from utils.tasks.build import build_task
 def evaluate_run(config: CfgNode, content: Any, device: torch.device, logger: logging.Logger) -> None:
     """Evaluate a checkpoint, or published weights, on the validation images; the training images are not touched."""
     task = build_task(config)
-    check_outputs(config, [(key, lookup(config, key)) for key in ("TEST.PER_CLASS", "TEST.PREDICTIONS")])
+    check_outputs(config, [(key, lookup(config, key)) for key in ("TEST.PER_CLASS", "TEST.PREDICTIONS", "PREDICT.CSV")])
     report = task.evaluation_report(config)
+    if config.PREDICT.CSV and not report.tells_mistakes:
+        raise ConfigError(f"PREDICT.CSV: --eval has no table of mistakes for TASK {config.TASK}; leave --csv out")
     path, content = weights_to_evaluate(config, content, "--eval")
     config = with_found(config, content, path)
     config = config_for_data(task, config, content, logger)

@@ -34,6 +34,8 @@ def show_batch(config: CfgNode, content: Any, device: torch.device, logger: logg
         return
     classes = content["classes"] if is_own(content) else None
     task = build_task(config)
+    if task.pretrains:
+        raise ConfigError(f"--show-batch shows images with their classes, and TASK {task.name} has none; add --opts TASK classification")
     loaders = open_loaders(task, config, device, logger, splits=("train",), classes=classes, rank=0, world_size=1, local_world_size=1)
     with contextlib.closing(loaders):
         images, targets = next(loaders.batches())

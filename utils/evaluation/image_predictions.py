@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from utils.evaluation.classification_metrics import FEW, HEADLINE, detail
 from utils.evaluation.metrics import Evaluation, line
 from utils.evaluation.predictions_file import MOST_IMAGES, PredictionsFile, names_of, thumbnail
 from utils.runtime import distributed
+from utils.runtime.files import csv_writer
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,19 @@ def write_predictions(predictions: ImagePredictions, loader: Any, classes: Seque
                            names_of(source, index.tolist()), list(classes), {})
     made.thumbnails = _thumbnails(made, source)
     made.write(path)
+
+
+def mistakes_table(predictions: ImagePredictions, loader: Any, classes: Sequence[str]) -> bytes:
+    """A CSV table of the images of ``loader``, which are ``recordable``, that were not recognised, the surest mistake first: path, class,
+    class predicted, its probability, and the next likely class."""
+    text, path_of = io.StringIO(), loader.dataset.source.path
+    rows = csv_writer(text)
+    rows.writerow(["path", "true", "predicted", "probability", "second"])
+    wrong = np.flatnonzero((predictions.target >= 0) & ~predictions.right)
+    for index in wrong[np.argsort(-predictions.confidence[wrong], kind="stable")].tolist():
+        true, predicted, second = (classes[column[index]] for column in (predictions.target, predictions.top1, predictions.second))
+        rows.writerow([path_of(index), true, predicted, f"{predictions.confidence[index]:.6g}", second])
+    return text.getvalue().encode("utf-8", "backslashreplace")
 
 
 def _thumbnails(made: PredictionsFile, source: Any) -> dict[int, bytes]:

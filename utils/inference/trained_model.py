@@ -69,6 +69,9 @@ def open_trained(task: Task, config: CfgNode, content: Any, command: str) -> Tra
         ConfigError: no weights are named, or the model does not take images of the config's size.
         CheckpointError: the weights do not fit the model, or are not finite.
     """
+    if task.pretrains:
+        raise ConfigError(f"{command}: a model of TASK {task.name} has no classes; fine-tune one from it first, with --pretrained "
+                          f"{config.MODEL.RESUME or 'FILE'} and the config of a classifier")
     if distributed.world_size() > 1:
         raise ConfigError(f"{command} runs in one process; start it by python main.py, without torchrun")
     if content is None and config.MODEL.PRETRAINED == "hub":

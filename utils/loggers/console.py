@@ -12,6 +12,7 @@ from termcolor import colored
 
 from data.messages import NOTICE
 from utils.loggers import progress
+from utils.runtime.files import Appended, append_whole
 
 QUICK = 1.0  # seconds between two lines of many alike, at least; log.txt has them all
 
@@ -114,19 +115,29 @@ class _EarlyLines(logging.Handler):
         self.records.append(record)
 
 
-class _LogFile(logging.FileHandler):
-    warned = False
+class _LogFile(logging.Handler):
+    """Lines to a file; a full disk must not stop training: the console hears of it, and the lines follow once there is room."""
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk must not stop training; the console goes on, and hears of it once."""
-        if not self.warned:
-            self.warned = True
-            logging.getLogger("trainer").warning(f"{self.baseFilename}: cannot be written; the console alone has the lines")
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        append_whole(path, b"")
+        self.file = Appended(path, logging.getLogger("trainer").warning)
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            if file.read() not in (b"", b"\n"):
+                self.file.write(b"\n")  # after half a line that a kill left
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.file.write((self.format(record) + "\n").encode())
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def log_to_file(logger: logging.Logger, path: str) -> None:
     """Append every line to ``path`` as well, those said already first."""
-    handler = _LogFile(path, encoding="utf-8")
+    handler = _LogFile(path)
     handler.setFormatter(_Lines())
     for kept in [h for h in logger.handlers if isinstance(h, _EarlyLines)]:
         for record in kept.records:

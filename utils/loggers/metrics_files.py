@@ -7,9 +7,10 @@ import io
 import json
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
-from utils.runtime.files import replace_file
+from utils.runtime.files import Appended, append_whole, read_json, read_record, replace_file
 
 LOGGER = logging.getLogger("trainer")
 
@@ -23,7 +24,7 @@ RECORDS = (CONFIG, SOURCES, EPOCHS, TABLE, STEPS, EVENTS, EVIDENCE, LOG)
 class JsonLines:
     """Appends a line of JSON a row. On resume, lines beyond the step of the checkpoint are cut off, and half a line that a kill left.
 
-    Lines that cannot be written now (disk full) are kept and written with the next.
+    Lines that cannot be written now (disk full) are kept and written with the next, or when it is closed.
 
     Attributes:
         last: the last row that the file held when it was opened, cut off or not.
@@ -31,9 +32,8 @@ class JsonLines:
 
     def __init__(self, path: str, step: float, logger: logging.Logger = LOGGER, sync: bool = True):
         """``sync``: every line reaches the disk before ``write`` returns."""
-        self.path, self.logger, self.sync = path, logger, sync
-        self._waiting, self._failing = "", False
-        text = _text(path)
+        self.path, self._file = path, Appended(path, logger.warning, sync)
+        text = read_record(path)
         found = [(row, line) for line in text.splitlines() if (row := _row(line)) is not None]
         kept = "".join(line + "\n" for row, line in found if row["step"] <= step)
         self.last = found[-1][0] if found else None
@@ -41,67 +41,83 @@ class JsonLines:
             replace_file(path, kept.encode())
 
     def write(self, row: dict[str, Any]) -> None:
-        self._waiting += json.dumps(row, allow_nan=False) + "\n"
-        try:
-            size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
-            with open(self.path, "a", encoding="utf-8") as file:
-                try:
-                    file.write(self._waiting)
-                    file.flush()
-                    if self.sync:
-                        os.fsync(file.fileno())
-                except OSError:
-                    os.truncate(self.path, size)  # no half line
-                    raise
-        except OSError as error:
-            if not self._failing:
-                self.logger.warning(f"{self.path}: cannot be written ({error.strerror}); its lines are kept for later")
-            self._failing = True
-        else:
-            self._waiting, self._failing = "", False
+        self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class MetricsLog:
     """``metrics.jsonl``, a line an epoch, and the same rows in ``metrics.csv``, whose columns grow as needed."""
 
     def __init__(self, folder: str, step: int, logger: logging.Logger = LOGGER):
-        self.lines = JsonLines(os.path.join(folder, EPOCHS), step, logger)
+        self.lines, self.logger = JsonLines(os.path.join(folder, EPOCHS), step, logger), logger
         self.table, self.rows = os.path.join(folder, TABLE), read_rows(self.lines.path)
         self._columns: list[str] = []  # of the file as it stands; none: it must be written again
+        self._behind = False
 
     def write(self, row: dict[str, Any]) -> None:
         self.lines.write(row)
         self.rows.append(row)
         try:
             if self._columns and row.keys() <= set(self._columns):
-                with open(self.table, "a", encoding="utf-8", newline="") as file:
-                    file.write(_csv(self._columns, [row]))
-                return
-            columns = list(dict.fromkeys(key for row in self.rows for key in row))
-            replace_file(self.table, (_csv(columns, [dict(zip(columns, columns, strict=True))]) + _csv(columns, self.rows)).encode())
-            self._columns = columns
-        except OSError:  # metrics.jsonl has told it; the next row writes the table again
-            self._columns = []
+                append_whole(self.table, _csv(self._columns, [row]).encode())
+            else:
+                self._write_table()
+            self._behind = False
+        except OSError:  # metrics.jsonl has told it; the next row, or ``close``, writes the table again
+            self._columns, self._behind = [], True
+
+    def _write_table(self) -> None:
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        replace_file(self.table, (_csv(columns, [dict(zip(columns, columns, strict=True))]) + _csv(columns, self.rows)).encode())
+        self._columns = columns
+
+    def close(self) -> None:
+        self.lines.close()
+        if self._behind:
+            try:
+                self._write_table()
+            except OSError as error:
+                self.logger.warning(f"{self.table}: cannot be written ({error.strerror}); {EPOCHS} has the same rows")
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines, each with a number ``step``; what is no such row is passed over."""
-    return [row for row in map(_row, _text(path).splitlines()) if row is not None]
-
-
-def _text(path: str) -> str:
-    if not os.path.exists(path):
-        return ""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()
+    return [row for row in map(_row, read_record(path).splitlines()) if row is not None]
 
 
 def _row(line: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = read_json(line)
     except ValueError:  # cut off by a kill
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), (int, float)) else None
+    if not isinstance(row, dict) or not _is_number(row.get("step")) or row["step"] < 0:
+        return None
+    return {key: value for key, value in row.items() if value is None or _KINDS.get(key, _is_anything)(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_anything(_: Any) -> bool:
+    return True
+
+
+# What the entries of a row are, where they are read by name; one of another kind is as good as none.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("epoch", "seconds", "skipped_steps", "images_per_s", "data_share", "loss", "train_loss", "val_loss", "grad_norm", "lr",
+                     "again", "to"), _is_number),
+    **dict.fromkeys(("time", "before"), lambda value: _is_number(value) and 0 <= value < 1e11),  # seconds until the year 5138
+    **dict.fromkeys(("event", "task", "best", "tie_break", "git_commit", "device", "precision", "reason"), _is_text),
+    "steps_per_epoch": lambda value: _is_number(value) and value > 0,
+    "flags": lambda value: isinstance(value, list), "metrics": lambda value: isinstance(value, list),
+    "versions": lambda value: isinstance(value, dict), "data": lambda value: isinstance(value, dict)}
 
 
 def _csv(columns: list[str], rows: list[dict[str, Any]]) -> str:

@@ -93,5 +93,7 @@ class Records:
             self.board.result(step, self.config, {name: value for name, value in best.items() if name != "step"})
 
     def close(self) -> None:
+        for file in (self.metrics, self.steps, self.events):
+            file.close()
         self.board.close()
         self.tracker.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO, TextIO
 
 from filelock import FileLock, Timeout
 
-from config import ConfigError
+from config import ConfigError, read_text_file
 
 TEMPORARY = ".tmp-"
 
@@ -134,6 +135,36 @@ def _fault_of_place(path: str) -> str:
     return ""
 
 
+LARGEST_RECORD = 1 << 30  # bytes of a file that a run writes of itself
+_LARGEST_NUMBER = 1e30
+
+
+def read_record(path: str) -> str:
+    """The text of a file that a run wrote of itself; "" where there is none.
+
+    Raises:
+        OSError: unreadable, no regular file, or larger than any.
+    """
+    return read_text_file(path, LARGEST_RECORD, "replace") if os.path.lexists(path) else ""
+
+
+def read_json(text: str) -> Any:
+    """The value of a JSON text; a number that is not finite, or that no figure of ours can be, is None.
+
+    Raises:
+        ValueError: no JSON, or nested too deeply.
+    """
+    def real(digits: str) -> float | None:
+        number = float(digits)
+        return number if abs(number) <= _LARGEST_NUMBER else None
+
+    try:
+        return json.loads(text, parse_float=real, parse_int=lambda digits: int(digits) if len(digits) <= 18 else None,
+                          parse_constant=lambda _: None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 STANDARD = "-"  # standard input among the files read, standard output among those written
 
 
@@ -202,6 +233,63 @@ class _Rows:
 def csv_writer(file: TextIO) -> Any:
     """A ``csv.writer`` of lines that end in LF; a name with a CR is quoted, as one with an LF is: readers take either for a line's end."""
     return csv.writer(_Rows(file), lineterminator="\r\n")
+
+
+def append_whole(path: str, content: bytes, sync: bool = False) -> None:
+    """Add ``content`` at the end of a file: all of it, or on an ``OSError`` (a full disk) none; with ``sync`` it has reached the disk."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        size, left = os.fstat(descriptor).st_size, memoryview(content)
+        try:
+            while left:
+                left = left[os.write(descriptor, left):]
+            if sync:
+                os.fsync(descriptor)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, size)
+            error.filename = path
+            raise
+    finally:
+        os.close(descriptor)
+
+
+class Appended:
+    """A file that grows by pieces which are there whole, in order: those that cannot be written now are kept, and go with the next.
+
+    Args:
+        tell: takes a line about the file: once when it cannot be written, and again should pieces be lost.
+    """
+
+    _MOST = 64 << 20  # bytes kept
+
+    def __init__(self, path: str, tell: Callable[[str], None], sync: bool = False):
+        self.path, self.tell, self.sync = path, tell, sync
+        self._waiting, self._failing = bytearray(), False
+
+    def write(self, piece: bytes) -> None:
+        if len(self._waiting) + len(piece) > self._MOST:
+            self._waiting.clear()
+            self.tell(f"{self.path}: cannot be written for too long; what it should have had meanwhile is lost")
+        self._waiting += piece
+        before, error = self._failing, self._flush()
+        self._failing = error is not None
+        if error is not None and not before:
+            self.tell(f"{self.path}: cannot be written ({error.strerror}); what it lacks is kept for later")
+
+    def _flush(self) -> OSError | None:
+        try:
+            append_whole(self.path, bytes(self._waiting), self.sync)
+        except OSError as error:
+            return error
+        self._waiting.clear()
+        return None
+
+    def close(self) -> None:
+        """Try once more where something is waiting."""
+        if self._waiting and (error := self._flush()) is not None:
+            self._waiting.clear()
+            self.tell(f"{self.path}: cannot be written ({error.strerror}); what it lacks is lost")
 
 
 def link_atomically(target: str, link: str) -> None:

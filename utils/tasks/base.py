@@ -41,7 +41,13 @@ class PredictionLog(Protocol):
 
 
 class EvaluationReport:
-    """What --eval says and writes beside the metrics; as it stands, nothing."""
+    """What --eval says and writes beside the metrics; as it stands, nothing.
+
+    Attributes:
+        tells_mistakes: it writes the table of mistakes that PREDICT.CSV asks for.
+    """
+
+    tells_mistakes = False
 
     def __init__(self, task: Task):
         self.task = task
@@ -78,12 +84,14 @@ class Task(Protocol):
         metrics: what an evaluation gives, in the order in which it is told.
         best: the metric that decides which checkpoint is the best.
         tie_break: the metric that decides between evaluations that are equal in that.
+        pretrains: its models are to start others from, and answer nothing by themselves.
     """
 
     name: str
     metrics: Sequence[Metric]
     best: Metric
     tie_break: Metric | None = None
+    pretrains = False
 
     def __init__(self, config: CfgNode):
         """Raises ``ConfigError`` for keys that do not go with this task."""

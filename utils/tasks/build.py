@@ -13,6 +13,7 @@ from utils.tasks.base import Task
 # A row a task: its name as TASK has it, and where its class lies.
 TASKS = {
     "classification": ("utils.tasks.classification", "Classification"),
+    "simmim": ("utils.tasks.simmim", "MaskedImages"),
 }
 
 

@@ -16,12 +16,14 @@ from config import ConfigError
 from data import Loaders
 from data.transforms.mixup import build_mixup
 from utils.evaluation.classification_metrics import FEW, METRICS, OTHERS, counted, detail, only_answer, uneven
-from utils.evaluation.image_predictions import PredictionRecorder, recordable, write_predictions
+from utils.evaluation.image_predictions import PredictionRecorder, mistakes_table, recordable, write_predictions
 from utils.evaluation.metrics import SumEvaluator, SumMetric
-from utils.evaluation.predictions_file import FILE
+from utils.evaluation.predictions_file import FILE, MISTAKES
 from utils.inference.evaluation_models import Flipped, Reordered
 from utils.inference.outputs import TopClasses
 from utils.inference.trained_model import Trained
+from utils.runtime import distributed
+from utils.runtime.files import replace_file
 from utils.tasks.base import Batch, Task, noise
 from utils.tasks.class_weights import class_weights
 from utils.tasks.classification_report import ClassificationReport
@@ -113,7 +115,7 @@ class Classification(Task):
 
 
 class _PredictionLog:
-    """predictions.npz of a run's last evaluation."""
+    """predictions.npz and mistakes.csv of a run's last evaluation."""
 
     def __init__(self, loaders: Loaders):
         self.loaders, self.recorder = loaders, PredictionRecorder()
@@ -124,3 +126,5 @@ class _PredictionLog:
     def write(self, folder: str) -> None:
         predictions = self.recorder.predictions(self.loaders.val)
         write_predictions(predictions, self.loaders.val, self.loaders.classes, os.path.join(folder, FILE))
+        if distributed.is_main():
+            replace_file(os.path.join(folder, MISTAKES), mistakes_table(predictions, self.loaders.val, self.loaders.classes))

@@ -9,23 +9,25 @@ from typing import Any
 from torch import Tensor
 from yacs.config import CfgNode
 
-from config import ConfigError
+from config import ConfigError, lookup
 from data import Loaders
 from models.weights import unwrap_state_dict
 from utils.checkpoints.file_format import is_own
-from utils.evaluation.image_predictions import ImagePredictions, PredictionRecorder, recordable, write_predictions
+from utils.evaluation.image_predictions import ImagePredictions, PredictionRecorder, mistakes_table, recordable, write_predictions
 from utils.evaluation.label_sets import Labels, LabelSet
 from utils.evaluation.metrics import Evaluation
 from utils.evaluation.per_class import PerClass
 from utils.evaluation.predictions_file import MOST_IMAGES
 from utils.evaluation.summary import describe
-from utils.runtime.files import replace_file
+from utils.inference.outputs import standard_output
+from utils.runtime.files import STANDARD, replace_file
 from utils.tasks.base import Batch, EvaluationReport, Task
 
 
 class ClassificationReport(EvaluationReport):
     """Predictions of all images are kept twice where a label set restricts the classes: from all classes, and from those allowed."""
 
+    tells_mistakes = True
     loaders: Loaders
     label_set: LabelSet
     predictions: ImagePredictions
@@ -43,9 +45,10 @@ class ClassificationReport(EvaluationReport):
         return self.labels.naming(None, thousand=any(t.ndim == 2 and t.shape[0] == 1000 for t in state.values()))
 
     def begin(self, loaders: Loaders) -> list[str]:
-        if self.config.TEST.PREDICTIONS and not recordable(loaders.val):
-            raise ConfigError("TEST.PREDICTIONS: not for a stream, whose images have no numbers, nor beyond "
-                              f"{MOST_IMAGES:,} images; leave it empty")
+        for key in ("TEST.PREDICTIONS", "PREDICT.CSV"):
+            if lookup(self.config, key) and not recordable(loaders.val):
+                raise ConfigError(f"{key}: not for a stream, whose images have no numbers, nor beyond {MOST_IMAGES:,} images; leave it "
+                                  "empty")
         self.loaders, self.label_set = loaders, self.labels.on(loaders.val.dataset.source, loaders.classes)
         self._everything, self._chosen = PredictionRecorder(), PredictionRecorder(self.label_set.allowed)
         return list(self.label_set.notices)
@@ -78,8 +81,15 @@ class ClassificationReport(EvaluationReport):
         if config.TEST.PREDICTIONS:
             write_predictions(self.predictions, self.loaders.val, classes, os.path.expanduser(config.TEST.PREDICTIONS))
             lines.append(f"prediction of each image: {config.TEST.PREDICTIONS}")
+        counted = self.among.on(allowed) if self.among is not None and self.label_set.headline else self.predictions
+        if config.PREDICT.CSV:
+            table = mistakes_table(counted, self.loaders.val, classes)
+            if config.PREDICT.CSV == STANDARD:
+                standard_output().write(table.decode())
+            else:
+                replace_file(os.path.expanduser(config.PREDICT.CSV), table)
+                lines.append(f"mistakes: {config.PREDICT.CSV}")
         if config.TEST.PER_CLASS:
-            counted = self.among.on(allowed) if self.among is not None and self.label_set.headline else self.predictions
             table = PerClass.of(counted.target, counted.top1, len(classes)).csv(classes, allowed)
             replace_file(os.path.expanduser(config.TEST.PER_CLASS), table.encode("utf-8", "backslashreplace"))
             lines.append(f"figures of each class: {config.TEST.PER_CLASS}")

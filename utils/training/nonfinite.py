@@ -19,6 +19,7 @@ from utils.checkpoints.folder import CheckpointFolder
 from utils.checkpoints.state import TrainState
 from utils.loggers.metrics_files import EVIDENCE
 from utils.runtime import distributed
+from utils.runtime.files import Appended
 from utils.training.engine import NumericError, Progress, StepPlan
 
 FORGIVEN_AFTER = 100  # steps after which one that was skipped no longer counts
@@ -44,7 +45,11 @@ class NonFiniteGuard:
         self.norm = math.nan
         self.on_rollback: Callable[[Progress, int], None] = lambda progress, step: None
         self._evidence = os.path.join(files.folder, EVIDENCE)
+        self._evidence_file = Appended(self._evidence, logger.warning)
         self._finite_at = -1  # the step whose weights were last seen to be finite
+
+    def close(self) -> None:
+        self._evidence_file.close()
 
     def inspect(self, progress: Progress) -> None:
         """Read the steps since the last look, count those whose update was skipped, and act on them.
@@ -83,7 +88,8 @@ class NonFiniteGuard:
         losses = distributed.gather_objects([loss for _, loss, _ in bad])
         state.skipped += len(bad)
         if distributed.is_main():
-            self._write_evidence([self._describe(step, norm, [of_rank[i] for of_rank in losses]) for i, (step, _, norm) in enumerate(bad)])
+            rows = [self._describe(step, norm, [of_rank[i] for of_rank in losses]) for i, (step, _, norm) in enumerate(bad)]
+            self._evidence_file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
             for i, (step, _, norm) in enumerate(bad):
                 self.logger.warning(f"step {step + 1} was skipped, its update would not be finite (loss "
                                     f"{sum(of_rank[i] for of_rank in losses) / self.plan.images:g}, gradient norm {norm:g}); its images "
@@ -104,13 +110,6 @@ class NonFiniteGuard:
             loss_scale=plan.precision.scaler.get_scale() if plan.precision.scaler.is_enabled() else None,
             weights_not_finite=[name for name, p in self.state.model.named_parameters() if not p.isfinite().all()][:10],
             images_by_rank=[[source.path(index) for _, index, _ in of_rank] for of_rank in keys])
-
-    def _write_evidence(self, rows: list[dict[str, Any]]) -> None:
-        try:
-            with open(self._evidence, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-        except OSError as error:
-            self.logger.warning(f"{self._evidence}: cannot be written ({error.strerror})")
 
     def _advice(self, in_loss: bool) -> str:
         if self.plan.precision.name == "fp16":

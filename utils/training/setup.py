@@ -31,7 +31,7 @@ from utils.tasks.build import build_task
 from utils.training.assembly import assemble, build_initial_model, nominal_global_batch
 from utils.training.batch_size import fit_micro_batch, keep_global_batch, recipe_batch
 from utils.training.engine import StepPlan
-from utils.training.loop import best_line
+from utils.training.loop import best_line, run_out_of_patience
 from utils.training.rank_check import require_agreement
 from utils.training.resume import Start, accept_changes, check_same_data, choose_start
 
@@ -93,12 +93,15 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
                         "follows it, results may not; --fit keeps the recipe's")
     else:
         check_same_data(start, config, loaders, logger)
-        if start.content["step"] >= total_steps and start.content.get("evaluated", total_steps) >= total_steps:
+        step, evaluated = start.content["step"], start.content.get("evaluated", start.content["step"])
+        early = run_out_of_patience(config, start.content["best"], step, steps_per_epoch)
+        if (step >= total_steps or early) and evaluated >= min(step, total_steps):
             accept_changes(start, config, logger)
             if start.kind == "auto-resume" and distributed.is_main() and not dry:
                 CheckpointFolder(folder).relink(start.content)
-            logger.info(f"finished already: {start.path} is at step {start.content['step']} of {total_steps}"
-                        f"{best_line(task, start.content['best'])}; raise --epochs to go on, or choose another --tag for a new run")
+            logger.info(f"finished already: {start.path} is at step {step} of {total_steps}"
+                        f"{best_line(task, start.content['best'])}; raise {'TRAIN.PATIENCE' if early else '--epochs'} to go on, or choose "
+                        "another --tag for a new run")
             return None
 
     distributed.begin_phase("building the model")
@@ -147,6 +150,10 @@ def introduce(ready: Prepared, logger: logging.Logger) -> None:
     logger.info(f"global batch {ready.global_batch} = {config.DATA.BATCH_SIZE} images x {config.TRAIN.ACCUMULATION_STEPS} accumulated x "
                 f"{plan.world_size} processes{short}; learning rate {config.TRAIN.BASE_LR:g} x {lr_scale(config, plan.images):g} "
                 f"= {schedule.base:g}, from {schedule.warmup:g} over {schedule.warmup_steps} steps, to {schedule.floor:g}")
+    tell(logger, optim.layer_rates(ready.state.optimizer, model, schedule.base))
+    if config.TRAIN.PATIENCE:
+        logger.info(f"ends early after {config.TRAIN.PATIENCE} epochs without a better {plan.task.best.label} (TRAIN.PATIENCE); the "
+                    f"schedule of the learning rate stays that of {config.TRAIN.EPOCHS} epochs")
     _warn_of_a_long_average(config, loaders.train.batch_sampler.total_steps, logger)
 
 
