@@ -941,26 +941,27 @@ def describe_keys() -> str:
 LARGEST_CONFIG = 1 << 18  # bytes of a YAML file; all keys with their values have 16,000
 
 
-def read_text_file(path: str, most: int) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark.
+def require_regular(path: str) -> None:
+    """Raise ``OSError`` unless ``path`` is a regular file: a pipe or a device might never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is a folder" if os.path.isdir(path) else "is no regular file", path)
+
+
+def read_text_file(path: str, most: int, errors: str = "strict") -> str:
+    """The text of a file in UTF-8, with or without a byte order mark; ``errors`` as ``bytes.decode`` has it.
 
     Raises:
-        OSError: unreadable, no regular file (reading a pipe or a device might never end), of more than ``most`` bytes or in another
-            encoding; ``strerror`` says so.
+        OSError: unreadable, no regular file, of more than ``most`` bytes or in another encoding; ``strerror`` says so.
     """
-    def refused(why: str) -> OSError:
-        return OSError(errno.EINVAL, why, path)
-
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise refused("is a folder" if os.path.isdir(path) else "is no regular file")
+    require_regular(path)
     with open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise refused(f"is larger than {most:,} bytes")
+        raise OSError(errno.EFBIG, f"is larger than {most:,} bytes", path)
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
-        raise refused(f"is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        raise OSError(errno.EILSEQ, f"is not UTF-8 at byte {error.start}; save it as UTF-8", path) from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -201,10 +201,10 @@ def _open_sources(config: CfgNode, root: str, splits: Sequence[str],
     return sources, layout.name
 
 
-def _settle_reading(source: Source, config: CfgNode, given: bool) -> None:
-    """As ``settle_reading``, by the config, with a line among the source's notices."""
-    levels = settle_reading(source, Reading.of(config), config.DATA.READ_PATIENCE, config.DATA.TIMEOUT, given)
-    source.notices += levels.messages() if levels is not None else []
+def _settle_reading(source: Source, config: CfgNode, training: bool) -> None:
+    """As ``settle_reading``, by the config, with lines among the source's notices."""
+    levels = settle_reading(source, Reading.of(config), config.DATA.READ_PATIENCE, config.DATA.TIMEOUT)
+    source.notices += levels.messages(trained=not training and config.DATA.WINDOW is not None) if levels is not None else []
 
 
 def _found(config: CfgNode, source: Source, notices: list[str]) -> dict[str, Any]:

@@ -261,7 +261,8 @@ def _long(survey: Survey, rows: np.ndarray, read: np.ndarray, size: Callable[[Sp
         yield Images(survey, at, size).finding(
             "long", WARNING if len(at) >= MANY_LONG * read.sum() else NOTE,
             f"{many(len(at))} at least {LONG} times as long or as high as the input's shape, half of them {middle:.1f} times or more: "
-            f"evaluation sees the middle {100 / middle:.0f} % of such an image, training smaller crops",
+            + (f"evaluation sees the middle {100 / middle:.0f} % of such an image, " if survey.config.TEST.CROP else "")
+            + "training sees crops of other proportions",
             "where a class shows at the edges, squash the images or pad them (DATA.FIT)", ["--opts DATA.FIT squash"])
 
 

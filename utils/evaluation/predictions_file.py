@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from config import require_regular
 from data.sources.index_cache import NPZ_ERRORS
 from utils.evaluation.statistics import BINS, bins_of, expected_calibration_error
 from utils.runtime.files import write_atomically
@@ -71,6 +72,7 @@ class PredictionsFile:
             PredictionsFileError: no such file, or it holds something else.
         """
         try:
+            require_regular(path)
             with np.load(path, allow_pickle=False) as file:
                 found = {key: file[key] for key in file.files}
             ends = found["thumbnail_ends"].tolist()
@@ -88,6 +90,12 @@ class PredictionsFile:
     def check(self) -> None:
         """Raise ``ValueError`` unless the parts belong together."""
         columns = (self.index, self.target, self.predicted, self.probability, self.correct_probability)
+        if [column.dtype.kind for column in columns] != ["i", "i", "i", "f", "f"]:
+            raise ValueError("columns of other kinds of numbers")
+        if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in (self.paths, self.classes)):
+            raise ValueError("names that are no texts")
+        if any(((column < 0) | (column > 1.001) | np.isnan(column)).any() for column in (self.probability, self.correct_probability)):
+            raise ValueError("a probability beyond 0 and 1")
         if {column.shape for column in columns} != {(len(self.paths),)}:
             raise ValueError("columns of different lengths")
         for column in (self.target, self.predicted):

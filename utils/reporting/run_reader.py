@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from config import COMMAND_LINE, KEYS, ConfigError, of_the_command
+from config import COMMAND_LINE, KEYS, ConfigError, of_the_command, read_text_file, yaml_tree
 from utils.evaluation.predictions_file import FILE, PredictionsFile, PredictionsFileError
 from utils.loggers.metrics_files import CONFIG, EPOCHS, EVENTS, EVIDENCE, SOURCES, STEPS, read_rows
+from utils.runtime.files import LARGEST_RECORD, read_json
 
 _DEFAULTS = {key: default for key, default, *_ in KEYS}
 
@@ -130,7 +130,7 @@ class Run:
 def _metric(row: dict[str, Any]) -> ReportedMetric:
     name, digits = str(row["name"]), row.get("digits")
     return _CLASSIFICATION.get(name) or ReportedMetric(name, str(row.get("label", name)), bool(row.get("higher_is_better", True)),
-                                                       digits if digits in range(10) else 4)
+                                                       int(digits) if digits in range(10) else 4)
 
 
 def _is_number(value: Any) -> bool:
@@ -151,17 +151,20 @@ def read_run(folder: str) -> Run:
     run = Run(folder, os.path.basename(os.path.abspath(folder)))
     if (text := _text(run, CONFIG)) is not None:
         try:
-            run.config = flatten(yaml.safe_load(text) or {})
+            run.config = flatten(yaml_tree(text) or {})
             run.name = f"{run.config['MODEL.NAME']}/{run.config['TAG']}"
-        except (yaml.YAMLError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError):
             run.problems.append(f"{CONFIG} is damaged or of another program")
     if (text := _text(run, SOURCES)) is not None:
         try:
-            run.sources = {str(key): [(str(source), value) for source, value in entries] for key, entries in json.loads(text).items()}
+            run.sources = {str(key): [(str(source), value) for source, value in entries] for key, entries in read_json(text).items()}
         except (ValueError, TypeError, AttributeError):
             run.problems.append(f"{SOURCES} is damaged")
     for name, rows in ((EPOCHS, run.rows), (STEPS, run.steps), (EVENTS, run.events), (EVIDENCE, run.evidence)):
-        rows += read_rows(os.path.join(folder, name))
+        try:
+            rows += read_rows(os.path.join(folder, name))
+        except OSError as error:
+            run.problems.append(f"{name}: {error.strerror}")
     if not run.rows and not run.steps:
         run.problems.append(f"no figures yet ({EPOCHS} and {STEPS} are missing or empty)")
     elif not run.steps:
@@ -180,8 +183,7 @@ def read_run(folder: str) -> Run:
 
 def _text(run: Run, name: str) -> str | None:
     try:
-        with open(os.path.join(run.folder, name), encoding="utf-8", errors="replace") as file:
-            return file.read()
+        return read_text_file(os.path.join(run.folder, name), LARGEST_RECORD, "replace")
     except OSError as error:
         run.problems.append(f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}")
         return None

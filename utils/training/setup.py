@@ -66,10 +66,10 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
     require_writable(folder, dry)
     distributed.begin_phase("choosing where to start")
     start = choose_start(config, resume_content, folder, logger)
+    config = with_found(config, start.content, start.path)
     if config.PLAN.FIT:
         config = fit_micro_batch(config, task, start, device, world_size, logger)
     if start.content is not None:
-        config = with_found(config, start.content, start.path)
         if config.TRAIN.GLOBAL_BATCH not in (0, start.content["global_batch"]):
             logger.log(NOTICE, f"TRAIN.GLOBAL_BATCH is {config.TRAIN.GLOBAL_BATCH}, but {start.path} has a global batch of "
                         f"{start.content['global_batch']}, which is kept; another one needs a run of its own (--pretrained)")
