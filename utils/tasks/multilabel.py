@@ -43,6 +43,8 @@ class Multilabel(Task):
         if config.TRAIN.CLASS_WEIGHTS != "none":
             raise ConfigError(f"TRAIN.CLASS_WEIGHTS is for one class an image, and TASK is {config.TASK}; DATA.SAMPLING balanced shows "
                               "images of rare labels more often")
+        if config.TRAIN.DISTILLATION.TEACHER:
+            raise ConfigError(f"TRAIN.DISTILLATION.TEACHER is for one class an image, and TASK is {config.TASK}; leave it empty")
         self.tie_break = loss if self.best is not loss else None
         self.softening, self.given = config.MODEL.LABEL_SMOOTHING, config.TEST.THRESHOLDS
         self.found: list[float] = []  # by the last evaluation, or in the checkpoint
