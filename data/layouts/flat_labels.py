@@ -98,7 +98,8 @@ def _labelled(source: Source, path: str, rows: Sequence[Row]) -> Source:
         missing += [] if of_image else [name]
         found += of_image[:1]
     if missing:
-        raise DataError(f"{path}: has no label for {len(missing)} of the {len(source)} images of {source.root} ({first_few(missing, 3)})")
+        raise DataError(f"{path}: has no label for {len(missing)} of the {len(source)} images of {source.root} ({first_few(missing, 3)}); "
+                        "take them out, or use the images that the list names alone with --data-set lists")
     source.classes, source.targets = encode_labels([row.label for row in found])
     source.marks = marks_of(found)
     source.notices.append(Notice(f"{source.root}: labels from {path}"))

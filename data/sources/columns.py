@@ -23,6 +23,7 @@ _FLAGS = {"is_train": "train", "is_training": "train", "is_training_image": "tra
 _FOLDS = ("fold", "folds", "kfold", "k_fold", "fold_id", "fold_no", "cv_fold", "cv", "split", "partition")
 _GROUPS = ("group", "group_id", "patient", "patient_id", "patientid", "subject", "subject_id", "lesion_id")
 _NUMBERINGS = ("", "index", "idx", "no", "nr", "row", "unnamed_0")
+_MOST_COLUMNS = 25_000  # as many labels as ImageNet-22K has, and more
 _TRUE, _FALSE = ("1", "true", "yes", "t", "1.0"), ("0", "false", "no", "f", "0.0", "")
 
 
@@ -95,6 +96,8 @@ def find_columns(path: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     Raises:
         DataError: a column that a key names is not there, or no column can be told to be that of the images or of the labels.
     """
+    if len(header) > _MOST_COLUMNS:
+        raise DataError(f"{path}: has {len(header):,} columns; a list of images has at most {_MOST_COLUMNS:,}")
     finder = _Finder(path, header, rows)
     split, flag, fold = finder.split_and_fold(keys.split)
     group = finder.named("DATA.GROUP_COLUMN", keys.group, _GROUPS)
