@@ -47,6 +47,7 @@ class Source:
         notices: messages for the user.
         patience: seconds for which a failing read is tried again.
         reading: how they become pixels.
+        parallel: threads may read at the same time; archives share descriptors that are closed by turns.
         marks: what a list says of each image beside its class, "fold" or "group": (names, positions in them (images,) int64).
     """
 
@@ -56,6 +57,7 @@ class Source:
     notices: list[str]
     patience: float = 0.0
     reading: Reading = AS_STORED
+    parallel: bool = False
     marks: Mapping[str, tuple[list[str], np.ndarray]] = {}
     _fingerprint: str | None = None
 
@@ -131,7 +133,7 @@ class View(Source):
     def __init__(self, source: Source, indices: np.ndarray, classes: list[str], targets: np.ndarray, notices: list[str]):
         self.source, self.indices = source, indices
         self.root, self.classes, self.targets, self.notices = source.root, classes, targets, notices
-        self.reading, self.patience = source.reading, source.patience
+        self.reading, self.patience, self.parallel = source.reading, source.patience, source.parallel
         self.marks = {what: (names, marked[indices]) for what, (names, marked) in source.marks.items()}
 
     def path(self, index: int) -> str:

@@ -19,7 +19,7 @@ from data.decoding.pillow import Reading, decode_stored
 from data.errors import DataError, UnreadableImage
 from data.messages import Caution, Message, Notice
 from data.sources.base import Source
-from data.sources.threads import Hang, in_threads
+from data.sources.threads import THREADS, Hang, in_threads
 
 FEWEST_LEVELS = 64  # of 256; with less, what distinguishes images may be lost
 FIRST_LOOK, WHOLE_LOOK = 256, 2048  # images of a large set: whether there are deep ones, and what range they have
@@ -204,7 +204,7 @@ def look_at(source: Source, most: int, look: Callable[[int], T | None], timeout:
     """
     places = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).astype(np.int64)).tolist()
     try:
-        return [found for found in in_threads(look, places, timeout) if found is not None]
+        return [found for found in in_threads(look, places, timeout, THREADS if source.parallel else 1) if found is not None]
     except Hang as hang:
         busy = ", ".join(source.path(index) for index in hang.busy)
         raise DataError(f"no image came for {timeout:g} seconds (DATA.TIMEOUT); being read at that moment: {busy}; check the disk or "
