@@ -827,6 +827,13 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.BEST_METRIC", "top1", _str,
         "what decides which checkpoint is the best; of equals the one with the lower loss is; auroc is of two classes (classification)",
         choices=("top1", "loss", "mean_recall", "f1", "kappa", "auroc")),
+    Key("TRAIN.DISTILLATION.TEACHER", "", _local,
+        "trained model to learn from beside the labels: a checkpoint or export of this program, or timm's name of one; empty is none"),
+    Key("TRAIN.DISTILLATION.WEIGHTS", "", _local, "file of weights of that timm model; empty fetches timm's own"),
+    Key("TRAIN.DISTILLATION.TYPE", "hard", _str,
+        "what is learned of the teacher: its decision, or its probabilities", choices=("hard", "soft")),
+    Key("TRAIN.DISTILLATION.ALPHA", 0.5, _float, "share of the loss that the teacher has", PROBABILITY),
+    Key("TRAIN.DISTILLATION.TEMPERATURE", 1.0, _float, "soft: what both models' logits are divided by", ABOVE_0),
     Key("TRAIN.PATIENCE", 0, _int,
         "epochs without a better evaluation (TRAIN.BEST_METRIC) after which a run ends early; the schedule stays that of TRAIN.EPOCHS "
         "(0: never)", NOT_NEGATIVE, scope=RUN),
@@ -1345,6 +1352,8 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
         yield "TRAIN.WARMUP_EPOCHS", f"the warm-up must end before training does (TRAIN.EPOCHS is {train.EPOCHS})"
     if config.PLAN.FIT and (command := command_of(config)) is not None and not command.light and command.flag.key != "PLAN.RUN":
         yield "PLAN.FIT", f"--fit chooses the micro-batch of training; leave it out with {command.flag.name}"
+    if train.DISTILLATION.WEIGHTS and not train.DISTILLATION.TEACHER:
+        yield "TRAIN.DISTILLATION.WEIGHTS", "it goes with TRAIN.DISTILLATION.TEACHER, the name of its model"
     if config.DATA.FOLD and config.DATA.VAL_FRACTION:
         yield "DATA.FOLD", "it takes the place of DATA.VAL_FRACTION; set that to 0"
     for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET"):

@@ -15,7 +15,8 @@ from models.safe_load import FORMAT_KEY, CheckpointError, read_file, weights_fil
 from utils.checkpoints.file_format import FORMAT, is_own, require_own
 
 OWN = "recipe"  # key of config.json for what timm has no word for
-_FILES_OF_THIS_MACHINE = ("DATA.VAL_PATH", "DATA.VAL_LABELS", "DATA.CLASS_NAMES", "MODEL.CLASS_MAP")
+_FILES_OF_THIS_MACHINE = ("DATA.VAL_PATH", "DATA.VAL_LABELS", "DATA.CLASS_NAMES", "MODEL.CLASS_MAP",
+                          "TRAIN.DISTILLATION.TEACHER", "TRAIN.DISTILLATION.WEIGHTS")
 
 
 def recipe_of(config: CfgNode, step: int | None) -> dict[str, Any]:

@@ -59,21 +59,26 @@ class Trained:
 
 
 def open_trained(task: Task, config: CfgNode, content: Any, command: str) -> Trained:
-    """The model with the weights that --eval would evaluate; where a run kept an average, with that.
-
-    Args:
-        content: of the file that MODEL.RESUME names, or None.
-        command: the flag that asks, for messages.
-
-    Raises:
-        ConfigError: no weights are named, or the model does not take images of the config's size.
-        CheckpointError: the weights do not fit the model, or are not finite.
-    """
+    """``load_trained`` for a command of one process; raises ``ConfigError`` in several, or where the task trains no classifier."""
     if task.pretrains:
         raise ConfigError(f"{command}: a model of TASK {task.name} has no classes; fine-tune one from it first, with --pretrained "
                           f"{config.MODEL.RESUME or 'FILE'} and the config of a classifier")
     if distributed.world_size() > 1:
         raise ConfigError(f"{command} runs in one process; start it by python main.py, without torchrun")
+    return load_trained(task, config, content, command)
+
+
+def load_trained(task: Task, config: CfgNode, content: Any, command: str) -> Trained:
+    """The model with the weights that --eval would evaluate; where a run kept an average, with that.
+
+    Args:
+        content: of the file that MODEL.RESUME names, or None.
+        command: the flag or key that asks, for messages.
+
+    Raises:
+        ConfigError: no weights are named, or the model does not take images of the config's size.
+        CheckpointError: the weights do not fit the model, or are not finite.
+    """
     if content is None and config.MODEL.PRETRAINED == "hub":
         model = task.build_model(config)
         load_pretrained(model, "hub", config)

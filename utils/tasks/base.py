@@ -16,6 +16,7 @@ from utils.checkpoints.file_format import is_own
 from utils.evaluation.metrics import Evaluation, Metric
 from utils.inference.outputs import PredictionFormat
 from utils.inference.trained_model import Trained
+from utils.runtime.precision import Precision
 
 Batch = Any  # what the task's loaders yield; a tuple that begins with images (B, 3, H, W) unless the task says otherwise
 
@@ -116,6 +117,13 @@ class Task(Protocol):
     def batch_transform(self, config: CfgNode, num_classes: int, rank: int) -> Callable[[Batch, int], Batch]:
         """What happens to a step's batch on the device, from the batch and the step's number (mixup); it may change the batch in place."""
         return lambda batch, step: batch
+
+    def taught(self, config: CfgNode, transform: Callable[[Batch, int], Batch],
+               precision: Precision) -> tuple[Callable[[Batch, int], Batch], list[str]]:
+        """(``transform`` with a teacher's answers in its batches where the config names one, lines to tell)."""
+        if config.TRAIN.DISTILLATION.TEACHER:
+            raise ConfigError(f"TRAIN.DISTILLATION.TEACHER is not supported for TASK {self.name}")
+        return transform, []
 
     # A batch
 

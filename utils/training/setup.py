@@ -113,7 +113,8 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
             model = distributed.sync_batch_norm(model)
         else:
             logger.log(NOTICE, "SyncBN needs GPUs; batch norm stays each process's own")
-    transform = task.batch_transform(config, len(loaders.classes), rank)
+    transform, told = task.taught(config, task.batch_transform(config, len(loaders.classes), rank), precision)
+    tell(logger, told)
     state, plan = assemble(config, task, model, device, precision, images=sampler.images_per_step, transform=transform,
                            steps_per_epoch=steps_per_epoch, rank=rank, world_size=world_size)
     if start.content is not None:
