@@ -256,6 +256,12 @@ def test_a_stream_and_a_smaller_copy_have_one_window_too(xrays: Path, tmp_path: 
     expected = build_loaders(config_for(xrays), splits=("train",)).found
     assert loaders.found == expected and loaders.train.dataset.record_source.reading.window == tuple(expected["DATA.WINDOW"])
     loaders.close()
+    # one tar file a class: descriptors are shared there, so that threads must not read at the same time
+    (tmp_path / "tars/train").mkdir(parents=True)
+    for name in ("clear", "spot"):
+        write_tar(tmp_path / f"tars/train/{name}.tar", [(path.name, path.read_bytes()) for path in paths if path.parent.name == name])
+    packed = build_loaders(config_for(tmp_path / "tars", "DATA.SUBSET", 0.5), splits=("train",))
+    assert packed.found == expected and not packed.train.dataset.source.parallel
     done = subprocess.run([sys.executable, ROOT / "scripts/resize_dataset.py", xrays, tmp_path / "copy", "--side", "256", "--workers", "1"],
                           capture_output=True, text=True, env=environment(), check=True)
     copied = np.asarray(Image.open(next((tmp_path / "copy/train/clear").iterdir())))

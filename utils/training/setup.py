@@ -14,7 +14,7 @@ from config import ConfigError, with_values
 from data import Loaders
 from data.messages import NOTICE
 from models import load_pretrained
-from utils.checkpoints.file_format import with_found
+from utils.checkpoints.file_format import task_state, with_found
 from utils.checkpoints.folder import CheckpointFolder
 from utils.checkpoints.run_folder import require_writable, run_folder
 from utils.checkpoints.state import TrainState
@@ -113,11 +113,13 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
             model = distributed.sync_batch_norm(model)
         else:
             logger.log(NOTICE, "SyncBN needs GPUs; batch norm stays each process's own")
-    transform = task.batch_transform(config, len(loaders.classes), rank)
+    transform, told = task.taught(config, task.batch_transform(config, len(loaders.classes), rank), precision)
+    tell(logger, told)
     state, plan = assemble(config, task, model, device, precision, images=sampler.images_per_step, transform=transform,
                            steps_per_epoch=steps_per_epoch, rank=rank, world_size=world_size)
     if start.content is not None:
         state.load_state_dict(start.content, start.path)  # first: what cannot fit is not a change to accept
+        task.load_state_dict(task_state(start.content))
         accept_changes(start, config, logger)
     compile_model(model, config.COMPILE)
     if state.ema is not None:
