@@ -14,6 +14,10 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from utils.runtime import early_signals
+    early_signals.hold()  # before the imports, which take a while
+
 import contextlib
 import gc
 import importlib
@@ -100,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    early_signals.release()
     code = main()
+    early_signals.hold()
     if sys.stdout is not None:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()

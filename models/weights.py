@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from config import read_text_file
 from models.published_names import Reading, recognise
 from models.safe_load import FORMAT_KEY, CheckpointError, read_file
 
@@ -159,6 +160,9 @@ def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+_LARGEST_MAP, _LONGEST_ROW = 1 << 24, 18  # bytes of a class map, digits of a row's number
+
+
 def read_class_map(path: str) -> list[int]:
     """Rows of a larger classifier, one number a line, in the order of the classes that are kept.
 
@@ -166,14 +170,13 @@ def read_class_map(path: str) -> list[int]:
         CheckpointError: unreadable, or a line is no row number; names the line.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = file.read().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: the class map cannot be read ({getattr(error, 'strerror', None) or 'not text'})") from None
+        lines = read_text_file(path, _LARGEST_MAP).split("\n")
+    except OSError as error:
+        raise CheckpointError(f"{path}: the class map cannot be read ({error.strerror})") from None
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            if not line.strip().isdecimal():
+            if not line.strip().isdecimal() or len(line.strip()) > _LONGEST_ROW:
                 raise CheckpointError(f"{path}:{number}: {line.strip()[:40]!r} is no row number")
             rows.append(int(line))
     return rows

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm_start
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,9 +83,8 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run_main(*arguments: object, cwd: Path, timeout: int = 120, **env: str) -> subprocess.CompletedProcess[str]:
-    """``python main.py ...`` as a user starts it."""
-    return subprocess.run([sys.executable, str(ROOT / "main.py"), *map(str, arguments)], cwd=cwd, env=environment(**env),
-                          capture_output=True, text=True, timeout=timeout, check=False)
+    """``python main.py ...``."""
+    return warm_start.run([str(argument) for argument in arguments], cwd, environment(**env), timeout)
 
 
 def torchrun(*arguments: object, cwd: Path, processes: int = 2, timeout: int = 180) -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from conftest import ROOT, environment
+from warm_start import Process
 
 # BREAK names what breaks, BREAK_AFTER how many calls are left alone, BREAK_RANK the rank (none: every process), BREAK_HOW what
 # happens: an error, a NaN, a wait in which the process can be killed or a slow call (both leave a file to say that it has begun).
@@ -41,8 +42,8 @@ if _what and os.environ.get("BREAK_RANK", os.environ.get("RANK")) == os.environ.
         return call
 
     if _what == "loader":
-        import data.sources.base as place
-        place.Source.read = _broken(place.Source.read)
+        import data.transforms.pipeline as place
+        place.Decoder.open = _broken(place.Decoder.open)
     elif _what == "index":
         import data.build as place
         place.detect_layout = _broken(place.detect_layout)
@@ -76,12 +77,13 @@ def waiting(folder: Path) -> Path:
     return folder / "waiting"
 
 
-def start(*arguments: object, cwd: Path, launcher: tuple[str, ...] = (), **env: str) -> subprocess.Popen[str]:
+def start(*arguments: object, cwd: Path, launcher: tuple[str, ...] = (), **env: str) -> subprocess.Popen[str] | Process:
     """The program in a process group of its own, with ``launcher`` arguments of Python before it."""
-    # Python adds nothing to the path of a sitecustomize module that is not there.
-    command = [sys.executable, *launcher, str(ROOT / "main.py"), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, env=environment(**env), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            start_new_session=True)
+    words = [str(argument) for argument in arguments]
+    if not launcher:
+        return Process(words, cwd, environment(**env), start_new_session=True)
+    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "main.py"), *words], cwd=cwd, env=environment(**env), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")

@@ -243,7 +243,7 @@ def _deep(images: Images, survey: Survey) -> Iterator[Finding]:
         yield images.finding("deep", WARNING, f"{much}; they are rare, and the first look of training may miss them",
                              advice="give the values that are black and white with DATA.WINDOW")
         return
-    yield images.finding("deep", NOTE, f"{much}: black to white is {levels.words()} in all of them",
+    yield images.finding("deep", NOTE, f"{much}: {levels.words()}, in all of them",
                          advice="training finds the same, and its checkpoints keep it")
     if levels.few:
         yield Finding("few-levels", WARNING, levels.loss(), advice="differences between images may be lost",
@@ -261,7 +261,8 @@ def _long(survey: Survey, rows: np.ndarray, read: np.ndarray, size: Callable[[Sp
         yield Images(survey, at, size).finding(
             "long", WARNING if len(at) >= MANY_LONG * read.sum() else NOTE,
             f"{many(len(at))} at least {LONG} times as long or as high as the input's shape, half of them {middle:.1f} times or more: "
-            f"evaluation sees the middle {100 / middle:.0f} % of such an image, training smaller crops",
+            + (f"evaluation sees the middle {100 / middle:.0f} % of such an image, " if survey.config.TEST.CROP else "")
+            + "training sees crops of other proportions",
             "where a class shows at the edges, squash the images or pad them (DATA.FIT)", ["--opts DATA.FIT squash"])
 
 

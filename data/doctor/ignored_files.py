@@ -52,7 +52,9 @@ def _count_in_folder(root: str, count: Callable[[str, str], None], has_class_fol
         seen.add(real)
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.is_dir():
+                if entry.is_symlink() and not os.path.exists(entry.path):
+                    count(BROKEN, entry.path)
+                elif entry.is_dir():
                     if is_hidden(entry.name):
                         count(HIDDEN, entry.path)
                     else:

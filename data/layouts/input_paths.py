@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data.errors import DataError, UnreadableImage
-from data.sources.folder import ImageFolder, visible_entries
+from data.sources.folder import CIRCLE, ImageFolder, visible_entries
 from data.sources.packed_names import IMAGE_EXTENSIONS, PackedNames, is_image
 
 LIST_EXTENSION, STANDARD_INPUT = ".txt", "-"
@@ -99,11 +99,13 @@ def _below(folder: str, above: tuple[str, ...] = ()) -> Iterator[Item]:
     real = os.path.realpath(folder)
     if real in above:
         return
+    circles: list[str] = []
     try:
-        entries = visible_entries(folder)
+        entries = visible_entries(folder, circles.append)
     except DataError as error:
         yield folder, str(error).rpartition(": ")[2]
         return
+    yield from ((path, CIRCLE) for path in circles)
     for entry in entries:
         if entry.is_dir():
             yield from _below(entry.path, (*above, real))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -25,6 +26,8 @@ EXPECTED = "expected train/<class>/*.jpg and val/<class>/*.jpg (or validation/)"
 class ImageFolder(Source):
     """Images that are files, named by their paths below ``root`` or by absolute paths."""
 
+    parallel = True
+
     def __init__(self, root: str, classes: list[str], names: PackedNames, targets: np.ndarray, notices: Sequence[str] = ()):
         self.root, self.classes, self.names, self.targets, self.notices = root, classes, names, targets, list(notices)
 
@@ -41,17 +44,39 @@ class ImageFolder(Source):
         return self.names.blob.tobytes() + self.names.ends.tobytes()
 
 
-def visible_entries(folder: str) -> list[os.DirEntry]:
+def visible_entries(folder: str, circle: Callable[[str], None] = lambda path: None) -> list[os.DirEntry]:
     """The entries of a folder that are not hidden, sorted by name as torchvision sorts them.
+
+    Args:
+        circle: called with the path of each symbolic link that leads back to itself, which is left out.
 
     Raises:
         DataError: the folder cannot be read.
     """
     try:
         with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not is_hidden(e.name)), key=lambda e: e.name)
+            return sorted((e for e in entries if not is_hidden(e.name) and not _is_circle(e, circle)), key=lambda e: e.name)
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
+
+
+def _is_circle(entry: os.DirEntry, circle: Callable[[str], None]) -> bool:
+    if entry.is_symlink():
+        try:
+            entry.is_dir()
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                circle(entry.path)
+                return True
+            raise
+    return False
+
+
+CIRCLE = "is a symbolic link that leads back to itself"
+
+
+def _refuse(path: str) -> None:
+    raise DataError(f"{path}: {CIRCLE}; remove it")
 
 
 def _images_below(folder: str, above: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
@@ -60,7 +85,7 @@ def _images_below(folder: str, above: tuple[str, ...] = ()) -> tuple[list[str], 
     if real in above:
         return [], []
     images, folders = [], [folder]
-    for entry in visible_entries(folder):
+    for entry in visible_entries(folder, _refuse):
         if entry.is_dir():
             for found, more in zip((images, folders), _images_below(entry.path, (*above, real)), strict=True):
                 found += more
@@ -79,7 +104,7 @@ def images_below(folder: str) -> list[str]:
 
 
 def _index_folder(root: str) -> tuple[Index, list[str]]:
-    inside = visible_entries(root)
+    inside = visible_entries(root, _refuse)
     classes = [e.name for e in inside if e.is_dir()]
     if not classes:
         loose = any(is_image(e.name) for e in inside)
@@ -119,5 +144,5 @@ def scan_folder(root: str, cache: str | None = None) -> ImageFolder:
 
 def scan_flat(root: str) -> ImageFolder:
     """The images directly in ``root``, by name, all of one class called ""; labels come from elsewhere."""
-    names = [e.name for e in visible_entries(root) if is_image(e.name) and e.is_file()]
+    names = [e.name for e in visible_entries(root, _refuse) if is_image(e.name) and e.is_file()]
     return ImageFolder(root, [""], PackedNames.of(names), np.zeros(len(names), dtype=np.int64))

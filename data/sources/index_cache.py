@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import struct
 import tempfile
 import time
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from config import require_regular
 from data.sources.packed_names import PackedNames
 
 _VERSION = 3
@@ -28,7 +31,8 @@ _TIME_RESOLUTION = 2.0  # seconds within which a file system may give two change
 
 Index = dict[str, np.ndarray]
 # What numpy raises for a file that is not an npz file, or a damaged one.
-NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
+NPZ_ERRORS = (OSError, ValueError, LookupError, ArithmeticError, EOFError, TypeError, RuntimeError, MemoryError, SyntaxError,
+              tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error)
 _CHECKSUM_PREFIX = "sums."  # of keys that hold the doctor's checksums
 
 
@@ -130,6 +134,7 @@ def _stamps(paths: Sequence[str]) -> np.ndarray:
 def _read(path: str) -> Index | None:
     # A cache is never a reason to fail: whatever is wrong with it, the files are listed again.
     try:
+        require_regular(path)
         with np.load(path, allow_pickle=False) as file:
             index = {key: file[key] for key in file.files if not key.startswith(_CHECKSUM_PREFIX)}
         watched = names_of(index, "watched")

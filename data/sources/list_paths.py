@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from data.errors import DataError
 from data.messages import Caution, Message, Notice
-from data.sources.classes import first_few
+from data.sources.classes import first_few, whole_number
 from data.sources.columns import ListKeys
 from data.sources.folder import images_below, visible_entries
 from data.sources.packed_names import IMAGE_EXTENSIONS, is_image
@@ -68,7 +68,8 @@ def find_listed(path: str, lines: Sequence[int], paths: Sequence[str], roots: Se
         if len(below) > (found * len(paths)) // len(sample):
             way = way._replace(root=keys.root or os.path.dirname(path) or ".")
             names, found = [below.get(i, name) for i, name in enumerate(names)], len(below)
-            notices.append(Notice(f"{path}: its images lie in several folders below {way.root}; they are found by their names"))
+            notices.append(Notice(f"{path}: its images are found by their names, wherever they lie below {way.root} ({paths[0]} is "
+                                  f"{names[0]})"))
     if not found:
         raise DataError(f"{path}:{lines[0]}: {paths[0]} is not below {keys.root or ' or '.join(dict.fromkeys(roots))}; paths are relative "
                         "to the list's folder, or absolute; DATA.IMAGE_ROOT names another folder, DATA.IMAGE_SUFFIX a suffix such as .jpg")
@@ -127,7 +128,8 @@ def _by_name(root: str, paths: Sequence[str], suffix: str) -> dict[int, str]:
     for file in images_below(root):
         below = os.path.relpath(file, root)
         name = os.path.basename(below)
-        for spelled in {name, os.path.splitext(name)[0]}:
+        stem = os.path.splitext(name)[0]
+        for spelled in {name, stem, stem if (number := whole_number(stem)) is None else str(number)}:  # a spreadsheet's 7 is 0007.jpg
             by_name.setdefault(spelled, []).append(below)
     found = {}
     for i, path in enumerate(paths):

@@ -47,6 +47,9 @@ def open_streams(config: CfgNode, splits: Sequence[str], classes: Sequence[str] 
         if not path:
             raise ConfigError(f"{root}: is a stream of training images; give the shards of the validation images with DATA.VAL_PATH")
         judged = config.TEST.SPLIT if list(splits) == ["val"] else split
+        if judged != split and not path.startswith("hf://"):
+            raise ConfigError(f"TEST.SPLIT is {judged}, but a stream of shards has no names of splits; give the shards to evaluate with "
+                              "DATA.VAL_PATH")
         stream = open_hub_stream(path, judged, names) if path.startswith("hf://") else open_shard_stream(path, names)
         if not stream.classes:
             raise ConfigError(f"{path}: the stream does not name its classes; give MODEL.NUM_CLASSES, or DATA.CLASS_NAMES")

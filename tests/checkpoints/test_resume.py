@@ -6,14 +6,13 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, differences, environment, load, run_main, torchrun, write_images
+from conftest import differences, load, run_main, torchrun, write_images
+from faults import start
 
 STATE = ("model", "ema", "optimizer", "step", "best", "loss_sums")
 TIMES = ("images_per_s", "seconds")
@@ -37,8 +36,7 @@ def rows(folder: Path) -> list[dict]:
 def test_killed_run_ends_in_the_same_bits(straight: Path, tiny_cfg: Path, tmp_path: Path, workers: int) -> None:
     command = ["--cfg", tiny_cfg, "--epochs", "6", "--num-workers", str(workers), "--opts", "TRAIN.SAVE_EVERY_STEPS", "3"]
     folder = tmp_path / "output/tiny/default"
-    process = subprocess.Popen([sys.executable, str(ROOT / "main.py"), *map(str, command)], cwd=tmp_path, env=environment(),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(*command, cwd=tmp_path)
     deadline = time.time() + 60
     # The eighth step's epoch is the second of five steps: after ckpt 6 or 9 the run is inside an epoch.
     while not any(int(p.stem[5:]) >= 6 for p in folder.glob("ckpt_*.pth")) and time.time() < deadline:

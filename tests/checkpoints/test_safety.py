@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, differences, environment, load, run_main, write_images
+from faults import start, wait_for
 from PIL import Image
 
 from config import get_config
@@ -27,20 +28,6 @@ from utils.checkpoints.run_folder import require_room
 from utils.training.resume import choose_start
 
 ENDLESS = ("--epochs", "4000", "--warmup-epochs", "1", "--opts", "SAVE_FREQ", "4000", "TRAIN.EVAL_FREQ", "4000")
-
-
-def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, str(ROOT / "main.py"), *map(str, arguments)], cwd=cwd, env=environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-
-
-def wait_for(path: Path, words: str, seconds: float = 60, binary: bool = False) -> None:
-    deadline = time.time() + seconds
-    while time.time() < deadline:
-        if path.exists() and (binary or words in path.read_text()):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no {words!r} in {path}")
 
 
 @pytest.mark.parametrize(("name", "workers", "group"), [("SIGTERM", 2, True), ("SIGINT", 0, False), ("SIGHUP", 1, True)])
@@ -61,9 +48,30 @@ def test_a_signal_saves_and_stops(tiny_cfg: Path, tmp_path: Path, name: str, wor
     assert again.returncode == 0 and f"at step {step}\n" in again.stdout
 
 
+def caught(process: subprocess.Popen[str], number: int) -> bool:
+    """Whether the process has a handler of its own for a signal."""
+    mask = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.M)
+    return bool(int(mask[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="asks Linux whether a signal is taken")
+@pytest.mark.parametrize(("number", "status", "words"), [(signal.SIGINT, 1, "error: stopped by Ctrl-C; what was saved before is intact\n"),
+                                                         (signal.SIGUSR1, 0, "")])
+def test_signals_while_modules_are_imported(number: int, status: int, words: str, tmp_path: Path) -> None:
+    process = start("--print-config", cwd=tmp_path)
+    while not caught(process, signal.SIGUSR1):  # the first thing that main.py does
+        time.sleep(0.001)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status and err == words and ("EVAL_MODE" in out) == (status == 0)
+
+
 def test_sigusr1_saves_and_goes_on(tiny_cfg: Path, tmp_path: Path) -> None:
     process = start("--cfg", tiny_cfg, *ENDLESS, cwd=tmp_path)
     folder = tmp_path / "output/tiny/default"
+    while not caught(process, signal.SIGUSR1):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGUSR1)  # nothing to save yet
     wait_for(folder / "log.txt", "epoch 2/4000")
     process.send_signal(signal.SIGUSR1)
     deadline = time.time() + 30
@@ -212,7 +220,7 @@ def test_a_last_save_that_fails_is_told_by_the_exit_status(tiny_cfg: Path, tmp_p
     folder = tmp_path / "output/tiny/default"
     wait_for(folder / "log.txt", "epoch 2/4000")
     process.send_signal(signal.SIGUSR1)
-    wait_for(folder / "last.pth", "", binary=True)
+    wait_for(folder / "last.pth")
     limit_files(process, 200_000)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)

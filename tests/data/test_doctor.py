@@ -18,6 +18,7 @@ from conftest import ROOT, environment
 from data_helpers import config_for, encoded, png_bomb, write_tar
 from PIL import Image
 
+from config import get_config
 from data import build_loaders
 from data.doctor import worker_pool
 from data.doctor.image_hashes import near_pairs
@@ -154,6 +155,8 @@ def test_a_folder_spoiled_in_twenty_ways(tmp_path: Path, program) -> None:
     for code, (severity, items) in single.items():
         assert (found[code]["severity"], names(found[code])) == (severity, items), (code, found.get(code))
         assert found[code]["mend"] or found[code]["advice"], code
+    remedy = get_config(None, found["imbalance"]["mend"][0].split()[1:])
+    assert remedy.DATA.SAMPLING == "balanced" and remedy.TRAIN.BEST_METRIC == "mean_recall"
     assert found["imbalance"]["severity"] == "note" and found.keys() == single.keys() | {"imbalance", "passed-over"}
     reasons = {"/".join(Path(item["path"]).parts[-2:]): item["detail"] for item in found["unreadable-train"]["items"]}
     for name, word in (("ape/0.jpg", "truncated"), ("ape/1.jpg", "empty"), ("ape/2.jpg", "none of JPEG"),

@@ -59,6 +59,12 @@ def test_what_counts_as_class_and_image(tmp_path: Path) -> None:
     (tmp_path / "train/b/0.jpg").write_text("<html>")
     with pytest.raises(DataError, match=r"train/b/0\.jpg: not a readable image"):
         found.load(1)
+    for circle in ("train/b/self.png", "train/self"):
+        (tmp_path / circle).symlink_to(os.path.basename(circle))
+        with pytest.raises(DataError, match=f"{circle}: .*remove it"):
+            scan_folder(str(tmp_path / "train"))
+        (tmp_path / circle).unlink()  # the remedy
+        assert len(scan_folder(str(tmp_path / "train"))) == 4
 
 
 def test_a_file_that_comes_back_is_waited_for(tmp_path: Path, monkeypatch) -> None:

@@ -182,6 +182,8 @@ def test_what_is_missing_is_named(shards: list[object], parquet: Path, monkeypat
     for more, words in rows:
         with pytest.raises(ConfigError, match=words):
             loaders_of(shards, *more)
+    with pytest.raises(ConfigError, match="TEST.SPLIT is test.*DATA.VAL_PATH"):
+        loaders_of(shards, "TEST.SPLIT", "test", splits=("val",))
     hub = ["DATA.DATA_PATH", f"hf://{parquet}", "DATA.STREAM_IMAGES", 44]
     with pytest.raises(DataError, match=f"hf://{tmp_path}/none: .*datasets"):
         loaders_of(["DATA.DATA_PATH", f"hf://{tmp_path}/none", "DATA.STREAM_IMAGES", 44])

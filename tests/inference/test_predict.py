@@ -81,27 +81,31 @@ def test_whatever_is_given_is_done_in_its_order_and_the_rest_named(program, tiny
     (here / "lists/list.txt").write_text("\ufeff# of mine\n../named\n\nabsent.png\n../in\nhttp://x/l.png\n", encoding="utf-8")
     (here / "lists/none.txt").write_text("# nothing\n")
     items = ["named", "cut.jpg", "https://x/y.jpg", "in/deep/[01].*", "in", "nothing*.png", "empty", "lists/list.txt", "lists/none.txt",
-             "\0", "named"]
+             "named"]
     done = program("--predict", *items, "--resume", tiny_run, "--json", "out.jsonl", "--csv", "out.csv", "--topk", 1)
     assert done.returncode == 3
     found = [json.loads(line) for line in (here / "out.jsonl").read_text().splitlines()]
     deep = [f"in/deep/{name}" for name in ("0.jpg", "1.png", "2.jpg", "3.png", "4.jpg")]
     names = ["named", "cut.jpg", "https://x/y.jpg", *deep[:2], *deep, "nothing*.png", "empty", "lists/../named", "lists/absent.png",
-             *(name.replace("in/", "lists/../in/") for name in deep), "http://x/l.png", "lists/none.txt", "\0", "named"]
+             *(name.replace("in/", "lists/../in/") for name in deep), "http://x/l.png", "lists/none.txt", "named"]
     assert [row["path"] for row in found] == names
     errors = {row["path"]: row["error"] for row in found if "error" in row}
     for path, words in {"cut.jpg": "not a readable image", "https://x/y.jpg": "is a URL", "nothing*.png": "matches no images",
                         "empty": "holds no images", "lists/absent.png": "no such file", "http://x/l.png": "is a URL",
-                        "lists/none.txt": "lists no images", "\0": ""}.items():
+                        "lists/none.txt": "lists no images"}.items():
         assert words in errors.pop(path)
-        assert path == "\0" or f"warning: {path}: " in done.stderr
-    assert not errors and done.stderr.count("warning: ") == 8 and f"8 of {len(names)} could not be read" in done.stdout
+        assert f"warning: {path}: " in done.stderr
+    assert not errors and done.stderr.count("warning: ") == 7 and f"7 of {len(names)} could not be read" in done.stdout
     assert len({row["top"][0]["probability"] for row in found if row["path"].endswith("named")}) == 1
     table = rows_of((here / "out.csv").read_text())
     assert [row["error"] for row in table] == [row.get("error", "") for row in found]
     lines = [line for line in done.stdout.splitlines() if " %" in line]
-    assert len(lines) == len(names) - 8 and re.fullmatch(r"named: [abcd] \d+\.\d %", lines[0])
+    assert len(lines) == len(names) - 7 and re.fullmatch(r"named: [abcd] \d+\.\d %", lines[0])
     assert not list(here.rglob(".tmp*"))
+    (here / "in/self.png").symlink_to("self.png")
+    circle = program("--predict", "in", "--resume", tiny_run)
+    assert circle.returncode == 3 and circle.stderr.count("\n") == 1 and "warning: in/self.png: " in circle.stderr
+    assert sum(" %" in line for line in circle.stdout.splitlines()) == 5
 
 
 def test_lists_relative_to_the_current_folder_and_on_standard_input(program, tiny_run: Path, images: Path, monkeypatch) -> None:

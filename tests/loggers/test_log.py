@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,21 @@ def test_names_forge_no_lines(tmp_path: Path, capsys) -> None:
     for text in (said, (tmp_path / "log.txt").read_text(encoding="utf-8")):
         first, second = text.split("\n")[:2]
         assert first.startswith("warning: x\\nfinished") and first.isprintable() and "\\udcff" in first and second == "next"
+
+
+def test_names_that_are_not_utf8_in_a_run(tiny_cfg: Path, images: Path, tmp_path: Path, program) -> None:
+    folder, odd = tmp_path / os.fsdecode(b"da\xffta"), os.fsdecode(b"a\xff")
+    shutil.copytree(images, folder)
+    for split in ("train", "val"):
+        (folder / split / "a").rename(folder / split / odd)
+    (folder / "train" / odd / "0.jpg").write_bytes(b"no image")
+    done = program("--cfg", tiny_cfg, "--data-path", folder, "--output", odd, "--tag", odd, "--epochs", 1, "--warmup-epochs", 0,
+                   "--opts", "DATA.CORRUPT_BUDGET", 1)
+    run = next(tmp_path.glob("a*/tiny/a*"))
+    log = (run / "log.txt").read_text(encoding="utf-8")
+    assert done.returncode == 0 and "cannot be written" not in done.stdout and "end here" not in done.stdout, done.stdout
+    assert "da\\udcffta/train/a\\udcff/0.jpg: not a readable image" in log
+    assert {line for line in done.stdout.splitlines() if not line.startswith("report ")} <= set(log.splitlines())
 
 
 def test_hostile_names_in_lines_tables_and_errors(tiny_run: Path, tmp_path: Path, program) -> None:

@@ -6,10 +6,10 @@ import csv
 import json
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm_start
 from conftest import ROOT, differences, environment, load
 from faults import fault, wait_for, waiting
 
@@ -18,24 +18,23 @@ from utils.tasks.build import TASKS
 RUN = "output/tiny/default"
 
 
-def command(folder: Path, tiny_cfg: Path, *arguments: object) -> list[str]:
-    """The program with the task known to it, and what it is to do."""
-    script = folder / "main_with_task.py"
-    script.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
-                      "import main\nfrom utils.tasks.build import TASKS\nTASKS['mean_color'] = ('mean_color', 'MeanColor')\n"
-                      "sys.exit(main.main(sys.argv[1:]))\n")
-    return [sys.executable, str(script), *map(str, arguments)]
+def script(folder: Path) -> Path:
+    """The program with the task known to it."""
+    path = folder / "main_with_task.py"
+    path.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
+                    "import main\nfrom utils.tasks.build import TASKS\nTASKS['mean_color'] = ('mean_color', 'MeanColor')\n"
+                    "sys.exit(main.main(sys.argv[1:]))\n")
+    return path
 
 
-def run(folder: Path, tiny_cfg: Path, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(folder, tiny_cfg, *arguments), cwd=folder, env=environment(**env), capture_output=True, text=True,
-                          timeout=120, check=False)
+def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return warm_start.run([str(argument) for argument in arguments], folder, environment(), 120, script(folder))
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_cfg: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("color")
-    done = run(folder, tiny_cfg, *training(tiny_cfg))
+    done = run(folder, *training(tiny_cfg))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -54,13 +53,12 @@ def test_it_trains_and_its_own_metric_decides_what_is_best(trained: Path) -> Non
 
 def test_killed_and_resumed_it_ends_in_the_same_bits(trained: Path, tiny_cfg: Path, tmp_path: Path) -> None:
     # The 14th loss is in the third epoch (5 steps each, the evaluation computes none).
-    killed = subprocess.Popen(command(tmp_path, tiny_cfg, *training(tiny_cfg)), cwd=tmp_path, start_new_session=True,
-                              env=environment(**fault(tmp_path, "loss_of_color", after=13, how="wait")), stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL)
+    killed = warm_start.Process([str(argument) for argument in training(tiny_cfg)], tmp_path, script=script(tmp_path),
+                                env=environment(**fault(tmp_path, "loss_of_color", after=13, how="wait")))
     wait_for(waiting(tmp_path))
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    done = run(tmp_path, tiny_cfg, *training(tiny_cfg))
+    done = run(tmp_path, *training(tiny_cfg))
     assert done.returncode == 0 and "auto-resume" in done.stdout, done.stderr
     ours, theirs = (load(folder / RUN / "last.pth") for folder in (tmp_path, trained))
     assert ours["step"] == theirs["step"] == 20

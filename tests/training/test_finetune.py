@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_start
 from conftest import ROOT, differences, environment, load
 from safetensors.torch import load_file
 
@@ -86,8 +86,7 @@ def test_published_files_become_clean_safetensors(tmp_path: Path) -> None:
     torch.save({"model": {f"module.{k}": v for k, v in model.state_dict().items()}, "config": CfgNode({"A": 1})}, tmp_path / "a.pth")
 
     def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, str(ROOT / "scripts/convert_weights.py"), *map(str, arguments)], env=environment(),
-                              capture_output=True, text=True, timeout=60, check=False)
+        return warm_start.run([str(argument) for argument in arguments], tmp_path, environment(), 60, ROOT / "scripts/convert_weights.py")
 
     done = convert(tmp_path / "a.pth", tmp_path / "a.safetensors")
     assert done.returncode == 0, done.stderr

@@ -229,6 +229,28 @@ def test_a_rate_is_for_the_images_that_there_are(tiny_cfg: Path, program) -> Non
     assert row["lr"] == pytest.approx(0.05 * 44 / 512)
 
 
+def test_patience_ends_a_run_early_and_a_continued_one_where_it_would_have_ended(tiny_cfg: Path, program) -> None:
+    opts = ["TRAIN.PATIENCE", 2, "TRAIN.BEST_METRIC", "loss", "TRAIN.LAYER_DECAY", 0.8, "TRAIN.EMA_DECAY", 0, "AUG.AUTO_AUGMENT", "none",
+            "TRAIN.REPORT", "none"]
+    run = ["--cfg", tiny_cfg, "--epochs", 30, "--lr", 3, "--opts", *opts]
+    done = program(*run)
+    folder = program.folder / "output/tiny/default"
+    end = load(folder / "last.pth")
+    last, best = end["step"] // 5, end["best"]["epoch"]
+    assert done.returncode == 0 and last - best == 2 < last < 20, done
+    assert f"ended early, after epoch {last} of 30: 2 epochs (TRAIN.PATIENCE)" in done.stdout and f"with --epochs {last}" in done.stdout
+    assert f"finished {last} epochs" in done.stdout and (folder / "predictions.npz").exists()
+    # layer decay says its rates
+    assert "learning rate 0.0192 (x 0.41): patch_embed\n" in done.stdout and "(x 0.64): layers.1.blocks.0\n" in done.stdout
+    again = program(*run)
+    assert again.returncode == 0 and "finished already" in again.stdout and "raise TRAIN.PATIENCE" in again.stdout, again
+    for path in folder.glob("ckpt_*.pth"):
+        if load(path)["step"] > end["best"]["step"]:
+            path.unlink()
+    assert program(*run).returncode == 0
+    assert differences(end["model"], load(folder / "last.pth")["model"]) == [] and load(folder / "last.pth")["step"] == end["step"]
+
+
 def test_throughput_needs_no_data(program) -> None:
     done = program("--throughput", "--batch-size", 2, "--img-size", 64, "--device", "cpu", "--precision", "fp32")
     assert done.returncode == 0, done.stderr

@@ -31,6 +31,11 @@ _MOVED = ("history.jsonl", "nonfinite.jsonl", "tensorboard", "tracker.json", "pl
 _NAME = re.compile(r"ckpt_(\d{8,})\.pth")
 
 
+def is_checkpoint(name: str) -> bool:
+    """Whether a file of a run's folder is called as a checkpoint is."""
+    return _NAME.fullmatch(name) is not None
+
+
 class CheckpointFolder:
     """The checkpoints of a run."""
 

@@ -13,9 +13,9 @@ from filelock import FileLock
 from yacs.config import CfgNode
 
 from config import ConfigError
-from utils.checkpoints.folder import CheckpointFolder
+from utils.checkpoints.folder import CheckpointFolder, is_checkpoint
 from utils.loggers.console import close_files, log_to_file
-from utils.loggers.metrics_files import LOG
+from utils.loggers.metrics_files import LOG, RECORDS
 from utils.runtime import distributed
 from utils.runtime.files import file_limit, free_bytes, lock_folder, remove_leftovers
 
@@ -27,7 +27,8 @@ def run_folder(config: CfgNode) -> str:
 
 
 def require_writable(folder: str, dry: bool) -> None:
-    """Raise ``ConfigError`` when the folder cannot be made or written, or, unless ``dry``, another run is in it; makes nothing."""
+    """Raise ``ConfigError`` when the folder cannot be made or written, holds other things under the names of a run's files, or, unless
+    ``dry``, another run is in it; makes nothing."""
     there = os.path.abspath(folder)
     while not os.path.lexists(there):
         there = os.path.dirname(there)
@@ -35,6 +36,8 @@ def require_writable(folder: str, dry: bool) -> None:
         raise ConfigError(f"{folder}: cannot be written ({there} is no folder); choose another --output or --tag")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder}: cannot be written (no permission in {there}); choose another --output")
+    if there == os.path.abspath(folder):
+        _require_kinds(folder)
     if distributed.is_main() and not dry and os.path.exists(os.path.join(folder, ".lock")):
         _lock(folder).release()
 
@@ -71,6 +74,19 @@ def checkpoints_kept(config: CfgNode) -> int:
     if config.TRAIN.KEEP_CHECKPOINTS:
         return config.TRAIN.KEEP_CHECKPOINTS + 2
     return 1 + math.ceil(config.TRAIN.EPOCHS / config.SAVE_FREQ)
+
+
+_FOLDERS = ("tensorboard", "plots")
+_FILES = (*RECORDS, "best.pth", "last.pth", "predictions.npz", "report.html", "tracker.json", ".job", ".lock", ".lock-holder")
+
+
+def _require_kinds(folder: str) -> None:
+    """Raise ``ConfigError`` where a pipe, a device or a folder has the name of a file of the run, or a file that of a folder."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        wanted = "folder" if name in _FOLDERS else "file" if name in _FILES or is_checkpoint(name) else ""
+        if wanted and os.path.exists(path) and not (os.path.isdir if wanted == "folder" else os.path.isfile)(path):
+            raise ConfigError(f"{path}: is no {wanted}, and the run keeps one under that name; move it away, or choose another --tag")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from yacs.config import CfgNode
 
-from config import ConfigError
+from config import ConfigError, require_regular
 from data.doctor.diagnose import Diagnosis, diagnose, manifests
 from data.doctor.finding import ERROR, NOTE, WARNING, Finding, Move
 from data.doctor.survey import Survey, base_of
@@ -113,6 +113,7 @@ def _tried(write: Callable[[], None], path: str) -> None:
 
 def _read_manifest(path: str) -> Index | None:
     try:
+        require_regular(path)
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in ("names.blob", "names.ends", "sha256")}
     except NPZ_ERRORS:

@@ -7,9 +7,10 @@ import io
 import json
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
-from utils.runtime.files import Appended, append_whole, replace_file
+from utils.runtime.files import Appended, append_whole, read_json, read_record, replace_file
 
 LOGGER = logging.getLogger("trainer")
 
@@ -32,7 +33,7 @@ class JsonLines:
     def __init__(self, path: str, step: float, logger: logging.Logger = LOGGER, sync: bool = True):
         """``sync``: every line reaches the disk before ``write`` returns."""
         self.path, self._file = path, Appended(path, logger.warning, sync)
-        text = _text(path)
+        text = read_record(path)
         found = [(row, line) for line in text.splitlines() if (row := _row(line)) is not None]
         kept = "".join(line + "\n" for row, line in found if row["step"] <= step)
         self.last = found[-1][0] if found else None
@@ -83,22 +84,40 @@ class MetricsLog:
 
 def read_rows(path: str) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines, each with a number ``step``; what is no such row is passed over."""
-    return [row for row in map(_row, _text(path).splitlines()) if row is not None]
-
-
-def _text(path: str) -> str:
-    if not os.path.exists(path):
-        return ""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()
+    return [row for row in map(_row, read_record(path).splitlines()) if row is not None]
 
 
 def _row(line: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = read_json(line)
     except ValueError:  # cut off by a kill
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), (int, float)) else None
+    if not isinstance(row, dict) or not _is_number(row.get("step")) or row["step"] < 0:
+        return None
+    return {key: value for key, value in row.items() if value is None or _KINDS.get(key, _is_anything)(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_anything(_: Any) -> bool:
+    return True
+
+
+# What the entries of a row are, where they are read by name; one of another kind is as good as none.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("epoch", "seconds", "skipped_steps", "images_per_s", "data_share", "loss", "train_loss", "val_loss", "grad_norm", "lr",
+                     "again", "to"), _is_number),
+    **dict.fromkeys(("time", "before"), lambda value: _is_number(value) and 0 <= value < 1e11),  # seconds until the year 5138
+    **dict.fromkeys(("event", "task", "best", "tie_break", "git_commit", "device", "precision", "reason"), _is_text),
+    "steps_per_epoch": lambda value: _is_number(value) and value > 0,
+    "flags": lambda value: isinstance(value, list), "metrics": lambda value: isinstance(value, list),
+    "versions": lambda value: isinstance(value, dict), "data": lambda value: isinstance(value, dict)}
 
 
 def _csv(columns: list[str], rows: list[dict[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 
 from config import KEYS, lookup, of_the_command
 from data.messages import NOTICE
+from utils.loggers.console import plain
 from utils.runtime.files import Appended
 
 _GRID_IMAGES, _GRID_SIDE = 16, 128  # images of the grid, and its images' longer side in pixels at most
@@ -114,4 +115,4 @@ class TensorBoard:
 def settings(config: CfgNode) -> dict[str, Any]:
     """The config flat: numbers, truths and texts by key; without what is not set and what one command alone asked for."""
     pairs = ((key, lookup(config, key)) for key, *_ in KEYS if key != "BASE" and not of_the_command(key))
-    return {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in pairs if value not in (None, "")}
+    return {key: value if isinstance(value, (bool, int, float)) else plain(value) for key, value in pairs if value not in (None, "")}

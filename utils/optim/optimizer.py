@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,25 @@ def parameter_groups(config: CfgNode, model: nn.Module) -> list[dict]:
     if config.TRAIN.LAYER_DECAY < 1:
         return timm.optim.param_groups_layer_decay(model, layer_decay=config.TRAIN.LAYER_DECAY, **common)
     return timm.optim.param_groups_weight_decay(model, **common)
+
+
+def layer_rates(optimizer: torch.optim.Optimizer, model: nn.Module, peak: float) -> list[str]:
+    """A line for each of layer decay's rates, from the input to the head: ``learning rate 1.2e-05 (x 0.024): patch_embed, pos_embed``."""
+    names, parts = {id(p): name for name, p in model.named_parameters()}, {}
+    for group in optimizer.param_groups:
+        of_scale = parts.setdefault(group.get("lr_scale", 1.0), set())
+        of_scale |= {re.match(_LAYER, names[id(p)])[0] for p in group["params"]}
+    if len(parts) < 2:
+        return []
+    return [f"learning rate {peak * scale:.3g} (x {scale:.3g}): {', '.join(sorted(of_scale, key=_by_number))}"
+            for scale, of_scale in sorted(parts.items())]
+
+
+_LAYER = r".*?\bblocks\.\d+|\w+\.\d+|\w+"  # of a parameter's name: layers.2.blocks.0, block1.0 or patch_embed
+
+
+def _by_number(name: str) -> list[tuple[bool, int, str]]:
+    return [(not word.isdecimal(), int(word) if word.isdecimal() else 0, word) for word in name.split(".")]
 
 
 def _is_hybrid(name: str) -> bool:

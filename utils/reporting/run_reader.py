@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,11 @@ from typing import Any
 
 import yaml
 
-from config import COMMAND_LINE, KEYS, ConfigError, of_the_command
+from config import COMMAND_LINE, KEYS, ConfigError, of_the_command, read_text_file, yaml_tree
+from utils.evaluation.label_predictions_file import LabelPredictionsFile
 from utils.evaluation.predictions_file import FILE, PredictionsFile, PredictionsFileError
 from utils.loggers.metrics_files import CONFIG, EPOCHS, EVENTS, EVIDENCE, SOURCES, STEPS, read_rows
+from utils.runtime.files import LARGEST_RECORD, read_json
 
 _DEFAULTS = {key: default for key, default, *_ in KEYS}
 
@@ -38,6 +39,9 @@ _CLASSIFICATION = {"top1": ReportedMetric("top1", "top-1", digits=2, unit=" %"),
                    "val_loss": ReportedMetric("val_loss", "loss", higher_is_better=False)}
 
 
+_PREDICTIONS = {"classification": PredictionsFile, "multilabel": LabelPredictionsFile}  # the file of a task's last evaluation
+
+
 @dataclass
 class Run:
     """A run folder's records.
@@ -60,7 +64,7 @@ class Run:
     steps: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     evidence: list[dict[str, Any]] = field(default_factory=list)
-    predictions: PredictionsFile | None = None
+    predictions: PredictionsFile | LabelPredictionsFile | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -130,7 +134,7 @@ class Run:
 def _metric(row: dict[str, Any]) -> ReportedMetric:
     name, digits = str(row["name"]), row.get("digits")
     return _CLASSIFICATION.get(name) or ReportedMetric(name, str(row.get("label", name)), bool(row.get("higher_is_better", True)),
-                                                       digits if digits in range(10) else 4)
+                                                       int(digits) if digits in range(10) else 4)
 
 
 def _is_number(value: Any) -> bool:
@@ -151,26 +155,29 @@ def read_run(folder: str) -> Run:
     run = Run(folder, os.path.basename(os.path.abspath(folder)))
     if (text := _text(run, CONFIG)) is not None:
         try:
-            run.config = flatten(yaml.safe_load(text) or {})
+            run.config = flatten(yaml_tree(text) or {})
             run.name = f"{run.config['MODEL.NAME']}/{run.config['TAG']}"
-        except (yaml.YAMLError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError):
             run.problems.append(f"{CONFIG} is damaged or of another program")
     if (text := _text(run, SOURCES)) is not None:
         try:
-            run.sources = {str(key): [(str(source), value) for source, value in entries] for key, entries in json.loads(text).items()}
+            run.sources = {str(key): [(str(source), value) for source, value in entries] for key, entries in read_json(text).items()}
         except (ValueError, TypeError, AttributeError):
             run.problems.append(f"{SOURCES} is damaged")
     for name, rows in ((EPOCHS, run.rows), (STEPS, run.steps), (EVENTS, run.events), (EVIDENCE, run.evidence)):
-        rows += read_rows(os.path.join(folder, name))
+        try:
+            rows += read_rows(os.path.join(folder, name))
+        except OSError as error:
+            run.problems.append(f"{name}: {error.strerror}")
     if not run.rows and not run.steps:
         run.problems.append(f"no figures yet ({EPOCHS} and {STEPS} are missing or empty)")
     elif not run.steps:
         run.problems.append(f"{STEPS} is missing: curves have a point an epoch")
     try:
-        run.predictions = PredictionsFile.read(os.path.join(folder, FILE))
+        run.predictions = _PREDICTIONS.get(run.task, PredictionsFile).read(os.path.join(folder, FILE))
     except PredictionsFileError as error:
         missing = not os.path.exists(os.path.join(folder, FILE))
-        if missing and run.task != "classification":
+        if missing and run.task not in _PREDICTIONS:
             return run
         run.problems.append((f"{FILE} is missing" if missing else str(error)) + ": nothing about single classes and images; "
                             f"main.py --eval --resume {os.path.join(folder, 'best.pth')} --opts TEST.PREDICTIONS "
@@ -180,8 +187,7 @@ def read_run(folder: str) -> Run:
 
 def _text(run: Run, name: str) -> str | None:
     try:
-        with open(os.path.join(run.folder, name), encoding="utf-8", errors="replace") as file:
-            return file.read()
+        return read_text_file(os.path.join(run.folder, name), LARGEST_RECORD, "replace")
     except OSError as error:
         run.problems.append(f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}")
         return None
@@ -207,7 +213,8 @@ def beside_preset(run: Run) -> list[tuple[str, Any, Any, str]]:
         source, value = entries[-1]
         files = [entry for entry in entries if not _no_file(entry[0])]
         preset = files[-1][1] if files else _DEFAULTS.get(key)
-        if _no_file(source) and source != "derived from MODEL.TYPE" and not of_the_command(key) and value != preset:
+        found = source in ("derived from MODEL.TYPE", "derived from the data")
+        if _no_file(source) and not found and not of_the_command(key) and value != preset:
             changed.append((key, preset, value, source))
     return changed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO, TextIO
 
 from filelock import FileLock, Timeout
 
-from config import ConfigError
+from config import ConfigError, read_text_file
 
 TEMPORARY = ".tmp-"
 
@@ -132,6 +133,36 @@ def _fault_of_place(path: str) -> str:
     except OSError as error:
         return f" ({error.strerror}){elsewhere}"
     return ""
+
+
+LARGEST_RECORD = 1 << 30  # bytes of a file that a run writes of itself
+_LARGEST_NUMBER = 1e30
+
+
+def read_record(path: str) -> str:
+    """The text of a file that a run wrote of itself; "" where there is none.
+
+    Raises:
+        OSError: unreadable, no regular file, or larger than any.
+    """
+    return read_text_file(path, LARGEST_RECORD, "replace") if os.path.lexists(path) else ""
+
+
+def read_json(text: str) -> Any:
+    """The value of a JSON text; a number that is not finite, or that no figure of ours can be, is None.
+
+    Raises:
+        ValueError: no JSON, or nested too deeply.
+    """
+    def real(digits: str) -> float | None:
+        number = float(digits)
+        return number if abs(number) <= _LARGEST_NUMBER else None
+
+    try:
+        return json.loads(text, parse_float=real, parse_int=lambda digits: int(digits) if len(digits) <= 18 else None,
+                          parse_constant=lambda _: None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 STANDARD = "-"  # standard input among the files read, standard output among those written

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -167,6 +167,8 @@ def _train(run: Run, model: nn.Module) -> None:
         run.log.end_epoch()
         end_epoch(run, number, progress)
         if state.step < run.total_steps:
+            if run_out_of_patience(run.config, state.best, state.evaluated, run.steps_per_epoch):
+                break
             stop, save_asked, _ = run.stop.agreed()
             if stop:
                 leave(run, progress)
@@ -177,10 +179,35 @@ def _train(run: Run, model: nn.Module) -> None:
     run.saver.wait()
     if run.saver.failed:
         raise SaveError(f"training is done, but its last checkpoint was not saved: {run.saver.failed}; {run.files.newest_in_words()}")
-    run.logger.info(f"finished {run.config.TRAIN.EPOCHS} epochs in {clock(time.perf_counter() - run.log.started)}"
+    epochs = state.step // run.steps_per_epoch
+    if state.step < run.total_steps:
+        run.logger.info(_ended_early(run, epochs))
+    run.logger.info(f"finished {epochs} epochs in {clock(time.perf_counter() - run.log.started)}"
                     f"{best_line(run.plan.task, state.best)}; checkpoints in {run.files.folder}", extra=RESULT)
     if run.records is not None:
         run.records.finish(state.step, state.best)
+
+
+def run_out_of_patience(config: CfgNode, best: Mapping[str, float], step: int, steps_per_epoch: int, ahead: bool = False) -> bool:
+    """Whether TRAIN.PATIENCE epochs up to ``step``, where an epoch was evaluated last, have brought nothing better than ``best``.
+
+    A function of what a checkpoint holds alone: a run that is continued ends where it would have ended.
+
+    Args:
+        ahead: the evaluation at ``step`` is still to come; it is the last unless it is the best.
+    """
+    epoch, within = divmod(step, steps_per_epoch)
+    looked = not within and epoch % config.TRAIN.EVAL_FREQ == 0
+    return looked and 0 < config.TRAIN.PATIENCE <= epoch - best.get("epoch", 0) and (ahead or bool(best))
+
+
+def _ended_early(run: Run, epochs: int) -> str:
+    """Why a run ended before its last epoch, and where that left its learning rate."""
+    config, plan, state, schedule = run.config, run.plan, run.state, run.plan.schedule
+    return (f"ended early, after epoch {epochs} of {config.TRAIN.EPOCHS}: {config.TRAIN.PATIENCE} epochs (TRAIN.PATIENCE) without a better "
+            f"{plan.task.best.label} than at epoch {state.best['epoch']}; the learning rate was still {schedule.lr_at(state.step - 1):.3g} "
+            f"of {schedule.base:.3g}, and its schedule ends at {schedule.lr_at(schedule.total_steps - 1):.3g}: a run of its own with "
+            f"--epochs {epochs} comes down to that")
 
 
 def _watched(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -261,7 +288,8 @@ def end_epoch(run: Run, epoch: int, progress: Progress) -> None:
     if epoch % config.TRAIN.EVAL_FREQ == 0 or final:
         if due and run.saved_step != state.step:
             save(run, progress, best=False)  # evaluation may take long, and what was trained stands
-        values, task = evaluate_epoch(run, row, progress, final).values, plan.task
+        last = final or run_out_of_patience(config, state.best, state.step, run.steps_per_epoch, ahead=True)
+        values, task = evaluate_epoch(run, row, progress, last).values, plan.task
         state.best = distributed.gather_objects(run.saver.best_saved(state.best))[0]
         best = task.beats(values, state.best)
         if best:
@@ -273,7 +301,7 @@ def end_epoch(run: Run, epoch: int, progress: Progress) -> None:
     state.evaluated = state.step
     progress.loss_sum.zero_()
     progress.counted = 0
-    if best or due or run.save_asked:
+    if best or due or run.save_asked or run_out_of_patience(config, state.best, state.step, run.steps_per_epoch):
         run.save_asked = False
         save(run, progress, best)
 
@@ -326,7 +354,7 @@ def save(run: Run, progress: Progress, best: bool) -> None:
     state.loss_sums = distributed.gather_objects(progress.loss_sum.item())
     state.loss_steps = progress.counted
     if distributed.is_main():
-        run.saver.save(state, run.description, best)
+        run.saver.save(state, {**run.description, "task": run.plan.task.state_dict()}, best)
     run.saved_step, run.saved_at = state.step, time.perf_counter()
 
 

@@ -14,7 +14,7 @@ from config import ConfigError, with_values
 from data import Loaders
 from data.messages import NOTICE
 from models import load_pretrained
-from utils.checkpoints.file_format import with_found
+from utils.checkpoints.file_format import task_state, with_found
 from utils.checkpoints.folder import CheckpointFolder
 from utils.checkpoints.run_folder import require_writable, run_folder
 from utils.checkpoints.state import TrainState
@@ -31,7 +31,7 @@ from utils.tasks.build import build_task
 from utils.training.assembly import assemble, build_initial_model, nominal_global_batch
 from utils.training.batch_size import fit_micro_batch, keep_global_batch, recipe_batch
 from utils.training.engine import StepPlan
-from utils.training.loop import best_line
+from utils.training.loop import best_line, run_out_of_patience
 from utils.training.rank_check import require_agreement
 from utils.training.resume import Start, accept_changes, check_same_data, choose_start
 
@@ -66,10 +66,10 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
     require_writable(folder, dry)
     distributed.begin_phase("choosing where to start")
     start = choose_start(config, resume_content, folder, logger)
+    config = with_found(config, start.content, start.path)
     if config.PLAN.FIT:
         config = fit_micro_batch(config, task, start, device, world_size, logger)
     if start.content is not None:
-        config = with_found(config, start.content, start.path)
         if config.TRAIN.GLOBAL_BATCH not in (0, start.content["global_batch"]):
             logger.log(NOTICE, f"TRAIN.GLOBAL_BATCH is {config.TRAIN.GLOBAL_BATCH}, but {start.path} has a global batch of "
                         f"{start.content['global_batch']}, which is kept; another one needs a run of its own (--pretrained)")
@@ -93,12 +93,15 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
                         "follows it, results may not; --fit keeps the recipe's")
     else:
         check_same_data(start, config, loaders, logger)
-        if start.content["step"] >= total_steps and start.content.get("evaluated", total_steps) >= total_steps:
+        step, evaluated = start.content["step"], start.content.get("evaluated", start.content["step"])
+        early = run_out_of_patience(config, start.content["best"], step, steps_per_epoch)
+        if (step >= total_steps or early) and evaluated >= min(step, total_steps):
             accept_changes(start, config, logger)
             if start.kind == "auto-resume" and distributed.is_main() and not dry:
                 CheckpointFolder(folder).relink(start.content)
-            logger.info(f"finished already: {start.path} is at step {start.content['step']} of {total_steps}"
-                        f"{best_line(task, start.content['best'])}; raise --epochs to go on, or choose another --tag for a new run")
+            logger.info(f"finished already: {start.path} is at step {step} of {total_steps}"
+                        f"{best_line(task, start.content['best'])}; raise {'TRAIN.PATIENCE' if early else '--epochs'} to go on, or choose "
+                        "another --tag for a new run")
             return None
 
     distributed.begin_phase("building the model")
@@ -110,11 +113,13 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
             model = distributed.sync_batch_norm(model)
         else:
             logger.log(NOTICE, "SyncBN needs GPUs; batch norm stays each process's own")
-    transform = task.batch_transform(config, len(loaders.classes), rank)
+    transform, told = task.taught(config, task.batch_transform(config, len(loaders.classes), rank), precision)
+    tell(logger, told)
     state, plan = assemble(config, task, model, device, precision, images=sampler.images_per_step, transform=transform,
                            steps_per_epoch=steps_per_epoch, rank=rank, world_size=world_size)
     if start.content is not None:
         state.load_state_dict(start.content, start.path)  # first: what cannot fit is not a change to accept
+        task.load_state_dict(task_state(start.content))
         accept_changes(start, config, logger)
     compile_model(model, config.COMPILE)
     if state.ema is not None:
@@ -147,6 +152,10 @@ def introduce(ready: Prepared, logger: logging.Logger) -> None:
     logger.info(f"global batch {ready.global_batch} = {config.DATA.BATCH_SIZE} images x {config.TRAIN.ACCUMULATION_STEPS} accumulated x "
                 f"{plan.world_size} processes{short}; learning rate {config.TRAIN.BASE_LR:g} x {lr_scale(config, plan.images):g} "
                 f"= {schedule.base:g}, from {schedule.warmup:g} over {schedule.warmup_steps} steps, to {schedule.floor:g}")
+    tell(logger, optim.layer_rates(ready.state.optimizer, model, schedule.base))
+    if config.TRAIN.PATIENCE:
+        logger.info(f"ends early after {config.TRAIN.PATIENCE} epochs without a better {plan.task.best.label} (TRAIN.PATIENCE); the "
+                    f"schedule of the learning rate stays that of {config.TRAIN.EPOCHS} epochs")
     _warn_of_a_long_average(config, loaders.train.batch_sampler.total_steps, logger)
 
 
