@@ -28,6 +28,8 @@ _MOST_OUTSIDE = 0.5  # share of the values outside of a trained model's window f
 _OUTLIERS = 0.1  # percent of the pixels at each end that a window may leave out where their range wastes the levels
 _EIGHT_BITS = (".jpg", ".jpeg", ".webp", ".bmp", ".gif")  # formats without deep images are not opened
 
+_DEEP = "images of more than 8 bits a channel"
+
 T = TypeVar("T")
 # An image's lowest and highest values (C,) and some of its values (N, C), as floats that may be NaN: C is 1 for grey and colour, which have
 # one window, and the number of bands for images of more than four, whose bands may hold quite different quantities.
@@ -66,20 +68,22 @@ class DeepLevels:
             trained: the window is that of images which a model was trained on.
         """
         if trained:
-            return [Caution(f"{100 * self.outside:.0f} % of the values in these images of more than 8 bits a channel lie outside of the "
-                            f"range {self.words()} of the images of training (DATA.WINDOW); are they stored in another one?",
-                            "other-range")] if self.outside > _MOST_OUTSIDE else []
-        found: list[Message] = [Notice(f"there are images of more than 8 bits a channel; black to white is {self.words()}, in "
-                                       "all of them (DATA.WINDOW)", "deep")]
+            told = Caution(f"{100 * self.outside:.0f} % of the values in {_DEEP} lie outside of the range of the images of training, where "
+                           f"{self.words()} (DATA.WINDOW); are they stored in another one?", "other-range")
+            return [told] if self.outside > _MOST_OUTSIDE else []
+        found: list[Message] = [Notice(f"there are {_DEEP}: {self.words()}, in all of them (DATA.WINDOW)", "deep")]
         return [*found, Caution(f"{self.loss()}{self.advice()}", "few-levels")] if self.few else found
 
     def words(self) -> str:
-        """Such as ``from 0 to 4095``, or that of each band."""
-        return ", ".join(f"from {low:g} to {high:g}" for low, high in pairs_of(self.window))
+        """Such as ``0 is black and 4095 white``, or that of each band."""
+        pairs = pairs_of(self.window)
+        if len(pairs) == 1:
+            return f"{pairs[0][0]:g} is black and {pairs[0][1]:g} white"
+        return "black and white of the bands are " + ", ".join(f"{low:g} to {high:g}" for low, high in pairs)
 
     def loss(self) -> str:
         """Such as ``of 4,096 values or more ... 16 levels remain``, of the band that loses most."""
-        return f"of {self.stored:,} values or more in images of more than 8 bits a channel, {self.levels} levels remain {self.words()}"
+        return f"of {self.stored:,} values or more in {_DEEP}, {self.levels} levels remain where {self.words()}"
 
     def advice(self) -> str:
         return f"; --opts {window_option(self.better)} uses more" if self.better is not None else "; give a range with DATA.WINDOW"

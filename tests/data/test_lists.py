@@ -13,6 +13,7 @@ import pytest
 from data_helpers import config_for, sources
 from PIL import Image
 
+from config import ConfigError
 from data import DataError, build_loaders
 from data.errors import UnreadableImage
 from data.sources.lists import Row, list_source, read_list, split_line
@@ -227,7 +228,7 @@ def test_whatever_a_list_holds_only_sentences_come_out(tmp_path: Path) -> None:
         try:
             judged(path, *opts)
             outcomes[True] += 1
-        except DataError as error:
+        except (DataError, ConfigError) as error:  # several labels are for another task
             assert str(error), text
             outcomes[False] += 1
         path.unlink()
