@@ -37,7 +37,7 @@ def match_classes(source: Source, classes: Sequence[str] | None) -> Source:
     names = list(classes)
     if names == source.classes:
         return source
-    used = np.unique(source.targets)
+    used = np.unique(source.targets) if source.labels is None else np.flatnonzero(source.labels.counts())
     own = [source.classes[i] for i in used]
     found, how = join_names(own, names)
     if unknown := sorted(name for name, at in zip(own, found.tolist(), strict=True) if at < 0):
@@ -48,6 +48,12 @@ def match_classes(source: Source, classes: Sequence[str] | None) -> Source:
     absent = [names[i] for i in sorted(set(range(len(names))) - set(found.tolist()))]
     if absent:
         source.notices.append(Caution(f"{source.root}: {len(absent)} classes without a folder ({first_few(absent)})", "missing-classes"))
+    if source.labels is not None:
+        table = join_by_number(source.classes, names)
+        table[used] = found
+        source.labels = source.labels.mapped(table, len(names))
+        source.targets, source.classes = source.labels.rarest(), names
+        return source
     table = np.full(len(source.classes), -1, dtype=np.int64)
     table[used] = found
     source.targets, source.classes = table[source.targets], names
@@ -103,7 +109,7 @@ def encode_labels(labels: Sequence[str]) -> tuple[list[str], np.ndarray]:
         classes = sorted(numbers, key=lambda label: (numbers[label], label))
         # 00, 01, 03: the unused one is spelled as the others are
         outputs = [str(number).zfill(len(classes[0])) for number in range(2 * len(classes))] if classes else []
-        if set(classes) <= set(outputs) and classes[0] == outputs[0]:
+        if classes and set(classes) <= set(outputs) and classes[0] == outputs[0]:
             classes = outputs[:numbers[classes[-1]] + 1]
     return classes, class_positions(labels, classes)
 

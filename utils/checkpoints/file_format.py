@@ -106,6 +106,21 @@ def is_own(content: Any) -> bool:
     return isinstance(content, dict) and isinstance(content.get(FORMAT_KEY), int)
 
 
+def task_of(content: dict[str, Any]) -> str:
+    """The value of TASK that a checkpoint of ours was trained with."""
+    try:
+        task = config_from_text(content["config"]).TASK
+    except ConfigError:  # of another version
+        task = "auto"
+    return "classification" if task == "auto" else task
+
+
+def task_state(content: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of ours keeps of its task (``Task.state_dict``); empty where it keeps nothing."""
+    state = content.get("task")
+    return state if isinstance(state, dict) else {}
+
+
 def with_found(config: CfgNode, content: Any, path: str) -> CfgNode:
     """``config`` with what the run of a checkpoint found in its data (``config.FOUND_IN_DATA``), and the channels of its images, where the
     config leaves them open."""

@@ -25,7 +25,7 @@ from utils.inference.trained_model import Trained
 from utils.runtime import distributed
 from utils.runtime.files import replace_file
 from utils.runtime.precision import Precision
-from utils.tasks.base import Batch, Task, noise
+from utils.tasks.base import Batch, Task, chosen_metric, noise
 from utils.tasks.class_weights import class_weights
 from utils.tasks.classification_report import ClassificationReport
 from utils.tasks.distillation import build_teacher, distillation_loss, taught_by
@@ -41,7 +41,7 @@ class Classification(Task):
     def __init__(self, config: CfgNode):
         self.config, self.smoothing = config, config.MODEL.LABEL_SMOOTHING
         known = {metric.label.replace(" ", "_").lower(): metric for metric in (*METRICS, *OTHERS)}
-        self.best, loss = known[config.TRAIN.BEST_METRIC], known["loss"]
+        self.best, loss = chosen_metric(config, known, "top1"), known["loss"]
         self.metrics = METRICS if self.best in METRICS else (*METRICS, self.best)
         self.tie_break = loss if self.best is not loss else None
         self.classes: Sequence[str] = ()  # of the data, once its loaders are there

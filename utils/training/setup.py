@@ -14,7 +14,7 @@ from config import ConfigError, with_values
 from data import Loaders
 from data.messages import NOTICE
 from models import load_pretrained
-from utils.checkpoints.file_format import with_found
+from utils.checkpoints.file_format import task_state, with_found
 from utils.checkpoints.folder import CheckpointFolder
 from utils.checkpoints.run_folder import require_writable, run_folder
 from utils.checkpoints.state import TrainState
@@ -119,6 +119,7 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
                            steps_per_epoch=steps_per_epoch, rank=rank, world_size=world_size)
     if start.content is not None:
         state.load_state_dict(start.content, start.path)  # first: what cannot fit is not a change to accept
+        task.load_state_dict(task_state(start.content))
         accept_changes(start, config, logger)
     compile_model(model, config.COMPILE)
     if state.ema is not None:
