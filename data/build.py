@@ -192,7 +192,8 @@ def _open_sources(config: CfgNode, root: str, splits: Sequence[str],
             mark = source.labels.separator
             raise ConfigError(f"{source.root}: its images have several labels ({first_few(source.classes, 3)}), and TASK is {config.TASK}; "
                               "give --opts TASK multilabel" + (f", or, where {mark!r} is part of the name of one class, --opts "
-                                                               "DATA.LABEL_SEPARATOR none" if mark else ""))
+                                                               "DATA.LABEL_SEPARATOR none" if mark else
+                                                               ", or the column of the classes with --opts DATA.LABEL_COLUMN"))
         source = choose_classes(source, class_file) if class_file else source
         source = one_label_each(source) if options.keys.several else source
         if options.keys.several and classes is None:

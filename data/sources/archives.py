@@ -260,9 +260,11 @@ def _index_archives(files: list[str], name_in_split: Callable[[str], str | None]
                 below.append(name)
             names.append(member.name)
             place.extend((archive, member.offset, member.size, member.method, member.unpacked, member.crc))
-    if below and len(set(labels)) == 1 and len(below) == len(labels):  # one folder around all the class folders, as zip programs make it
-        inner = [_folder_label(name.partition(f"{labels[0]}/")[2], "") for name in below]
-        labels = inner if all(inner) and len(set(inner)) > 1 else labels
+    inner = labels if len(below) == len(labels) else []
+    while len(set(inner)) == 1 and inner[0]:  # folders around all the class folders, as zip programs make them
+        below = [name.partition(f"{inner[0]}/")[2] for name in below]
+        inner = [_folder_label(name, "") for name in below]
+    labels = inner if all(inner) and len(set(inner)) > 1 else labels
     classes, targets = encode_labels(labels)
     index = dict(targets=targets, place=np.array(place, dtype=np.int64).reshape(-1, 6))
     for key, values in (("names", names), ("classes", classes), ("notices", notices)):
