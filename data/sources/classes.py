@@ -103,7 +103,7 @@ def encode_labels(labels: Sequence[str]) -> tuple[list[str], np.ndarray]:
         classes = sorted(numbers, key=lambda label: (numbers[label], label))
         # 00, 01, 03: the unused one is spelled as the others are
         outputs = [str(number).zfill(len(classes[0])) for number in range(2 * len(classes))] if classes else []
-        if set(classes) <= set(outputs) and classes[0] == outputs[0]:
+        if classes and set(classes) <= set(outputs) and classes[0] == outputs[0]:
             classes = outputs[:numbers[classes[-1]] + 1]
     return classes, class_positions(labels, classes)
 
