@@ -563,9 +563,10 @@ KEYS: tuple[Key, ...] = (
     Key("OUTPUT", "output", _local, "folder of all runs; a run lives in OUTPUT/MODEL.NAME/TAG", NO_CONTROLS, scope=PROCESS),
     Key("TAG", "default", _str, "name of the run", FOLDER_NAME, scope=RUN),
     Key("SEED", 0, _int, "everything random derives from it: order, augmentation, mixup, dropout, initialisation", NOT_NEGATIVE),
-    Key("TASK", "classification", _str,
-        "what is learned: classification; simmim, the pixels of masked squares, to start a classifier from (SimMIM's files set it)",
-        words=("classification", "simmim")),
+    Key("TASK", "auto", _str,
+        "what is learned: one class an image; several labels (multilabel); the pixels of masked squares, to start a classifier from "
+        "(simmim; SimMIM's files set it); auto: several labels where a list, unambiguously, has them, else one class",
+        words=("auto", "classification", "multilabel", "simmim")),
     Key("DEVICE", "auto", _str,
         "cuda:1 is the second GPU; auto takes CUDA, then MPS, then the CPU", words=("auto", "cpu", "cuda", "mps"), scope=PROCESS),
     Key("PRECISION", "auto", _str,
@@ -630,6 +631,9 @@ KEYS: tuple[Key, ...] = (
     Key("DATA.VAL_LABELS", "", _str, "file with the labels of a flat validation folder; empty looks for the usual ones"),
     Key("DATA.CLASS_NAMES", "", _local,
         "text file, a line a class in the classifier's order: a label, or label<TAB>class; others are left out"),
+    Key("DATA.LABEL_SEPARATOR", "auto", _str,
+        "what joins several labels of an image in a list; none: labels are names of classes as they stand; auto: | ; or , where a list "
+        "uses one so", choices=("auto", "none", "|", ";", ",", "blank")),
     Key("DATA.IMAGE_COLUMN", "", _str, "lists with a header: column of the images' paths; empty finds it"),
     Key("DATA.LABEL_COLUMN", "", _str, "lists with a header: column of the labels; empty finds it"),
     Key("DATA.SPLIT_COLUMN", "", _str, "lists with a header: column that says train, val or test, or a fold's number; empty finds it"),
@@ -824,9 +828,16 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.ROLLBACKS", 1, _int,
         "times a run then goes back to its last good checkpoint, passing over the data since, before it stops", NOT_NEGATIVE, scope=RUN),
     Key("TRAIN.EVAL_FREQ", 1, _int, "evaluate every so many epochs (and after the last)", AT_LEAST_1, scope=RUN),
-    Key("TRAIN.BEST_METRIC", "top1", _str,
-        "what decides which checkpoint is the best; of equals the one with the lower loss is; auroc is of two classes (classification)",
-        choices=("top1", "loss", "mean_recall", "f1", "kappa", "auroc")),
+    Key("TRAIN.BEST_METRIC", "auto", _str,
+        "what decides which checkpoint is the best; of equals the one with the lower loss is; auto: top1, for several labels an image map; "
+        "auroc is of two classes", choices=("auto", "top1", "loss", "mean_recall", "f1", "kappa", "auroc", "map", "micro_f1")),
+    Key("TRAIN.DISTILLATION.TEACHER", "", _local,
+        "trained model to learn from beside the labels: a checkpoint or export of this program, or timm's name of one; empty is none"),
+    Key("TRAIN.DISTILLATION.WEIGHTS", "", _local, "file of weights of that timm model; empty fetches timm's own"),
+    Key("TRAIN.DISTILLATION.TYPE", "hard", _str,
+        "what is learned of the teacher: its decision, or its probabilities", choices=("hard", "soft")),
+    Key("TRAIN.DISTILLATION.ALPHA", 0.5, _float, "share of the loss that the teacher has", PROBABILITY),
+    Key("TRAIN.DISTILLATION.TEMPERATURE", 1.0, _float, "soft: what both models' logits are divided by", ABOVE_0),
     Key("TRAIN.PATIENCE", 0, _int,
         "epochs without a better evaluation (TRAIN.BEST_METRIC) after which a run ends early; the schedule stays that of TRAIN.EPOCHS "
         "(0: never)", NOT_NEGATIVE, scope=RUN),
@@ -883,6 +894,11 @@ KEYS: tuple[Key, ...] = (
     Key("TEST.CROP", True, _bool,
         "DATA.FIT crop: resize to 256/224 of the size (or as the timm model was) and crop the centre; False squashes"),
     Key("TEST.BATCH_SIZE", 0, _int, "images per process in evaluation; 0 is DATA.BATCH_SIZE", between(0, 1_000_000), scope=RUN),
+    Key("TEST.THRESHOLDS", None, _optional(_number_or_list),
+        "probability from which an image has a label, one for all, or a list in the order of the classes; None: found on the validation "
+        "images, where each label's F1 is greatest, and kept in the checkpoint",
+        Rule(lambda given: all(0 <= number <= 1 for number in (given if isinstance(given, list) else [given])),
+             "probabilities lie between 0 and 1")),
     Key("TEST.WEIGHTS", "auto", _str,
         "weights of a checkpoint that are evaluated, predicted with or exported: ema, the average; auto, the average where there is one",
         choices=("auto", "raw", "ema"), scope=COMMAND),
@@ -1345,6 +1361,8 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
         yield "TRAIN.WARMUP_EPOCHS", f"the warm-up must end before training does (TRAIN.EPOCHS is {train.EPOCHS})"
     if config.PLAN.FIT and (command := command_of(config)) is not None and not command.light and command.flag.key != "PLAN.RUN":
         yield "PLAN.FIT", f"--fit chooses the micro-batch of training; leave it out with {command.flag.name}"
+    if train.DISTILLATION.WEIGHTS and not train.DISTILLATION.TEACHER:
+        yield "TRAIN.DISTILLATION.WEIGHTS", "it goes with TRAIN.DISTILLATION.TEACHER, the name of its model"
     if config.DATA.FOLD and config.DATA.VAL_FRACTION:
         yield "DATA.FOLD", "it takes the place of DATA.VAL_FRACTION; set that to 0"
     for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET"):

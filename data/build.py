@@ -6,7 +6,7 @@ import atexit
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,8 +28,9 @@ from data.loading.workers import MIN_SHARED_MEMORY, free_shared_memory, ignore_s
 from data.messages import Notice
 from data.sources.base import Source
 from data.sources.channel_statistics import measure_channels
-from data.sources.classes import match_classes
+from data.sources.classes import first_few, match_classes
 from data.sources.deep_levels import settle_reading
+from data.sources.label_sets import one_label_each, tell_single_labels
 from data.streaming.dataset import StreamEvalImages, StreamTrainImages
 from data.streaming.open import open_streams
 from data.streaming.sampler import StreamSampler, StreamShardSampler
@@ -46,7 +47,8 @@ class Loaders:
 
     Attributes:
         train: yields an optimizer step's local batch, ``(images, targets)``, for each step of the whole run.
-        val: yields ``(images, targets)``; the last batch is padded to the shape of the others with rows of target -1.
+        val: yields ``(images, targets)``; the last batch is padded to the shape of the others with rows of target -1. Targets are positions
+            in ``classes`` (B,), or with several labels an image (B, classes) int8: 1, 0, or -1 for one that is not known.
         classes: class names, in the order of the classifier's outputs.
         notices: messages for the user.
         layout: the name of the layout that was detected.
@@ -100,7 +102,8 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
 
     Raises:
         DataError: the data is missing, damaged or not laid out as expected.
-        ConfigError: the config does not suit the data (number of classes, more processes than images, keys that exclude each other).
+        ConfigError: the config does not suit the data (number of classes, several labels an image, more processes than images, keys that
+            exclude each other).
     """
     root, notices = os.path.expanduser(config.DATA.DATA_PATH), []
     if not root:
@@ -185,7 +188,15 @@ def _open_sources(config: CfgNode, root: str, splits: Sequence[str],
     class_file, sources = resolve_data_file(config.DATA.CLASS_NAMES, root), {}
     for split in (name for name in ("train", "val") if name in layout.open):
         source = layout.open[split]()
+        if source.labels is not None and config.TASK in ("auto", "classification"):
+            mark = source.labels.separator
+            raise ConfigError(f"{source.root}: its images have several labels ({first_few(source.classes, 3)}), and TASK is {config.TASK}; "
+                              "give --opts TASK multilabel" + (f", or, where {mark!r} is part of the name of one class, --opts "
+                                                               "DATA.LABEL_SEPARATOR none" if mark else ""))
         source = choose_classes(source, class_file) if class_file else source
+        source = one_label_each(source) if options.keys.several else source
+        if options.keys.several and classes is None:
+            tell_single_labels(source)
         source = match_classes(source, classes(source.classes) if callable(classes) else classes)
         if sources:
             source.configure(next(iter(sources.values())).reading, config.DATA.READ_PATIENCE)
@@ -201,10 +212,10 @@ def _open_sources(config: CfgNode, root: str, splits: Sequence[str],
     return sources, layout.name
 
 
-def _settle_reading(source: Source, config: CfgNode, given: bool) -> None:
-    """As ``settle_reading``, by the config, with a line among the source's notices."""
-    levels = settle_reading(source, Reading.of(config), config.DATA.READ_PATIENCE, config.DATA.TIMEOUT, given)
-    source.notices += levels.messages() if levels is not None else []
+def _settle_reading(source: Source, config: CfgNode, training: bool) -> None:
+    """As ``settle_reading``, by the config, with lines among the source's notices."""
+    levels = settle_reading(source, Reading.of(config), config.DATA.READ_PATIENCE, config.DATA.TIMEOUT)
+    source.notices += levels.messages(trained=not training and config.DATA.WINDOW is not None) if levels is not None else []
 
 
 def _found(config: CfgNode, source: Source, notices: list[str]) -> dict[str, Any]:
@@ -222,6 +233,23 @@ def _found(config: CfgNode, source: Source, notices: list[str]) -> dict[str, Any
 
 def _shown(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.3f}" for value in values)
+
+
+def has_label_sets(config: CfgNode) -> bool:
+    """Whether the config's data is, unambiguously, a list of several labels an image; reads such a list. Data that cannot be used has
+    none: the loaders say what is wrong with it."""
+    root = os.path.expanduser(config.DATA.DATA_PATH)
+    if not root or is_stream(root) or config.DATA.DATASET == "imagenet22K":
+        return False
+    options = Options.of(config)
+    options = replace(options, keys=replace(options.keys, unseen=True))
+    for split in ("train", "val"):
+        try:
+            layout = detect_layout(root, options, [split])
+            return "list of" in layout.name and layout.open[split]().labels is not None
+        except DataError:
+            continue
+    return False
 
 
 def _train_sampler(config: CfgNode, source: Source, rank: int, world_size: int, thread: bool, notices: list[str]) -> StepSampler:

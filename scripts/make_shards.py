@@ -95,6 +95,8 @@ def main() -> int:
         layout = detect_layout(args.data, Options(val_fraction=args.val_fraction))
         train = layout.open["train"]()
         sources = {"train": train, "val": match_classes(layout.open["val"](), train.classes)}
+        if any(source.labels is not None for source in sources.values()):
+            raise DataError(f"{args.data}: its images have several labels each, and a shard's image has one class")
         names = class_lines(train.classes)
         content = hashlib.sha256("\n".join(train.classes).encode()).hexdigest()
         made_from = dict(images={split: len(source) for split, source in sources.items()}, classes=content, images_a_shard=args.images,

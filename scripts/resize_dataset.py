@@ -163,6 +163,8 @@ def main() -> int:
         layout = detect_layout(args.data, Options(val_fraction=args.val_fraction))
         train = layout.open["train"]()
         sources = {"train": train, "val": match_classes(layout.open["val"](), train.classes)}
+        if any(source.labels is not None for source in sources.values()):
+            raise DataError(f"{args.data}: its images have several labels each, and a folder is one class")
         if len(set(map(folder_name, train.classes))) < len(train.classes):
             raise DataError(f"{args.data}: two classes would share a folder; rename one")
         levels = settle_reading(train, Reading(args.exif), 0, 0)

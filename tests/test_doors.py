@@ -13,6 +13,9 @@ import json
 import os
 import shutil
 import signal
+import tarfile
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,12 @@ import yaml
 from conftest import TINY_MODEL, write_images
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import main
 from config import KEYS, ProgramError, get_config
+from data import build_loaders
+from data.errors import UnreadableImage
 from utils.cli.flags import OLD_FLAGS, PRINT_FLAGS, all_flags
 
 MORE = int(os.environ.get("DOOR_EXAMPLES", "0"))
@@ -53,6 +59,16 @@ def bounded() -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def told(error: Exception) -> None:
@@ -180,7 +196,7 @@ def test_flags_and_keys(tmp_path_factory: pytest.TempPathFactory, words: list[st
     folder = _fresh(tmp_path_factory, "flags")
     (folder / "file").write_text("x")
     before = contents(folder)
-    with contextlib.chdir(folder):
+    with inside(folder):
         if {word.partition("=")[0] for word in words}.isdisjoint(flag.name for flag in PRINT_FLAGS):
             call(*words, "--print-config")
     assert contents(folder) == before
@@ -282,7 +298,7 @@ PARTS = st.one_of(PLAIN, st.sampled_from([torch.zeros(2), torch.zeros(2, dtype=t
                                           2**62]))
 
 
-@inputs(25)
+@inputs(15)
 @given(st.data())
 def test_checkpoints_of_this_program(tmp_path_factory: pytest.TempPathFactory, run: Path, data: st.DataObject) -> None:
     """With a right checksum and wrong parts: evaluated, or continued."""
@@ -437,3 +453,137 @@ def test_files_of_a_run(tmp_path_factory: pytest.TempPathFactory, run: Path, dat
     with contextlib.suppress(OSError), pytest.MonkeyPatch.context() as patch:  # told before, where names of files are no files
         patch.setattr(os, "fsync", lambda _: None)
         go_on()
+
+
+def test_what_has_the_name_of_a_runs_file_is_told_before_work(run: Path, tmp_path: Path) -> None:
+    home = run.parent.parent.parent
+    for name, make in (("steps.jsonl", os.mkfifo), ("best.pth", os.mkdir), (".job", os.mkfifo), ("tensorboard", Path.touch),
+                       ("ckpt_00000001.pth", os.mkfifo)):
+        folder = tmp_path / name / "tiny/default"
+        folder.mkdir(parents=True)
+        make(folder / name)
+        assert call("--cfg", home / "tiny.yaml", "--output", tmp_path / name) == 2
+        assert os.listdir(folder) == [name]
+
+
+# ---- lists, shards and archives --------------------------------------------------------------------------------------------------
+
+def opened(root: Path, *opts: object) -> None:
+    """The loaders of the data in ``root``, and every image of them once, as training has them."""
+    config = get_config(opts=[str(word) for word in (
+        "DATA.DATA_PATH", root, "DATA.IMG_SIZE", 8, "DATA.BATCH_SIZE", 4, "DATA.NUM_WORKERS", 0, "DATA.INDEX_CACHE", "none",
+        "DATA.READ_PATIENCE", 0, "DATA.VAL_FRACTION", 0.3, "TRAIN.EPOCHS", 21, *opts)])
+    loaders = build_loaders(config)
+    for source in (loaders.train.dataset.source, loaders.val.dataset.source):
+        for index in range(len(source)):
+            assert 0 <= source.targets[index] < len(loaders.classes)
+            with contextlib.suppress(UnreadableImage):
+                source.read(index)
+
+
+@functools.cache
+def picture() -> bytes:
+    written = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(written, "PNG")
+    return written.getvalue()
+
+
+CELLS = st.one_of(st.sampled_from(["0.png", "1.png", "2.png", "0", "1", "a", "b", "01", "1.0", "train", "val", "../0.png", "/dev/zero",
+                                   "pipe.png", "folder.png", "loop.png", "path", "label", "split", "fold"]), TEXTS)
+TABLES = st.one_of(
+    st.binary(max_size=60),
+    st.tuples(st.lists(st.lists(CELLS, min_size=1, max_size=4), min_size=1, max_size=6), st.sampled_from([",", "\t", ";", " ", "|"]),
+              st.sampled_from(["\n", "\r\n", "\r", "\0"])).map(
+                  lambda parts: parts[2].join(parts[1].join(row) for row in parts[0]).encode("utf-8", "replace")),
+    PLAIN.map(lambda value: json.dumps(value).encode()))
+
+
+@inputs(120)
+@given(TABLES, st.sampled_from(["train.csv", "labels.csv", "train.tsv", "train.txt", "train.lst", "train.json", "metadata.jsonl",
+                                "ILSVRC2012_validation_ground_truth.txt"]), st.sampled_from([(), ("DATA.FOLD", "1/2")]))
+def test_lists(tmp_path_factory: pytest.TempPathFactory, table: bytes, name: str, opts: tuple[str, ...]) -> None:
+    root = _fresh(tmp_path_factory, "lists")
+    for number in range(3):
+        (root / f"{number}.png").write_bytes(picture())
+    os.mkfifo(root / "pipe.png")
+    (root / "folder.png").mkdir()
+    (root / "loop.png").symlink_to("loop.png")
+    (root / name).write_bytes(table)
+    passes(lambda: opened(root, *opts))
+    assert (root / name).read_bytes() == table and len(os.listdir(root)) == 7
+
+
+MEMBERS = st.lists(st.tuples(
+    st.one_of(st.sampled_from(["0", "1", "a/0", "b/1", "train/a/0", "../0", "/0"]), TEXTS.map(lambda text: text.replace("\0", ""))),
+    st.sampled_from([".png", ".cls", ".json", ".txt", "", ".tar", "/"]),
+    st.one_of(st.just(None), LABEL_FILES, st.sampled_from([b"0", b"1", b"x", b"x\n", b'{"label": 1}', b"01", b"-1", b"1.5", b"\xff"]))),
+    min_size=1, max_size=6)
+
+
+def _archive(members: list[tuple[str, str, bytes | None]], kind: str) -> bytes:
+    written = io.BytesIO()
+    if kind == "zip":
+        with warnings.catch_warnings(), zipfile.ZipFile(written, "w") as archive:
+            warnings.simplefilter("ignore")  # of two members of a name
+            for stem, suffix, data in members:
+                archive.writestr((stem + suffix).encode("utf-8", "replace").decode() or "x", picture() if data is None else data)
+        return written.getvalue()
+    with tarfile.open(fileobj=written, mode="w") as archive:
+        for stem, suffix, data in members:
+            found = tarfile.TarInfo((stem + suffix).encode("utf-8", "replace").decode())
+            data = picture() if data is None else data
+            found.size = len(data)
+            archive.addfile(found, io.BytesIO(data))
+    return written.getvalue()
+
+
+@inputs(120)
+@given(st.data(), st.sampled_from(["tar", "zip"]))
+def test_shards_and_archives(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, kind: str) -> None:
+    """Members of any name with labels of any kind, and archives damaged anywhere."""
+    root = _fresh(tmp_path_factory, "archives")
+    sound = [(f"{name}/{number}", ".png", None) for name in "ab" for number in range(3)]
+    content = _archive(data.draw(MEMBERS) if data.draw(st.booleans()) else sound, kind)
+    if data.draw(st.booleans()):
+        content = data.draw(damaged(content))
+    name = data.draw(st.sampled_from([f"train.{kind}", f"train-000000.{kind}", f"data.{kind}"]))
+    (root / name).write_bytes(content)
+    if data.draw(st.booleans()):
+        (root / f"val.{kind}").write_bytes(_archive(sound, kind))
+    before = contents(root)
+    passes(lambda: opened(root, *data.draw(st.sampled_from([(), ("DATA.ZIP_MODE", True)]))))
+    assert contents(root) == before
+
+
+# ---- outputs ---------------------------------------------------------------------------------------------------------------------
+
+PLACES = st.one_of(
+    st.sampled_from(["out.csv", "out.npy", "out.png", "new/out.csv", "folder", "folder/", ".", "image.png", "link.csv", "broken.csv",
+                     "loop.csv", "pipe.csv", "closed/out.csv", "last.pth", "images.txt", "-", "/dev/full", "/dev/null",
+                     "s3://bucket/x.csv", "image.png/x.csv", "./out.csv", "folder/../out.csv"]), TEXTS)
+
+
+@inputs(30)
+@given(st.data())
+def test_places_of_outputs(tmp_path_factory: pytest.TempPathFactory, run: Path, data: st.DataObject) -> None:
+    """What a command reads is never written, and what it was not given as an output neither."""
+    folder = _fresh(tmp_path_factory, "outputs")
+    (folder / "image.png").write_bytes(picture())
+    (folder / "images.txt").write_text("image.png\n")
+    (folder / "last.pth").write_bytes((run / "last.pth").read_bytes())
+    (folder / "folder").mkdir()
+    (folder / "target.csv").write_text("old\n")
+    (folder / "link.csv").symlink_to("target.csv")
+    (folder / "broken.csv").symlink_to("nowhere.csv")
+    (folder / "loop.csv").symlink_to("loop.csv")
+    os.mkfifo(folder / "pipe.csv")
+    wanted = {flag: data.draw(PLACES) for flag in data.draw(st.lists(st.sampled_from(["--csv", "--json", "--features", "--sheet"]),
+                                                                     min_size=1, max_size=2, unique=True))}
+    before = {name: content for name, content in contents(folder).items() if name not in ("pipe.csv", "target.csv", "link.csv")}
+    with inside(folder):
+        call("--predict", "images.txt", "--resume", "last.pth", *(f"{flag}={place}" for flag, place in wanted.items()))
+    after = contents(folder)
+    assert {name: after.get(name) for name in before} == before
+    given_names = {os.path.normpath(place) for place in wanted.values() if "\0" not in place}
+    made = after.keys() - before.keys() - {"pipe.csv", "target.csv", "link.csv", "nowhere.csv"}
+    assert all(any(name.startswith(place.rsplit(".", 1)[0]) for place in given_names) for name in made), (made, wanted)

@@ -243,7 +243,7 @@ def _deep(images: Images, survey: Survey) -> Iterator[Finding]:
         yield images.finding("deep", WARNING, f"{much}; they are rare, and the first look of training may miss them",
                              advice="give the values that are black and white with DATA.WINDOW")
         return
-    yield images.finding("deep", NOTE, f"{much}: black to white is {levels.words()} in all of them",
+    yield images.finding("deep", NOTE, f"{much}: {levels.words()}, in all of them",
                          advice="training finds the same, and its checkpoints keep it")
     if levels.few:
         yield Finding("few-levels", WARNING, levels.loss(), advice="differences between images may be lost",

@@ -27,7 +27,7 @@ def exact_duplicates(survey: Survey) -> Iterator[Finding]:
     if not len(rows):
         return
     read = np.flatnonzero(np.concatenate([split.readable for split in survey.splits.values()]))
-    targets = np.concatenate([split.targets for split in survey.splits.values()])
+    targets = np.concatenate([split.groups for split in survey.splits.values()])
     border = len(survey.splits["train"].rows) if "train" in survey.splits else 0
     found: dict[str, list[int]] = {name: [] for name in ("copies", "conflicts", "leaks", "leaked from")}
     duplicate_of: dict[int, int] = {}
@@ -71,9 +71,9 @@ def exact_duplicates(survey: Survey) -> Iterator[Finding]:
 
 def _same_as(sign: str, survey: Survey, split: Split, index: int, other: Split, other_index: int) -> str:
     """An item's detail: the other image's path, and its class where that is another."""
-    path, target = other.source.path(other_index), other.targets[other_index]
+    path, label = other.source.path(other_index), other.label(other_index, survey.classes)
     return (f"{sign} {os.path.relpath(path, survey.root) if os.path.isdir(survey.root) else path}"
-            + (f", there of class {survey.classes[target]!r}" if target != split.targets[index] else ""))
+            + (f", there of class {label!r}" if label != split.label(index, survey.classes) else ""))
 
 
 def near_duplicates(survey: Survey, distance: int) -> Iterator[Finding]:

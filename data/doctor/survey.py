@@ -54,6 +54,16 @@ class Split:
         return (self.rows["flags"] & UNREADABLE) == 0
 
     @property
+    def groups(self) -> np.ndarray:
+        """(images,) int64, the same number for images of the same class, or of the same labels."""
+        return self.targets if self.source.labels is None else self.source.labels.which
+
+    def label(self, index: int, classes: Sequence[str]) -> str:
+        """The class of an image, or its labels, by the names of ``Survey.classes``."""
+        labels = self.source.labels
+        return classes[self.targets[index]] if labels is None else "|".join(classes[i] for i in np.flatnonzero(labels[index] == 1))
+
+    @property
     def movable(self) -> bool:
         """Whether images are files that may be moved away: not named by a list of labels."""
         return isinstance(base_of(self.source)[0], ImageFolder) and self.layout.startswith("class folders")
@@ -84,11 +94,16 @@ class Survey:
     levels: DeepLevels | None = None
 
     def counts(self, split: str, readable: bool = False) -> np.ndarray:
-        """(classes,) numbers of images, all or the readable ones; zeros for a split that could not be opened."""
+        """(classes,) numbers of images, all or the readable ones, an image with several labels counting for each; zeros for a split that
+        could not be opened."""
         if split not in self.splits:
             return np.zeros(len(self.classes), dtype=np.int64)
-        targets = self.splits[split].targets
-        return np.bincount(targets[self.splits[split].readable] if readable else targets, minlength=len(self.classes))
+        images = self.splits[split].readable if readable else slice(None)
+        labels = self.splits[split].source.labels
+        if labels is None:
+            return np.bincount(self.splits[split].targets[images], minlength=len(self.classes))
+        counts = labels.counts(images)
+        return np.pad(counts, (0, len(self.classes) - len(counts)))
 
     @property
     def images(self) -> int:

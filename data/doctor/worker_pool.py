@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
 import signal
@@ -60,7 +61,8 @@ class WorkerPool:
         # Forked processes share the list of files; spawned ones are sent it. macOS's own libraries do not survive a fork.
         fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
         self._context = multiprocessing.get_context("fork" if fork else "spawn")
-        self._reading = self._context.RawArray("q", max(1, count))
+        # Shared as it is by forked processes, without a file in /dev/shm, which may be read-only.
+        self._reading: Any = memoryview(mmap.mmap(-1, 8 * max(1, count))).cast("q") if fork else self._context.RawArray("q", max(1, count))
         self._workers: dict[int, Worker] = {}
         self._idle_deaths = 0
 

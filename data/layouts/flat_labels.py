@@ -14,7 +14,8 @@ from data.sources.base import Source
 from data.sources.classes import encode_labels, first_few, whole_number
 from data.sources.columns import NO_KEYS, ListKeys
 from data.sources.folder import visible_entries
-from data.sources.lists import Row, checked_row, lines_of, marks_of, read_list, read_text, split_line
+from data.sources.label_sets import find_label_sets
+from data.sources.lists import Row, checked_row, lines_of, marks_of, read_list, read_text, require_labels, split_line
 from data.sources.packed_names import is_image
 
 _TABLES, _MORE = r"\.(txt|csv|tsv)", r"([_-]?(labels?|map|gt|list))?"
@@ -75,11 +76,11 @@ def label_flat(source: Source, path: str, keys: ListKeys = NO_KEYS) -> Source:
         first_word = os.path.basename(path).lower().startswith("loc_")
         rows = _label_rows(path, keys)
         if first_word:
-            rows = [row._replace(label=row.label.split()[0]) for row in rows]
-    return _labelled(source, path, rows)
+            rows = [row._replace(label="".join(row.label.split()[:1])) for row in rows]
+    return _labelled(source, path, rows, keys)
 
 
-def _labelled(source: Source, path: str, rows: Sequence[Row]) -> Source:
+def _labelled(source: Source, path: str, rows: Sequence[Row], keys: ListKeys) -> Source:
     """``source`` with the labels of rows that name its images, with or without a suffix."""
     by_name: dict[str, list[Row]] = {}
     for row in rows:
@@ -98,8 +99,12 @@ def _labelled(source: Source, path: str, rows: Sequence[Row]) -> Source:
         missing += [] if of_image else [name]
         found += of_image[:1]
     if missing:
-        raise DataError(f"{path}: has no label for {len(missing)} of the {len(source)} images of {source.root} ({first_few(missing, 3)})")
+        require_labels(source, path, rows)
+        raise DataError(f"{path}: has no label for {len(missing)} of the {len(source)} images of {source.root} ({first_few(missing, 3)}); "
+                        "take them out, or use the images that the list names alone with --data-set lists")
     source.classes, source.targets = encode_labels([row.label for row in found])
+    source = find_label_sets(source, keys)
+    require_labels(source, path, found)
     source.marks = marks_of(found)
     source.notices.append(Notice(f"{source.root}: labels from {path}"))
     if len(rows) > len(found):
@@ -112,7 +117,7 @@ def _base(path: str) -> str:
 
 
 def _label_rows(path: str, keys: ListKeys) -> list[Row]:
-    """As ``read_list``; in text files the label is the second word, and further ones (boxes) are ignored."""
+    """As ``read_list``; in text files the label is what follows the first word, without the numbers behind it (boxes)."""
     if path.lower().endswith((".csv", ".tsv", ".jsonl")):
         return read_list(path, keys)
     rows = []
@@ -120,8 +125,9 @@ def _label_rows(path: str, keys: ListKeys) -> list[Row]:
         if not line.startswith("#"):
             name, label = split_line(line)
             if "\t" not in line:
-                words = re.split(r"[\s,;]+", label if is_image(name) else line)
-                name, label = (name, words[0]) if is_image(name) else (words[0], "".join(words[1:2]))
+                name, label = (name, label) if is_image(name) else (*re.split(r"[\s,;]+", line, maxsplit=1), "")[:2]
+                box = re.fullmatch(r"(\S+?)(?:[\s,;]+[-+.\d]+)+", label)
+                label = box[1] if box else label
             rows.append(checked_row(path, number, name, label))
     return rows
 

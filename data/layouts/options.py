@@ -76,7 +76,8 @@ class Options:
     def of(cls, config: CfgNode, alone: bool = False) -> Options:
         data = config.DATA
         keys = ListKeys(data.IMAGE_COLUMN, data.LABEL_COLUMN, data.SPLIT_COLUMN, data.GROUP_COLUMN,
-                        resolve_data_file(data.IMAGE_ROOT, data.DATA_PATH), data.IMAGE_SUFFIX)
+                        resolve_data_file(data.IMAGE_ROOT, data.DATA_PATH), data.IMAGE_SUFFIX, data.LABEL_SEPARATOR,
+                        config.TASK == "multilabel")
         return cls(data.DATASET, data.ZIP_MODE, data.VAL_FRACTION, resolve_data_file(data.VAL_LABELS, data.DATA_PATH),
                    cache_folder(data.INDEX_CACHE), data.FOLD, keys, alone, _canonical(config.TEST.SPLIT) if alone else "val")
 

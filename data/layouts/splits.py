@@ -14,6 +14,7 @@ from data.errors import DataError
 from data.messages import Caution, Notice
 from data.sources.base import Source, View
 from data.sources.classes import first_few, join_by_number
+from data.sources.label_sets import with_labels
 from data.sources.lists import read_text
 
 
@@ -100,7 +101,7 @@ def _share_out_groups(source: Source, shares: list[float]) -> np.ndarray:
     alone = groups == names.index("") if "" in names else np.zeros(len(groups), dtype=bool)  # an empty cell is a group of its own
     groups = np.where(alone, len(names) + np.arange(len(groups)), groups)
     _, groups = np.unique(groups, return_inverse=True)
-    kinds = len(source.classes) + 1  # the last column counts all images
+    kinds = int(source.targets.max(initial=len(source.classes) - 1)) + 2  # the last column counts all images
     order = np.argsort(groups, kind="stable")
     bounds = np.flatnonzero(np.diff(groups[order], prepend=-1, append=groups.max() + 1))
     totals = np.append(np.bincount(source.targets, minlength=kinds - 1), len(groups)).astype(np.float64)
@@ -174,7 +175,8 @@ def read_class_names(path: str) -> tuple[list[str], dict[str, str]]:
 
 
 def choose_classes(source: Source, path: str) -> Source:
-    """``source`` with the classes that a file of class names lists; images of other classes are left out.
+    """``source`` with the classes that a file of class names lists; images of other classes are left out, and of an image's several labels
+    the others.
 
     Raises:
         DataError: the source has none of these classes.
@@ -183,7 +185,9 @@ def choose_classes(source: Source, path: str) -> Source:
     position, labels = {name: i for i, name in enumerate(classes)}, list(table)
     positions = np.array([position[table[labels[at]]] if at >= 0 else -1 for at in join_by_number(source.classes, labels).tolist()],
                          dtype=np.int64)
-    targets = positions[source.targets]
+    if source.labels is not None and (positions >= 0).any():
+        return with_labels(source, classes, source.labels.mapped(positions, len(classes)))
+    targets = np.append(positions, -1)[source.targets]
     indices = np.flatnonzero(targets >= 0)
     if not len(indices):
         raise DataError(f"{path}: names none of the classes of {source.root} ({first_few(source.classes, 3)})")

@@ -1,8 +1,8 @@
 """What happens when an image cannot be read, in the main process or in a DataLoader worker.
 
-In training a corrupt image is replaced by another of its class, chosen by (seed, key) alone, so that neither the number of
-workers nor a restart changes the stream. In evaluation its row gets the target -1 and is not counted. Either way the
-failure travels with the batch to the main process, which reports and counts it (``data/loading/loader.py``).
+In training a corrupt image is replaced by another of its class (by any other, where images have several labels), chosen by (seed, key)
+alone, so that neither the number of workers nor a restart changes the stream. In evaluation its row gets the target -1 and is not counted.
+Either way the failure travels with the batch to the main process, which reports and counts it (``data/loading/loader.py``).
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ class ReplaceCorrupt(CorruptImagePolicy):
     def __init__(self, source: Source, workers: int, seed: int):
         super().__init__(source, workers)
         self.seed = seed
-        self._by_class = np.argsort(source.targets, kind="stable")
-        self._ends = np.cumsum(np.bincount(source.targets, minlength=len(source.classes)))
+        self._groups = source.targets if source.labels is None else np.zeros_like(source.targets)
+        self._by_class = np.argsort(self._groups, kind="stable")
+        self._ends = np.cumsum(np.bincount(self._groups, minlength=len(source.classes)))
 
     def read(self, key: Key, failures: list[Failure], get: Callable[[Key], Any]) -> Any:
         """``get(key)``, or of a replacement's key where that image cannot be read; every failure is appended to ``failures``.
@@ -81,11 +82,11 @@ class ReplaceCorrupt(CorruptImagePolicy):
             except UnreadableImage as error:
                 failures.append(Failure(other, error.path, error.reason))
         last = failures[-1]
-        raise DataError(f"{last.path}: not a readable image ({last.reason}), nor is any other of its class "
-                        f"{self.source.classes[self.source.targets[index]]!r} that was tried; repair the folder")
+        alike = "" if self.source.labels is not None else f" of its class {self.source.classes[self.source.targets[index]]!r}"
+        raise DataError(f"{last.path}: not a readable image ({last.reason}), nor is any other{alike} that was tried; repair the folder")
 
     def _replacements(self, key: Key) -> list[int]:
-        target = int(self.source.targets[key[1]])
+        target = int(self._groups[key[1]])
         low, high = int(self._ends[target - 1]) if target else 0, int(self._ends[target])
         order = np.random.RandomState(seeds.derive32(self.seed, seeds.REPLACE, *key)).permutation(high - low)
         chosen = self._by_class[low + order[:_MAX_REPLACEMENTS + 1]]

@@ -58,8 +58,8 @@ class BatchedImages(Dataset):
     def __init__(self, source: Source, pipeline: Pipeline, pipe: bool):
         self.source, self.pipeline, self.pipe = source, pipeline, pipe
 
-    def _target(self, key: Key, label: int) -> int:
-        return int(label) if self.target_of is None else self.target_of(key)
+    def _target(self, key: Key, label: int | np.ndarray) -> int | np.ndarray:
+        return label if self.target_of is None else self.target_of(key)
 
     def _allocate(self, size: int) -> Tensor:
         """Uninitialised rows for ``size`` images; in a worker in shared memory from the start, so that they are never copied."""
@@ -77,18 +77,20 @@ class BatchedImages(Dataset):
         images, failures = self._allocate(len(items)), []
         samples = [read(item, row, failures) for item, row in zip(items, images, strict=True)]
         _, *parameters, targets = zip(*samples, strict=True)
-        return self._batch((images, *(torch.stack(rows) for rows in parameters), torch.tensor(targets)), failures)
+        return self._batch((images, *(torch.stack(rows) for rows in parameters), torch.from_numpy(np.array(targets))), failures)
 
-    def _eval_batch(self, items: Iterable[T], size: int, read: Callable[[T, Tensor, list[Failure]], int | None]) -> Batch:
+    def _eval_batch(self, items: Iterable[T], size: int, read: Callable[[T, Tensor, list[Failure]], int | np.ndarray | None]) -> Batch:
         """A batch of ``size`` rows; ``read(item, row, failures)`` fills one and returns its target, or None: the row then counts as
-        padding, which is zeros with the target -1."""
-        images, targets, failures, count = self._allocate(size), torch.full((size,), -1), [], 0
+        padding, which is zeros with the target -1, or of several labels -1 each."""
+        images, failures, count = self._allocate(size), [], 0
+        labels = self.source.labels if self.target_of is None else None
+        targets = torch.full((size,), -1) if labels is None else torch.full((size, labels.table.shape[1]), -1, dtype=torch.int8)
         for item in items:
             target = read(item, images[count], failures)
             if target is None:
                 images[count].zero_()
             else:
-                targets[count] = target
+                targets[count] = torch.as_tensor(target)
             count += 1
         images[count:].zero_()
         return self._batch((images, targets), failures)
@@ -117,7 +119,7 @@ class TrainImages(BatchedImages):
         index = key[1]
         seed_generators(self.seed, key)
         image = self.pipeline(self.source, index, out)
-        target = self._target(key, self.source.targets[index])
+        target = self._target(key, self.source.target_of(index))
         return (*image, target) if isinstance(image, tuple) else (image, target)
 
 
@@ -135,6 +137,6 @@ class EvalImages(BatchedImages):
     def __getitems__(self, indices: list[int]) -> Batch:
         return self._eval_batch(indices, self.batch_size, self._read)
 
-    def _read(self, index: int, row: Tensor, failures: list[Failure]) -> int | None:
+    def _read(self, index: int, row: Tensor, failures: list[Failure]) -> int | np.ndarray | None:
         image = self.corrupt_policy.read(index, failures, lambda index: self.pipeline(self.source, index, row))
-        return None if image is None else self._target((0, index, 0), self.source.targets[index])
+        return None if image is None else self._target((0, index, 0), self.source.target_of(index))

@@ -75,7 +75,7 @@ def pipe_reason(batch_bytes: int, workers: int) -> str:
 
 
 def free_shared_memory() -> int | None:
-    """Bytes that /dev/shm can take, 0 where it is read-only; None where the system has none."""
+    """Bytes that can be written in /dev/shm, none where it is read-only; None where the system has none."""
     try:
         if os.path.isdir("/dev/shm") and not os.access("/dev/shm", os.W_OK):
             return 0

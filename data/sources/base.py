@@ -6,12 +6,16 @@ import errno
 import hashlib
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from data.decoding.pillow import AS_STORED, Reading, decode
 from data.errors import UnreadableImage
+
+if TYPE_CHECKING:
+    from data.sources.label_sets import LabelSets
 
 # Errors of a network share that comes and goes; the same read may succeed a moment later.
 _TRANSIENT = {errno.ENOENT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
@@ -43,19 +47,24 @@ class Source:
     Attributes:
         root: where they lie, for messages.
         classes: class names.
-        targets: (images,) int64, positions in ``classes``.
+        targets: (images,) int64, positions in ``classes``; where images have several labels, the rarest one of each (the number of classes
+            for an image without any), by which they are grouped.
+        labels: the labels of each image where it has several of ``classes``, or none; None where each has one class.
         notices: messages for the user.
         patience: seconds for which a failing read is tried again.
         reading: how they become pixels.
+        parallel: threads may read at the same time; archives share descriptors that are closed by turns.
         marks: what a list says of each image beside its class, "fold" or "group": (names, positions in them (images,) int64).
     """
 
     root: str
     classes: list[str]
     targets: np.ndarray
+    labels: LabelSets | None = None
     notices: list[str]
     patience: float = 0.0
     reading: Reading = AS_STORED
+    parallel: bool = False
     marks: Mapping[str, tuple[list[str], np.ndarray]] = {}
     _fingerprint: str | None = None
 
@@ -85,7 +94,8 @@ class Source:
         The sample tells two class folders apart that were swapped and whose files have the same names.
         """
         if self._fingerprint is None:
-            self._fingerprint = hashlib.sha256(self.identity() + self.targets.tobytes() + self.sample()).hexdigest()
+            labels = b"" if self.labels is None else self.labels.table.tobytes() + self.labels.which.tobytes()
+            self._fingerprint = hashlib.sha256(self.identity() + self.targets.tobytes() + labels + self.sample()).hexdigest()
         return self._fingerprint
 
     def sample(self) -> bytes:
@@ -97,6 +107,10 @@ class Source:
             except (OSError, UnreadableImage):  # told when it is trained on
                 digest.update(b"unreadable")
         return digest.digest()
+
+    def target_of(self, index: int) -> int | np.ndarray:
+        """What an image is: the position of its class, or of several labels (classes,) int8: 1, 0, or -1 for one that is not known."""
+        return int(self.targets[index]) if self.labels is None else self.labels[index]
 
     def configure(self, reading: Reading, patience: float) -> None:
         """Set how images are read."""
@@ -131,8 +145,9 @@ class View(Source):
     def __init__(self, source: Source, indices: np.ndarray, classes: list[str], targets: np.ndarray, notices: list[str]):
         self.source, self.indices = source, indices
         self.root, self.classes, self.targets, self.notices = source.root, classes, targets, notices
-        self.reading, self.patience = source.reading, source.patience
+        self.reading, self.patience, self.parallel = source.reading, source.patience, source.parallel
         self.marks = {what: (names, marked[indices]) for what, (names, marked) in source.marks.items()}
+        self.labels = None if source.labels is None else source.labels.take(indices)
 
     def path(self, index: int) -> str:
         return self.source.path(int(self.indices[index]))

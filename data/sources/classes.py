@@ -18,7 +18,7 @@ _MOST_DIGITS = 18  # what an int64 holds
 def match_classes(source: Source, classes: Sequence[str] | None) -> Source:
     """``source`` with its targets as positions in ``classes``, joined by name; None keeps its own classes.
 
-    Whole numbers join names that differ from them in leading zeros only (01 and 1), where this brings every label home. Labels that are
+    Whole numbers join names that are the same number (01, 1 and 1.0), where this brings every label home. Labels that are
     all whole numbers, and none of them a class name, are taken for positions in ``classes``, as in Swin's and Caffe's lists of a flat
     validation folder.
 
@@ -37,7 +37,7 @@ def match_classes(source: Source, classes: Sequence[str] | None) -> Source:
     names = list(classes)
     if names == source.classes:
         return source
-    used = np.unique(source.targets)
+    used = np.unique(source.targets) if source.labels is None else np.flatnonzero(source.labels.counts())
     own = [source.classes[i] for i in used]
     found, how = join_names(own, names)
     if unknown := sorted(name for name, at in zip(own, found.tolist(), strict=True) if at < 0):
@@ -48,6 +48,12 @@ def match_classes(source: Source, classes: Sequence[str] | None) -> Source:
     absent = [names[i] for i in sorted(set(range(len(names))) - set(found.tolist()))]
     if absent:
         source.notices.append(Caution(f"{source.root}: {len(absent)} classes without a folder ({first_few(absent)})", "missing-classes"))
+    if source.labels is not None:
+        table = join_by_number(source.classes, names)
+        table[used] = found
+        source.labels = source.labels.mapped(table, len(names))
+        source.targets, source.classes = source.labels.rarest(), names
+        return source
     table = np.full(len(source.classes), -1, dtype=np.int64)
     table[used] = found
     source.targets, source.classes = table[source.targets], names
@@ -64,7 +70,7 @@ def join_names(own: Sequence[str], names: Sequence[str]) -> tuple[np.ndarray, st
         return exact, ""
     if (by_number >= 0).all():
         at = int(np.flatnonzero(exact < 0)[0])
-        return by_number, ("its labels and the classes differ in leading zeros; they are joined as numbers "
+        return by_number, ("its labels and the classes are the same numbers, written differently; they are joined as numbers "
                            f"({own[at]} is {names[by_number[at]]})")
     numbers = [whole_number(name) for name in own]
     if (exact < 0).all() and all(number is not None and number < len(names) for number in numbers):
@@ -128,8 +134,10 @@ def first_few(names: Sequence[str], count: int = 5) -> str:
 
 
 def whole_number(label: str) -> int | None:
-    """The number that a label is, leading zeros or not; None for other labels, and for more digits than any number of classes has."""
-    return int(label) if len(label) <= _MOST_DIGITS and label.isascii() and label.isdecimal() else None
+    """The number that a label is, with leading zeros or as a table of floats has it (1.0); None for other labels, and for more digits than
+    any number of classes has."""
+    digits = label.removesuffix(".0")
+    return int(digits) if len(digits) <= _MOST_DIGITS and digits.isascii() and digits.isdecimal() else None
 
 
 def _differing_in_zeros(names: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ IMAGE_COLUMNS = ("path", "filepath", "file_path", "file", "filename", "file_name
                  "image_name", "image_filename", "img", "img_path", "img_name", "imageid", "image_id", "img_id", "image_index", "photo",
                  "photo_id", "picture", "id_code", "id", "uid", "uuid", "name")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "classname", "category", "target", "class_id", "label_id", "label_name",
-                 "category_id", "category_name", "y", "predictionstring")
+                 "category_id", "category_name", "y", "predictionstring", "tags", "finding_labels", "attribute_ids")
 _SUBJECTS = ("species", "breed", "diagnosis", "dx", "disease", "variety", "cultivar", "genus", "grade", "level")  # labels by what they tell
 _SPLITS = ("split", "set", "subset", "partition", "phase", "fold")
 _FLAGS = {"is_train": "train", "is_training": "train", "is_training_image": "train", "is_val": "val", "is_valid": "val",
@@ -23,12 +23,21 @@ _FLAGS = {"is_train": "train", "is_training": "train", "is_training_image": "tra
 _FOLDS = ("fold", "folds", "kfold", "k_fold", "fold_id", "fold_no", "cv_fold", "cv", "split", "partition")
 _GROUPS = ("group", "group_id", "patient", "patient_id", "patientid", "subject", "subject_id", "lesion_id")
 _NUMBERINGS = ("", "index", "idx", "no", "nr", "row", "unnamed_0")
+_MOST_COLUMNS = 25_000  # as many labels as ImageNet-22K has, and more
+# The cells of a column that says which images have a label: 1, 0, or -1 for one that is not known.
+YES_OR_NO = {"": -1, "0": 0, "1": 1, "-1": -1, "0.0": 0, "1.0": 1, "-1.0": -1, "false": 0, "true": 1, "no": 0, "yes": 1}
 _TRUE, _FALSE = ("1", "true", "yes", "t", "1.0"), ("0", "false", "no", "f", "0.0", "")
 
 
 @dataclass(frozen=True)
 class ListKeys:
-    """What the config says of lists: names of columns, the folder of the images and their suffix; "" where it says nothing."""
+    """What the config says of lists: names of columns, the folder of the images and their suffix; "" where it says nothing.
+
+    Attributes:
+        separator: what joins several labels of an image; ``blank``, ``none``, or ``auto``: the first of | ; and , that the labels hold.
+        several: images have several labels; otherwise that is found out.
+        unseen: the list is only judged: by its first rows, and without a look for the images.
+    """
 
     image: str = ""
     label: str = ""
@@ -36,6 +45,9 @@ class ListKeys:
     group: str = ""
     root: str = ""
     suffix: str = ""
+    separator: str = "auto"
+    several: bool = False
+    unseen: bool = False
 
 
 NO_KEYS = ListKeys()
@@ -47,6 +59,7 @@ class Columns:
 
     Attributes:
         flag: the split that a split column of true and false stands for; "" where its cells name the split.
+        labels: the columns of 0 and 1, one a label, that stand in place of a label column.
     """
 
     image: int
@@ -55,10 +68,11 @@ class Columns:
     fold: int = -1
     group: int = -1
     flag: str = ""
+    labels: tuple[int, ...] = ()
 
     @property
     def highest(self) -> int:
-        return max(self.image, self.label, self.split, self.fold, self.group)
+        return max(self.image, self.label, self.split, self.fold, self.group, *self.labels)
 
     def split_of(self, cell: str) -> str:
         """The split that a cell of the split column names, in lower case."""
@@ -95,15 +109,20 @@ def find_columns(path: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     Raises:
         DataError: a column that a key names is not there, or no column can be told to be that of the images or of the labels.
     """
+    if len(header) > _MOST_COLUMNS:
+        raise DataError(f"{path}: has {len(header):,} columns; a list of images has at most {_MOST_COLUMNS:,}")
     finder = _Finder(path, header, rows)
     split, flag, fold = finder.split_and_fold(keys.split)
     group = finder.named("DATA.GROUP_COLUMN", keys.group, _GROUPS)
-    label_asked = finder.asked("DATA.LABEL_COLUMN", keys.label)
-    taken = {split, fold, group, label_asked}
+    several = keys.label.split(",") if keys.label not in header and "," in keys.label else []
+    labels = tuple(finder.asked("DATA.LABEL_COLUMN", name.strip()) for name in several)
+    label_asked = finder.asked("DATA.LABEL_COLUMN", keys.label) if not labels else -1
+    taken = {split, fold, group, label_asked, *labels}
     image = finder.asked("DATA.IMAGE_COLUMN", keys.image)
     image = finder.image(taken) if image < 0 else image
-    label = finder.label({split, fold, image}) if label_asked < 0 else label_asked
-    return Columns(image, label, split, fold, group if group not in (image, label) else -1, flag)
+    labels = labels or (finder.of_labels({split, fold, group, image}) if label_asked < 0 else ())
+    label = -1 if labels else finder.label({split, fold, image}) if label_asked < 0 else label_asked
+    return Columns(image, label, split, fold, group if group not in (image, label, *labels) else -1, flag, labels)
 
 
 class _Finder:
@@ -166,13 +185,24 @@ class _Finder:
     def label(self, taken: set[int]) -> int:
         if (known := self.first(LABEL_COLUMNS, taken)) >= 0:
             return known
-        subjects = [i for i, words in enumerate(zip(self.words, self.parts, strict=True)) if i not in taken and set(words) & set(_SUBJECTS)]
+        subjects = self._subjects(taken)
         rest = [i for i in range(len(self.header)) if i not in taken and self.words[i] not in (*_NUMBERINGS, *_GROUPS)
                 and not self._mostly(i, is_image)]
         for columns in (subjects, rest):
             if len(columns) == 1:
                 return columns[0]
         raise self._unclear("labels", "DATA.LABEL_COLUMN", (*LABEL_COLUMNS, *_SUBJECTS))
+
+    def of_labels(self, taken: set[int]) -> tuple[int, ...]:
+        """The columns of 0 and 1 of a list that has at least two, and none that is called as labels are."""
+        if self.first(LABEL_COLUMNS, taken) >= 0 or len(self._subjects(taken)) == 1:
+            return ()
+        found = [i for i in range(len(self.header)) if i not in taken and self.words[i] not in (*_NUMBERINGS, *_GROUPS)
+                 and (cells := self.cells(i)) and {cell.lower() for cell in cells} <= YES_OR_NO.keys()]
+        return tuple(found) if len(found) > 1 else ()
+
+    def _subjects(self, taken: set[int]) -> list[int]:
+        return [i for i, words in enumerate(zip(self.words, self.parts, strict=True)) if i not in taken and set(words) & set(_SUBJECTS)]
 
     def _mostly(self, column: int, test: Callable[[str], bool]) -> bool:
         cells = self.cells(column)

@@ -19,13 +19,16 @@ from data.decoding.pillow import Reading, decode_stored
 from data.errors import DataError, UnreadableImage
 from data.messages import Caution, Message, Notice
 from data.sources.base import Source
-from data.sources.threads import Hang, in_threads
+from data.sources.threads import THREADS, Hang, in_threads
 
 FEWEST_LEVELS = 64  # of 256; with less, what distinguishes images may be lost
 FIRST_LOOK, WHOLE_LOOK = 256, 2048  # images of a large set: whether there are deep ones, and what range they have
 _PIXELS = 4096  # of an image, at most, that levels are counted on; the range is that of all its pixels
+_MOST_OUTSIDE = 0.5  # share of the values outside of a trained model's window from where the images may be stored in another range
 _OUTLIERS = 0.1  # percent of the pixels at each end that a window may leave out where their range wastes the levels
 _EIGHT_BITS = (".jpg", ".jpeg", ".webp", ".bmp", ".gif")  # formats without deep images are not opened
+
+_DEEP = "images of more than 8 bits a channel"
 
 T = TypeVar("T")
 # An image's lowest and highest values (C,) and some of its values (N, C), as floats that may be NaN: C is 1 for grey and colour, which have
@@ -44,31 +47,43 @@ class DeepLevels:
         levels: how many of 256 are then used.
         stored: how many different values the pixels looked at have.
         better: a window that uses more, where levels are few.
+        outside: share of the values that lie outside of the window.
     """
 
     window: Window
     levels: int
     stored: int
     better: Window | None
+    outside: float = 0.0
 
     @property
     def few(self) -> bool:
         """Whether the step to 8 bits loses so much that it is worth a warning."""
         return self.levels < min(FEWEST_LEVELS, self.stored)
 
-    def messages(self) -> list[Message]:
-        """For the log; the doctor has findings of its own for them."""
-        found: list[Message] = [Notice(f"there are images of more than 8 bits a channel; black to white is {self.words()}, in "
-                                       "all of them (DATA.WINDOW)", "deep")]
+    def messages(self, trained: bool = False) -> list[Message]:
+        """For the log; the doctor has findings of its own for them.
+
+        Args:
+            trained: the window is that of images which a model was trained on.
+        """
+        if trained:
+            told = Caution(f"{100 * self.outside:.0f} % of the values in {_DEEP} lie outside of the range of the images of training, where "
+                           f"{self.words()} (DATA.WINDOW); are they stored in another one?", "other-range")
+            return [told] if self.outside > _MOST_OUTSIDE else []
+        found: list[Message] = [Notice(f"there are {_DEEP}: {self.words()}, in all of them (DATA.WINDOW)", "deep")]
         return [*found, Caution(f"{self.loss()}{self.advice()}", "few-levels")] if self.few else found
 
     def words(self) -> str:
-        """Such as ``from 0 to 4095``, or that of each band."""
-        return ", ".join(f"from {low:g} to {high:g}" for low, high in pairs_of(self.window))
+        """Such as ``0 is black and 4095 white``, or that of each band."""
+        pairs = pairs_of(self.window)
+        if len(pairs) == 1:
+            return f"{pairs[0][0]:g} is black and {pairs[0][1]:g} white"
+        return "black and white of the bands are " + ", ".join(f"{low:g} to {high:g}" for low, high in pairs)
 
     def loss(self) -> str:
         """Such as ``of 4,096 values or more ... 16 levels remain``, of the band that loses most."""
-        return f"of {self.stored:,} values or more in images of more than 8 bits a channel, {self.levels} levels remain {self.words()}"
+        return f"of {self.stored:,} values or more in {_DEEP}, {self.levels} levels remain where {self.words()}"
 
     def advice(self) -> str:
         return f"; --opts {window_option(self.better)} uses more" if self.better is not None else "; give a range with DATA.WINDOW"
@@ -80,16 +95,15 @@ def window_option(window: Window) -> str:
     return f"DATA.WINDOW '{pairs[0] if len(pairs) == 1 else '[' + ', '.join(pairs) + ']'}'"
 
 
-def settle_reading(source: Source, reading: Reading, patience: float, timeout: float, given: bool = True) -> DeepLevels | None:
+def settle_reading(source: Source, reading: Reading, patience: float, timeout: float) -> DeepLevels | None:
     """Have a source read as ``reading`` says, with the window of its own deep images where ``reading`` has none.
 
     Args:
-        given: look at the images even where ``reading`` has a window, for the levels that it leaves.
         patience: seconds that a failing read is tried again.
         timeout: as of ``find_levels``.
     """
     source.configure(reading, patience)
-    levels = find_levels(source, reading.window, timeout) if given or reading.window is None else None
+    levels = find_levels(source, reading.window, timeout)
     if levels is not None:
         source.configure(reading._replace(window=levels.window), patience)
     return levels
@@ -127,7 +141,8 @@ def levels_of(samples: Iterable[Sample], window: Window | None = None) -> DeepLe
     worst, better = min(bands, key=lambda band: (not band.few, band.levels)), None
     if any(band.better is not None for band in bands):
         better = tuple(band.better or band.window for band in bands)
-    return DeepLevels(window or tuple(band.window for band in bands), worst.levels, worst.stored, better)
+    return DeepLevels(window or tuple(band.window for band in bands), worst.levels, worst.stored, better,
+                      max(band.outside for band in bands))
 
 
 def _levels_of_band(lows: np.ndarray, highs: np.ndarray, values: np.ndarray, window: Window | None) -> DeepLevels:
@@ -147,7 +162,7 @@ def _levels_of_band(lows: np.ndarray, highs: np.ndarray, values: np.ndarray, win
         better = better if better is not None and _count(values, better) > levels else None
     if better is not None and window is None:
         whole, levels, better = better, _count(values, better), None
-    return DeepLevels(whole, levels, len(np.unique(values)), better)
+    return DeepLevels(whole, levels, len(np.unique(values)), better, float(((values < whole[0]) | (values > whole[1])).mean()))
 
 
 def sample(stored: Stored) -> Sample | None:
@@ -193,7 +208,7 @@ def look_at(source: Source, most: int, look: Callable[[int], T | None], timeout:
     """
     places = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).astype(np.int64)).tolist()
     try:
-        return [found for found in in_threads(look, places, timeout) if found is not None]
+        return [found for found in in_threads(look, places, timeout, THREADS if source.parallel else 1) if found is not None]
     except Hang as hang:
         busy = ", ".join(source.path(index) for index in hang.busy)
         raise DataError(f"no image came for {timeout:g} seconds (DATA.TIMEOUT); being read at that moment: {busy}; check the disk or "

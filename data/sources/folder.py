@@ -26,6 +26,8 @@ EXPECTED = "expected train/<class>/*.jpg and val/<class>/*.jpg (or validation/)"
 class ImageFolder(Source):
     """Images that are files, named by their paths below ``root`` or by absolute paths."""
 
+    parallel = True
+
     def __init__(self, root: str, classes: list[str], names: PackedNames, targets: np.ndarray, notices: Sequence[str] = ()):
         self.root, self.classes, self.names, self.targets, self.notices = root, classes, names, targets, list(notices)
 

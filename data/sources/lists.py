@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +19,9 @@ from data.messages import Notice
 from data.sources.archives import ArchiveImages
 from data.sources.base import Source, View
 from data.sources.classes import class_positions, encode_labels, whole_number
-from data.sources.columns import NO_KEYS, Columns, ListKeys, find_columns, known_header
+from data.sources.columns import NO_KEYS, YES_OR_NO, Columns, ListKeys, find_columns, known_header
 from data.sources.folder import ImageFolder
+from data.sources.label_sets import MultiHot, find_label_sets
 from data.sources.list_paths import find_listed
 from data.sources.packed_names import IMAGE_EXTENSIONS, PackedNames, is_image, natural_key
 from data.sources.regular_files import NotARegularFile, read_regular
@@ -28,6 +29,7 @@ from data.sources.regular_files import NotARegularFile, read_regular
 LIST_EXTENSIONS = (".csv", ".tsv", ".txt", ".lst", ".json", ".jsonl")
 _LARGEST = 2 << 30  # bytes of a list; that of ImageNet-22K has 0.9 GB
 _SAMPLE = 1000  # rows by which the columns are told apart
+_JUDGED = 100_000  # rows by which a list is judged before it is read
 _LONGEST_PATH, _LONGEST_LABEL = 4096, 10_000  # characters
 _UNPRINTABLE = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 _JSON_LIST = re.compile(r'\s*\[\s*[\[{"]')
@@ -35,7 +37,10 @@ _NAMED_FIRST = re.compile(rf'"?(.*(?:{"|".join(map(re.escape, IMAGE_EXTENSIONS))
 
 
 class Row(NamedTuple):
-    """A line of a list: its number, counted from 1, and its cells; "" for a column that the list does not have."""
+    """A line of a list: its number, counted from 1, and its cells; "" for a column that the list does not have.
+
+    The label may be several, joined or as columns of 0 and 1, or none.
+    """
 
     line: int
     path: str
@@ -82,7 +87,7 @@ def read_list(path: str, keys: ListKeys = NO_KEYS) -> list[Row]:
     CSV and TSV may begin with a header, whose columns ``find_columns`` tells apart; without one the first column is the path and the
     second the label. Text: path and label, separated by a tab, or by the blank or comma behind the image's suffix. JSON: a list of
     ``[path, label]``, as Swin's of ImageNet-22K, a mapping from paths to labels, or records, also a line each (Hugging Face's
-    metadata.jsonl).
+    metadata.jsonl). An image may have several labels, or none (``find_label_sets``).
 
     Args:
         keys: what the config says of the columns.
@@ -92,11 +97,12 @@ def read_list(path: str, keys: ListKeys = NO_KEYS) -> list[Row]:
     """
     text, extension = read_text(path), os.path.splitext(path)[1].lower()
     if extension in (".json", ".jsonl") or (extension not in (".csv", ".tsv") and _JSON_LIST.match(text)):
-        rows = list(_json_rows(text, path, extension == ".jsonl", keys))
+        rows = _json_rows(text, path, extension == ".jsonl", keys)
     elif extension in (".csv", ".tsv") or known_header(re.split("[,;\t]", next(lines_of(text), (0, ""))[1])):
-        rows = list(_table_rows(text, path, keys))
+        rows = _table_rows(text, path, keys)
     else:
-        rows = list(_text_rows(text, path))
+        rows = _text_rows(text, path)
+    rows = list(itertools.islice(rows, _JUDGED if keys.unseen else None))
     if not rows:
         raise DataError(f"{path}: lists no images")
     return rows
@@ -106,9 +112,9 @@ def checked_row(path: str, line: int, image: str, label: str, *others: str) -> R
     """A checked row.
 
     Raises:
-        DataError: no path or label, or one that no file and no class can have.
+        DataError: no path, or a path or label that no file and no class can have.
     """
-    if not image or not label:
+    if not image:
         raise DataError(f"{path}:{line}: has no path or no label ({', '.join((image, label))[:80]!r})")
     if "\0" in image or len(image) > _LONGEST_PATH or not _encodable(image):
         raise DataError(f"{path}:{line}: {image[:80]!r} cannot be the name of a file")
@@ -138,15 +144,18 @@ def _json_rows(text: str, path: str, by_line: bool, keys: ListKeys) -> Iterator[
                                                  for number, entry in enumerate(entries, 1)), keys)
         return
     for number, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
-        if not (isinstance(entry, list) and len(entry) >= 2 and isinstance(entry[0], str) and type(entry[1]) in (int, str)):
+        labels = entry[1] if isinstance(entry, list) and len(entry) >= 2 and isinstance(entry[0], str) else None
+        if not all(type(label) in (int, str) for label in (labels if isinstance(labels, list) else [labels])):
             raise DataError(f"{path}: entry {number} is not a [path, label] pair")
         yield checked_row(path, number, entry[0], _cell(entry[1]))
 
 
 def _cell(value: Any) -> str:
-    """A value of a JSON record as it would stand in a table; "" for nested ones, which no column that counts has."""
+    """A value of a JSON record as it would stand in a table; "" for nested ones but lists of labels, which no column that counts has."""
     if isinstance(value, str):
         return value.strip()
+    if isinstance(value, list):
+        return "|".join(filter(None, map(_cell, value)))
     try:
         return json.dumps(value) if isinstance(value, (bool, int, float)) else ""
     except ValueError:  # more digits than Python writes
@@ -170,8 +179,8 @@ def _table_rows(text: str, path: str, keys: ListKeys) -> Iterator[Row]:
         line, cells = next(lines, (0, []))
         images = [i for i, cell in enumerate(cells) if is_image(os.path.basename(cell))]
         if cells and images:
-            columns = Columns(images[0], 1 if images[0] == 0 else 0)
-            yield from _filled(path, columns, itertools.chain([(line, cells)], lines))
+            columns, first = Columns(images[0], 1 if images[0] == 0 else 0), [(line, cells), *itertools.islice(lines, _SAMPLE)]
+            yield from _filled(path, columns, max(2, min(len(cells) for _, cells in first)), first, lines)
         elif cells:
             yield from _rows_of(path, f"{path}:{line}", cells, lines, keys)
     except csv.Error as error:
@@ -182,21 +191,58 @@ def _rows_of(path: str, where: str, header: Sequence[str], lines: Iterator[Cells
     """The rows of a table with a header; ``where`` names the header in messages."""
     first = list(itertools.islice(lines, _SAMPLE))
     columns = find_columns(where, header, [cells for _, cells in first], keys)
-    yield from _filled(path, columns, itertools.chain(first, lines))
+    yield from _filled(path, columns, len(header), first, lines, header)
 
 
-def _filled(path: str, columns: Columns, lines: Iterable[Cells]) -> Iterator[Row]:
-    for line, cells in lines:
-        cells = [*cells, *[""] * (columns.highest + 1 - len(cells)), ""]  # the last is that of columns that are not there (-1)
+def _filled(path: str, columns: Columns, width: int, first: Sequence[Cells], lines: Iterable[Cells],
+            header: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of ``first`` and the further ``lines``, ``width`` cells each, or more where several labels stand last without quotes."""
+    label_of = _label_reader(path, columns, [cells for _, cells in first], header) if columns.labels else None
+    for line, cells in itertools.chain(first, lines):
+        if any(cells[width:]):
+            if columns.label != width - 1:
+                raise DataError(f"{path}:{line}: has {len(cells)} cells, the first line {width}; put labels that hold the separator into "
+                                "quotes")
+            cells = [*cells[:columns.label], "|".join(filter(None, cells[columns.label:]))]
+        cells = [*cells[:width], *[""] * (columns.highest + 1 - len(cells)), ""]  # the last is that of columns that are not there (-1)
         split = columns.split_of(cells[columns.split])
-        yield checked_row(path, line, cells[columns.image], cells[columns.label], split, cells[columns.fold], cells[columns.group])
+        label = "" if label_of is not None else cells[columns.label]
+        row = checked_row(path, line, cells[columns.image], label, split, cells[columns.fold], cells[columns.group])
+        yield row if label_of is None else row._replace(label=label_of(line, cells))
+
+
+def _label_reader(path: str, columns: Columns, sample: Sequence[Sequence[str]],
+                  header: Sequence[str]) -> Callable[[int, Sequence[str]], MultiHot]:
+    """From a row's number and cells to what its columns of 0 and 1 say.
+
+    Where there is no 0 in the ``sample``, -1 is it (as in CelebA's list); else -1, as an empty cell, says that the label is not known (as
+    in CheXpert's).
+    """
+    words, known = YES_OR_NO, dict[tuple[str, ...], MultiHot]()
+    names = [header[at] for at in columns.labels]
+    left_out = [name for at, name in enumerate(header)
+                if at not in (columns.image, columns.split, columns.fold, columns.group, *columns.labels)]
+    seen = {cells[at].lower() if at < len(cells) else "" for cells in sample for at in columns.labels}
+    if "" not in seen and all(words.get(cell) != 0 for cell in seen):
+        words = {word: max(0, value) for word, value in words.items()}
+
+    def read(line: int, cells: Sequence[str]) -> MultiHot:
+        texts = tuple(cells[at].lower() for at in columns.labels)
+        if texts not in known:
+            if (odd := next((text for text in texts if text not in words), None)) is not None:
+                raise DataError(f"{path}:{line}: has {odd[:40]!r} in a column of 0 and 1; name the column of the labels with "
+                                "DATA.LABEL_COLUMN, or those of 0 and 1, joined by commas")
+            known[texts] = MultiHot(names, tuple(words[text] for text in texts), left_out)
+        return known[texts]
+
+    return read
 
 
 def _text_rows(text: str, path: str) -> Iterator[Row]:
     for number, line in lines_of(text):
         if not line.startswith("#"):
             name, label = split_line(line)
-            if not label:
+            if not label and not is_image(os.path.basename(name)):
                 raise DataError(f"{path}:{number}: has no label ({line[:80]!r}); a line is a path, a tab or blank, and a label")
             yield checked_row(path, number, name, label)
 
@@ -221,20 +267,28 @@ def split_line(line: str) -> tuple[str, str]:
 # Sources of listed images
 # --------------------------------------------------------------------------------------------------
 
-def list_source(path: str, rows: Sequence[Row], roots: Sequence[str], keys: ListKeys = NO_KEYS) -> ImageFolder:
+def list_source(path: str, rows: Sequence[Row], roots: Sequence[str], keys: ListKeys = NO_KEYS) -> Source:
     """The image files that ``rows`` of the list ``path`` name.
 
     Args:
         roots: folders that the rows' paths may be relative to.
 
     Raises:
-        DataError: as of ``find_listed``.
+        DataError: as of ``find_listed``, or an image has no label where each must have one.
     """
-    root, names, notices = find_listed(path, [row.line for row in rows], [row.path for row in rows], roots, keys)
+    names = [row.path for row in rows]
+    root, names, notices = (roots[0], names, []) if keys.unseen else find_listed(path, [row.line for row in rows], names, roots, keys)
     classes, targets = encode_labels([row.label for row in rows])
-    source = ImageFolder(root, classes, PackedNames.of(names), targets, notices)
+    source = find_label_sets(ImageFolder(root, classes, PackedNames.of(names), targets, notices), keys)
     source.marks = marks_of(rows)
+    require_labels(source, path, rows)
     return source
+
+
+def require_labels(source: Source, path: str, rows: Sequence[Row]) -> None:
+    """Raise ``DataError`` for a row without a label where each image of ``source`` has a class."""
+    if source.labels is None and (bare := next((row for row in rows if not row.label), None)):
+        raise DataError(f"{path}:{bare.line}: has no path or no label ({bare.path[:80]!r})")
 
 
 def marks_of(rows: Sequence[Row]) -> dict[str, tuple[list[str], np.ndarray]]:
@@ -256,7 +310,7 @@ def mapped_archive(archive: ArchiveImages, path: str) -> Source:
     Raises:
         DataError: a bad line, or an image that the archive lacks; the message names the line.
     """
-    rows = [row for row in read_list(path) if row.label]
+    rows = read_list(path)
     for row in rows:
         if whole_number(row.label) is None:
             raise DataError(f"{path}:{row.line}: the label {row.label!r} is not a number")

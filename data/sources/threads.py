@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-_THREADS = 8
+THREADS = 4
 
 
 class Hang(Exception):
@@ -23,7 +23,7 @@ class Hang(Exception):
         self.busy = busy
 
 
-def in_threads(work: Callable[[int], T], items: Sequence[int], timeout: float) -> list[T]:
+def in_threads(work: Callable[[int], T], items: Sequence[int], timeout: float, threads: int = THREADS) -> list[T]:
     """``work`` of every item, in their order.
 
     Args:
@@ -48,7 +48,7 @@ def in_threads(work: Callable[[int], T], items: Sequence[int], timeout: float) -
             except Exception as error:
                 done.put((place, item, None, error))
 
-    for _ in range(min(_THREADS, len(items))):
+    for _ in range(min(threads, len(items))):
         threading.Thread(target=run, daemon=True).start()
     while len(found) < len(items):
         try:

@@ -168,7 +168,7 @@ def test_thirteen_bands_from_training_to_export(tmp_path: Path, monkeypatch, cap
     assert len(config.DATA.WINDOW) == 13 and config.DATA.WINDOW[12][1] > 3500 > 2300 > config.DATA.WINDOW[0][1]
     assert saved["preprocessing"]["window"] == config.DATA.WINDOW and saved["model"]["patch_embed.projs.0.weight"].shape[1] == 13
     assert "ColorIncreasing" in (log := capsys.readouterr()).out + log.err
-    assert main.main(["--eval", "--resume", checkpoint]) == 0
+    assert main.main(["--eval", "--cfg", "tiny.yaml", "--data-path", "data"]) == 0  # which says nothing of channels
     image = "data/val/green/0.tif"
     assert main.main(["--predict", image, "--resume", checkpoint, "--json", "p.jsonl", "--sheet", "sheet.png"]) == 0
     assert main.main(["--export", "hub/", "--resume", checkpoint]) == 0

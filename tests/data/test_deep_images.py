@@ -21,7 +21,7 @@ from data_helpers import config_for, encoded, exif, write_tar
 from PIL import Image, ImageOps
 
 import main
-from config import config_from_text
+from config import config_from_text, with_values
 from data import build_loaders
 from data.decoding.deep import stored_values
 from data.decoding.pillow import Reading, decode, is_single_colour
@@ -181,11 +181,12 @@ def test_one_window_from_training_to_export(xrays: Path, tmp_path: Path, monkeyp
     assert not differences(whole["config"], parts["config"].replace("TAG: parts", "TAG: whole"))
 
     # evaluation has the training window although its own images are brighter, with the YAML file and without
-    windows, real = [], build_loaders
+    windows, told, real = [], [], build_loaders
 
     def spied(*arguments, **options):
         loaders = real(*arguments, **options)
         windows.append(list(loaders.val.dataset.source.reading.window))
+        told.extend(loaders.notices)
         return loaders
 
     monkeypatch.setattr("utils.tasks.base.build_loaders", spied)
@@ -193,6 +194,16 @@ def test_one_window_from_training_to_export(xrays: Path, tmp_path: Path, monkeyp
     assert main.main(["--eval", "--resume", checkpoint]) == 0
     assert main.main(["--eval", *train, "--tag", "whole"]) == 0
     assert windows == [window, window]
+
+    # images in another range are told, these are not
+    assert "other-range" not in {getattr(line, "code", "") for line in told}
+    scaled = tmp_path / "scaled/val/spot/0.png"
+    scaled.parent.mkdir(parents=True)
+    Image.fromarray(np.asarray(Image.open(xrays / "val/spot/0.png")) * 16).save(scaled)
+    again = build_loaders(saved, splits=("val",), classes=["clear", "spot"])
+    other = build_loaders(with_values(saved, {"DATA.DATA_PATH": str(tmp_path / "scaled")}, "x"), splits=("val",), classes=["clear", "spot"])
+    assert [[line.code for line in loaders.notices if getattr(line, "code", "") == "other-range"] for loaders in (again, other)] == [
+        [], ["other-range"]]
 
     # the same image alone, and exported
     image = xrays / "val/spot/0.png"
@@ -245,6 +256,12 @@ def test_a_stream_and_a_smaller_copy_have_one_window_too(xrays: Path, tmp_path: 
     expected = build_loaders(config_for(xrays), splits=("train",)).found
     assert loaders.found == expected and loaders.train.dataset.record_source.reading.window == tuple(expected["DATA.WINDOW"])
     loaders.close()
+    # one tar file a class: descriptors are shared there, so that threads must not read at the same time
+    (tmp_path / "tars/train").mkdir(parents=True)
+    for name in ("clear", "spot"):
+        write_tar(tmp_path / f"tars/train/{name}.tar", [(path.name, path.read_bytes()) for path in paths if path.parent.name == name])
+    packed = build_loaders(config_for(tmp_path / "tars", "DATA.SUBSET", 0.5), splits=("train",))
+    assert packed.found == expected and not packed.train.dataset.source.parallel
     done = subprocess.run([sys.executable, ROOT / "scripts/resize_dataset.py", xrays, tmp_path / "copy", "--side", "256", "--workers", "1"],
                           capture_output=True, text=True, env=environment(), check=True)
     copied = np.asarray(Image.open(next((tmp_path / "copy/train/clear").iterdir())))

@@ -349,6 +349,7 @@ def test_zeros_before_a_number_do_not_move_an_image_to_another_class(tmp_path: P
     assert joined("f", three, ["0", "1", "2"])[1] == three  # no name fits the first: positions
     assert joined("list g", ["00", "01", "03"], ["03", "00"]) == (["00", "01", "02", "03"], ["03", "00"])
     assert joined("list h", ["1", "01", "02"], ["01", "1"]) == (["01", "1", "02"], ["01", "1"])
+    assert joined("list k", ["0.0", "2.0", "10.0"], ["0", "10"]) == (["0.0", "2.0", "10.0"], ["0.0", "10.0"])  # a column with gaps
     assert joined("list i", ["1" * 5000, "2"], ["2"])[1] == ["2"]  # more digits than int() takes
     with pytest.raises(DataError, match="class '2'"):  # one name fits, so that no number is a position
         joined("j", ["0", "1", "cat"], ["1", "2"])

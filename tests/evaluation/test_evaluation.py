@@ -332,7 +332,7 @@ def test_comparison_is_paired_and_exact(world: Path, program) -> None:
     write_checkpoint(str(program.folder / "turned.pth"), content)
     again = program("--compare", world / "b.pth", "turned.pth")
     assert f"right: both {int(right_b.sum())}, A alone 0, B alone 0" in again.stdout and "p = 1;" in again.stdout
-    content["config"] = content["config"].replace("CROP: true", "CROP: false")
+    content["config"] = content["config"].replace("FIT: crop", "FIT: squash")
     write_checkpoint(str(program.folder / "squashed.pth"), content)
     squashed = program("--compare", world / "b.pth", "squashed.pth")
     expected = program("--eval", "--resume", "squashed.pth")

@@ -89,6 +89,8 @@ def test_the_metric_that_is_asked_for_decides(tiny_cfg: Path, program) -> None:
     assert done.returncode == 0, done.stderr
     assert (done.stdout + done.stderr).count("every image is taken for the class 'a'") == 1, done
     run = program.folder / "output/tiny/default"
+    evaluated_alone = program("--eval", "--resume", run / "last.pth")
+    assert "every image is taken for the class 'a'" in evaluated_alone.stdout + evaluated_alone.stderr
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert load(run / "best.pth")["best"]["auroc"] == max(row["auroc"] for row in rows) > 0
     assert done.stdout.count("AUROC") == 5 and "top5" not in done.stdout + (run / "report.html").read_text()

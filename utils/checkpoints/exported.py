@@ -14,8 +14,10 @@ from config import KEYS, RECIPE, lookup
 from models.safe_load import FORMAT_KEY, CheckpointError, read_file, weights_file
 from utils.checkpoints.file_format import FORMAT, is_own, require_own
 
+_OF_THE_TASK = ("thresholds",)  # what Task.facts tells and Task.load_state_dict takes back
 OWN = "recipe"  # key of config.json for what timm has no word for
-_FILES_OF_THIS_MACHINE = ("DATA.VAL_PATH", "DATA.VAL_LABELS", "DATA.CLASS_NAMES", "MODEL.CLASS_MAP")
+_FILES_OF_THIS_MACHINE = ("DATA.VAL_PATH", "DATA.VAL_LABELS", "DATA.CLASS_NAMES", "MODEL.CLASS_MAP",
+                          "TRAIN.DISTILLATION.TEACHER", "TRAIN.DISTILLATION.WEIGHTS")
 
 
 def recipe_of(config: CfgNode, step: int | None) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def read_trained(path: str) -> Any:
             and isinstance(own.get("step"), int | None) and isinstance(classes, Sequence) and all(isinstance(c, str) for c in classes)):
         raise CheckpointError(f"{beside}: damaged, it says nothing of the weights beside it; use another export")
     return {FORMAT_KEY: own[FORMAT_KEY], "config": _as_yaml(own["config"]), "classes": list(classes), "data_path": "", "model": content,
-            "ema": {}, "step": own["step"] or 0, "best": {}}
+            "ema": {}, "step": own["step"] or 0, "best": {}, "task": {key: described[key] for key in _OF_THE_TASK if key in described}}
 
 
 def _as_yaml(values: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from config import FOUND_IN_DATA, ConfigError, config_from_text, lookup, with_values
+from config import FOUND_IN_DATA, ConfigError, config_from_text, input_channels, lookup, with_values
 from models.safe_load import FORMAT_KEY, TRAILER_MAGIC, CheckpointError
 from utils.runtime.files import write_atomically
 from utils.runtime.provenance import git_commit, versions
@@ -106,11 +106,29 @@ def is_own(content: Any) -> bool:
     return isinstance(content, dict) and isinstance(content.get(FORMAT_KEY), int)
 
 
+def task_of(content: dict[str, Any]) -> str:
+    """The value of TASK that a checkpoint of ours was trained with."""
+    try:
+        task = config_from_text(content["config"]).TASK
+    except ConfigError:  # of another version
+        task = "auto"
+    return "classification" if task == "auto" else task
+
+
+def task_state(content: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of ours keeps of its task (``Task.state_dict``); empty where it keeps nothing."""
+    state = content.get("task")
+    return state if isinstance(state, dict) else {}
+
+
 def with_found(config: CfgNode, content: Any, path: str) -> CfgNode:
-    """``config`` with what the run of a checkpoint found in its data, where the config leaves it open (``config.FOUND_IN_DATA``)."""
+    """``config`` with what the run of a checkpoint found in its data (``config.FOUND_IN_DATA``), and the channels of its images, where the
+    config leaves them open."""
     try:
         saved = config_from_text(content["config"]) if is_own(content) else config
         found = {key: lookup(saved, key) for key in FOUND_IN_DATA if lookup(config, key) is None and lookup(saved, key) is not None}
+        if config.MODEL.IN_CHANS is None and input_channels(config) == 3 != input_channels(saved):
+            found["MODEL.IN_CHANS"] = input_channels(saved)
         return with_values(config, found, f"checkpoint {path}") if found else config
     except ConfigError:  # another version's, or it does not fit; whoever needs the rest of it says so
         return config

@@ -36,6 +36,12 @@ ELSEWHERE: list[tuple[str, str]] = [
     ("class-map class-names class-to-idx", "--opts DATA.CLASS_NAMES FILE, a line a class in the classifier's order (MODEL.CLASS_MAP is "
      "another thing: rows of a larger pretrained classifier)"),
     ("clip-mode", "nothing: gradients are clipped by their norm (--opts TRAIN.CLIP_GRAD)"),
+    ("early-stopping patience-epochs", "--opts TRAIN.PATIENCE"),
+    ("teacher teacher-model distill distillation kd", "--opts TRAIN.DISTILLATION.TEACHER <checkpoint, or timm's name>"),
+    ("teacher-path", "--opts TRAIN.DISTILLATION.WEIGHTS"),
+    ("distillation-type", "--opts TRAIN.DISTILLATION.TYPE"),
+    ("distillation-alpha", "--opts TRAIN.DISTILLATION.ALPHA"),
+    ("distillation-tau", "--opts TRAIN.DISTILLATION.TEMPERATURE"),
     ("eval-metric", "--opts TRAIN.BEST_METRIC"),
     ("interpolation train-interpolation", "--opts DATA.INTERPOLATION"),
     ("crop-pct", "--opts TEST.CROP (or False: squashed)"),

@@ -222,7 +222,8 @@ def _hub_config(config: CfgNode, trained: Trained, name: str, arguments: dict[st
     return dict(
         architecture=name, num_classes=len(trained.classes), num_features=getattr(trained.model, "num_features", None),
         model_args={key: value for key, value in arguments.items() if key != "num_classes"},  # transformers gives it itself
-        label_names=trained.classes, **window, **(dict(label_descriptions=described) if described else {}),
+        label_names=trained.classes, **trained.facts, **window,
+        **(dict(label_descriptions=described) if described else {}),
         pretrained_cfg=dict(kept, **dict(prepare, interpolation=interpolation), num_classes=len(trained.classes), custom_load=False),
         **{OWN: recipe_of(_pixels_as_evaluated(config, trained), trained.step)})
 
@@ -247,7 +248,8 @@ def _description(config: CfgNode, trained: Trained) -> dict[str, str]:
         steps = f"{resize}, divide by 255, subtract mean, divide by std; {colours}, float32"
     if "window" in prepare:
         steps = f"images of more than 8 bits a channel: from {prepare['window']} to 0 and 255, clipped and rounded; {steps}"
-    facts = dict(classes=trained.classes, preprocessing=dict(prepare, steps=steps), model=dict(name=config.MODEL.NAME, step=trained.step))
+    facts = dict(classes=trained.classes, preprocessing=dict(prepare, steps=steps), model=dict(name=config.MODEL.NAME, step=trained.step),
+                 **trained.facts)
     if any(trained.descriptions):
         facts["descriptions"] = trained.descriptions
     return {key: json.dumps(value) for key, value in facts.items()}

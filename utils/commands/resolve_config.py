@@ -8,9 +8,10 @@ from typing import Any
 from yacs.config import CfgNode
 
 from config import ConfigError, command_of, config_for_another_command, converted, get_config, lookup, with_values
+from data.build import has_label_sets
 from models.safe_load import CheckpointError
 from utils.checkpoints.exported import read_trained
-from utils.checkpoints.file_format import is_own, require_own, with_found
+from utils.checkpoints.file_format import is_own, require_own, task_of, with_found
 
 # --------------------------------------------------------------------------------------------------
 # Config and starting point
@@ -44,6 +45,15 @@ def _check_pretrained(config: CfgNode, opts: list[str]) -> None:
 
 def _resolve(asked: CfgNode | None, opts: list[str], resume: str, content: Any) -> tuple[CfgNode, Any]:
     """``asked``: the config of the command's YAML file, if it names one."""
+    config, content = _merged(asked, opts, resume, content)
+    if config.TASK == "auto":
+        own = content is not None and is_own(content)
+        task = task_of(content) if own else "multilabel" if has_label_sets(config) else "classification"
+        config = with_values(config, {"TASK": task}, f"checkpoint {resume}" if own else "derived from the data")
+    return config, content
+
+
+def _merged(asked: CfgNode | None, opts: list[str], resume: str, content: Any) -> tuple[CfgNode, Any]:
     if asked is not None:
         if content is not None and is_own(content) and not asked.DATA.DATA_PATH:
             asked = with_values(asked, {"DATA.DATA_PATH": content["data_path"]}, f"checkpoint {resume}")

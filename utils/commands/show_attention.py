@@ -48,7 +48,7 @@ def show_attention(config: CfgNode, content: Any, device: torch.device, logger: 
     prepare = preprocessing(config)
     image = (build_eval_transform(prepare)(picture) if isinstance(picture, Image.Image) else picture)[None]
     found = attended(model, image, point)
-    own, best = is_own(content), model(image).softmax(-1)[0]
+    own, best = is_own(content), (model(image).sigmoid() if config.TASK == "multilabel" else model(image).softmax(-1))[0]
     predicted = int(best.argmax())
     name = content["classes"][predicted] if own else f"class {predicted}"
     title = f"{os.path.basename(config.SHOW.ATTENTION)}: predicted {name} ({100 * float(best[predicted]):.1f} %)"

@@ -38,12 +38,12 @@ def show_batch(config: CfgNode, content: Any, device: torch.device, logger: logg
         raise ConfigError(f"--show-batch shows images with their classes, and TASK {task.name} has none; add --opts TASK classification")
     loaders = open_loaders(task, config, device, logger, splits=("train",), classes=classes, rank=0, world_size=1, local_world_size=1)
     with contextlib.closing(loaders):
-        images, targets = next(loaders.batches())
+        batch = next(loaders.batches())
     transform = task.batch_transform(config, len(loaders.classes), rank=0)
-    images, targets = transform((images.to(device), targets.to(device)), 0)
+    images, targets = transform(task.to_device(batch, device), 0)
     if len(images) == 0:
         raise ConfigError(f"{config.DATA.DATA_PATH}: the first batch holds no image")
-    labels = labels_of(targets.cpu(), config.MODEL.LABEL_SMOOTHING)
+    labels = labels_of(targets.cpu(), task.smoothing)
     prepare, shown = preprocessing(config), min(len(images), MOST)
     tiles = [to_image(image, prepare["mean"], prepare["std"]) for image in images[:shown]]
     title = (f"{config.DATA.DATA_PATH}: " + (f"{shown} of the {len(images)} images" if shown < len(images) else f"the {shown} images")

@@ -122,7 +122,7 @@ def write_predictions(predictions: ImagePredictions, loader: Any, classes: Seque
     target, top1 = (column[index].astype(np.int32) for column in (predictions.target, predictions.top1))
     made = PredictionsFile(index, target, top1, predictions.confidence[index], np.exp(-predictions.loss[index]),
                            names_of(source, index.tolist()), list(classes), {})
-    made.thumbnails = _thumbnails(made, source)
+    made.thumbnails = thumbnails_of(made, source)
     made.write(path)
 
 
@@ -139,7 +139,8 @@ def mistakes_table(predictions: ImagePredictions, loader: Any, classes: Sequence
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 
-def _thumbnails(made: PredictionsFile, source: Any) -> dict[int, bytes]:
+def thumbnails_of(made: Any, source: Any) -> dict[int, bytes]:
+    """Pictures of the worst mistakes in a file of predictions of the images of ``source``, by their position in the file."""
     found = {}
     for position in made.worst(_THUMBNAILS):
         try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +58,10 @@ class PredictionsFile:
 
         Names are UTF-8 JSON in arrays of bytes: ``paths``, ``classes``.
         """
-        blobs = list(self.thumbnails.values())
         content = dict(
             index=self.index, target=self.target, predicted=self.predicted, probability=self.probability,
-            correct_probability=self.correct_probability, paths=_packed(self.paths), classes=_packed(self.classes),
-            thumbnail_of=np.array(list(self.thumbnails), dtype=np.int64),
-            thumbnail_ends=np.cumsum([len(blob) for blob in blobs], dtype=np.int64), thumbnails=_bytes(b"".join(blobs)))
+            correct_probability=self.correct_probability, paths=packed(self.paths), classes=packed(self.classes),
+            **pictures_of(self.thumbnails))
         write_atomically(path, lambda file: np.savez_compressed(file, **content))
 
     @classmethod
@@ -71,21 +70,11 @@ class PredictionsFile:
         Raises:
             PredictionsFileError: no such file, or it holds something else.
         """
-        try:
-            require_regular(path)
-            with np.load(path, allow_pickle=False) as file:
-                found = {key: file[key] for key in file.files}
-            ends = found["thumbnail_ends"].tolist()
-            blobs = [found["thumbnails"][start:end].tobytes() for start, end in zip([0, *ends], ends, strict=False)]
+        with reading(path) as found:
             made = cls(*(found[key] for key in ("index", "target", "predicted", "probability", "correct_probability")),
-                       json.loads(found["paths"].tobytes()), json.loads(found["classes"].tobytes()),
-                       dict(zip(found["thumbnail_of"].tolist(), blobs, strict=True)))
+                       json.loads(found["paths"].tobytes()), json.loads(found["classes"].tobytes()), pictures_from(found))
             made.check()
-            return made
-        except FileNotFoundError:
-            raise PredictionsFileError(f"{path}: no such file") from None
-        except NPZ_ERRORS as error:
-            raise PredictionsFileError(f"{path}: no file of predictions, or damaged ({type(error).__name__})") from None
+        return made
 
     def check(self) -> None:
         """Raise ``ValueError`` unless the parts belong together."""
@@ -110,12 +99,36 @@ class PredictionsFile:
         return wrong[np.argsort(-self.probability[wrong], kind="stable")][:count].tolist()
 
 
-def _bytes(content: bytes) -> np.ndarray:
-    return np.frombuffer(content, dtype=np.uint8)
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of a file of predictions; what does not fit inside is raised as ``PredictionsFileError``."""
+    try:
+        require_regular(path)
+        with np.load(path, allow_pickle=False) as file:
+            found = {key: file[key] for key in file.files}
+        yield found
+    except FileNotFoundError:
+        raise PredictionsFileError(f"{path}: no such file") from None
+    except NPZ_ERRORS as error:
+        raise PredictionsFileError(f"{path}: no file of predictions, or damaged ({type(error).__name__})") from None
 
 
-def _packed(names: Sequence[str]) -> np.ndarray:
-    return _bytes(json.dumps(list(names)).encode())  # ASCII: undecodable file names come back as they were
+def packed(names: Sequence[str]) -> np.ndarray:
+    """Names as JSON in an array of bytes; ASCII: undecodable file names come back as they were."""
+    return np.frombuffer(json.dumps(list(names)).encode(), dtype=np.uint8)
+
+
+def pictures_of(thumbnails: Mapping[int, bytes]) -> dict[str, np.ndarray]:
+    """The arrays that hold ``thumbnails`` in a file."""
+    return dict(thumbnail_of=np.array(list(thumbnails), dtype=np.int64), thumbnails=np.frombuffer(b"".join(thumbnails.values()), np.uint8),
+                thumbnail_ends=np.cumsum([len(blob) for blob in thumbnails.values()], dtype=np.int64))
+
+
+def pictures_from(found: Mapping[str, np.ndarray]) -> dict[int, bytes]:
+    """``pictures_of``, back."""
+    ends = found["thumbnail_ends"].tolist()
+    blobs = [found["thumbnails"][start:end].tobytes() for start, end in zip([0, *ends], ends, strict=False)]
+    return dict(zip(found["thumbnail_of"].tolist(), blobs, strict=True))
 
 
 def names_of(source: Any, indices: Sequence[int]) -> list[str]:

@@ -15,7 +15,7 @@ from data.layouts.splits import read_class_names
 from models import check_input_size, classifier_rows, load_pretrained, load_state
 from models.weights import check_finite, unwrap_state_dict
 from utils.checkpoints.exported import read_trained
-from utils.checkpoints.file_format import is_own, with_found
+from utils.checkpoints.file_format import is_own, task_of, task_state, with_found
 from utils.checkpoints.run_folder import run_folder
 from utils.runtime import distributed
 
@@ -37,6 +37,7 @@ class Trained:
         step: optimizer steps behind the weights; None where the file does not say.
         averaged: the weights are the run's moving average.
         classes: names, in the order of the outputs.
+        facts: what the task tells of its outputs beside their names, as plain data (thresholds).
         descriptions: words for names that are WordNet's ids, such as ImageNet's; "" for others.
     """
 
@@ -47,6 +48,7 @@ class Trained:
     step: int | None
     averaged: bool
     classes: list[str]
+    facts: dict[str, Any] = field(default_factory=dict)
     descriptions: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,31 +61,38 @@ class Trained:
 
 
 def open_trained(task: Task, config: CfgNode, content: Any, command: str) -> Trained:
-    """The model with the weights that --eval would evaluate; where a run kept an average, with that.
-
-    Args:
-        content: of the file that MODEL.RESUME names, or None.
-        command: the flag that asks, for messages.
-
-    Raises:
-        ConfigError: no weights are named, or the model does not take images of the config's size.
-        CheckpointError: the weights do not fit the model, or are not finite.
-    """
+    """``load_trained`` for a command of one process; raises ``ConfigError`` in several, or where the task trains no classifier."""
     if task.pretrains:
         raise ConfigError(f"{command}: a model of TASK {task.name} has no classes; fine-tune one from it first, with --pretrained "
                           f"{config.MODEL.RESUME or 'FILE'} and the config of a classifier")
     if distributed.world_size() > 1:
         raise ConfigError(f"{command} runs in one process; start it by python main.py, without torchrun")
+    return load_trained(task, config, content, command)
+
+
+def load_trained(task: Task, config: CfgNode, content: Any, command: str) -> Trained:
+    """The model with the weights that --eval would evaluate; where a run kept an average, with that.
+
+    Args:
+        content: of the file that MODEL.RESUME names, or None.
+        command: the flag or key that asks, for messages.
+
+    Raises:
+        ConfigError: no weights are named, or the model does not take images of the config's size.
+        CheckpointError: the weights do not fit the model, or are not finite.
+    """
     if content is None and config.MODEL.PRETRAINED == "hub":
         model = task.build_model(config)
         load_pretrained(model, "hub", config)
         check_input_size(model, config)
-        return Trained(config, model.eval(), "hub", True, None, False, _published_names(config, model.num_classes))
+        names = _published_names(config, model.num_classes)
+        return Trained(config, model.eval(), "hub", True, None, False, names, task.facts(names))
     path, content = weights_to_evaluate(config, content, command)
     config = with_found(config, content, path)
     if is_own(content):
         classes, step = content["classes"], content["step"]
         state, averaged = chosen_state(config, content, path)
+        task.load_state_dict(task_state(content))
         model = task.build_model(config, len(classes))
     else:
         state, step, averaged = unwrap_state_dict(content, path), None, False
@@ -92,7 +101,7 @@ def open_trained(task: Task, config: CfgNode, content: Any, command: str) -> Tra
     check_finite(state, path)
     load_state(model, state, config, path)
     check_input_size(model, config)
-    return Trained(config, model.eval(), path, not is_own(content), step, averaged, list(classes))
+    return Trained(config, model.eval(), path, not is_own(content), step, averaged, list(classes), task.facts(classes))
 
 
 def chosen_state(config: CfgNode, content: dict[str, Any], path: str) -> tuple[dict[str, Tensor], bool]:
@@ -146,10 +155,16 @@ def weights_to_evaluate(config: CfgNode, content: Any, command: str) -> tuple[st
     """(path, content) for ``command``: --resume, else the run folder's best, else --pretrained.
 
     Raises:
-        ConfigError: no weights are named, or --pretrained names others than those that the run folder's best began with.
+        ConfigError: no weights are named, or --pretrained names others than those that the run folder's best began with, or they were
+            trained for another task.
     """
-    if content is not None:
-        return config.MODEL.RESUME, content
+    path, content = (config.MODEL.RESUME, content) if content is not None else _weights_without_resume(config, command)
+    if is_own(content) and config.TASK not in ("auto", task_of(content)):
+        raise ConfigError(f"{path} was trained for TASK {task_of(content)}, and TASK is {config.TASK}; add --opts TASK {task_of(content)}")
+    return path, content
+
+
+def _weights_without_resume(config: CfgNode, command: str) -> tuple[str, Any]:
     best, pretrained = os.path.join(run_folder(config), "best.pth"), config.MODEL.PRETRAINED
     if not os.path.exists(best):
         if not pretrained:

@@ -16,6 +16,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from utils.evaluation.label_predictions_file import LabelPredictionsFile
 from utils.evaluation.paired_test import Paired, compare
 from utils.evaluation.per_class import PerClass
 from utils.evaluation.predictions_file import PredictionsFile, confused_pairs, confusion
@@ -90,6 +91,8 @@ def _repeated(group: Repeats) -> Table:
 
 def _comparison(first: Run, second: Run, a: str, b: str) -> dict[str, Any]:
     """The two on the same images; a ``problem`` where that cannot be."""
+    if any(isinstance(run.predictions, LabelPredictionsFile) for run in (first, second)):
+        return dict(problem=f"{a} and {b} are not compared image by image, where each has several labels.")
     if first.predictions is None or second.predictions is None:
         return dict(problem=f"{a} and {b} cannot be compared image by image: one has no predictions.npz.")
     paired = compare(first.predictions, second.predictions)
@@ -133,13 +136,14 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> Table:
 
 def _of_run(run: Run, lead: str) -> dict[str, Any]:
     some = run.predictions is not None and len(run.predictions.target) > 0
+    classes, mistakes = (_labels, _label_mistakes) if isinstance(run.predictions, LabelPredictionsFile) else (_classes, _mistakes)
     config = [[key, shown(value), source_of(run, key)] for key, value in run.config.items()]
     config.sort(key=lambda row: row[2] == "default")
     changed = [[key, shown(preset), shown(value), source] for key, preset, value, source in beside_preset(run)]
     return dict(
         lead=lead, sources=bool(run.sources),
-        classes=_classes(run.predictions) if some else None,
-        mistakes=_mistakes(run.predictions) if some else [],
+        classes=classes(run.predictions) if some else None,
+        mistakes=mistakes(run.predictions) if some else [],
         changed=Table(["key", "preset", "this run", "source"], changed),
         config=Table(["key", "value", "source"], config) if config else None,
         environment=Table(["", ""], [[name, values[0]] for name, values in circumstances([run])]) if run.starts else None,
@@ -170,6 +174,34 @@ def _classes(predictions: PredictionsFile) -> dict[str, Any]:
         cut=f"The {MOST_ROWS:,} worst of {len(worst):,} classes." if len(worst) > MOST_ROWS else "",
         pairs=Table(["true", "confused with", "times", "of the class (%)"], pairs, numeric=(2, 3), sortable=True),
         plots=[_placed(plot, wide=not plot.scales and len(classes) > 12) for plot in plots.of_predictions(predictions)])
+
+
+def _labels(predictions: LabelPredictionsFile) -> dict[str, Any]:
+    """As ``_classes``, of several labels an image."""
+    classes, figures = predictions.classes, predictions.figures()
+    precision, recall, f1 = figures.precision, figures.recall, figures.f1
+    rows = [[classes[i], (figures.images[i], f"{figures.images[i]:,}"), _percent(figures.precision_area[i]), _percent(precision[i]),
+             _percent(recall[i]), _percent(f1[i]), f"{figures.thresholds[i]:.3f}"] for i in figures.worst()]
+    return dict(
+        summary=f"mAP {100 * figures.mean_average_precision():.2f} %, macro F1 {100 * figures.macro_f1():.2f} %, micro F1 "
+                f"{100 * figures.micro_f1():.2f} % on {len(predictions.target):,} images of the last evaluation; "
+                f"{100 * predictions.right.mean():.2f} % of them have all their labels right.",
+        table=Table(["label", "images", "average precision (%)", "precision (%)", "recall (%)", "F1 (%)", "threshold"], rows[:MOST_ROWS],
+                    numeric=(1, 2, 3, 4, 5, 6), sortable=True),
+        cut=f"The {MOST_ROWS:,} worst of {len(rows):,} labels." if len(rows) > MOST_ROWS else "", pairs=None, plots=[])
+
+
+def _label_mistakes(predictions: LabelPredictionsFile) -> list[dict[str, str]]:
+    def named(which: np.ndarray) -> str:
+        return plots.shortened(", ".join(predictions.classes[i] for i in np.flatnonzero(which)) or "none", 80)
+
+    cards = []
+    for position in predictions.worst(MISTAKES):
+        has, given, known = predictions.target[position] == 1, predictions.given[position], predictions.target[position] >= 0
+        cards.append(dict(path=predictions.paths[position], true=named(has), predicted="",
+                          picture=base64.b64encode(predictions.thumbnails.get(position, b"")).decode(),
+                          confidence=f"missed: {named(has & ~given)}; wrongly given: {named(given & ~has & known)}"))
+    return cards
 
 
 def _mistakes(predictions: PredictionsFile) -> list[dict[str, str]]:

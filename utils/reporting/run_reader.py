@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from config import COMMAND_LINE, KEYS, ConfigError, of_the_command, read_text_file, yaml_tree
+from utils.evaluation.label_predictions_file import LabelPredictionsFile
 from utils.evaluation.predictions_file import FILE, PredictionsFile, PredictionsFileError
 from utils.loggers.metrics_files import CONFIG, EPOCHS, EVENTS, EVIDENCE, SOURCES, STEPS, read_rows
 from utils.runtime.files import LARGEST_RECORD, read_json
@@ -38,6 +39,9 @@ _CLASSIFICATION = {"top1": ReportedMetric("top1", "top-1", digits=2, unit=" %"),
                    "val_loss": ReportedMetric("val_loss", "loss", higher_is_better=False)}
 
 
+_PREDICTIONS = {"classification": PredictionsFile, "multilabel": LabelPredictionsFile}  # the file of a task's last evaluation
+
+
 @dataclass
 class Run:
     """A run folder's records.
@@ -60,7 +64,7 @@ class Run:
     steps: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     evidence: list[dict[str, Any]] = field(default_factory=list)
-    predictions: PredictionsFile | None = None
+    predictions: PredictionsFile | LabelPredictionsFile | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -170,10 +174,10 @@ def read_run(folder: str) -> Run:
     elif not run.steps:
         run.problems.append(f"{STEPS} is missing: curves have a point an epoch")
     try:
-        run.predictions = PredictionsFile.read(os.path.join(folder, FILE))
+        run.predictions = _PREDICTIONS.get(run.task, PredictionsFile).read(os.path.join(folder, FILE))
     except PredictionsFileError as error:
         missing = not os.path.exists(os.path.join(folder, FILE))
-        if missing and run.task != "classification":
+        if missing and run.task not in _PREDICTIONS:
             return run
         run.problems.append((f"{FILE} is missing" if missing else str(error)) + ": nothing about single classes and images; "
                             f"main.py --eval --resume {os.path.join(folder, 'best.pth')} --opts TEST.PREDICTIONS "
@@ -209,7 +213,8 @@ def beside_preset(run: Run) -> list[tuple[str, Any, Any, str]]:
         source, value = entries[-1]
         files = [entry for entry in entries if not _no_file(entry[0])]
         preset = files[-1][1] if files else _DEFAULTS.get(key)
-        if _no_file(source) and source != "derived from MODEL.TYPE" and not of_the_command(key) and value != preset:
+        found = source in ("derived from MODEL.TYPE", "derived from the data")
+        if _no_file(source) and not found and not of_the_command(key) and value != preset:
             changed.append((key, preset, value, source))
     return changed
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from config import ConfigError
 from data.messages import Caution
+from utils.evaluation.predictions_file import PredictionsFile
 from utils.reporting.run_reader import Run
 from utils.runtime.files import replace_file
 
@@ -38,7 +39,7 @@ def write_plots(runs: Sequence[Run], beside: str) -> str:
     """The charts of ``runs``, and of a single one's predictions, as PNG files in a folder of the folder ``beside``; a line that says so."""
     from utils.reporting import plots
     folder = os.path.join(beside, "plots" if len(runs) == 1 else "comparison-plots")
-    predictions = runs[0].predictions if len(runs) == 1 else None
+    predictions = runs[0].predictions if len(runs) == 1 and isinstance(runs[0].predictions, PredictionsFile) else None
     drawn = plots.curves(runs) + (plots.of_predictions(predictions) if predictions is not None and len(predictions.target) else [])
     try:
         os.makedirs(folder, exist_ok=True)

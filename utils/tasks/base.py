@@ -16,6 +16,7 @@ from utils.checkpoints.file_format import is_own
 from utils.evaluation.metrics import Evaluation, Metric
 from utils.inference.outputs import PredictionFormat
 from utils.inference.trained_model import Trained
+from utils.runtime.precision import Precision
 
 Batch = Any  # what the task's loaders yield; a tuple that begins with images (B, 3, H, W) unless the task says otherwise
 
@@ -84,9 +85,11 @@ class Task(Protocol):
         metrics: what an evaluation gives, in the order in which it is told.
         best: the metric that decides which checkpoint is the best.
         tie_break: the metric that decides between evaluations that are equal in that.
+        smoothing: label smoothing that the targets of a transformed batch hold.
         pretrains: its models are to start others from, and answer nothing by themselves.
     """
 
+    smoothing: float = 0.0
     name: str
     metrics: Sequence[Metric]
     best: Metric
@@ -116,6 +119,13 @@ class Task(Protocol):
     def batch_transform(self, config: CfgNode, num_classes: int, rank: int) -> Callable[[Batch, int], Batch]:
         """What happens to a step's batch on the device, from the batch and the step's number (mixup); it may change the batch in place."""
         return lambda batch, step: batch
+
+    def taught(self, config: CfgNode, transform: Callable[[Batch, int], Batch],
+               precision: Precision) -> tuple[Callable[[Batch, int], Batch], list[str]]:
+        """(``transform`` with a teacher's answers in its batches where the config names one, lines to tell)."""
+        if config.TRAIN.DISTILLATION.TEACHER:
+            raise ConfigError(f"TRAIN.DISTILLATION.TEACHER is not supported for TASK {self.name}")
+        return transform, []
 
     # A batch
 
@@ -155,6 +165,19 @@ class Task(Protocol):
         """What keeps the predictions of every validation image for the run's folder; None where nothing is kept."""
         return None
 
+    # What a checkpoint keeps of a task, and an export tells
+
+    def state_dict(self) -> dict[str, Any]:
+        """What evaluations have found that predictions need, as plain data; as it stands, nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint kept; empty for one of a version or a task that keeps nothing."""
+
+    def facts(self, classes: Sequence[str]) -> dict[str, Any]:
+        """What those who use an exported model of these ``classes`` must know beside their names, as plain data."""
+        return {}
+
     # What commands show of a trained model
 
     def evaluation_report(self, config: CfgNode) -> EvaluationReport:
@@ -168,6 +191,18 @@ class Task(Protocol):
     def prediction_format(self, config: CfgNode, trained: Trained) -> PredictionFormat:
         """How --predict tells a model's outputs; raises ``ConfigError`` where the task has no predictions to tell."""
         raise ConfigError(f"--predict is not supported for TASK {self.name}")
+
+
+def chosen_metric(config: CfgNode, known: Mapping[str, Metric], otherwise: str) -> Metric:
+    """The metric of TRAIN.BEST_METRIC among those a task has, by the key's words.
+
+    Raises:
+        ConfigError: the task has no such metric.
+    """
+    name = otherwise if config.TRAIN.BEST_METRIC == "auto" else config.TRAIN.BEST_METRIC
+    if name not in known:
+        raise ConfigError(f"TRAIN.BEST_METRIC is {name!r}, which TASK {config.TASK} does not have; choose from {', '.join(known)}")
+    return known[name]
 
 
 def noise(config: CfgNode, images: int, device: torch.device, generator: torch.Generator) -> Tensor:

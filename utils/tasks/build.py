@@ -13,6 +13,7 @@ from utils.tasks.base import Task
 # A row a task: its name as TASK has it, and where its class lies.
 TASKS = {
     "classification": ("utils.tasks.classification", "Classification"),
+    "multilabel": ("utils.tasks.multilabel", "Multilabel"),
     "simmim": ("utils.tasks.simmim", "MaskedImages"),
 }
 
@@ -23,8 +24,9 @@ def build_task(config: CfgNode) -> Task:
     Raises:
         ConfigError: no such task, or a key that does not go with it.
     """
-    if config.TASK not in TASKS:
-        near = difflib.get_close_matches(config.TASK, TASKS, n=1)
-        raise ConfigError(f"TASK is {config.TASK!r}; choose from {', '.join(TASKS)}" + (f" (did you mean {near[0]}?)" if near else ""))
-    module, name = TASKS[config.TASK]
+    task = "classification" if config.TASK == "auto" else config.TASK  # auto: no data have said otherwise
+    if task not in TASKS:
+        near = difflib.get_close_matches(task, TASKS, n=1)
+        raise ConfigError(f"TASK is {task!r}; choose from {', '.join(TASKS)}" + (f" (did you mean {near[0]}?)" if near else ""))
+    module, name = TASKS[task]
     return getattr(importlib.import_module(module), name)(config)

@@ -24,21 +24,24 @@ from utils.inference.outputs import TopClasses
 from utils.inference.trained_model import Trained
 from utils.runtime import distributed
 from utils.runtime.files import replace_file
-from utils.tasks.base import Batch, Task, noise
+from utils.runtime.precision import Precision
+from utils.tasks.base import Batch, Task, chosen_metric, noise
 from utils.tasks.class_weights import class_weights
 from utils.tasks.classification_report import ClassificationReport
+from utils.tasks.distillation import build_teacher, distillation_loss, taught_by
 
 
 class Classification(Task):
-    """Batches are ``(images (B, 3, H, W), targets)``; targets are classes (B,), -1 for rows that only fill an evaluation batch, or the
-    mixed and smoothed (B, C) that mixup makes of them. Outputs are logits (B, C), float32."""
+    """Batches are ``(images (B, 3, H, W), targets)``, in training with a teacher's logits (B, C) behind where there is one; targets are
+    classes (B,), -1 for rows that only fill an evaluation batch, or the mixed and smoothed (B, C) that mixup makes of them. Outputs are
+    logits (B, C), float32; of a model with a token for the teacher, in training, two of them."""
 
     name = "classification"
 
     def __init__(self, config: CfgNode):
-        self.smoothing = config.MODEL.LABEL_SMOOTHING
+        self.config, self.smoothing = config, config.MODEL.LABEL_SMOOTHING
         known = {metric.label.replace(" ", "_").lower(): metric for metric in (*METRICS, *OTHERS)}
-        self.best, loss = known[config.TRAIN.BEST_METRIC], known["loss"]
+        self.best, loss = chosen_metric(config, known, "top1"), known["loss"]
         self.metrics = METRICS if self.best in METRICS else (*METRICS, self.best)
         self.tie_break = loss if self.best is not loss else None
         self.classes: Sequence[str] = ()  # of the data, once its loaders are there
@@ -67,15 +70,36 @@ class Classification(Task):
         mixup = build_mixup(config, num_classes, rank)
         return lambda batch, step: mixup(*batch, step)
 
+    def build_model(self, config: CfgNode, num_classes: int | None = None) -> nn.Module:
+        model = super().build_model(config, num_classes)
+        if config.TRAIN.DISTILLATION.TEACHER and hasattr(model, "set_distilled_training"):
+            model.set_distilled_training(True)  # in training its two heads answer apart: one learns the labels, one the teacher
+        return model
+
+    def taught(self, config: CfgNode, transform: Callable[[Batch, int], Batch],
+               precision: Precision) -> tuple[Callable[[Batch, int], Batch], list[str]]:
+        if not config.TRAIN.DISTILLATION.TEACHER:
+            return transform, []
+        teacher, line = build_teacher(self, config, self.classes, precision)
+        return taught_by(teacher, transform), [line]
+
     def synthetic_batch(self, config: CfgNode, images: int, num_classes: int, device: torch.device, generator: torch.Generator) -> Batch:
         targets = torch.randint(num_classes, (images,), generator=generator).to(device)
         return noise(config, images, device, generator), targets
 
-    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model(self.images(batch)).float()
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
+        outputs = model(self.images(batch))
+        return tuple(logits.float() for logits in outputs) if isinstance(outputs, tuple) else outputs.float()
 
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        targets = self.targets(batch)
+    def loss(self, outputs: Tensor | tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        outputs, pupil = outputs if isinstance(outputs, tuple) else (outputs, outputs)
+        loss = self._label_loss(outputs, self.targets(batch))
+        if len(batch) < 3:
+            return loss
+        alpha = self.config.TRAIN.DISTILLATION.ALPHA
+        return (1 - alpha) * loss + alpha * distillation_loss(pupil, batch[2], self.config)
+
+    def _label_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         smoothing = 0.0 if targets.is_floating_point() else self.smoothing  # mixed targets come smoothed already
         if self.weights is not None and self.weights.device != outputs.device:
             self.weights = self.weights.to(outputs.device)

@@ -354,7 +354,7 @@ def save(run: Run, progress: Progress, best: bool) -> None:
     state.loss_sums = distributed.gather_objects(progress.loss_sum.item())
     state.loss_steps = progress.counted
     if distributed.is_main():
-        run.saver.save(state, run.description, best)
+        run.saver.save(state, {**run.description, "task": run.plan.task.state_dict()}, best)
     run.saved_step, run.saved_at = state.step, time.perf_counter()
 
 

@@ -14,7 +14,7 @@ from config import ConfigError, with_values
 from data import Loaders
 from data.messages import NOTICE
 from models import load_pretrained
-from utils.checkpoints.file_format import with_found
+from utils.checkpoints.file_format import task_state, with_found
 from utils.checkpoints.folder import CheckpointFolder
 from utils.checkpoints.run_folder import require_writable, run_folder
 from utils.checkpoints.state import TrainState
@@ -66,10 +66,10 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
     require_writable(folder, dry)
     distributed.begin_phase("choosing where to start")
     start = choose_start(config, resume_content, folder, logger)
+    config = with_found(config, start.content, start.path)
     if config.PLAN.FIT:
         config = fit_micro_batch(config, task, start, device, world_size, logger)
     if start.content is not None:
-        config = with_found(config, start.content, start.path)
         if config.TRAIN.GLOBAL_BATCH not in (0, start.content["global_batch"]):
             logger.log(NOTICE, f"TRAIN.GLOBAL_BATCH is {config.TRAIN.GLOBAL_BATCH}, but {start.path} has a global batch of "
                         f"{start.content['global_batch']}, which is kept; another one needs a run of its own (--pretrained)")
@@ -113,11 +113,13 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
             model = distributed.sync_batch_norm(model)
         else:
             logger.log(NOTICE, "SyncBN needs GPUs; batch norm stays each process's own")
-    transform = task.batch_transform(config, len(loaders.classes), rank)
+    transform, told = task.taught(config, task.batch_transform(config, len(loaders.classes), rank), precision)
+    tell(logger, told)
     state, plan = assemble(config, task, model, device, precision, images=sampler.images_per_step, transform=transform,
                            steps_per_epoch=steps_per_epoch, rank=rank, world_size=world_size)
     if start.content is not None:
         state.load_state_dict(start.content, start.path)  # first: what cannot fit is not a change to accept
+        task.load_state_dict(task_state(start.content))
         accept_changes(start, config, logger)
     compile_model(model, config.COMPILE)
     if state.ema is not None:

@@ -18,7 +18,7 @@ def labels_of(targets: Tensor, smoothing: float) -> list[list[tuple[int, float]]
     """The classes of each image and their weights, heaviest first, with the label smoothing taken out.
 
     Args:
-        targets: class numbers (B,), or what mixup makes of them (B, C).
+        targets: class numbers (B,), or the share of each class (B, C), as mixup makes them.
     """
     if targets.ndim == 1:
         return [[(int(target), 1.0)] for target in targets]
