@@ -159,7 +159,7 @@ class Reading:
         prefix, spelling: what was taken off the names, and whose they were; empty for none.
         left_out: names in the file that are none of the model's, and no fault: another model beside it, a projection head, a mask token.
         fresh: names of the model's classifier (and of a final norm) that the file has nothing for.
-        misfits: tensors of the model, those apart, that the file lacks or has in another shape, and tensors of it that are not the model's.
+        misfits: how many of the model, those apart, it lacks or has in another shape, and how many it has beside.
     """
 
     source: State
@@ -179,7 +179,7 @@ TRIPS = (AttributeError, AssertionError, IndexError, KeyError, RuntimeError, Typ
 
 def recognise(file: State, own: Mapping[str, Tensor], heads: Sequence[str], translate: Callable[[State], State],
               fits: Callable[[Tensor, Tensor], bool], path: str) -> Reading:
-    """The first way to understand ``file`` by which it covers the model, else the one by which it covers most.
+    """The first way to understand ``file`` by which it covers the model, else the one by which it names most of it.
 
     Args:
         own: the model's state dict.
@@ -190,7 +190,7 @@ def recognise(file: State, own: Mapping[str, Tensor], heads: Sequence[str], tran
     Raises:
         CheckpointError: hardly a name of the file is the model's under any reading.
     """
-    best: Reading | None = None
+    best, most = None, 0
     for prefix in _prefixes(list(file)):
         for spelling in _spellings(name for name in file if name.startswith(prefix)):
             try:
@@ -199,10 +199,10 @@ def recognise(file: State, own: Mapping[str, Tensor], heads: Sequence[str], tran
                 continue
             if reading.misfits == (0, 0):
                 return reading
-            believable = not prefix or reading.misfits[0] < len(own) / 2
-            if believable and (best is None or reading.misfits < best.misfits):
-                best = reading
-    if best is None or sum(name in own for name in best.state) < _FOREIGN * len(own):
+            named = sum(name in own for name in reading.state)
+            if named > most and (not prefix or named > len(own) / 2):
+                best, most = reading, named
+    if best is None or most < _FOREIGN * len(own):
         raise CheckpointError(f"{path}: is not a file of this model: its names are {_some(file)}, the model's {_some(own)}; "
                               "check MODEL.TYPE and MODEL.NAME")
     return best

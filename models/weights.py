@@ -207,6 +207,8 @@ def fit_pretrained(model: nn.Module, source: dict[str, Tensor], path: str,
     state, own, heads = dict(reading.state), model.state_dict(), classifier_prefixes(model)
     check_finite(state, path)
     report = LoadReport(fresh=list(reading.fresh), prefix=reading.prefix, spelling=reading.spelling)
+    if class_map and reading.fresh:
+        raise CheckpointError(f"{path}: holds no classifier ({reading.fresh[0]}) that MODEL.CLASS_MAP could pick rows of; leave it empty")
     if class_map:
         _pick_classes(state, own, heads, class_map, path, report)
     origin = {id(tensor): name for name, tensor in reading.source.items()}

@@ -79,7 +79,11 @@ def _find_in_folder(root: str, split: str, options: Options) -> Found | None:
         return _find_saved(root, split, options)
     if options.divides(split) and (options.fold or not _find_split(root, "val", options)):
         return _find_without_split(root, split, options)
-    if split != ALL and (found := _find_split(root, split, options)):
+    if split == ALL:
+        if there := [name for name in SPLIT_NAMES if _find_split(root, name, options)]:
+            raise DataError(f"{root}: has splits ({', '.join(there)}); --split all is for data without, lists and archives; evaluate one "
+                            f"after the other with --split {there[0]}")
+    elif found := _find_split(root, split, options):
         return found
     if not options.whole(split) and _find_split(root, "train", options):
         return None

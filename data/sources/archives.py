@@ -243,7 +243,7 @@ def _index_archives(files: list[str], name_in_split: Callable[[str], str | None]
     Args:
         name_in_split: from a member's name to its name below the split's folder; None for a member of another split.
     """
-    names, labels, notices, place = [], [], [], array("q")
+    names, labels, below, notices, place = [], [], [], [], array("q")
     for archive, path in enumerate(files):
         images, sample_labels = _images_and_labels(path, name_in_split, notices)
         for name, member in images:
@@ -257,8 +257,12 @@ def _index_archives(files: list[str], name_in_split: Callable[[str], str | None]
                 labels.append(sample_labels[key])
             else:
                 labels.append(_folder_label(name, _stem(path)))
+                below.append(name)
             names.append(member.name)
             place.extend((archive, member.offset, member.size, member.method, member.unpacked, member.crc))
+    if below and len(set(labels)) == 1 and len(below) == len(labels):  # one folder around all the class folders, as zip programs make it
+        inner = [_folder_label(name.partition(f"{labels[0]}/")[2], "") for name in below]
+        labels = inner if all(inner) and len(set(inner)) > 1 else labels
     classes, targets = encode_labels(labels)
     index = dict(targets=targets, place=np.array(place, dtype=np.int64).reshape(-1, 6))
     for key, values in (("names", names), ("classes", classes), ("notices", notices)):
@@ -337,8 +341,8 @@ def scan_archives(files: Sequence[str], root: str, cache: str | None = None, spl
 def named_by_folders(images: ArchiveImages) -> bool:
     """Whether the classes are named by folders or files of the archives, not by the labels of WebDataset samples (by a hundred images)."""
     for index in range(0, len(images), max(1, len(images) // 100)):
-        archive = _stem(images.files[images.place[index, 0]])
-        if images.classes[images.targets[index]] != (_folder_label(images.names[index], archive) or archive):
+        folders = {folder.removesuffix(".tar") for folder in images.names[index].split("/")[:-1]}
+        if images.classes[images.targets[index]] not in folders | {_stem(images.files[images.place[index, 0]])}:
             return False
     return True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -242,6 +243,15 @@ def test_a_list_of_records_needs_no_header(tmp_path: Path) -> None:
     assert judged(tmp_path / "l.json")[0] == ["cat", "7"]
 
 
+def test_one_folder_around_the_class_folders_of_an_archive_is_no_class(tmp_path: Path) -> None:
+    write_numbers(tmp_path, [f"photos/{c}/{i}.png" for c in ("01", "02") for i in range(2)])
+    for kind in ("zip", "tar"):
+        archive = shutil.make_archive(str(tmp_path / "holdout"), kind, tmp_path, "photos")
+        assert sorted(judged(Path(archive))[0]) == ["01", "01", "02", "02"]
+    shutil.rmtree(tmp_path / "photos/02")
+    assert judged(Path(shutil.make_archive(str(tmp_path / "one"), "zip", tmp_path, "photos")))[0] == ["photos", "photos"]
+
+
 def test_splits_in_capital_letters(tmp_path: Path) -> None:
     for split in ("Train", "VAL", "Test"):
         write_numbers(tmp_path, [f"{split}/{c}/{i}.png" for c in "ab" for i in range(2)])
@@ -250,6 +260,8 @@ def test_splits_in_capital_letters(tmp_path: Path) -> None:
     assert judged(tmp_path, "TEST.SPLIT", "test")[0] == ["a", "a", "b", "b"]
     with pytest.raises(DataError, match="no split dev; --split test or train or val"):
         judged(tmp_path, "TEST.SPLIT", "dev")
+    with pytest.raises(DataError, match=r"has splits \(train, val, test\).* --split train"):
+        judged(tmp_path, "TEST.SPLIT", "all")
     (tmp_path / "VAL").rename(tmp_path / "elsewhere")
     with pytest.raises(DataError, match="no split val; --split test or train is there"):
         judged(tmp_path)

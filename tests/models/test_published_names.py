@@ -97,6 +97,12 @@ def test_one_wrapper_around_all_names_is_taken_off_and_told(family: str, wrap, p
         assert len(report.skipped) == 41 and f"41 skipped ({report.skipped[0]}" in line
 
 
+def test_a_wrapped_file_of_other_sizes_is_told_by_its_shapes() -> None:
+    wide = {name: torch.ones(*(2 * side for side in x.shape)) for name, x in model_of("crossformer").state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"of another shape \(patch_embed.projs.0.weight is "):
+        start("crossformer", named("backbone.", wide))
+
+
 def test_a_backbone_without_a_classifier_is_trained_from_but_not_evaluated() -> None:
     source, config = model_of("crossformer"), config_of("crossformer")
     state = {name: x for name, x in backbone(source.state_dict()).items() if not name.startswith("norm.")}  # as detectors keep it
@@ -104,6 +110,8 @@ def test_a_backbone_without_a_classifier_is_trained_from_but_not_evaluated() -> 
     assert same(ours, source.state_dict(), "head.", "norm.")
     assert set(report.fresh) == {"head.weight", "head.bias", "norm.weight", "norm.bias"}
     assert classifier_rows(source, state, config, "file") == 0
+    with pytest.raises(CheckpointError, match="file: holds no classifier .*MODEL.CLASS_MAP"):
+        fit_pretrained(source, state, "file", class_map=[0, 1, 2, 3, 4])
     with pytest.raises(CheckpointError, match="file: holds no classifier .*--pretrained file"):
         load_state(source, state, config, "file")
 

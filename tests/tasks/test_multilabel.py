@@ -84,6 +84,9 @@ def test_it_is_found_in_the_list_trained_and_judged(here: Path, program) -> None
     table = list(csv.DictReader((here / "classes.csv").open()))
     assert [row["class"] for row in table] == NAMES
     assert [float(row["threshold"]) for row in table] == pytest.approx(best["task"]["thresholds"], abs=1e-6)
+    assert f"raw mAP {row['raw_map']:.2f} macro F1 {row['raw_f1']:.2f} " in done.stdout
+    done = program("--eval", "--resume", f"{RUN}/best.pth", "--weights", "raw")
+    assert f"macro F1 {row['raw_f1']:.2f} " in done.stdout.splitlines()[-1]  # by the raw weights' own thresholds
     judged = LabelPredictionsFile.read(str(here / "judged.npz"))
     expected = f1_score(judged.target, judged.probability >= 0.4, average="macro")
     done = program("--eval", "--resume", f"{RUN}/best.pth", "--opts", "TEST.THRESHOLDS", 0.4)

@@ -41,9 +41,11 @@ def show_attention(config: CfgNode, content: Any, device: torch.device, logger: 
     check_outputs(config, [("SHOW.FILE", path)])
     if not distributed.is_main():
         return
+    file = os.path.expanduser(config.SHOW.ATTENTION)
+    data = _bytes(file)  # first: without it nothing is worth while
     weights, content = weights_to_evaluate(config, content, "--show-attention")
     config = with_found(config, content, weights)
-    picture = _read(os.path.expanduser(config.SHOW.ATTENTION), config)
+    picture = _decoded(data, file, config)
     model = _load(config, weights, content)
     prepare = preprocessing(config)
     image = (build_eval_transform(prepare)(picture) if isinstance(picture, Image.Image) else picture)[None]
@@ -89,14 +91,18 @@ def _point(config: CfgNode) -> tuple[int, int]:
     return y, x
 
 
-def _read(path: str, config: CfgNode) -> Image.Image | torch.Tensor:
+def _bytes(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _decoded(data: bytes, path: str, config: CfgNode) -> Image.Image | torch.Tensor:
     """The image, or of other channels than RGB what evaluation makes of it, (C, H, W)."""
     if input_channels(config) != 3:
         images = InputImages([path], {})
         images.configure(Reading.of(config), config.DATA.READ_PATIENCE)
         return EvalPipeline(build_eval_transform(preprocessing(config)), on_device=False)(images, 0)
-    try:
-        with open(path, "rb") as file:
-            return decode(file.read(), path, Reading.of(config))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    return decode(data, path, Reading.of(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -47,8 +48,9 @@ class Multilabel(Task):
             raise ConfigError(f"TRAIN.DISTILLATION.TEACHER is for one class an image, and TASK is {config.TASK}; leave it empty")
         self.tie_break = loss if self.best is not loss else None
         self.softening, self.given = config.MODEL.LABEL_SMOOTHING, config.TEST.THRESHOLDS
-        self.found: list[float] = []  # by the last evaluation, or in the checkpoint
-        self.finds = self.given is None
+        self.found: dict[str, list[float]] = {}  # thresholds of raw and averaged weights, by the last evaluation or in the checkpoint
+        self.finds, self.wanted = self.given is None, config.TEST.WEIGHTS
+        self._take_turns(["raw", "ema"] if config.TRAIN.EMA_DECAY else ["raw"])
 
     def build_loaders(self, config: CfgNode, rank: int = 0, world_size: int = 1, **options: Any) -> Loaders:
         if is_stream(config.DATA.DATA_PATH):
@@ -75,29 +77,38 @@ class Multilabel(Task):
         return F.binary_cross_entropy_with_logits(outputs, shares, weight=known, reduction="sum") / outputs.shape[1]
 
     def evaluator(self, device: torch.device) -> LabelEvaluator:
-        def keep(thresholds: list[float]) -> None:
-            self.found = thresholds
-        return LabelEvaluator(lambda labels: None if self.finds else self.thresholds(labels), keep)
+        whose = next(self._turns)
 
-    def thresholds(self, labels: int) -> np.ndarray:
-        """(labels,) those of TEST.THRESHOLDS, else those found, else one half.
+        def keep(thresholds: list[float]) -> None:
+            self.found[whose] = thresholds
+        return LabelEvaluator(lambda labels: None if self.finds else self.thresholds(labels, whose), keep)
+
+    def _take_turns(self, weights: list[str]) -> None:
+        """Evaluators are asked for in this order; what comes last counts."""
+        self.counts, self._turns = weights[-1], itertools.cycle(weights)
+
+    def thresholds(self, labels: int, whose: str = "") -> np.ndarray:
+        """(labels,) those of TEST.THRESHOLDS, else those found for the weights that count, or for ``whose``, else one half.
 
         Raises:
             ConfigError: TEST.THRESHOLDS is a list of another length.
         """
-        chosen = self.given if self.given is not None else self.found or UNDECIDED
+        chosen = self.given if self.given is not None else self.found.get(whose or self.counts, UNDECIDED)
         if isinstance(chosen, list) and labels and len(chosen) != labels:
             raise ConfigError(f"TEST.THRESHOLDS has {len(chosen)} numbers, there are {labels} classes; give one for each in their order, "
                               "or one for all")
         return np.broadcast_to(np.asarray(chosen, dtype=np.float64), (labels,)) if labels else np.zeros(0)
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(thresholds=list(self.found)) if self.found else {}
+        names = {self.counts: "thresholds", "raw": "thresholds" if self.counts == "raw" else "raw_thresholds"}
+        return {names[whose]: list(values) for whose, values in self.found.items() if whose in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        values = state.get("thresholds")
-        sound = isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
-        self.found = [float(value) for value in values] if sound else []
+        averaged = "raw_thresholds" in state
+        names = {"raw": "raw_thresholds" if averaged else "thresholds", **({"ema": "thresholds"} if averaged else {})}
+        self.found = {whose: [float(value) for value in state[name]] for whose, name in names.items() if _are_numbers(state.get(name))}
+        if turns := [whose for whose in self.found if self.wanted in ("auto", whose)]:
+            self._take_turns(turns)
 
     def facts(self, classes: Sequence[str]) -> dict[str, Any]:
         return dict(problem_type="multi_label_classification", thresholds=self.thresholds(len(classes)).tolist())
@@ -117,6 +128,10 @@ class Multilabel(Task):
 
     def prediction_format(self, config: CfgNode, trained: Trained) -> LabelsOverThreshold:
         return LabelsOverThreshold(trained.classes, self.thresholds(len(trained.classes)))
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
 
 
 class _PredictionLog:
