@@ -491,6 +491,17 @@ COMMANDS: tuple[Command, ...] = (
         Key("PLAN.SCRATCH", "", _local, "folder on whose disk --plan tries a save; empty is the system's folder for temporary files"),
         ), takes_less=TRAINING_TAKES_LESS),
     Command(
+        Flag("--find-lr", "FIND_LR.FILE", "range test: train at rising rates, draw the losses in FILE.png, and name a rate for --lr",
+             metavar="FILE"),
+        "find_lr.find_lr",
+        keys=(
+        Key("FIND_LR.FILE", "", _local, "PNG file for the losses of a learning-rate range test (--find-lr)", ends_in(".png")),
+        Key("FIND_LR.LOW", 1e-7, _float, "lowest rate of that test, as TRAIN.BASE_LR has it", LEARNING_RATE),
+        Key("FIND_LR.HIGH", 1.0, _float, "highest rate of that test", LEARNING_RATE),
+        Key("FIND_LR.STEPS", 200, _int, "steps of that test, at rates that rise evenly in their logarithm",
+            Rule(lambda steps: 20 <= steps <= 100_000, "it must lie between 20 and 100000")),
+        ), takes_less="take a smaller --batch-size, or --use-checkpoint"),
+    Command(
         Flag("--doctor", "DOCTOR_MODE", "read all images, say what is wrong and how to mend it; status 3: errors", "True"),
         "doctor.examine_run",
         keys=(
@@ -1361,6 +1372,8 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
         yield "TRAIN.WARMUP_EPOCHS", f"the warm-up must end before training does (TRAIN.EPOCHS is {train.EPOCHS})"
     if config.PLAN.FIT and (command := command_of(config)) is not None and not command.light and command.flag.key != "PLAN.RUN":
         yield "PLAN.FIT", f"--fit chooses the micro-batch of training; leave it out with {command.flag.name}"
+    if config.FIND_LR.HIGH <= config.FIND_LR.LOW:
+        yield "FIND_LR.HIGH", f"it must be above FIND_LR.LOW ({config.FIND_LR.LOW:g})"
     if train.DISTILLATION.WEIGHTS and not train.DISTILLATION.TEACHER:
         yield "TRAIN.DISTILLATION.WEIGHTS", "it goes with TRAIN.DISTILLATION.TEACHER, the name of its model"
     if config.DATA.FOLD and config.DATA.VAL_FRACTION:

@@ -285,8 +285,8 @@ def _loader_options(config: CfgNode, pipelines: Mapping[str, Pipeline], device: 
     """(what all loaders of a process have in common, whether batches must go through pipes)."""
     workers, free = worker_count(config.DATA.NUM_WORKERS, local_world_size), free_shared_memory()
     if workers and free is not None and free < MIN_SHARED_MEMORY:
-        notices.append(Notice(f"/dev/shm has {free >> 10} KiB free, too little for DataLoader workers; images are loaded without them "
-                              "(docker: --shm-size=8g)"))
+        notices.append(Notice(f"/dev/shm can take {free >> 10} KiB, too little for DataLoader workers; images are loaded without them "
+                              "(docker: --shm-size=8g, and not read-only)"))
         workers = 0
     images = dict(train=config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS, val=_val_batch(config))
     batch_bytes = max(images[split] * math.prod(p.shape) * p.dtype.itemsize for split, p in pipelines.items())

@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--labels", type=int, default=20, help="labelled images a class")
     parser.add_argument("--pretraining-epochs", type=int, default=60)
     parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--lr", type=float, nargs="+", default=[8e-3], help="rates of training with labels, each tried from both starts")
+    parser.add_argument("--lr", type=float, nargs="+", default=[4e-3], help="rates of training with labels, each tried from both starts")
     parser.add_argument("--folder", type=Path, default=Path("output/pretraining_on_digits"))
     args = parser.parse_args()
     folder = args.folder.resolve()

@@ -15,6 +15,7 @@ from config import COMMANDS, KEY, PROGRAM_FOLDER, ConfigError
 ELSEWHERE: list[tuple[str, str]] = [
     ("learning-rate base-lr blr", "--lr"),
     ("wd", "--weight-decay"),
+    ("lr-find lr-finder auto-lr lr-range-test", "--find-lr FILE.png"),
     ("bs b batch batchsize train-batch-size per-device-train-batch-size", "--batch-size"),
     ("grad-accum grad-accum-steps accum-iter gradient-accumulation-steps update-freq iters-to-accumulate", "--accumulation-steps"),
     ("data data-dir dataset-path root imagenet", "--data-path"),
