@@ -139,8 +139,11 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         train = ImageLoader(dataset, batch_sampler=sampler, budget=int(budget * len(source) if budget < 1 else budget), **options)
     if "val" in sources:
         source, kind = sources["val"], StreamEvalImages if layout == "stream" else EvalImages
-        dataset = kind(source, pipelines["val"], _val_batch(config), workers, pipe)
-        sampler = _val_sampler(config, source, rank, world_size, workers > 0)
+        batch = _val_batch(config)
+        if layout != "stream":  # whose length is not known; every batch is filled up to this size, which takes memory
+            batch = min(batch, max(1, -(-len(source) // world_size)))
+        dataset = kind(source, pipelines["val"], batch, workers, pipe)
+        sampler = _val_sampler(config, source, batch, rank, world_size, workers > 0)
         val = ImageLoader(dataset, batch_sampler=sampler, persistent_workers=workers > 0, **options)  # it is used after every epoch
     return Loaders(train, val, names, list(dict.fromkeys(notices)), layout, found)
 
@@ -267,10 +270,11 @@ def _train_sampler(config: CfgNode, source: Source, rank: int, world_size: int, 
                        source.targets, data.SAMPLING)
 
 
-def _val_sampler(config: CfgNode, source: Source, rank: int, world_size: int, thread: bool) -> ShardSampler | StreamShardSampler:
+def _val_sampler(config: CfgNode, source: Source, batch: int, rank: int, world_size: int,
+                 thread: bool) -> ShardSampler | StreamShardSampler:
     if isinstance(source, Stream):
-        return StreamShardSampler(source, _val_batch(config), rank, world_size, thread, config.DATA.TIMEOUT)
-    return ShardSampler(len(source), _val_batch(config), rank, world_size)
+        return StreamShardSampler(source, batch, rank, world_size, thread, config.DATA.TIMEOUT)
+    return ShardSampler(len(source), batch, rank, world_size)
 
 
 def _val_batch(config: CfgNode) -> int:
@@ -282,8 +286,8 @@ def _loader_options(config: CfgNode, pipelines: Mapping[str, Pipeline], device: 
     """(what all loaders of a process have in common, whether batches must go through pipes)."""
     workers, free = worker_count(config.DATA.NUM_WORKERS, local_world_size), free_shared_memory()
     if workers and free is not None and free < MIN_SHARED_MEMORY:
-        notices.append(Notice(f"/dev/shm has {free >> 10} KiB free, too little for DataLoader workers; images are loaded without them "
-                              "(docker: --shm-size=8g)"))
+        notices.append(Notice(f"/dev/shm can take {free >> 10} KiB, too little for DataLoader workers; images are loaded without them "
+                              "(docker: --shm-size=8g, and not read-only)"))
         workers = 0
     images = dict(train=config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS, val=_val_batch(config))
     batch_bytes = max(images[split] * math.prod(p.shape) * p.dtype.itemsize for split, p in pipelines.items())

@@ -252,6 +252,21 @@ def test_members_that_claim_more_than_the_file_holds(straight: Path, tmp_path: P
             read_file(str(tmp_path / "huge.safetensors"))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_programs_instead_of_weights_are_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(2, 2)
+    torch.jit.script(model).save("program.pt")
+    torch.export.save(torch.export.export(model, (torch.zeros(1, 2),)), "program.pt2")
+    with pytest.raises(CheckpointError, match="TorchScript") as told:
+        read_file("program.pt")
+    remedy = re.search(r'python -c "(.*)"$', str(told.value))
+    exec(remedy[1])
+    assert torch.equal(read_file("weights.pth")["weight"], model.weight)
+    with pytest.raises(CheckpointError, match=r"torch\.export"):
+        read_file("program.pt2")
+
+
 def test_control_characters_do_not_reach_the_terminal(images: Path, tiny_cfg: Path, program) -> None:
     shutil.copytree(images, "hostile")
     (Path("hostile") / "val" / "a").rename(Path("hostile") / "val" / "\x1b[2J<img onerror=x>\r")
