@@ -128,7 +128,7 @@ def test_a_second_interrupt_stops_at_once(tiny_cfg: Path, tmp_path: Path) -> Non
 
 
 def test_a_signal_before_the_first_step_ends_at_once(tiny_cfg: Path, tmp_path: Path) -> None:
-    process = start("--cfg", tiny_cfg, cwd=tmp_path, **fault(tmp_path, "index", how="wait"))
+    process = start("--cfg", tiny_cfg, cwd=tmp_path, **fault(tmp_path, "index", after=1, how="wait"))  # the first look is for the task
     wait_for(waiting(tmp_path))
     process.send_signal(signal.SIGTERM)
     status, _, err = ends([process], 10)[0]

@@ -222,7 +222,8 @@ def test_one_window_from_training_to_export(xrays: Path, tmp_path: Path, monkeyp
     assert main.main(["--predict", str(image), "--resume", checkpoint, "--json", "p.jsonl"]) == 0
     assert main.main(["--export", "hub/", "--resume", checkpoint]) == 0
     assert json.loads((tmp_path / "hub/config.json").read_text())["window"] == window
-    facts = json.loads(_description(saved, SimpleNamespace(classes=[], descriptions=[], step=0))["preprocessing"])  # of ONNX and pt2
+    described = _description(saved, SimpleNamespace(classes=[], descriptions=[], step=0, facts={}))  # of ONNX and pt2
+    facts = json.loads(described["preprocessing"])
     assert facts["window"] == window and str(window) in facts["steps"]
     pixels = np.asarray(decode(image.read_bytes(), "x", Reading(window=tuple(window))).resize((36, 36), Image.Resampling.BICUBIC))
     pixels = (pixels[2:34, 2:34] / 255 - facts["mean"]) / facts["std"]
