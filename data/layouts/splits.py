@@ -26,11 +26,18 @@ def split_by_fraction(source: Source, fraction: float, part: str) -> Source:
 
     Args:
         part: "train" or "val".
+
+    Raises:
+        DataError: no class has more than one image.
     """
     if "group" in source.marks:
         held = _share_out_groups(source, [1 - fraction, fraction]) == 1
     else:
         counts = np.bincount(source.targets, minlength=len(source.classes))
+        if counts.max(initial=0) < 2:
+            few = first_few(source.classes, 3)
+            raise DataError(f"{source.root}: no class has two images ({few}), so there is no image for validation; add "
+                            "some, or name the column of the classes with DATA.LABEL_COLUMN")
         wanted = np.clip(np.round(fraction * counts), np.minimum(1, counts // 2), np.maximum(counts - 1, 0)).astype(np.int64)
         held = _choose(source, wanted, "split")
     return _part(source, held if part == "val" else ~held, Notice(
