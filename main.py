@@ -15,6 +15,10 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
+    import sys
+    from os.path import dirname, realpath
+    if (folder := dirname(realpath(__file__))) not in sys.path:  # PYTHONSAFEPATH, python -P and -I leave it out
+        sys.path.insert(0, folder)
     from utils.runtime import early_signals
     early_signals.hold()  # before the imports, which take a while
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from config import ConfigError, input_channels, with_values
-from data.decoding.pillow import Reading
-from data.errors import DataError
+from data.decoding.pillow import Reading, bands_beside_colour
+from data.errors import DataError, UnreadableImage
 from data.layouts import digits
 from data.layouts.detect import detect_layout
 from data.layouts.input_paths import InputImages
@@ -25,11 +25,11 @@ from data.loading.dataset import EvalImages, TrainImages
 from data.loading.loader import ImageLoader
 from data.loading.sampler import ShardSampler, StepSampler
 from data.loading.workers import MIN_SHARED_MEMORY, free_shared_memory, ignore_signals, kill_workers, pipe_reason, worker_count
-from data.messages import Notice
+from data.messages import Caution, Notice
 from data.sources.base import Source
 from data.sources.channel_statistics import measure_channels
 from data.sources.classes import first_few, match_classes
-from data.sources.deep_levels import settle_reading
+from data.sources.deep_levels import look_at, settle_reading
 from data.sources.label_sets import one_label_each, tell_single_labels
 from data.streaming.dataset import StreamEvalImages, StreamTrainImages
 from data.streaming.open import open_streams
@@ -139,8 +139,11 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         train = ImageLoader(dataset, batch_sampler=sampler, budget=int(budget * len(source) if budget < 1 else budget), **options)
     if "val" in sources:
         source, kind = sources["val"], StreamEvalImages if layout == "stream" else EvalImages
-        dataset = kind(source, pipelines["val"], _val_batch(config), workers, pipe)
-        sampler = _val_sampler(config, source, rank, world_size, workers > 0)
+        batch = _val_batch(config)
+        if layout != "stream":  # whose length is not known; every batch is filled up to this size, which takes memory
+            batch = min(batch, max(1, -(-len(source) // world_size)))
+        dataset = kind(source, pipelines["val"], batch, workers, pipe)
+        sampler = _val_sampler(config, source, batch, rank, world_size, workers > 0)
         val = ImageLoader(dataset, batch_sampler=sampler, persistent_workers=workers > 0, **options)  # it is used after every epoch
     return Loaders(train, val, names, list(dict.fromkeys(notices)), layout, found)
 
@@ -166,7 +169,7 @@ def build_prediction_loader(config: CfgNode, images: InputImages, device: torch.
         published: as in ``build_loaders``.
     """
     pipeline, notices = build_eval_pipeline(config, device, published)
-    _settle_reading(images, config, False)
+    _settle_reading(images, config, Reading.of(config), trained=config.DATA.WINDOW is not None)
     notices += images.notices
     if found := _found(config, images, notices):
         pipeline, _ = build_eval_pipeline(with_values(config, found, "the images"), device, published)
@@ -192,17 +195,17 @@ def _open_sources(config: CfgNode, root: str, splits: Sequence[str],
             mark = source.labels.separator
             raise ConfigError(f"{source.root}: its images have several labels ({first_few(source.classes, 3)}), and TASK is {config.TASK}; "
                               "give --opts TASK multilabel" + (f", or, where {mark!r} is part of the name of one class, --opts "
-                                                               "DATA.LABEL_SEPARATOR none" if mark else ""))
+                                                               "DATA.LABEL_SEPARATOR none" if mark else
+                                                               ", or the column of the classes with --opts DATA.LABEL_COLUMN"))
         source = choose_classes(source, class_file) if class_file else source
         source = one_label_each(source) if options.keys.several else source
         if options.keys.several and classes is None:
             tell_single_labels(source)
         source = match_classes(source, classes(source.classes) if callable(classes) else classes)
-        if sources:
-            source.configure(next(iter(sources.values())).reading, config.DATA.READ_PATIENCE)
-        else:
-            _settle_reading(source, config, split == "train")
+        reading = next(iter(sources.values())).reading if sources else Reading.of(config)
+        _settle_reading(source, config, reading, trained=bool(sources) or split == "val" and config.DATA.WINDOW is not None)
         if split == "train":
+            _tell_left_out_bands(source, config.DATA.TIMEOUT)
             source = subset(source, config.DATA.SUBSET, config.SEED) if config.DATA.SUBSET < 1 else source
             classes = source.classes if classes is None else classes
         if not len(source):
@@ -212,10 +215,31 @@ def _open_sources(config: CfgNode, root: str, splits: Sequence[str],
     return sources, layout.name
 
 
-def _settle_reading(source: Source, config: CfgNode, training: bool) -> None:
-    """As ``settle_reading``, by the config, with lines among the source's notices."""
-    levels = settle_reading(source, Reading.of(config), config.DATA.READ_PATIENCE, config.DATA.TIMEOUT)
-    source.notices += levels.messages(trained=not training and config.DATA.WINDOW is not None) if levels is not None else []
+def _settle_reading(source: Source, config: CfgNode, reading: Reading, trained: bool) -> None:
+    """As ``settle_reading``, with lines among the source's notices.
+
+    Args:
+        trained: ``reading`` is that of images which a model is or was trained on.
+    """
+    levels = settle_reading(source, reading, config.DATA.READ_PATIENCE, config.DATA.TIMEOUT)
+    if levels is not None:
+        source.notices += levels.messages(trained=trained and reading.window is not None)
+        if trained and reading.window is None:
+            source.notices.append(Caution(f"{source.root}: has images of more than 8 bits a channel, those of training have none; are both "
+                                          "stored alike?", "other-range"))
+
+
+def _tell_left_out_bands(source: Source, timeout: float) -> None:
+    """A word where images to train on in RGB, by the first of them, have further bands."""
+    def look(index: int) -> int | None:
+        try:
+            return bands_beside_colour(source.read(index)) if source.path(index).lower().endswith((".tif", ".tiff")) else None
+        except UnreadableImage:  # told when it is trained on
+            return None
+
+    if source.reading.channels == 3 and (bands := look_at(source, 1, look, timeout)):
+        source.notices.append(Caution(f"{source.root}: its images have {bands[0]} bands, of which the first three are used; "
+                                      f"--in-chans {bands[0]} takes all", "bands"))
 
 
 def _found(config: CfgNode, source: Source, notices: list[str]) -> dict[str, Any]:
@@ -266,10 +290,11 @@ def _train_sampler(config: CfgNode, source: Source, rank: int, world_size: int, 
                        source.targets, data.SAMPLING)
 
 
-def _val_sampler(config: CfgNode, source: Source, rank: int, world_size: int, thread: bool) -> ShardSampler | StreamShardSampler:
+def _val_sampler(config: CfgNode, source: Source, batch: int, rank: int, world_size: int,
+                 thread: bool) -> ShardSampler | StreamShardSampler:
     if isinstance(source, Stream):
-        return StreamShardSampler(source, _val_batch(config), rank, world_size, thread, config.DATA.TIMEOUT)
-    return ShardSampler(len(source), _val_batch(config), rank, world_size)
+        return StreamShardSampler(source, batch, rank, world_size, thread, config.DATA.TIMEOUT)
+    return ShardSampler(len(source), batch, rank, world_size)
 
 
 def _val_batch(config: CfgNode) -> int:
@@ -281,8 +306,8 @@ def _loader_options(config: CfgNode, pipelines: Mapping[str, Pipeline], device: 
     """(what all loaders of a process have in common, whether batches must go through pipes)."""
     workers, free = worker_count(config.DATA.NUM_WORKERS, local_world_size), free_shared_memory()
     if workers and free is not None and free < MIN_SHARED_MEMORY:
-        notices.append(Notice(f"/dev/shm has {free >> 10} KiB free, too little for DataLoader workers; images are loaded without them "
-                              "(docker: --shm-size=8g)"))
+        notices.append(Notice(f"/dev/shm can take {free >> 10} KiB, too little for DataLoader workers; images are loaded without them "
+                              "(docker: --shm-size=8g, and not read-only)"))
         workers = 0
     images = dict(train=config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS, val=_val_batch(config))
     batch_bytes = max(images[split] * math.prod(p.shape) * p.dtype.itemsize for split, p in pipelines.items())

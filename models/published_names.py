@@ -171,7 +171,7 @@ class Reading:
     misfits: tuple[int, int]
 
 
-_USELESS = ("mask_token",)  # of pre-training alone
+_USELESS = ("mask_token", "n_averaged")  # of pre-training alone; torch's count of the weights that an average is of
 _FOREIGN = 0.1  # share of the model's names in a file, below which it is told as another model's
 # What a family's filter raises over names or shapes that are not its own.
 TRIPS = (AttributeError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -194,10 +194,13 @@ def recognise(file: State, own: Mapping[str, Tensor], heads: Sequence[str], tran
     for prefix in _prefixes(list(file)):
         for spelling in _spellings(name for name in file if name.startswith(prefix)):
             try:
-                reading = _read(file, prefix, spelling, own, tuple(head + "." for head in heads), translate, fits)
+                reading, tripped = _read(file, prefix, spelling, own, tuple(head + "." for head in heads), translate, fits), False
             except TRIPS:
-                continue
-            if reading.misfits == (0, 0):
+                if spelling is not None:
+                    continue
+                # the model's names in other numbers or shapes: it is told which
+                reading, tripped = _read(file, prefix, None, own, tuple(head + "." for head in heads), _leaving(translate), fits), True
+            if reading.misfits == (0, 0) and not tripped:
                 return reading
             named = sum(name in own for name in reading.state)
             if named > most and (not prefix or named > len(own) / 2):
@@ -206,6 +209,23 @@ def recognise(file: State, own: Mapping[str, Tensor], heads: Sequence[str], tran
         raise CheckpointError(f"{path}: is not a file of this model: its names are {_some(file)}, the model's {_some(own)}; "
                               "check MODEL.TYPE and MODEL.NAME")
     return best
+
+
+def _leaving(translate: Callable[[State], State]) -> Callable[[State], State]:
+    """A translation that leaves the tensors as they are that ``translate`` cannot take."""
+    def trips(state: State) -> bool:
+        try:
+            translate(dict(state))
+        except TRIPS:
+            return True
+        return False
+
+    def partly(state: State) -> State:
+        left = {name: tensor for name, tensor in state.items() if trips({name: tensor})}
+        rest = {name: tensor for name, tensor in state.items() if name not in left}
+        return (rest if trips(rest) else translate(rest)) | left
+
+    return partly
 
 
 def _some(names: Mapping[str, Tensor]) -> str:

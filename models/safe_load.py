@@ -82,15 +82,22 @@ def verify_digest(path: str) -> bool:
 
 
 def _check_archive(path: str) -> None:
-    """Refuse a zip whose members claim more bytes than the file has: torch would allocate them before it looks.
-
-    torch stores its members as they are, so none is larger than the file.
+    """Refuse a zip that is no file of ``torch.save``, and one whose members claim more bytes than the file has: torch would allocate
+    them before it looks. It stores its members as they are, so none is larger than the file.
     """
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
-        size = os.path.getsize(path)
-        if sum(member.file_size for member in archive.infolist()) > size or any(m.compress_type for m in archive.infolist()):
+        size, names = os.path.getsize(path), [name.partition("/")[2] for name in archive.namelist()]
+        if "constants.pkl" in names and any(name.startswith("code/") for name in names):
+            raise CheckpointError(f"{path}: is a TorchScript program; take the weights out of it: python -c \"import torch; "
+                                  f"torch.save(torch.jit.load({path!r}, 'cpu').state_dict(), 'weights.pth')\"")
+        if "archive_format" in names:
+            raise CheckpointError(f"{path}: is a program of torch.export; give the checkpoint that it was made from")
+        if any(member.compress_type for member in archive.infolist()):
+            raise CheckpointError(f"{path}: refused, its members are compressed, as torch.save never does it, and claim to be larger than "
+                                  "the file; unpack it if it is a packed checkpoint")
+        if sum(member.file_size for member in archive.infolist()) > size:
             raise CheckpointError(f"{path}: refused, its members claim to be larger than the file")
 
 

@@ -51,7 +51,7 @@ class Reading(NamedTuple):
 
 
 AS_STORED = Reading()
-_SAMPLES = 0x0115  # tag of a TIFF file: samples per pixel
+_PHOTOMETRIC, _SAMPLES, _EXTRA = 0x0106, 0x0115, 0x0152  # tags of a TIFF file: what a pixel's samples are, how many, those beside colour
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
@@ -146,6 +146,15 @@ def _has_own_bands(image: Image.Image, channels: int) -> bool:
         return channels > 4
     samples = getattr(image, "tag_v2", {}).get(_SAMPLES, 1)
     return samples > 3 or samples == 1 and getattr(image, "n_frames", 1) > 1
+
+
+def bands_beside_colour(data: bytes) -> int | None:
+    """How many bands a TIFF file has, where more than red, green and blue and none of them is alpha; None for any other file."""
+    with contextlib.suppress(Exception):  # whoever decodes it says what is wrong
+        tags = getattr(Image.open(io.BytesIO(data), formats=("TIFF",)), "tag_v2", {})
+        if tags.get(_SAMPLES, 1) > 3 and tags.get(_PHOTOMETRIC) in (1, 2) and not set(tags.get(_EXTRA, ())) & {1, 2}:
+            return tags[_SAMPLES]
+    return None
 
 
 @contextlib.contextmanager

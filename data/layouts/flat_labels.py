@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.errors import DataError
+from data.layouts.options import SPLIT_NAMES
 from data.messages import Caution, Notice
 from data.sources.base import Source
 from data.sources.classes import encode_labels, first_few, whole_number
@@ -85,11 +86,12 @@ def _labelled(source: Source, path: str, rows: Sequence[Row], keys: ListKeys) ->
     by_name: dict[str, list[Row]] = {}
     for row in rows:
         by_name.setdefault(_base(row.path), []).append(row)
-    found, missing = [], []
+    found, missing, own = [], [], _split_of(os.path.abspath(source.root).split(os.sep)[-2:])
     for i in range(len(source)):
         image = source.path(i)
         name = os.path.basename(image)
-        of_image = by_name.get(name) or by_name.get(os.path.splitext(name)[0], [])
+        of_image = [row for row in by_name.get(name) or by_name.get(os.path.splitext(name)[0], [])
+                    if not own or _split_of(row.path.replace("\\", "/").split("/")[:-1]) in ("", own)]  # train/1.jpg is not val/1.jpg
         if len({row.label for row in of_image}) > 1:  # train/1.jpg and val/1.jpg in one list: the folder tells
             above = os.path.basename(os.path.dirname(image))
             of_image = [row for row in of_image if _base(os.path.dirname(row.path.replace("\\", "/"))) == above] or of_image
@@ -110,6 +112,11 @@ def _labelled(source: Source, path: str, rows: Sequence[Row], keys: ListKeys) ->
     if len(rows) > len(found):
         source.notices.append(Caution(f"{path}: {len(rows) - len(found)} of its images are not in {source.root}"))
     return source
+
+
+def _split_of(folders: Sequence[str]) -> str:
+    """The split that the last of ``folders`` is called after; "" where none is."""
+    return next((split for folder in reversed(folders) for split, names in SPLIT_NAMES.items() if folder.lower() in names), "")
 
 
 def _base(path: str) -> str:

@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -260,9 +260,11 @@ def _index_archives(files: list[str], name_in_split: Callable[[str], str | None]
                 below.append(name)
             names.append(member.name)
             place.extend((archive, member.offset, member.size, member.method, member.unpacked, member.crc))
-    if below and len(set(labels)) == 1 and len(below) == len(labels):  # one folder around all the class folders, as zip programs make it
-        inner = [_folder_label(name.partition(f"{labels[0]}/")[2], "") for name in below]
-        labels = inner if all(inner) and len(set(inner)) > 1 else labels
+    inner = labels if len(below) == len(labels) else []
+    while len(set(inner)) == 1 and inner[0]:  # folders around all the class folders, as zip programs make them
+        below = [name.partition(f"{inner[0]}/")[2] for name in below]
+        inner = [_folder_label(name, "") for name in below]
+    labels = inner if all(inner) and len(set(inner)) > 1 else labels
     classes, targets = encode_labels(labels)
     index = dict(targets=targets, place=np.array(place, dtype=np.int64).reshape(-1, 6))
     for key, values in (("names", names), ("classes", classes), ("notices", notices)):
@@ -326,7 +328,8 @@ def scan_archives(files: Sequence[str], root: str, cache: str | None = None, spl
     index = cached(cache, "archive:" + ",".join(sorted(wanted)), files, lambda: _index_archives(files, name_in_split))
     targets, classes = index["targets"], list(names_of(index, "classes"))
     if not len(targets):
-        raise DataError(f"{root}: holds no images" + (f" below {' or '.join(n + '/' for n in splits)}" if splits else ""))
+        raise DataError(f"{root}: holds no images" + (f" below {' or '.join(n + '/' for n in splits)}" if splits else "")
+                        + _skipped_words(names_of(index, "notices")))
     notices = [Caution(line) for line in names_of(index, "notices")]
     images = ArchiveImages(root, files, names_of(index, "names"), index["place"], classes, targets, notices)
     if classes == [""] and (len(files) > 1 or re.fullmatch(r"n\d{8}", _stem(files[0]))):
@@ -350,8 +353,17 @@ def named_by_folders(images: ArchiveImages) -> bool:
 def split_folders(path: str, wanted: set[str]) -> set[str]:
     """Which of the names ``wanted``, in lower case, are folders in an archive, at its top or up to two levels below."""
     found: set[str] = set()
-    for member in members(path, []):
+    notices: list[str] = []
+    for member in members(path, notices):
         found |= {part.lower() for part in member.name.split("/")[:-1][:3]} & wanted
         if found == wanted:
             break
+    if not found and notices:
+        raise DataError(f"{path}: shows no folders" + _skipped_words(notices))
     return found
+
+
+def _skipped_words(notices: Iterable[str]) -> str:
+    """What was skipped in archives of which nothing is left; "" where nothing was."""
+    words = "; ".join(line.partition(": ")[2] for line in notices)
+    return f": {words}; unpack it, and pack it again as a plain .tar or .zip without a password" if words else ""

@@ -64,10 +64,11 @@ def find_listed(path: str, lines: Sequence[int], paths: Sequence[str], roots: Se
     way, found = _best_way(path, sample, [keys.root] if keys.root else list(dict.fromkeys(roots)), keys)
     names, notices = [way.name(name) for name in paths], []
     if found < len(sample):
-        below = _by_name(keys.root or os.path.dirname(path) or ".", paths, keys.suffix)
+        top = keys.root or os.path.dirname(path) or "."
+        below = {i: file for i, file in _by_name(top, paths, keys.suffix).items() if not _lacks(way, paths[i], os.path.join(top, file))}
         if len(below) > (found * len(paths)) // len(sample):
-            way = way._replace(root=keys.root or os.path.dirname(path) or ".")
-            names, found = [below.get(i, name) for i, name in enumerate(names)], len(below)
+            names = [below.get(i) or os.path.relpath(os.path.join(way.root, name), top) for i, name in enumerate(names)]
+            way, found = way._replace(root=top), len(below)
             notices.append(Notice(f"{path}: its images are found by their names, wherever they lie below {way.root} ({paths[0]} is "
                                   f"{names[0]})"))
     if not found:
@@ -79,41 +80,56 @@ def find_listed(path: str, lines: Sequence[int], paths: Sequence[str], roots: Se
 
 
 def _best_way(path: str, sample: Sequence[str], roots: Sequence[str], keys: ListKeys) -> tuple[_Way, int]:
-    """(the first way that leads to most of the sample, the number it leads to).
+    """(the way that leads to the sample, how much of it it leads to).
+
+    Where the list's own folders hold some of the paths as they are, or half of them by their last folders or as names without one, the
+    rest is missing there: a folder beside that has them all, such as val/ for train.csv, holds other images of the same names.
 
     Raises:
-        DataError: folders beside the list lead to all of it, and none of them more than another.
+        DataError: a folder beside the list leads to all of it, and another one to half of it, so that either may be meant.
     """
     suffixes = [keys.suffix] if keys.suffix else _SUFFIXES
-    depth = max(name.count("/") for name in sample)
+    depth, probes = max(name.count("/") for name in sample), [*sample[::len(sample) // 3 + 1], sample[-1]]
     beside = [] if keys.root else [folder for folder in _folders_below(os.path.dirname(path) or ".") if folder not in roots]
     best, most = _Way(roots[0], suffix=keys.suffix), 0
     for folders, drops in ((roots, [0]), (beside, [0]), (roots, range(1, depth + 1)), (beside, range(1, depth + 1))):
-        full: dict[str, _Way] = {}
+        ways: dict[str, tuple[int, _Way]] = {}
+        as_is = folders is roots and 0 in drops
         for root, dropped, suffix in itertools.product(folders, drops, suffixes):
             way = _Way(root, dropped, suffix)
-            if root in full or not any(map(way.leads, (sample[0], sample[-1]))):
+            if ways.get(root, (0,))[0] == len(sample) or not (as_is or any(map(way.leads, probes))):
                 continue
             count = sum(map(way.leads, sample))
+            if count > ways.get(root, (0,))[0]:
+                ways[root] = count, way
+            if count == len(sample) and folders is roots:
+                return way, count
             if count > most:
                 best, most = way, count
-            if count == len(sample):
-                if folders is roots:
-                    return way, count
-                full[root] = way
-        if full:
-            return _preferred(path, list(full.values())), len(sample)
+        if folders is roots and (as_is and depth and most or 2 * most >= len(sample) and (as_is or "/" in best.name(sample[0]))):
+            break
+        near = [(count, way) for count, way in ways.values() if 2 * count >= len(sample)]
+        if any(count == len(sample) for count, _ in near):
+            return _preferred(path, near)
     return best, most
 
 
-def _preferred(path: str, ways: Sequence[_Way]) -> _Way:
-    """Of folders beside the list that all hold its images the one named like the list: train_images for train.csv."""
+def _preferred(path: str, ways: Sequence[tuple[int, _Way]]) -> tuple[_Way, int]:
+    """Of folders beside the list that hold its images the one named like the list: train_images for train.csv."""
     stem = os.path.splitext(os.path.basename(path))[0].lower()
-    alike = [way for way in ways if os.path.relpath(way.root, os.path.dirname(path) or ".").lower().startswith(stem)] or list(ways)
-    if len(alike) > 1:
-        raise DataError(f"{path}: {' and '.join(sorted(way.root for way in alike)[:3])} hold images of these names; say which is meant "
+    ways = [(count, way) for count, way in ways
+            if os.path.relpath(way.root, os.path.dirname(path) or ".").lower().startswith(stem)] or ways
+    if len(ways) > 1:
+        raise DataError(f"{path}: {' and '.join(sorted(way.root for _, way in ways)[:3])} hold images of these names; say which is meant "
                         "with DATA.IMAGE_ROOT")
-    return alike[0]
+    return ways[0][1], ways[0][0]
+
+
+def _lacks(way: _Way, path: str, found: str) -> bool:
+    """Whether the folder that a path names is there without the image, so that the file ``found`` outside of it is another one's."""
+    named = os.path.join(way.root, way.name(path))
+    folder = os.path.join(os.path.dirname(named), "")
+    return "/" in way.name(path) and not found.startswith(folder) and os.path.isdir(folder) and not os.path.exists(named)
 
 
 def _folders_below(folder: str) -> list[str]:

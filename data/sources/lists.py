@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.errors import DataError
-from data.messages import Notice
+from data.messages import Caution, Notice
 from data.sources.archives import ArchiveImages
 from data.sources.base import Source, View
-from data.sources.classes import class_positions, encode_labels, whole_number
+from data.sources.classes import class_positions, encode_labels, first_few, whole_number
 from data.sources.columns import NO_KEYS, YES_OR_NO, Columns, ListKeys, find_columns, known_header
 from data.sources.folder import ImageFolder
 from data.sources.label_sets import MultiHot, find_label_sets
@@ -282,7 +282,18 @@ def list_source(path: str, rows: Sequence[Row], roots: Sequence[str], keys: List
     source = find_label_sets(ImageFolder(root, classes, PackedNames.of(names), targets, notices), keys)
     source.marks = marks_of(rows)
     require_labels(source, path, rows)
+    source.notices += _contradictions(path, names, source.targets) if source.labels is None else []
     return source
+
+
+def _contradictions(path: str, names: Sequence[str], targets: np.ndarray) -> list[Caution]:
+    """A word on images that have several rows with different labels: of one class each, none of these rows can be right."""
+    keys = np.fromiter(map(hash, names), dtype=np.int64, count=len(names))
+    order = np.lexsort((targets, keys))
+    again = order[1:][(keys[order][1:] == keys[order][:-1]) & (targets[order][1:] != targets[order][:-1])]
+    few = first_few([names[i] for i in again[:4]], 3)
+    return [Caution(f"{path}: {len(again)} rows give an image another label than another row ({few}); "
+                    "keep one, or, where an image has several labels, join them in one row")] if len(again) else []
 
 
 def require_labels(source: Source, path: str, rows: Sequence[Row]) -> None:

@@ -128,7 +128,7 @@ def test_a_second_interrupt_stops_at_once(tiny_cfg: Path, tmp_path: Path) -> Non
 
 
 def test_a_signal_before_the_first_step_ends_at_once(tiny_cfg: Path, tmp_path: Path) -> None:
-    process = start("--cfg", tiny_cfg, cwd=tmp_path, **fault(tmp_path, "index", how="wait"))
+    process = start("--cfg", tiny_cfg, cwd=tmp_path, **fault(tmp_path, "index", after=1, how="wait"))  # the first look is for the task
     wait_for(waiting(tmp_path))
     process.send_signal(signal.SIGTERM)
     status, _, err = ends([process], 10)[0]
@@ -250,6 +250,21 @@ def test_members_that_claim_more_than_the_file_holds(straight: Path, tmp_path: P
         (tmp_path / "huge.safetensors").write_bytes(header + b'{"a":{"dtype":"F32","shape":[99999999999],"data_offsets":[0,399999999996]}}')
         with pytest.raises(CheckpointError, match="huge.safetensors"):
             read_file(str(tmp_path / "huge.safetensors"))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_programs_instead_of_weights_are_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(2, 2)
+    torch.jit.script(model).save("program.pt")
+    torch.export.save(torch.export.export(model, (torch.zeros(1, 2),)), "program.pt2")
+    with pytest.raises(CheckpointError, match="TorchScript") as told:
+        read_file("program.pt")
+    remedy = re.search(r'python -c "(.*)"$', str(told.value))
+    exec(remedy[1])
+    assert torch.equal(read_file("weights.pth")["weight"], model.weight)
+    with pytest.raises(CheckpointError, match=r"torch\.export"):
+        read_file("program.pt2")
 
 
 def test_control_characters_do_not_reach_the_terminal(images: Path, tiny_cfg: Path, program) -> None:

@@ -73,14 +73,14 @@ def test_completion_in_bash(program) -> None:
         try ./main.py --precision b
         try python main.py --opts TRAIN.EPO
         try python main.py --opts TRAIN.EPOCHS TRAIN
-        try python main.py --opts TRAIN.EPOCHS 3 MODEL.TYPE swi
+        try python main.py --opts TRAIN.EPOCHS 3 MODEL.TYPE cro
         try python main.py --resume with
         try python main.py --epochs ''
         try python other.py --epo"""
     done = subprocess.run(["bash", "-c", script], cwd=program.folder, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0 and not done.stderr, done
     assert [set(line.strip(",").split(",")) for line in done.stdout.splitlines()] == [
-        {"--epochs"}, {"a.yaml", "b.yml"}, {"bf16"}, {"TRAIN.EPOCHS"}, {""}, {"swin"}, {"with blank.pth"}, {""}, {""}]
+        {"--epochs"}, {"a.yaml", "b.yml"}, {"bf16"}, {"TRAIN.EPOCHS"}, {""}, {"crossformer"}, {"with blank.pth"}, {""}, {""}]
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

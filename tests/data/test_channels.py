@@ -72,6 +72,20 @@ def test_bands_of_a_tiff_wherever_they_lie(options: dict) -> None:
     assert (decode_stored(data, "x", 13).values == np.moveaxis(BANDS, 0, -1)).all()
 
 
+@pytest.mark.parametrize(("shape", "extra", "told"), [((8, 8, 4), "unspecified", True), ((8, 8, 5), None, True),
+                                                      ((8, 8, 4), "unassalpha", False), ((8, 8, 3), None, False)])
+def test_bands_that_rgb_leaves_out_are_told(shape: tuple, extra: str | None, told: bool, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "x").mkdir(parents=True)
+        data = tiff(np.random.RandomState(0).randint(0, 256, shape, dtype=np.uint8), photometric="rgb", extrasamples=extra and [extra])
+        (tmp_path / split / "x" / "1.tif").write_bytes(data)
+    lines = [line for line in build_loaders(config_for(tmp_path)).notices if getattr(line, "code", "") == "bands"]
+    assert len(lines) == told and all(f"--in-chans {shape[2]}" in line for line in lines)
+    if told:
+        loaders = build_loaders(config_for(tmp_path, "MODEL.IN_CHANS", shape[2]))
+        assert next(iter(loaders.val))[0].shape[1] == shape[2] and not any(getattr(line, "code", "") == "bands" for line in loaders.notices)
+
+
 def test_other_tiffs_by_their_bands(monkeypatch) -> None:
     unsaid = tiff(np.moveaxis(BANDS, 0, -1))  # 40 pages of 48 x 13
     assert abs(decode_pixels(unsaid, "x", Reading(window=WINDOW, channels=13)) - np.moveaxis(BANDS, 0, -1) / 4000 * 255).max() <= 0.5

@@ -133,6 +133,18 @@ def test_levels_are_of_the_set_and_outliers_do_not_waste_them(tmp_path: Path) ->
     assert [line.code for line in found["hot"].messages()] == ["deep"]
 
 
+def test_validation_images_stored_otherwise_than_those_of_training_are_told(tmp_path: Path) -> None:
+    """17 of 4,096 levels were left of them, without a word."""
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for training, range_of_validation, windows in ((ramp.astype(np.uint8), 16, (None, (0.0, 4080.0))),
+                                                   (ramp * 16, 257, ((0.0, 4080.0), (0.0, 4080.0)))):
+        for split, values in (("train", training), ("val", ramp * range_of_validation)):
+            write(tmp_path / split / "x", [values])
+        loaders = build_loaders(config_for(tmp_path))
+        assert (loaders.train.dataset.source.reading.window, loaders.val.dataset.source.reading.window) == windows
+        assert sum(getattr(line, "code", "") == "other-range" for line in loaders.notices) == 1
+
+
 def test_a_file_that_hangs_at_the_first_look_is_named(tmp_path: Path, monkeypatch) -> None:
     write(tmp_path, [RAMP.astype(np.uint16)] * 3)
     fetch, ended = ImageFolder.fetch, threading.Event()
@@ -210,7 +222,8 @@ def test_one_window_from_training_to_export(xrays: Path, tmp_path: Path, monkeyp
     assert main.main(["--predict", str(image), "--resume", checkpoint, "--json", "p.jsonl"]) == 0
     assert main.main(["--export", "hub/", "--resume", checkpoint]) == 0
     assert json.loads((tmp_path / "hub/config.json").read_text())["window"] == window
-    facts = json.loads(_description(saved, SimpleNamespace(classes=[], descriptions=[], step=0))["preprocessing"])  # of ONNX and pt2
+    described = _description(saved, SimpleNamespace(classes=[], descriptions=[], step=0, facts={}))  # of ONNX and pt2
+    facts = json.loads(described["preprocessing"])
     assert facts["window"] == window and str(window) in facts["steps"]
     pixels = np.asarray(decode(image.read_bytes(), "x", Reading(window=tuple(window))).resize((36, 36), Image.Resampling.BICUBIC))
     pixels = (pixels[2:34, 2:34] / 255 - facts["mean"]) / facts["std"]

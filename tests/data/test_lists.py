@@ -90,6 +90,45 @@ def test_a_list_that_was_mended_leaves_images_out_when_asked(tmp_path: Path) -> 
     assert len(train) == len(val) == 2 and (train.root, val.root) == (str(tmp_path / "train"), str(tmp_path / "val"))
 
 
+def test_a_missing_image_is_not_that_of_the_same_name_in_another_folder(tmp_path: Path) -> None:
+    """One missing of 40 made another split's folder, which has all these names, the images of the whole list."""
+    for folder in ("train", "val", "train_images", "test_images"):
+        write_numbers(tmp_path / folder, [f"{i}.png" for i in range(40)])
+    for folder in ("train", "train_images"):
+        (tmp_path / folder / "5.png").unlink()
+    for name, row, folder in (("train.csv", "train/{}.png", "train"), ("train.csv", "C:\\x\\train\\{}.png", "train"),
+                              ("train_images.csv", "{}", "train_images")):
+        for order in (range(40), [5, *range(40), 5]):
+            (tmp_path / name).write_text("path,label\n" + "".join(f"{row.format(i)},{i % 2}\n" for i in order))
+            train, val, loaders = sources(tmp_path / name, *HALF)
+            paths = [source.path(i) for source in (train, val) for i in range(len(source))]
+            assert {os.path.relpath(os.path.dirname(path), tmp_path) for path in paths} == {folder}
+            assert any(f"{len(order) - 39} of its {len(order)} images are not there" in line for line in loaders.notices)
+    (tmp_path / "labels.csv").write_text((tmp_path / "train_images.csv").read_text())
+    with pytest.raises(DataError, match=r"test_images and .*DATA\.IMAGE_ROOT"):
+        sources(tmp_path / "labels.csv", *HALF)
+    (tmp_path / "val/5.png").rename(tmp_path / "val/x5.png")
+    assert len(judged(tmp_path / "labels.csv", "DATA.IMAGE_ROOT", tmp_path / "test_images")[0]) == 42
+
+
+def test_a_list_of_one_splits_images_labels_no_others(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_numbers(tmp_path / split, ["a.png", "b.png"])
+    (tmp_path / "labels.csv").write_text("path,label\ntrain/a.png,x\ntrain/b.png,y\n")
+    with pytest.raises(DataError, match=r"no label for 2 of the 2 images of .*val"):
+        sources(tmp_path)
+    (tmp_path / "labels.csv").write_text("path,label\ntrain/a.png,x\ntrain/b.png,y\nval/a.png,y\nval/b.png,x\n")
+    train, val, loaders = sources(tmp_path)
+    assert [loaders.classes[t] for t in [*train.targets, *val.targets]] == ["x", "y", "y", "x"]
+
+
+def test_an_image_of_two_labels_in_two_rows_is_told(tmp_path: Path) -> None:
+    write_numbers(tmp_path, ["a.png", "b.png", "c.png"])
+    (tmp_path / "all.csv").write_text("path,label\na.png,x\nb.png,y\nc.png,x\na.png,y\nb.png,y\n")
+    told = [line for line in judged(tmp_path / "all.csv")[1] if "another label" in line]
+    assert len(told) == 1 and "1 rows" in told[0] and "(a.png)" in told[0]
+
+
 def test_hugging_faces_metadata_beside_the_images_of_a_split(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         write_numbers(tmp_path / split, [f"{i}.png" for i in SIX])
@@ -248,6 +287,9 @@ def test_one_folder_around_the_class_folders_of_an_archive_is_no_class(tmp_path:
     for kind in ("zip", "tar"):
         archive = shutil.make_archive(str(tmp_path / "holdout"), kind, tmp_path, "photos")
         assert sorted(judged(Path(archive))[0]) == ["01", "01", "02", "02"]
+    shutil.copytree(tmp_path / "photos", tmp_path / "outer/inner/photos")
+    deep = shutil.make_archive(str(tmp_path / "deep"), "zip", tmp_path, "outer")
+    assert sorted(judged(Path(deep))[0]) == ["01", "01", "02", "02"]
     shutil.rmtree(tmp_path / "photos/02")
     assert judged(Path(shutil.make_archive(str(tmp_path / "one"), "zip", tmp_path, "photos")))[0] == ["photos", "photos"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 import sys
 import time
@@ -12,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import differences, load, write_images
-from data_helpers import config_for, first_batches, same_batches
+from data_helpers import config_for, first_batches, same_batches, sources
 
 from config import ConfigError
 from data import build_loaders
 from data.loading.sampler import ShardSampler, StepSampler
-from data.loading.workers import worker_count
+from data.loading.workers import free_shared_memory, worker_count
 from data.seeds import derive
 
 STATE = ("model", "ema", "optimizer", "step", "best")
@@ -206,3 +207,15 @@ def test_a_run_is_the_same_with_any_workers_and_after_a_stop(where: str, tiny_cf
     one, *others = (load(folder / tag / "last.pth") for tag in ("none", "two", "stopped"))
     for other in others:
         assert differences({k: one[k] for k in STATE}, {k: other[k] for k in STATE}) == []
+
+
+def test_shared_memory_that_cannot_be_written_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert free_shared_memory() != 0
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "/dev/shm")
+    assert free_shared_memory() == 0
+
+
+def test_a_batch_of_evaluation_is_no_larger_than_its_images(plain: Path) -> None:
+    """It is filled up to its size: of a million images it would take gigabytes."""
+    _, val, loaders = sources(plain, "TEST.BATCH_SIZE", 1_000_000)
+    assert [len(batch[0]) for batch in loaders.val] == [len(val)]

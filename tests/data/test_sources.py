@@ -207,6 +207,24 @@ def test_damaged_archives_are_named(plain: Path, tmp_path: Path) -> None:
     assert len(sources(tmp_path)[0]) == 12
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, None])
+def test_zip_files_that_cannot_be_read_say_why(method: int | None, plain: Path, tmp_path: Path) -> None:
+    """Packed in another way, or encrypted."""
+    for split in ("train", "val"):
+        write_zip(tmp_path / f"{split}.zip", [(f"{split}/{p.parent.name}/{p.name}", p.read_bytes()) for p in image_paths(plain, split)],
+                  method or zipfile.ZIP_STORED)
+    if method is None:
+        for path in tmp_path.glob("*.zip"):
+            content = bytearray(path.read_bytes())
+            for mark, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+                for found in re.finditer(re.escape(mark), bytes(content)):
+                    content[found.start() + flags] |= 1
+            path.write_bytes(content)
+    for root in (tmp_path, tmp_path / "train.zip"):
+        with pytest.raises(DataError, match=f"{'encrypted' if method is None else 'neither stored nor deflated'}.*pack it again"):
+            sources(root)
+
+
 def test_bad_crc_counts_as_an_unreadable_image(plain: Path, tmp_path: Path) -> None:
     for kind in ("zip", "zip deflated"):
         write_archives(kind, plain, tmp_path)

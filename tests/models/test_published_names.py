@@ -74,6 +74,7 @@ NOISE = {f"decoder.{i}.weight": torch.ones(2) for i in range(40)}
     (lambda s: {"model": named("module._orig_mod.net.", s)}, "net.", True),
     (lambda s: {"state_dict": named("model._orig_mod.", {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in s.items()})},
      "model.", True),
+    (lambda s: {"model": {**named("module.", s), "n_averaged": torch.tensor(3)}}, "", True),  # torch's AveragedModel
     (lambda s: named("timm_model.", s), "timm_model.", True),  # transformers' TimmWrapper
     (lambda s: {"hyper_parameters": {"lr": 1}, "state_dict": {**named("model.swin.", s), "criterion.weight": torch.ones(5)}},
      "model.swin.", True),
@@ -101,6 +102,16 @@ def test_a_wrapped_file_of_other_sizes_is_told_by_its_shapes() -> None:
     wide = {name: torch.ones(*(2 * side for side in x.shape)) for name, x in model_of("crossformer").state_dict().items()}
     with pytest.raises(CheckpointError, match=r"of another shape \(patch_embed.projs.0.weight is "):
         start("crossformer", named("backbone.", wide))
+
+
+def test_a_larger_swin_is_told_by_what_it_has_more_and_not_as_a_foreign_file() -> None:
+    """timm's translation trips over a block that the model lacks, and the same names stood on both sides of the message."""
+    state = published_state(model_of("swin"), "swin")
+    deeper = state | {name.replace(".blocks.0.", ".blocks.7."): x for name, x in state.items()}
+    wider = {name: torch.cat([x, x]) for name, x in state.items() if x.ndim}
+    for content, words in ((deeper, r"unexpected \(layers\.0\.blocks\.7"), (wider, r"of another shape \(patch_embed\.proj\.weight is \[")):
+        with pytest.raises(CheckpointError, match=words):
+            start("swin", content)
 
 
 def test_a_backbone_without_a_classifier_is_trained_from_but_not_evaluated() -> None:

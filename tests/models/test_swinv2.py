@@ -66,7 +66,7 @@ def test_the_repositorys_files_make_their_models(name: str, tmp_path: Path) -> N
         assert config.TRAIN.WEIGHT_DECAY == 1e-8 and not config.TEST.CROP
         assert model.layers[0].blocks[0].attn.pretrained_window_size == (12, 12)
     if "simmim" in name:
-        assert config.TRAIN.LAYER_DECAY in (0.9, 0.75) and config.TAG == "simmim_finetune" and config.TASK == "classification"
+        assert config.TRAIN.LAYER_DECAY in (0.9, 0.75) and config.TAG == "simmim_finetune" and config.TASK == "auto"
 
 
 def test_official_files_load_at_another_window_too(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_official_files_load_at_another_window_too(tmp_path: Path) -> None:
     larger = get_config(None, [*node, "8", "DATA.IMG_SIZE", "64", "MODEL.SWINV2.PRETRAINED_WINDOW_SIZES", "[4, 4]"])
     report = load_pretrained(build_model(larger, 5), path, larger)
     assert len(report.kept) == len(source.state_dict()) and not report.adapted
-    with pytest.raises(ConfigError, match="pretrained_window_sizes has 1 entries for 2 stages"):
+    with pytest.raises(ConfigError, match="PRETRAINED_WINDOW_SIZES has 1 entries for 2 stages"):
         build_model(get_config(None, [*node, "4", "DATA.IMG_SIZE", "32", "MODEL.SWINV2.PRETRAINED_WINDOW_SIZES", "[4]"]), 5)
 
 
