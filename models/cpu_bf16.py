@@ -121,7 +121,9 @@ class _LinearInBf16(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        y = _product(x, weight, bias)
+        # Of more than two dimensions oneDNN's is a view, which no activation may change in place (SwinV2's position bias does).
+        return torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

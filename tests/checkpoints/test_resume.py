@@ -101,12 +101,17 @@ def test_finished_run_says_so_and_changes_nothing(straight: Path, tiny_cfg: Path
     shutil.copytree(straight, folder, symlinks=True)
     done = program("--cfg", tiny_cfg, "--epochs", 6)
     assert done.returncode == 0 and "finished already" in done.stdout and "epoch 6/6" not in done.stdout
+    # Another tag is another run only where the folder of this one is what is continued.
+    done = program("--cfg", tiny_cfg, "--epochs", 6, "--resume", folder / "last.pth", "--tag", "more")
+    assert done.returncode == 0 and "finished already" in done.stdout and "--tag" not in done.stdout.splitlines()[-1]
+    named = re.search(r"--pretrained (\S+) in place of --resume", done.stdout)[1]
+    assert program("--cfg", tiny_cfg, "--epochs", 1, "--pretrained", named, "--tag", "more").returncode == 0
     assert rows(folder) == rows(straight)
 
 
 OTHER_RECIPES = {
     "rate": ("--lr", "1e-2"), "optimizer": ("--optim", "sgd"), "size": ("--img-size", "64"), "weights": ("--pretrained", "/no/such.pth"),
-    "images": ("--data-path", "other")}
+    "images": ("--data-path", "other"), "fewer epochs": ("--epochs", "4")}
 
 
 @pytest.mark.parametrize("change", OTHER_RECIPES)

@@ -68,6 +68,11 @@ def test_linears_take_what_torch_takes(shape: tuple[int, ...], fused: bool, monk
     assert y.dtype == torch.bfloat16 and y.shape == plain.shape and torch.allclose(y.double(), plain, atol=0.02)
     y.sum().backward()
     assert x.grad is not None and torch.allclose(x.grad, layer.weight.sum(0).expand(shape), atol=0.02)
+    with torch.autocast("cpu", torch.bfloat16):  # an activation may work in place, as that of SwinV2's position bias does
+        y = F.relu(layer(x), inplace=True)
+    x.grad = None
+    y.sum().backward()
+    assert torch.allclose(x.grad, (y > 0).float() @ layer.weight, atol=0.05)
 
 
 def test_linears_write_their_bias_with_the_product(monkeypatch: pytest.MonkeyPatch) -> None:

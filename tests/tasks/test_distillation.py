@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import torch.nn.functional as F
 from conftest import differences, load
 from torch import nn
 
-from config import get_config
+from config import ConfigError, get_config, with_values
+from utils.checkpoints.file_format import describe, write_checkpoint
 from utils.runtime.precision import Precision
+from utils.tasks.build import build_task
 from utils.tasks.classification import Classification
-from utils.tasks.distillation import Teacher, distillation_loss
+from utils.tasks.distillation import Teacher, build_teacher, distillation_loss
 
 CPU = torch.device("cpu")
 
@@ -86,3 +89,17 @@ def test_mistakes_are_one_sentence(teacher: str, words: str, tiny_cfg: Path, pro
     key = "WEIGHTS" if teacher == "WEIGHTS" else "TEACHER"
     done = program("--cfg", tiny_cfg, "--opts", f"TRAIN.DISTILLATION.{key}", teacher)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done
+
+
+@pytest.mark.parametrize(("opts", "words"), [(["TASK", "simmim", "DATA.MASK_PATCH_SIZE", 8], "teacher of the same task"),
+                                             (["DATA.WINDOW", [0, 4095]], "DATA.WINDOW [0.0, 4095.0]")])
+def test_a_teacher_of_another_task_or_other_levels_is_refused(opts: list, words: str, tmp_path: Path) -> None:
+    config = get_config(None, ["DATA.IMG_SIZE", 32, "MODEL.TYPE", "crossformer"])
+    own = get_config(None, ["DATA.IMG_SIZE", 32, "MODEL.TYPE", "crossformer", *opts])
+    model = build_task(own).build_model(own, 2)
+    content = describe(own.dump(), ["a", "b"], {}, "", {}, 8, 1) | dict(model=model.state_dict(), ema={}, step=1, best={}, optimizer={},
+                                                                       scaler={}, loss_sums=[])
+    write_checkpoint(str(tmp_path / "teacher.pth"), content)
+    config = with_values(config, {"TRAIN.DISTILLATION.TEACHER": str(tmp_path / "teacher.pth"), "DATA.WINDOW": [0, 65535]}, "test")
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        build_teacher(build_task(config), config, ["a", "b"], Precision(CPU, "fp32"))

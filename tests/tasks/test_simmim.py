@@ -140,6 +140,8 @@ def test_wrong_settings_are_told() -> None:
     for family, opts, words in (("swin", ("DATA.MASK_PATCH_SIZE", 6), "no multiple of the model's patches of 4"),
                                 ("swin", ("DATA.MASK_PATCH_SIZE", 32), "leaves none visible"),
                                 ("swin", ("TRAIN.LAYER_DECAY", 0.9), "TRAIN.LAYER_DECAY 1"),
+                                ("swin", ("TRAIN.BEST_METRIC", "top1"), "choose from loss"),
+                                ("swin", ("TRAIN.CLASS_WEIGHTS", "balanced"), "looks at no classes"),
                                 ("cvt", (), "MODEL.TYPE cvt: it takes a model of type crossformer, swin")):
         with pytest.raises(ConfigError, match=words):
             tiny(family, *opts)

@@ -17,6 +17,7 @@ from conftest import ROOT, differences, environment, load, write_images
 
 from config import get_config
 from utils.runtime.precision import choose_precision
+from utils.training import loop
 
 TOP1 = re.compile(r"^top1 (\d+\.\d\d)(?: top5 (\d+\.\d\d))? loss (\d+\.\d{4}) \((\d+) of (\d+)\)$", re.M)
 
@@ -229,7 +230,8 @@ def test_a_rate_is_for_the_images_that_there_are(tiny_cfg: Path, program) -> Non
     assert row["lr"] == pytest.approx(0.05 * 44 / 512)
 
 
-def test_patience_ends_a_run_early_and_a_continued_one_where_it_would_have_ended(tiny_cfg: Path, program) -> None:
+def test_patience_ends_a_run_early_and_a_continued_one_where_it_would_have_ended(
+        tiny_cfg: Path, program, monkeypatch: pytest.MonkeyPatch) -> None:
     opts = ["TRAIN.PATIENCE", 2, "TRAIN.BEST_METRIC", "loss", "TRAIN.LAYER_DECAY", 0.8, "TRAIN.EMA_DECAY", 0, "AUG.AUTO_AUGMENT", "none",
             "TRAIN.REPORT", "none"]
     run = ["--cfg", tiny_cfg, "--epochs", 30, "--lr", 3, "--opts", *opts]
@@ -247,6 +249,15 @@ def test_patience_ends_a_run_early_and_a_continued_one_where_it_would_have_ended
     for path in folder.glob("ckpt_*.pth"):
         if load(path)["step"] > end["best"]["step"]:
             path.unlink()
+
+    def die(run: loop.Run, row: dict, *_: object) -> None:
+        run.saver.wait()
+        raise RuntimeError("cut off before the last evaluation")
+
+    evaluate = loop.evaluate_epoch
+    monkeypatch.setattr(loop, "evaluate_epoch", lambda run, row, *rest: (die if row["epoch"] == last else evaluate)(run, row, *rest))
+    assert program(*run).returncode == 1 and load(folder / "last.pth")["step"] == end["step"]
+    monkeypatch.undo()
     assert program(*run).returncode == 0
     assert differences(end["model"], load(folder / "last.pth")["model"]) == [] and load(folder / "last.pth")["step"] == end["step"]
 

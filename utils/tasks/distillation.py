@@ -19,7 +19,7 @@ from config import ConfigError, config_from_text, get_config
 from data import preprocessing
 from models.safe_load import CheckpointError
 from utils.checkpoints.exported import read_trained
-from utils.checkpoints.file_format import is_own
+from utils.checkpoints.file_format import is_own, task_of
 from utils.inference.evaluation_models import Reordered
 from utils.inference.trained_model import Trained, load_trained
 from utils.runtime.precision import Precision
@@ -75,6 +75,10 @@ def build_teacher(task: Task, config: CfgNode, classes: Sequence[str], precision
     if channels != here:
         raise ConfigError(f"TRAIN.DISTILLATION.TEACHER {config.TRAIN.DISTILLATION.TEACHER} takes images of {channels} channels, these have "
                           f"{here}; choose another teacher")
+    window, window_here = own.get("window"), students.get("window")
+    if window is not None and window_here not in (None, window):
+        raise ConfigError(f"TRAIN.DISTILLATION.TEACHER {config.TRAIN.DISTILLATION.TEACHER} was trained with DATA.WINDOW {window}, this "
+                          f"data has {window_here}; give --opts DATA.WINDOW \"{window}\"")
     teacher = Teacher(model, own, students, precision, config.DATA.BATCH_SIZE).to(precision.device)
     parameters = sum(p.numel() for p in model.parameters())
     return teacher, (f"teacher {config.TRAIN.DISTILLATION.TEACHER}: {parameters / 1e6:.2f} M parameters, on images of "
@@ -90,6 +94,9 @@ def _trained_teacher(task: Task, config: CfgNode) -> Trained:
         if not is_own(content):
             raise ConfigError(f"TRAIN.DISTILLATION.TEACHER is {path}, which holds weights without a config; name the model there as timm "
                               "does, and the file in TRAIN.DISTILLATION.WEIGHTS")
+        if task_of(content) != task.name:
+            raise ConfigError(f"TRAIN.DISTILLATION.TEACHER is {path}, of TASK {task_of(content)}, and TASK is {task.name}; choose a "
+                              "teacher of the same task")
         return load_trained(task, config_from_text(content["config"], ["MODEL.RESUME", path]), content, "TRAIN.DISTILLATION.TEACHER")
     if not timm.is_model(asked.TEACHER):
         raise ConfigError(f"TRAIN.DISTILLATION.TEACHER is {asked.TEACHER}, which is no file and no model of timm; timm.list_models() names "

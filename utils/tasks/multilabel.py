@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError
+from config import ConfigError, command_of
 from data import Loaders, build_loaders
 from data.streaming.stream import is_stream
 from data.transforms.mixup import build_label_mixup
@@ -49,7 +49,7 @@ class Multilabel(Task):
         self.tie_break = loss if self.best is not loss else None
         self.softening, self.given = config.MODEL.LABEL_SMOOTHING, config.TEST.THRESHOLDS
         self.found: dict[str, list[float]] = {}  # thresholds of raw and averaged weights, by the last evaluation or in the checkpoint
-        self.finds, self.wanted = self.given is None, config.TEST.WEIGHTS
+        self.finds, self.trains, self.wanted = self.given is None, command_of(config) is None, config.TEST.WEIGHTS
         self._take_turns(["raw", "ema"] if config.TRAIN.EMA_DECAY else ["raw"])
 
     def build_loaders(self, config: CfgNode, rank: int = 0, world_size: int = 1, **options: Any) -> Loaders:
@@ -107,7 +107,8 @@ class Multilabel(Task):
         averaged = "raw_thresholds" in state
         names = {"raw": "raw_thresholds" if averaged else "thresholds", **({"ema": "thresholds"} if averaged else {})}
         self.found = {whose: [float(value) for value in state[name]] for whose, name in names.items() if _are_numbers(state.get(name))}
-        if turns := [whose for whose in self.found if self.wanted in ("auto", whose)]:
+        turns = [whose for whose in self.found if self.wanted in ("auto", whose)]
+        if turns and not self.trains:  # training evaluates what it has, whatever the checkpoint had
             self._take_turns(turns)
 
     def facts(self, classes: Sequence[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from data.loading.sampler import Key
 from models import build_model
 from models.simmim import SimMIM, masked_error, masked_squares, normalised_by_neighbourhood
 from utils.evaluation.metrics import SumEvaluator, SumMetric
-from utils.tasks.base import Batch, Task, noise
+from utils.tasks.base import Batch, Task, chosen_metric, noise
 
 
 def mask_seed(seed: int, key: Key) -> int:
@@ -36,11 +36,14 @@ class MaskedImages(Task):
                          sums=lambda errors, mask_seeds: torch.stack([torch.where(mask_seeds >= 0, errors, 0).sum(),
                                                                       (mask_seeds >= 0).sum().to(errors.dtype)]),
                          value=lambda sums: float(sums[0] / sums[1]) if sums[1] else math.nan),)
-    best = metrics[0]
 
     def __init__(self, config: CfgNode):
         if config.TRAIN.LAYER_DECAY < 1 or config.TRAIN.LINEAR_PROBE:
             raise ConfigError("TASK simmim trains all layers alike; leave TRAIN.LAYER_DECAY 1 and TRAIN.LINEAR_PROBE False for fine-tuning")
+        if config.TRAIN.CLASS_WEIGHTS != "none":
+            raise ConfigError(f"TRAIN.CLASS_WEIGHTS is {config.TRAIN.CLASS_WEIGHTS}, and TASK simmim looks at no classes; leave it none "
+                              "for fine-tuning")
+        self.best = chosen_metric(config, {"loss": self.metrics[0]}, "loss")
         self.seed, self.side, self.ratio = config.SEED, config.DATA.MASK_PATCH_SIZE, config.DATA.MASK_RATIO
         self.neighbourhood = config.MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE if config.MODEL.SIMMIM.NORM_TARGET.ENABLE else 0
         height, width = image_size(config)

@@ -156,7 +156,8 @@ def _train(run: Run, model: nn.Module) -> None:
     if state.evaluated != state.step and not within:
         end_epoch(run, epoch, progress)
         progress = Progress(run.plan.device, first_step=state.step)
-    for number in range(epoch + 1, run.config.TRAIN.EPOCHS + 1):
+    over = run_out_of_patience(run.config, state.best, state.step, run.steps_per_epoch)
+    for number in () if over else range(epoch + 1, run.config.TRAIN.EPOCHS + 1):
         run.log.begin_epoch(progress)
         try:
             train_one_epoch(model, state, batches, number * run.steps_per_epoch, run.plan, progress,

@@ -52,10 +52,13 @@ def choose_start(config: CfgNode, resume_content: Any, folder: str, logger: logg
     return start
 
 
-def accept_changes(start: Start, config: CfgNode, logger: logging.Logger) -> None:
+def accept_changes(start: Start, config: CfgNode, logger: logging.Logger, beyond: bool = False) -> None:
     """Compare the recipe with that of the checkpoint a run continues from.
 
     More epochs are taken as they are, the rule being said; any other change must be meant.
+
+    Args:
+        beyond: the checkpoint has gone on for longer than the epochs that are asked for, whose result it is not.
 
     Raises:
         ConfigError: the recipe differs and TRAIN.ACCEPT_CHANGES is not set.
@@ -70,7 +73,7 @@ def accept_changes(start: Start, config: CfgNode, logger: logging.Logger) -> Non
     asked, before = config.MODEL.PRETRAINED, old.MODEL.PRETRAINED
     if start.kind == "auto-resume" and asked not in ("", before):
         changes["MODEL.PRETRAINED"] = f"MODEL.PRETRAINED changed from {before or 'none'} to {asked}"
-    if (epochs := changes.pop("TRAIN.EPOCHS", None)) is not None:
+    if not beyond and (epochs := changes.pop("TRAIN.EPOCHS", None)) is not None:
         logger.log(NOTICE, f"{epochs} since {start.path} was written; from its step on the learning rate follows the longer or "
                            "shorter schedule")
     _accept(start, "the recipe", changes.values(), config, logger)
@@ -85,10 +88,10 @@ def check_same_data(start: Start, config: CfgNode, loaders: Loaders, logger: log
     then, now, steps = start.content["classes"], loaders.classes, loaders.train.batch_sampler.steps_per_epoch
     if then != now:
         raise ConfigError(f"{start.path}: was trained on {len(then)} classes ({', '.join(then[:3])}, ...), the data has {len(now)} "
-                          f"({', '.join(now[:3])}, ...); {_new_run(start)}")
+                          f"({', '.join(now[:3])}, ...); {new_run(start)}")
     if start.content["steps_per_epoch"] != steps:
         raise ConfigError(f"{start.path}: its epochs had {start.content['steps_per_epoch']} steps, with this data they have {steps}, so "
-                          f"the training images are others; {_new_run(start)}")
+                          f"the training images are others; {new_run(start)}")
     known, found = start.content.get("image_fingerprints", {}), loaders.fingerprints()  # older files have none
     names = dict(train="training", val="validation")
     changed = [f"the {names[split]} images are others" for split in found if known.get(split, found[split]) != found[split]]
@@ -100,12 +103,12 @@ def _accept(start: Start, what: str, changes: Iterable[str], config: CfgNode, lo
     changes = list(changes)
     if changes and not config.TRAIN.ACCEPT_CHANGES:
         raise ConfigError(f"{what} is not that of {start.path}: {'; '.join(changes)}; go on all the same with --accept-changes, or "
-                          f"{_new_run(start)}")
+                          f"{new_run(start)}")
     for line in changes:
         logger.log(NOTICE, f"{line} since {start.path} was written")
 
 
-def _new_run(start: Start) -> str:
+def new_run(start: Start) -> str:
     """How to have a run of its own instead of continuing ``start``; the run's folder would be continued again by the same --tag."""
     if start.kind == "auto-resume":
         return (f"start a new run with another --tag (and --pretrained {start.path} to begin with its weights), or start again in this "

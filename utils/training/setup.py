@@ -33,7 +33,7 @@ from utils.training.batch_size import fit_micro_batch, keep_global_batch, recipe
 from utils.training.engine import StepPlan
 from utils.training.loop import best_line, run_out_of_patience
 from utils.training.rank_check import require_agreement
-from utils.training.resume import Start, accept_changes, check_same_data, choose_start
+from utils.training.resume import Start, accept_changes, check_same_data, choose_start, new_run
 
 MOST_OF_THE_START = 0.01  # share of the initial weights in an average at the end, without a warning
 
@@ -96,12 +96,12 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
         step, evaluated = start.content["step"], start.content.get("evaluated", start.content["step"])
         early = run_out_of_patience(config, start.content["best"], step, steps_per_epoch)
         if (step >= total_steps or early) and evaluated >= min(step, total_steps):
-            accept_changes(start, config, logger)
+            accept_changes(start, config, logger, beyond=step > total_steps)
             if start.kind == "auto-resume" and distributed.is_main() and not dry:
                 CheckpointFolder(folder).relink(start.content)
             logger.info(f"finished already: {start.path} is at step {step} of {total_steps}"
-                        f"{best_line(task, start.content['best'])}; raise {'TRAIN.PATIENCE' if early else '--epochs'} to go on, or choose "
-                        "another --tag for a new run")
+                        f"{best_line(task, start.content['best'])}; raise {'TRAIN.PATIENCE' if early else '--epochs'} to go on, or "
+                        f"{new_run(start)}")
             return None
 
     distributed.begin_phase("building the model")
