@@ -122,6 +122,19 @@ def test_a_list_of_one_splits_images_labels_no_others(tmp_path: Path) -> None:
     assert [loaders.classes[t] for t in [*train.targets, *val.targets]] == ["x", "y", "y", "x"]
 
 
+def test_rows_of_one_image_are_in_one_part(tmp_path: Path) -> None:
+    """As in lists of boxes: its rows in training and in validation made the validation easier than it is."""
+    write_numbers(tmp_path, [f"{i}.png" for i in range(20)])
+    rows = [f"{i}.png,{i % 2}\n" for i in range(20) for _ in range(1 + i % 4)] + ["3.png,0\n"]
+    (tmp_path / "all.csv").write_text("path,label\n" + "".join(rows))
+    held: list[set[str]] = []
+    for opts in (("DATA.FOLD", "1/3"), ("DATA.FOLD", "2/3"), ("DATA.FOLD", "3/3"), ("DATA.VAL_FRACTION", 0.3)):
+        train, val = ({source.path(i) for i in range(len(source))} for source in sources(tmp_path / "all.csv", *opts)[:2])
+        assert not train & val and len(train | val) == 20
+        held.append(val)
+    assert sorted(map(len, held[:3])) == [6, 7, 7] and len(set.union(*held[:3])) == 20
+
+
 def test_an_image_of_two_labels_in_two_rows_is_told(tmp_path: Path) -> None:
     write_numbers(tmp_path, ["a.png", "b.png", "c.png"])
     (tmp_path / "all.csv").write_text("path,label\na.png,x\nb.png,y\nc.png,x\na.png,y\nb.png,y\n")
