@@ -1363,7 +1363,7 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
     train, predict, channels = config.TRAIN, config.PREDICT, input_channels(config)
     for key, values in (("DATA.MEAN", config.DATA.MEAN), ("DATA.STD", config.DATA.STD)):
         if values is not None and len(values) != channels:
-            yield key, f"{channels} number{'s' * (channels != 1)}, one a channel"
+            yield key, f"{channels} number{'s' * (channels != 1)}, one a channel (MODEL.IN_CHANS)"
     pairs = pairs_of(config.DATA.WINDOW or [0, 1])
     if len(pairs) != 1 and (channels <= 4 or len(pairs) != channels):
         yield "DATA.WINDOW", "one pair for all bands" + (f", or {channels} pairs" if channels > 4 else "")

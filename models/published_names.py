@@ -251,6 +251,10 @@ def _read(file: State, prefix: str, spelling: Spelling | None, own: Mapping[str,
     left_out += [name for name in source if name in _USELESS and name not in own]
     source = {name: tensor for name, tensor in source.items() if name in own or name not in _USELESS}
     state = translate(dict(source))
+    for name in [name for name in state if name.startswith("classifier.")]:
+        head = heads[0] + name.removeprefix("classifier.")
+        if head in own and head not in state:
+            state[head] = state.pop(name)
     foreign_heads = [name for name in state if name.startswith(beside) and name not in own]  # a projection head, or one not wanted
     state = {name: tensor for name, tensor in state.items() if name not in foreign_heads}
     fresh = _fresh(state, own, heads)

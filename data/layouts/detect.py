@@ -284,6 +284,8 @@ def _find_class_folders(root: str, options: Options, doubt: Sequence[Caution]) -
 
 def _class_folders(root: str, options: Options, doubt: Sequence[Caution]) -> Source:
     source = scan_folder(root, cache=options.cache)
+    if len(source.classes) == 1 and options.allows("lists") and (listed := _find_metadata(os.path.join(root, source.classes[0]), options)):
+        return listed[1]()  # data/metadata.csv: the only folder is no class
     source.notices += doubt
     return source
 

@@ -26,11 +26,18 @@ def split_by_fraction(source: Source, fraction: float, part: str) -> Source:
 
     Args:
         part: "train" or "val".
+
+    Raises:
+        DataError: no class has more than one image.
     """
     if "group" in source.marks:
         held = _share_out_groups(source, [1 - fraction, fraction]) == 1
     else:
         counts = np.bincount(source.targets, minlength=len(source.classes))
+        if counts.max(initial=0) < 2:
+            few = first_few(source.classes, 3)
+            raise DataError(f"{source.root}: no class has two images ({few}), so there is no image for validation; add "
+                            "some, or name the column of the classes with DATA.LABEL_COLUMN")
         wanted = np.clip(np.round(fraction * counts), np.minimum(1, counts // 2), np.maximum(counts - 1, 0)).astype(np.int64)
         held = _choose(source, wanted, "split")
     return _part(source, held if part == "val" else ~held, Notice(
@@ -77,14 +84,18 @@ def split_by_fold(source: Source, fold: str, part: str) -> Source:
 
 
 def make_folds(source: Source, count: int) -> np.ndarray:
-    """(images,) int64: one of ``count`` folds for each image; they differ by at most one image, in all and of every class.
+    """(images,) int64: one of ``count`` folds for each image; they differ by at most one image, in all and of every class. Rows of
+    a list that name one image lie in one fold.
 
     Where the source has groups each lies in one fold, and the folds are as even as that allows.
     """
     if "group" in source.marks:
         return _share_out_groups(source, [1 / count] * count)
-    folds = np.empty(len(source), dtype=np.int64)
-    folds[np.lexsort((_hashes(source, "folds"), source.targets))] = np.arange(len(source)) % count
+    hashes, folds = _hashes(source, "folds"), np.empty(len(source), dtype=np.int64)
+    _, first, image = np.unique(hashes, return_index=True, return_inverse=True)  # an image may have several rows in a list
+    targets = source.targets[first][image]
+    order = np.lexsort((hashes, targets))
+    folds[order] = np.cumsum(np.diff(hashes[order], prepend=hashes[order[:1]]) != 0) % count
     return folds
 
 
@@ -135,13 +146,14 @@ def _part(source: Source, mask: np.ndarray, notice: Notice) -> Source:
 
 
 def _choose(source: Source, wanted: np.ndarray, salt: str) -> np.ndarray:
-    """(images,) bool: ``wanted[c]`` images of each class c, those with the smallest hashes."""
-    order = np.lexsort((_hashes(source, salt), source.targets))
+    """(images,) bool: ``wanted[c]`` images of each class c, those with the smallest hashes, and all other rows of these."""
+    hashes = _hashes(source, salt)
+    order = np.lexsort((hashes, source.targets))
     starts = np.concatenate([[0], np.cumsum(np.bincount(source.targets, minlength=len(wanted)))])
     mask = np.zeros(len(source), dtype=bool)
     for start, count in zip(starts, wanted.tolist(), strict=False):
         mask[order[start:start + count]] = True
-    return mask
+    return np.isin(hashes, hashes[mask])  # all rows of an image that a list names again
 
 
 def _hashes(source: Source, salt: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from importlib import resources
 
@@ -31,7 +32,7 @@ def match_classes(source: Source, classes: Sequence[str] | None) -> Source:
             source.notices.append(Notice(f"{source.root}: numeric class folders are in alphabetical order, as in torchvision "
                                          f"({', '.join(source.classes[:3])}, ...); timm orders them by number; "
                                          "DATA.CLASS_NAMES sets an order"))
-        if alike := _differing_in_zeros(source.classes):
+        if alike := _differing_little(source.classes):
             source.notices.append(Caution(f"{source.root}: {' and '.join(alike)} are different classes; if they are one, write them alike"))
         return source
     names = list(classes)
@@ -140,10 +141,11 @@ def whole_number(label: str) -> int | None:
     return int(digits) if len(digits) <= _MOST_DIGITS and digits.isascii() and digits.isdecimal() else None
 
 
-def _differing_in_zeros(names: Sequence[str]) -> list[str]:
-    """The first names that are the same number; [] where there are none."""
-    spelled: dict[int, list[str]] = {}
+def _differing_little(names: Sequence[str]) -> list[str]:
+    """The first names that are the same number, or the same text but for capitals, blanks and the coding of accents; [] where there are
+    none."""
+    spelled: dict[int | str, list[str]] = {}
     for name in names:
-        if (value := whole_number(name)) is not None:
-            spelled.setdefault(value, []).append(name)
+        value, text = whole_number(name), " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        spelled.setdefault(text if value is None else value, []).append(name)
     return next((same for same in spelled.values() if len(same) > 1), [])

@@ -35,6 +35,10 @@ class _Way(NamedTuple):
             path = path.split("/", self.dropped)[-1]
         return path if self.suffix and path.lower().endswith(self.suffix.lower()) else path + self.suffix
 
+    def merges(self, paths: Sequence[str]) -> bool:
+        """Whether different paths would become one file's: the folders left out are not only another machine's."""
+        return self.dropped > 0 and len({self.name(path) for path in paths}) < len(set(paths))
+
     def leads(self, path: str) -> bool:
         return path.count("/") >= self.dropped and os.path.exists(os.path.join(self.root, self.name(path)))
 
@@ -61,11 +65,12 @@ def find_listed(path: str, lines: Sequence[int], paths: Sequence[str], roots: Se
         paths = [name.replace("\\", "/") for name in paths]
     paths = [name.removeprefix("./") for name in paths]
     sample = [paths[i] for i in sorted({round(k * (len(paths) - 1) / (_SAMPLE - 1)) for k in range(_SAMPLE)})]
-    way, found = _best_way(path, sample, [keys.root] if keys.root else list(dict.fromkeys(roots)), keys)
+    way, found = _best_way(path, paths, sample, [keys.root] if keys.root else list(dict.fromkeys(roots)), keys)
     names, notices = [way.name(name) for name in paths], []
     if found < len(sample):
         top = keys.root or os.path.dirname(path) or "."
         below = {i: file for i, file in _by_name(top, paths, keys.suffix).items() if not _lacks(way, paths[i], os.path.join(top, file))}
+        below = _unshared(way, top, paths, below)
         if len(below) > (found * len(paths)) // len(sample):
             names = [below.get(i) or os.path.relpath(os.path.join(way.root, name), top) for i, name in enumerate(names)]
             way, found = way._replace(root=top), len(below)
@@ -79,7 +84,7 @@ def find_listed(path: str, lines: Sequence[int], paths: Sequence[str], roots: Se
     return way.root, names, [*notices, *_checked(path, lines, way.root, names)]
 
 
-def _best_way(path: str, sample: Sequence[str], roots: Sequence[str], keys: ListKeys) -> tuple[_Way, int]:
+def _best_way(path: str, paths: Sequence[str], sample: Sequence[str], roots: Sequence[str], keys: ListKeys) -> tuple[_Way, int]:
     """(the way that leads to the sample, how much of it it leads to).
 
     Where the list's own folders hold some of the paths as they are, or half of them by their last folders or as names without one, the
@@ -100,6 +105,8 @@ def _best_way(path: str, sample: Sequence[str], roots: Sequence[str], keys: List
             if ways.get(root, (0,))[0] == len(sample) or not (as_is or any(map(way.leads, probes))):
                 continue
             count = sum(map(way.leads, sample))
+            if count and way.merges(paths):
+                continue
             if count > ways.get(root, (0,))[0]:
                 ways[root] = count, way
             if count == len(sample) and folders is roots:
@@ -130,6 +137,15 @@ def _lacks(way: _Way, path: str, found: str) -> bool:
     named = os.path.join(way.root, way.name(path))
     folder = os.path.join(os.path.dirname(named), "")
     return "/" in way.name(path) and not found.startswith(folder) and os.path.isdir(folder) and not os.path.exists(named)
+
+
+def _unshared(way: _Way, top: str, paths: Sequence[str], below: dict[int, str]) -> dict[int, str]:
+    """``below`` without the images that several paths lead to by their names, but for the path that is the image's."""
+    of_file: dict[str, set[str]] = {}
+    for i, file in below.items():
+        of_file.setdefault(file, set()).add(paths[i])
+    return {i: file for i, file in below.items() if len(of_file[file]) == 1
+            or os.path.abspath(os.path.join(way.root, way.name(paths[i]))) == os.path.abspath(os.path.join(top, file))}
 
 
 def _folders_below(folder: str) -> list[str]:

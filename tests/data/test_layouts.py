@@ -326,6 +326,22 @@ def test_classes_are_joined_by_name(tmp_path: Path) -> None:
         sources(tmp_path)
 
 
+def test_names_that_look_alike_and_classes_of_an_image_each_are_told(plain: Path, tmp_path: Path) -> None:
+    names = ["Cat", "cat", "caf\xe9", "caf\xe9 x", "dog"]
+    for split, number in (("train", 3), ("val", 1)):
+        for name in names:
+            for i in range(number):
+                (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+                shutil.copy(next((plain / "train").rglob("*.*")), tmp_path / split / name / f"{i}.jpg")
+    assert any("Cat and cat are different classes" in line for line in sources(tmp_path)[2].notices)
+    for split in ("train", "val"):
+        (tmp_path / split / "Cat").rename(tmp_path / split / "cafe\u0301")
+    told = [line for line in sources(tmp_path)[2].notices if "are different classes" in line]
+    assert len(told) == 1 and "cafe\u0301 and caf\xe9" in told[0]
+    with pytest.raises(DataError, match=r"no class has two images .*DATA\.LABEL_COLUMN"):
+        sources(tmp_path / "val", "DATA.VAL_FRACTION", 0.5)
+
+
 def test_zeros_before_a_number_do_not_move_an_image_to_another_class(tmp_path: Path) -> None:
     def joined(name: str, train: list[str], val: list[str]) -> tuple[list[str], list[str]]:
         """Classes, and those of the validation images; training labels are folders, or with ``list`` in the name a list's."""

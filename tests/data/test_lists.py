@@ -111,6 +111,22 @@ def test_a_missing_image_is_not_that_of_the_same_name_in_another_folder(tmp_path
     assert len(judged(tmp_path / "labels.csv", "DATA.IMAGE_ROOT", tmp_path / "test_images")[0]) == 42
 
 
+def test_different_paths_are_never_one_image(tmp_path: Path) -> None:
+    write_numbers(tmp_path, [f"a/{i}.png" for i in range(6)])
+    for rows in (range(6), range(8)):
+        for pattern in ("/old/x/{}/{}.png", "{}/{}.png", "/old/x/{}/deep/{}.png"):  # of b/ nothing is there
+            (tmp_path / "all.csv").write_text("path,label\n" + "".join(f"{pattern.format(f, i)},{f}\n" for f in "ab" for i in rows))
+            try:
+                train, val, loaders = sources(tmp_path / "all.csv", *HALF)
+            except DataError as error:
+                assert "is not below" in str(error) and "deep" in pattern
+                continue
+            there = [(source.path(i), source.classes[source.targets[i]]) for source in (train, val) for i in range(len(source))
+                     if os.path.exists(source.path(i))]
+            assert len(there) == 6 and {label for _, label in there} == {"a"}
+            assert any("images are not there" in line for line in loaders.notices)
+
+
 def test_a_list_of_one_splits_images_labels_no_others(tmp_path: Path) -> None:
     for split in ("train", "val"):
         write_numbers(tmp_path / split, ["a.png", "b.png"])
@@ -120,6 +136,19 @@ def test_a_list_of_one_splits_images_labels_no_others(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("path,label\ntrain/a.png,x\ntrain/b.png,y\nval/a.png,y\nval/b.png,x\n")
     train, val, loaders = sources(tmp_path)
     assert [loaders.classes[t] for t in [*train.targets, *val.targets]] == ["x", "y", "y", "x"]
+
+
+def test_rows_of_one_image_are_in_one_part(tmp_path: Path) -> None:
+    """As in lists of boxes: its rows in training and in validation made the validation easier than it is."""
+    write_numbers(tmp_path, [f"{i}.png" for i in range(20)])
+    rows = [f"{i}.png,{i % 2}\n" for i in range(20) for _ in range(1 + i % 4)] + ["3.png,0\n"]
+    (tmp_path / "all.csv").write_text("path,label\n" + "".join(rows))
+    held: list[set[str]] = []
+    for opts in (("DATA.FOLD", "1/3"), ("DATA.FOLD", "2/3"), ("DATA.FOLD", "3/3"), ("DATA.VAL_FRACTION", 0.3)):
+        train, val = ({source.path(i) for i in range(len(source))} for source in sources(tmp_path / "all.csv", *opts)[:2])
+        assert not train & val and len(train | val) == 20
+        held.append(val)
+    assert sorted(map(len, held[:3])) == [6, 7, 7] and len(set.union(*held[:3])) == 20
 
 
 def test_an_image_of_two_labels_in_two_rows_is_told(tmp_path: Path) -> None:
@@ -137,6 +166,9 @@ def test_hugging_faces_metadata_beside_the_images_of_a_split(tmp_path: Path) -> 
     train, val, loaders = sources(tmp_path)
     assert [loaders.classes[t] for t in train.targets] == BREEDS and [loaders.classes[t] for t in val.targets] == BREEDS[::-1]
     assert judged(tmp_path, "TEST.SPLIT", "test")[0] == BREEDS[::-1]
+    (tmp_path / "hub").mkdir()
+    shutil.copytree(tmp_path / "train", tmp_path / "hub/data")  # the only folder, and no class
+    assert sorted(listed(tmp_path / "hub").values()) == sorted(BREEDS) and judged(tmp_path / "hub")[0] == BREEDS
 
 
 def test_columns_that_are_not_clear_are_shown_with_the_names_that_would_be(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ NOISE = {f"decoder.{i}.weight": torch.ones(2) for i in range(40)}
     (lambda s: {"hyper_parameters": {"lr": 1}, "state_dict": {**named("model.swin.", s), "criterion.weight": torch.ones(5)}},
      "model.swin.", True),
     (lambda s: {**named("backbone.", backbone(s)), "head.weight": s["head.weight"], "head.bias": s["head.bias"]}, "backbone.", True),
+    (lambda s: {**named("backbone.", backbone(s)), "classifier.weight": s["head.weight"], "classifier.bias": s["head.bias"]}, "backbone.",
+     True),
     (lambda s: {"model": {**named("encoder.", {**backbone(s), "mask_token": torch.zeros(1, 1, 16)}), **NOISE}}, "encoder.", False),
     (lambda s: {"student": named("module.backbone.", {k: v * 0 for k, v in s.items()}),  # DINO's
                 "teacher": named("backbone.", backbone(s)) | {"head.mlp.0.weight": torch.ones(3, 3)}, "epoch": 3},

@@ -267,6 +267,12 @@ def test_repeated_runs_by_hand() -> None:
     (group,) = repeats([run("a", "1/3", 80.0), run("b", "1/3", 84.0), run("c", "2/3", 84.0, epochs=1)])
     assert len(group.problems) == 3 and "3/3 is missing" in group.problems[0]
     assert not repeats([run("a", "1/2", 80.0), run("b", "1/3", 80.0), run("c", "1/2", 80.0)])
+    early = [run("a", "1/2", 80.0, epochs=1), run("b", "2/2", 84.0)]  # by TRAIN.PATIENCE
+    early[0].events.append({"event": "finished"})
+    for one in early:
+        one.predictions, one.rows[0]["top5"], one.rows[-1]["top5"] = predictions([True]), 100.0, 100.0  # of two classes
+    (group,) = repeats(early)
+    assert not group.problems and [figure.name for figure in group.figures] == ["best top-1", "last top-1"]
 
 
 def predictions(right: list[bool], names: list[str] | None = None) -> PredictionsFile:

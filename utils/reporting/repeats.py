@@ -83,7 +83,7 @@ def _of(runs: Sequence[Run]) -> Repeats:
     folds = sorted({_fold(run) for run in runs} - {""})
     kinds = [f"{len(folds)} folds" if len(folds) > 1 else "", f"{len(seeds)} seeds" if len(seeds := {_varied(run)[1] for run in runs}) > 1
              else ""]
-    metrics, figures = runs[0].metrics, []
+    metrics, figures = runs[0].telling_metrics, []
     for when, rows in (("best", [run.best or {} for run in runs]), ("last", [run.evaluated[-1] if run.best else {} for run in runs])):
         for metric in metrics:
             values = [row.get(metric.name) for row in rows]
@@ -100,7 +100,7 @@ def _problems(runs: Sequence[Run], folds: Sequence[str]) -> list[str]:
     seen: dict[tuple[str, Any], Run] = {}
     for run in runs:
         done, planned = (run.rows[-1].get("epoch") if run.rows else 0), run.config.get("TRAIN.EPOCHS")
-        if done != planned:
+        if done != planned and not run.ended:
             problems.append(f"{run.name} has {done} of {planned} epochs")
         if (first := seen.setdefault(_varied(run), run)) is not run:
             problems.append(f"{first.name} and {run.name} are of the same fold and seed")

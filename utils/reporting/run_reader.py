@@ -39,6 +39,7 @@ _CLASSIFICATION = {"top1": ReportedMetric("top1", "top-1", digits=2, unit=" %"),
                    "val_loss": ReportedMetric("val_loss", "loss", higher_is_better=False)}
 
 
+_ENDS = ("finished", "stopped", "failed", "start")
 _PREDICTIONS = {"classification": PredictionsFile, "multilabel": LabelPredictionsFile}  # the file of a task's last evaluation
 
 
@@ -82,6 +83,18 @@ class Run:
         """What an evaluation gives, in the task's order."""
         told = self._told("metrics", None)
         return [_metric(row) for row in told if _mapping(row).get("name")] if isinstance(told, list) else list(_CLASSIFICATION.values())
+
+    @property
+    def telling_metrics(self) -> list[ReportedMetric]:
+        """Those of ``metrics`` that can differ: of five classes all are among the first five."""
+        few = self.predictions is not None and len(self.predictions.classes) <= 5
+        return [metric for metric in self.metrics if not (few and metric.name == "top5")]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run was over at its end, by its epochs or by TRAIN.PATIENCE."""
+        ends = [event for event in self.events if event.get("event") in _ENDS]
+        return bool(ends) and ends[-1]["event"] == "finished"
 
     @property
     def deciding(self) -> ReportedMetric:
@@ -257,9 +270,8 @@ def facts(run: Run) -> dict[str, str]:
     if not run.folder:
         return found if best else {}
     last = run.evaluated[-1] if best else {}
-    # The loss of validation stands beside that of training among the curves; of five classes all are among the first five.
-    passed_over = {"val_loss"} | ({"top5"} if run.predictions is not None and len(run.predictions.classes) <= 5 else set())
-    found |= {f"last {metric.label}": metric.shown(last.get(metric.name)) for metric in run.metrics if metric.name not in passed_over}
+    found |= {f"last {metric.label}": metric.shown(last.get(metric.name)) for metric in run.telling_metrics
+              if metric.name != "val_loss"}  # it stands beside that of training among the curves
     done, planned = (run.rows[-1].get("epoch", "?") if run.rows else 0), run.config.get("TRAIN.EPOCHS", "?")
     speeds = sorted(row["images_per_s"] for row in run.steps or run.rows if _is_number(row.get("images_per_s")))
     skipped = (row["skipped_steps"] for row in run.rows if _is_number(row.get("skipped_steps")))
@@ -270,7 +282,7 @@ def facts(run: Run) -> dict[str, str]:
         "restarts": str(max(0, len(run.starts) - 1)),
         "skipped steps": str(max(len({row["step"] for row in run.evidence}), sum(skipped))),
     }
-    ends = [event for event in run.events if event.get("event") in ("finished", "stopped", "failed", "start")]
+    ends = [event for event in run.events if event.get("event") in _ENDS]
     if ends:
         found["state"] = {"start": "running, or killed"}.get(ends[-1]["event"], ends[-1]["event"])
     return found
