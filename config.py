@@ -209,7 +209,10 @@ def _class_weights(value: Any) -> str | list[float]:
 
 def _mapping(value: Any) -> CfgNode:
     """Names with plain values: numbers, texts, lists of them. As a node of the tree: a dump then holds it."""
-    value = _literal(value)
+    try:
+        value = _literal(value)
+    except ValueError:
+        value = None
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise ValueError("a mapping of names to values, such as {name: 1}")
     return CfgNode({name: _plain_value(item) for name, item in value.items()})

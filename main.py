@@ -58,6 +58,8 @@ def run(argv: Sequence[str] | None = None) -> int:
             command = command_of(config)
         module, _, function = (command.run if command is not None else "train.train_run").partition(".")
         work = getattr(importlib.import_module(f"utils.commands.{module}"), function)
+    if __name__ == "__main__":
+        early_signals.release()  # after torch's imports too: some libraries catch what Ctrl-C raises, and go on in pieces
     if command is not None and command.light:
         if launcher.rank() != 0:
             return 0  # one process of a job is enough
@@ -108,7 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    early_signals.release()
     code = main()
     early_signals.hold()
     if sys.stdout is not None:

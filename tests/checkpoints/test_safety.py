@@ -67,6 +67,25 @@ def test_signals_while_modules_are_imported(number: int, status: int, words: str
     assert process.returncode == status and err == words and ("EVAL_MODE" in out) == (status == 0)
 
 
+def test_an_interrupt_that_an_import_swallows_ends_the_program(tmp_path: Path) -> None:
+    """Some libraries catch whatever their imports raise, Ctrl-C too, and would leave half of themselves behind."""
+    (tmp_path / "sitecustomize.py").write_text("""
+import importlib.abc, os, signal, sys, time
+class Swallows(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "torch":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            except BaseException:
+                raise AttributeError("half a module") from None
+sys.meta_path.insert(0, Swallows())
+""")
+    done = subprocess.run([sys.executable, str(ROOT / "main.py"), "--eval", "--resume", "no.pth"], cwd=tmp_path, timeout=60,
+                          env=environment(PYTHONPATH=str(tmp_path)), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "error: stopped by Ctrl-C; what was saved before is intact\n"
+
+
 def test_sigusr1_saves_and_goes_on(tiny_cfg: Path, tmp_path: Path) -> None:
     process = start("--cfg", tiny_cfg, *ENDLESS, cwd=tmp_path)
     folder = tmp_path / "output/tiny/default"

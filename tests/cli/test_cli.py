@@ -177,6 +177,9 @@ def test_the_nearest_configuration_file_is_named(program) -> None:
     for asked in ("mine", "configs/mne.yaml", "mine.yml"):
         done = program("--cfg", asked)
         assert done.returncode == 2 and "did you mean configs/mine.yaml?" in done.stderr
+    (program.folder / "configs/folder.yaml").mkdir()
+    done = program("--cfg", "configs/folder.yaml")
+    assert done.returncode == 2 and "is no file" in done.stderr and "did you mean" not in done.stderr
     done = program("--cfg", "elsewhere/other.yaml")
     assert done.returncode == 2 and "no such configuration file" in done.stderr
 

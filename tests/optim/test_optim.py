@@ -179,7 +179,7 @@ def test_arguments_of_the_optimizers_own(tmp_path: Path) -> None:
     assert [group[key] for key in ("ns_steps", "eps", "betas", "momentum")] == [4, 1e-5, (0.8, 0.9), 0.5]
     for text, words in (("{lr: 1}", "lr is the key TRAIN.BASE_LR"), ("{nosuch: 1}", "takes no nosuch; it takes adamw_lr.*fallback_list"),
                         ("{ns_coefficients: odd}", "cannot be made here with TRAIN.OPTIMIZER.ARGS"), ("[1]", "takes a mapping"),
-                        ("{eps: {a: 1}}", "takes a mapping of names to numbers")):
+                        ("{a: 1", "takes a mapping"), ("{eps: {a: 1}}", "takes a mapping of names to numbers")):
         with pytest.raises(ConfigError, match=words):
             optim.build_optimizer(get_config(None, ["TRAIN.OPTIMIZER.NAME", "muon", "TRAIN.OPTIMIZER.ARGS", text]), Mixed())
 

@@ -146,8 +146,10 @@ def require_config_file(path: str) -> None:
     here = os.path.join(PROGRAM_FOLDER, "configs")
     there = sorted({*glob.glob("configs/*.yaml"), *glob.glob(os.path.join(glob.escape(os.path.dirname(path) or "."), "*.y*ml")),
                     *(glob.glob(os.path.join(glob.escape(here), "*.yaml")) if not os.path.isdir("configs") else [])})
-    by_stem = {os.path.splitext(os.path.basename(file))[0]: file for file in there}
+    by_stem = {os.path.splitext(os.path.basename(file))[0]: file for file in there if os.path.isfile(file)}
     stem = re.sub(r"\.ya?ml$", "", os.path.basename(path))
     near = difflib.get_close_matches(stem, by_stem, n=3, cutoff=0.6)
     if near:
         raise ConfigError(f"{path}: no such configuration file; did you mean {', '.join(by_stem[n] for n in near)}?")
+    if os.path.lexists(path):
+        raise ConfigError(f"{path}: is no file that can be read as a configuration; name a .yaml file")
