@@ -73,7 +73,7 @@ class ArchiveImages(Source):
         try:
             descriptor = self._descriptor(archive)
             if method >= 0:
-                return _unpack(descriptor, offset, size, method, unpacked, crc)
+                return _unpack(descriptor, self.names[index], offset, size, method, unpacked, crc)
             data = read_at(descriptor, offset, size)
             if len(data) < size:
                 raise ValueError("the archive ends before it")
@@ -120,13 +120,16 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _unpack(descriptor: int, offset: int, size: int, method: int, unpacked: int, crc: int) -> bytes:
-    """A zip entry, checked against its CRC and never larger than the zip directory says."""
+def _unpack(descriptor: int, name: str, offset: int, size: int, method: int, unpacked: int, crc: int) -> bytes:
+    """A zip entry, checked against its name in the zip directory and its CRC, and never larger than the directory says."""
     header = read_at(descriptor, offset, 30)
     if header[:4] != b"PK\x03\x04":
         raise ValueError("the zip file is damaged there")
-    name, extra = struct.unpack("<HH", header[26:30])
-    data = read_at(descriptor, offset + 30 + name + extra, size)
+    length, extra = struct.unpack("<HH", header[26:30])
+    written = read_at(descriptor, offset + 30, length)
+    if name not in (written.decode(encoding, "replace").removeprefix("./") for encoding in ("utf-8", "cp437")):
+        raise ValueError("its name in the zip directory is another one than beside it: the zip file is damaged")
+    data = read_at(descriptor, offset + 30 + length + extra, size)
     if len(data) < size:
         raise ValueError("the archive ends before it")
     if method == zipfile.ZIP_DEFLATED:

@@ -225,6 +225,21 @@ def test_zip_files_that_cannot_be_read_say_why(method: int | None, plain: Path, 
             sources(root)
 
 
+def test_a_zip_directory_with_another_name_is_no_label(plain: Path, tmp_path: Path) -> None:
+    """One bit in the directory moves an image to another class; the name beside the image knows better."""
+    write_archives("zip", plain, tmp_path)
+    path = tmp_path / "train.zip"
+    data, name = bytearray(path.read_bytes()), b"train/n01443537/1"
+    data[data.rindex(name) + len(b"train/n0144")] ^= 1  # n01443537 -> n01442537
+    path.write_bytes(data)
+    source = sources(tmp_path)[0]
+    wrong = [i for i in range(len(source)) if "n01442537" in source.path(i)]
+    assert len(wrong) == 1
+    with pytest.raises(DataError, match="zip directory"):
+        source.read(wrong[0])
+    assert all(source.read(i) for i in range(len(source)) if i not in wrong)
+
+
 def test_bad_crc_counts_as_an_unreadable_image(plain: Path, tmp_path: Path) -> None:
     for kind in ("zip", "zip deflated"):
         write_archives(kind, plain, tmp_path)
