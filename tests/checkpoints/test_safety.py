@@ -58,7 +58,8 @@ def caught(process: subprocess.Popen[str], number: int) -> bool:
 @pytest.mark.parametrize(("number", "status", "words"), [(signal.SIGINT, 1, "error: stopped by Ctrl-C; what was saved before is intact\n"),
                                                          (signal.SIGUSR1, 0, "")])
 def test_signals_while_modules_are_imported(number: int, status: int, words: str, tmp_path: Path) -> None:
-    process = start("--print-config", cwd=tmp_path, PYTHONSAFEPATH="1")  # Python then leaves the script's folder out of its path
+    # Python then leaves the script's folder out of its path. "-u": a process that has imported nothing yet.
+    process = start("--print-config", cwd=tmp_path, launcher=("-u",), PYTHONSAFEPATH="1")
     while not caught(process, signal.SIGUSR1):  # the first thing that main.py does
         time.sleep(0.001)
     process.send_signal(number)
@@ -225,7 +226,8 @@ def test_full_disk_keeps_what_was_saved_and_training_goes_on(tiny_cfg: Path, tmp
     assert process.returncode == 75, err
     rows = [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(1, len(rows) + 1))  # the lines that could not be written then are there now
-    assert [int(number) for number in re.findall(r"^epoch (\d+)/4000 step 5/5 ", (folder / "log.txt").read_text(), re.M)] == rows
+    logged = [int(number) for number in re.findall(r"^epoch (\d+)/4000 step 5/5 ", (folder / "log.txt").read_text(), re.M)]
+    assert logged in (rows, [*rows, len(rows) + 1])  # the stop may come before an epoch's evaluation
     assert [row.split(",")[0] for row in (folder / "metrics.csv").read_text().splitlines()] == ["epoch", *map(str, rows)]
     steps = [json.loads(line)["step"] for line in (folder / "steps.jsonl").read_text().splitlines()]
     assert len(steps) == len(set(steps)) >= 2 * len(rows) and "Traceback" not in said + out + err
