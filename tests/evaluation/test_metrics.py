@@ -12,6 +12,7 @@ from conftest import load, write_images
 from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, f1_score, roc_auc_score
 
 from config import ConfigError, get_config
+from utils.tasks.build import build_task
 from utils.tasks.classification import Classification
 
 
@@ -45,6 +46,10 @@ def test_auroc_is_that_of_scikit_learn_and_of_two_classes(batch: int, images: Pa
     assert found.values["auroc"] == pytest.approx(roc_auc_score(targets[:60], (logits[:, 1] - logits[:, 0])[:60]), abs=1e-12)
     assert "AUROC 0." in found.line and "top5" not in found.line
     assert math.isnan(evaluated(logits[:50], targets[:50], batch, "TRAIN.BEST_METRIC", "auroc").values["auroc"])
+    with pytest.raises(ConfigError, match="choose from top1, loss, ") as told:  # what the key takes
+        build_task(get_config(None, ["TRAIN.BEST_METRIC", "map"]))
+    for word in str(told.value).partition("choose from ")[2].split(", "):
+        build_task(get_config(None, ["TRAIN.BEST_METRIC", word]))
     with pytest.raises(ConfigError, match=r"TRAIN\.BEST_METRIC is auroc.* has 4"):
         config = get_config(None, ["DATA.DATA_PATH", str(images), "DATA.NUM_WORKERS", "0", "TRAIN.BEST_METRIC", "auroc"])
         Classification(config).build_loaders(config)

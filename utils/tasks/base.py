@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError, image_size, input_channels
+from config import KEY, ConfigError, image_size, input_channels
 from data import Loaders, build_loaders
 from models import build_model
 from utils.checkpoints.file_format import is_own
@@ -201,7 +201,8 @@ def chosen_metric(config: CfgNode, known: Mapping[str, Metric], otherwise: str) 
     """
     name = otherwise if config.TRAIN.BEST_METRIC == "auto" else config.TRAIN.BEST_METRIC
     if name not in known:
-        raise ConfigError(f"TRAIN.BEST_METRIC is {name!r}, which TASK {config.TASK} does not have; choose from {', '.join(known)}")
+        raise ConfigError(f"TRAIN.BEST_METRIC is {name!r}, which TASK {config.TASK} does not have; choose from "
+                          f"{', '.join(word for word in known if word in KEY['TRAIN.BEST_METRIC'].choices)}")
     return known[name]
 
 
