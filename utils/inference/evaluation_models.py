@@ -52,6 +52,14 @@ class Reordered(nn.Module):
         return self.model(images).index_select(1, self.order)
 
 
+def arranged(model: nn.Module, names: Sequence[str], classes: Sequence[str], flip: str) -> nn.Module:
+    """``model``, whose outputs are ``names``, with outputs in the order of ``classes``, flipped as TEST.FLIP says."""
+    if list(names) != list(classes):
+        number = {name: i for i, name in enumerate(names)}
+        model = Reordered(model, [number[name] for name in classes])
+    return model if flip == "none" else Flipped(model, flip)
+
+
 def evaluation_models(task: Task, config: CfgNode, path: str, content: Any, classes: Sequence[str],
                       device: torch.device) -> list[nn.Module]:
     """The models of a file, in evaluation order: where a run kept an average, it is what counts and comes last.

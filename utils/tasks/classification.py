@@ -19,7 +19,7 @@ from utils.evaluation.classification_metrics import FEW, METRICS, OTHERS, counte
 from utils.evaluation.image_predictions import PredictionRecorder, mistakes_table, recordable, write_predictions
 from utils.evaluation.metrics import SumEvaluator, SumMetric
 from utils.evaluation.predictions_file import FILE, MISTAKES
-from utils.inference.evaluation_models import Flipped, Reordered
+from utils.inference.evaluation_models import arranged
 from utils.inference.outputs import TopClasses
 from utils.inference.trained_model import Trained
 from utils.runtime import distributed
@@ -129,10 +129,7 @@ class Classification(Task):
         return ClassificationReport(self, config)
 
     def evaluated_model(self, config: CfgNode, model: nn.Module, names: Sequence[str], classes: Sequence[str]) -> nn.Module:
-        if list(names) != list(classes):
-            number = {name: i for i, name in enumerate(names)}
-            model = Reordered(model, [number[name] for name in classes])
-        return model if config.TEST.FLIP == "none" else Flipped(model, config.TEST.FLIP)
+        return arranged(model, names, classes, config.TEST.FLIP)
 
     def prediction_format(self, config: CfgNode, trained: Trained) -> TopClasses:
         return TopClasses(trained.classes, trained.descriptions, config.PREDICT.TOPK)

@@ -21,7 +21,7 @@ from utils.evaluation.image_predictions import recordable
 from utils.evaluation.label_figures import UNDECIDED
 from utils.evaluation.label_predictions import METRICS, LabelEvaluator, LabelRecorder, write_label_predictions
 from utils.evaluation.predictions_file import FILE
-from utils.inference.evaluation_models import Flipped, Reordered
+from utils.inference.evaluation_models import arranged
 from utils.inference.outputs import LabelsOverThreshold
 from utils.inference.trained_model import Trained
 from utils.tasks.base import Batch, Task, chosen_metric, noise
@@ -122,10 +122,7 @@ class Multilabel(Task):
         return MultilabelReport(self, config)
 
     def evaluated_model(self, config: CfgNode, model: nn.Module, names: Sequence[str], classes: Sequence[str]) -> nn.Module:
-        if list(names) != list(classes):
-            number = {name: i for i, name in enumerate(names)}
-            model = Reordered(model, [number[name] for name in classes])
-        return model if config.TEST.FLIP == "none" else Flipped(model, config.TEST.FLIP)
+        return arranged(model, names, classes, config.TEST.FLIP)
 
     def prediction_format(self, config: CfgNode, trained: Trained) -> LabelsOverThreshold:
         return LabelsOverThreshold(trained.classes, self.thresholds(len(trained.classes)))
