@@ -23,7 +23,7 @@ FLOORS = (
     ("utils.runtime", "utils.optim"),
     ("data",),
     ("data.build",),
-    ("data.doctor", "data.streaming"),
+    ("data.doctor", "data.streaming", "data.dense"),
     ("data.loading",),
     ("data.layouts", "data.transforms"),
     ("data.sources",),
