@@ -285,9 +285,9 @@ def _train_sampler(config: CfgNode, source: Source, rank: int, world_size: int, 
                               f"every epoch is one step of {size}"))
     if isinstance(source, Stream):
         return StreamSampler(source, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, data.STREAM_BUFFER, thread,
-                             data.TIMEOUT)
+                             data.TIMEOUT, config.TRAIN.ITERATIONS)
     return StepSampler(size, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, data.REPEATED_AUG,
-                       source.targets, data.SAMPLING)
+                       source.targets, data.SAMPLING, config.TRAIN.ITERATIONS)
 
 
 def _val_sampler(config: CfgNode, source: Source, batch: int, rank: int, world_size: int,
