@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from data.dense.base import IGNORED
-from utils.inference.found import Found
+from utils.inference.found import Found, Panoptic, boxes_of, encode
 from utils.inference.outputs import rounded
 from utils.loggers.console import plain
 from utils.visualization.overlays import decode_mask, draw_map, draw_objects
@@ -84,3 +85,26 @@ class FoundMaps:
         return dict(text=", ".join(told[:_SHOWN]) + ", ..." * (len(told) > _SHOWN), cells=[rounded(float(share)) for share in shares],
                     record=dict(shares=record), caption=", ".join(self.classes[number] for number in there), confidence=None,
                     found=numbers, draw=lambda picture, scale: draw_map(picture, numbers))
+
+
+class FoundSegments:
+    """As ``FoundObjects``, of the segments of panoptic data, things and stuff, the largest first.
+
+    Args:
+        classes: names, in the order of the labels.
+    """
+
+    columns = FoundObjects.columns
+
+    def __init__(self, classes: Sequence[str]):
+        self.objects = FoundObjects(classes, 0.0)
+
+    def tell(self, outputs: Sequence[Panoptic]) -> list[dict[str, Any]]:
+        return self.objects.tell([_as_objects(one) for one in outputs])
+
+
+def _as_objects(one: Panoptic) -> Found:
+    sizes = np.bincount(one.segments.ravel(), minlength=len(one.labels) + 1)[1:]
+    order = np.argsort(-sizes, kind="stable")
+    masks = encode(torch.from_numpy(one.segments[None] == (order + 1)[:, None, None]))
+    return Found(boxes_of(masks), one.scores[order], one.labels[order], masks)

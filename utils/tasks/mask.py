@@ -15,11 +15,11 @@ from data.dense.batch import DenseBatch
 from utils.evaluation.detection_metrics import DetectionEvaluator, detection_metrics
 from utils.evaluation.map_metrics import MAP_METRICS, MapEvaluator
 from utils.evaluation.panoptic_metrics import PANOPTIC_METRICS, PanopticEvaluator
-from utils.inference.found import found_of_queries, map_of_queries, segments_of_queries
+from utils.inference.found import found_of_queries, map_of_queries, panoptic_of_queries
 from utils.inference.trained_model import Trained
 from utils.tasks.base import chosen_metric
 from utils.tasks.dense import DenseTask
-from utils.tasks.dense_predictions import FoundMaps, FoundObjects
+from utils.tasks.dense_predictions import FoundMaps, FoundObjects, FoundSegments
 from utils.tasks.semantic import maps_of
 
 # By the kind of the data: what is evaluated, and which figure decides.
@@ -57,11 +57,11 @@ class Mask(DenseTask):
         return loaders
 
     def answers(self, outputs: Mapping[str, Tensor], batch: DenseBatch) -> list[Any]:
+        whole = outputs, batch.sizes, batch.originals, batch.images.shape[2:]
         if self.kind == "maps":
-            return map_of_queries(outputs, batch.sizes, batch.originals)
-        if self.kind == "panoptic":
-            return segments_of_queries(outputs, batch.sizes, batch.originals, self.things)
-        return found_of_queries(outputs, batch.sizes, batch.originals, self.config.MODEL.DENSE.DETECTIONS)
+            return map_of_queries(*whole)
+        return panoptic_of_queries(*whole, self.things) if self.kind == "panoptic" else found_of_queries(
+            *whole, self.config.MODEL.DENSE.DETECTIONS)
 
     def targets(self, batch: DenseBatch) -> Any:
         return maps_of(batch) if self.kind == "maps" else batch.numbers
@@ -83,4 +83,6 @@ class Mask(DenseTask):
             self.things = [bool(thing) for thing in state.get("things", ())]
 
     def prediction_format(self, config: CfgNode, trained: Trained) -> Any:
-        return FoundMaps(trained.classes) if self.kind == "maps" else FoundObjects(trained.classes, config.PREDICT.SCORE)
+        if self.kind == "maps":
+            return FoundMaps(trained.classes)
+        return FoundSegments(trained.classes) if self.kind == "panoptic" else FoundObjects(trained.classes, config.PREDICT.SCORE)
