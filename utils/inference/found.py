@@ -27,12 +27,14 @@ class Found:
         scores: (n,) float32, between 0 and 1.
         labels: (n,) int64, positions among the classes.
         masks: run lengths of each (``dict(size=[H, W], counts=bytes)`` as pycocotools has them), or None from a model without masks.
+        size: height and width of the file's image.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
     masks: list[dict[str, Any]] | None = None
+    size: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,7 +43,7 @@ class Found:
         """Those of at least ``score``."""
         kept = np.flatnonzero(self.scores >= score)
         masks = None if self.masks is None else [self.masks[i] for i in kept.tolist()]
-        return Found(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
+        return Found(self.boxes[kept], self.scores[kept], self.labels[kept], masks, self.size)
 
 
 @dataclass
@@ -96,7 +98,7 @@ def _of_detections(output: Mapping[str, Tensor], size: Sequence[int], original: 
     boxes = np.clip(output["boxes"].float().cpu().numpy() * factor, 0, limit).astype(np.float32)
     scores = output["scores"].float().cpu().numpy()
     order = np.argsort(-scores, kind="stable")
-    found = Found(boxes[order], scores[order], output["labels"].cpu().numpy().astype(np.int64)[order])
+    found = Found(boxes[order], scores[order], output["labels"].cpu().numpy().astype(np.int64)[order], size=(height, width))
     if "masks" in output:
         masks = output["masks"].float().cpu().numpy()[order]
         found.masks = [pasted(mask, box, height, width) for mask, box in zip(masks, found.boxes.astype(np.float64), strict=True)]
@@ -176,7 +178,7 @@ def _of_queries(class_logits: Tensor, mask_logits: Tensor, size: Sequence[int], 
     order = np.argsort(-scores, kind="stable")
     order = order[scores[order] > 0]
     masks = [dict(runs[query]) for query in which.cpu().numpy()[order].tolist()]
-    return Found(boxes_of(masks), scores[order], (pairs % classes).cpu().numpy()[order], masks)
+    return Found(boxes_of(masks), scores[order], (pairs % classes).cpu().numpy()[order], masks, (original[0], original[1]))
 
 
 def boxes_of(masks: Sequence[Mapping[str, Any]]) -> np.ndarray:
