@@ -895,7 +895,9 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.EVAL_FREQ", 1, _int, "evaluate every so many epochs (and after the last)", AT_LEAST_1, scope=RUN),
     Key("TRAIN.BEST_METRIC", "auto", _str,
         "what decides which checkpoint is the best; of equals the one with the lower loss is; auto: top1, for several labels an image map; "
-        "auroc is of two classes", choices=("auto", "top1", "loss", "mean_recall", "f1", "kappa", "auroc", "map", "micro_f1")),
+        "auroc is of two classes; of dense tasks box_ap, mask_ap, miou or pq", choices=(
+            "auto", "top1", "loss", "mean_recall", "f1", "kappa", "auroc", "map", "micro_f1", "box_ap", "mask_ap", "miou", "pixel_accuracy",
+            "pq")),
     Key("TRAIN.DISTILLATION.TEACHER", "", _local,
         "trained model to learn from beside the labels: a checkpoint or export of this program, or timm's name of one; empty is none"),
     Key("TRAIN.DISTILLATION.WEIGHTS", "", _local, "file of weights of that timm model; empty fetches timm's own"),
