@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -20,48 +21,76 @@ VAL_FRACTION = 0.2
 def ensure_digits(root: str) -> bool:
     """Write ``root/{train,val}/<digit>/*.png`` unless they are there; True when this call wrote them.
 
+    Raises:
+        DataError: scikit-learn is missing, or ``root`` cannot be written.
+    """
+    return write_once(root, ("train", "val"), _write_digits)
+
+
+def write_once(root: str, inside: tuple[str, ...], write: Callable[[str], None]) -> bool:
+    """Call ``write`` with a folder that becomes ``root``, unless the folders ``inside`` are there; True when this call wrote them.
+
     They are written to a temporary folder, which is then renamed, so that ranks started together cannot collide and a kill
     leaves nothing incomplete.
 
     Raises:
-        DataError: scikit-learn is missing, or ``root`` cannot be written.
+        DataError: ``root`` cannot be written; whatever ``write`` raises.
     """
-    if os.path.isdir(os.path.join(root, "train")) and os.path.isdir(os.path.join(root, "val")):
+    def is_there() -> bool:
+        return all(os.path.isdir(os.path.join(root, name)) for name in inside)
+
+    if is_there():
         return False
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise DataError(f"{root}: the digits come from scikit-learn, which is not installed; "
-                        "pip install -r requirements.txt, or give your own images with --data-path") from None
     parent = os.path.dirname(os.path.abspath(root))
     try:
         os.makedirs(parent, exist_ok=True)
-        scratch = tempfile.mkdtemp(prefix=".digits-", dir=parent)
+        scratch = tempfile.mkdtemp(prefix=f".{os.path.basename(os.path.abspath(root))}-", dir=parent)
     except OSError as error:
         raise DataError(f"{parent}: cannot be written ({error.strerror}); give your own images with --data-path") from None
     try:
-        digits = load_digits()
-        for split, indices in zip(("train", "val"), _split_indices(digits.target), strict=True):
-            for index in indices:
-                folder = os.path.join(scratch, split, str(digits.target[index]))
-                os.makedirs(folder, exist_ok=True)
-                pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)
-                image = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-                image.save(os.path.join(folder, f"{index:04d}.png"))
-        os.chmod(scratch, 0o755)
+        try:
+            write(scratch)
+            os.chmod(scratch, 0o755)
+        except OSError as error:
+            raise DataError(f"{scratch}: cannot be written ({error.strerror or error}); make room there") from None
         try:
             os.rename(scratch, root)
         except OSError:
-            if not os.path.isdir(os.path.join(root, "val")):  # else another rank has written it
-                raise DataError(f"{root}: exists without train/ and val/; remove it, or give your own images "
-                                "with --data-path") from None
+            if not is_there():  # else another rank has written it
+                raise DataError(f"{root}: exists without {' and '.join(f'{name}/' for name in inside)}; remove it, or give your own "
+                                "images with --data-path") from None
             return False
         return True
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _split_indices(targets: np.ndarray) -> tuple[list[int], list[int]]:
+def load_pixels() -> tuple[np.ndarray, np.ndarray]:
+    """(scikit-learn's digits (1797, 8, 8) uint8, ink white; what each is).
+
+    Raises:
+        DataError: scikit-learn is missing.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError("the handwritten digits come from scikit-learn, which is not installed; pip install -r requirements.txt, "
+                        "or give your own images with --data-path") from None
+    digits = load_digits()
+    return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
+
+
+def _write_digits(folder: str) -> None:
+    pixels, targets = load_pixels()
+    for split, indices in zip(("train", "val"), split_indices(targets), strict=True):
+        for index in indices:
+            of_class = os.path.join(folder, split, str(targets[index]))
+            os.makedirs(of_class, exist_ok=True)
+            image = Image.fromarray(pixels[index]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            image.save(os.path.join(of_class, f"{index:04d}.png"))
+
+
+def split_indices(targets: np.ndarray) -> tuple[list[int], list[int]]:
     """(training, validation) indices of a fixed stratified split; the classes' sizes are rounded by largest remainders."""
     quota = {int(c): VAL_FRACTION * int((targets == c).sum()) for c in np.unique(targets)}
     counts = {c: int(q) for c, q in quota.items()}
