@@ -317,6 +317,7 @@ PIXELS = Rule(lambda size: all(0 < side <= LARGEST_SIDE for side in (size if isi
               f"it must be positive, and at most {LARGEST_SIDE} pixels a side")
 IMAGES = between(1, 1_000_000)  # of a batch
 EPOCHS = between(1, 1_000_000)
+STEPS = between(0, 1_000_000_000)
 MILESTONES = Rule(lambda epochs: all(0 <= epoch <= 1_000_000 for epoch in epochs), "epochs lie between 0 and 1,000,000")
 SECONDS = between(0, 10_000_000)  # which is four months; the system's clocks take no more than some centuries
 SHARES = Rule(lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1, "two shares, rising, in (0, 1]")
@@ -855,11 +856,15 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.EPOCHS", 300, _int, "passes over the training images", EPOCHS),
     Key("TRAIN.START_EPOCH", 0, _int, "accepted from old files; the checkpoint's step decides"),
     Key("TRAIN.WARMUP_EPOCHS", 20, _float, "epochs of linear warm-up", NOT_NEGATIVE),
+    Key("TRAIN.WARMUP_STEPS", 0, _int, "steps of linear warm-up, in place of TRAIN.WARMUP_EPOCHS (0: that counts)", STEPS),
     Key("TRAIN.BASE_LR", 5e-4, _float, "peak learning rate for a global batch of LR_BATCH", LEARNING_RATE),
     Key("TRAIN.WARMUP_LR", 5e-7, _float, "learning rate of the first step, likewise scaled", NOT_NEGATIVE),
     Key("TRAIN.MIN_LR", 5e-6, _float, "learning rate at the end, likewise scaled", NOT_NEGATIVE),
     Key("TRAIN.LR_BATCH", 512, _int, "global batch that the three rates are given for; 0 does not scale them", between(0, 10**9)),
     Key("TRAIN.WEIGHT_DECAY", 0.05, _float, "weight decay; none on biases, 1-D parameters and what the model names", NOT_NEGATIVE),
+    Key("TRAIN.NO_DECAY", [], _strs,
+        "further parameters without weight decay: patterns of names, such as *relative_position_bias_table *queries*"),
+    Key("TRAIN.BACKBONE_LR", 1.0, _float, "dense tasks: factor on the learning rate of the backbone, e.g. 0.1 (1: none)", UP_TO_1),
     Key("TRAIN.LAYER_DECAY", 1.0, _float, "factor on the learning rate per layer below the head (1: none)", UP_TO_1),
     Key("TRAIN.CLIP_GRAD", 5.0, _float, "largest gradient norm; 0 does not clip", NOT_NEGATIVE),
     Key("TRAIN.ACCUMULATION_STEPS", 1, _int, "micro-batches per optimizer step", IMAGES, scope=RUN),
@@ -890,7 +895,9 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.EVAL_FREQ", 1, _int, "evaluate every so many epochs (and after the last)", AT_LEAST_1, scope=RUN),
     Key("TRAIN.BEST_METRIC", "auto", _str,
         "what decides which checkpoint is the best; of equals the one with the lower loss is; auto: top1, for several labels an image map; "
-        "auroc is of two classes", choices=("auto", "top1", "loss", "mean_recall", "f1", "kappa", "auroc", "map", "micro_f1")),
+        "auroc is of two classes; of dense tasks box_ap, mask_ap, miou or pq", choices=(
+            "auto", "top1", "loss", "mean_recall", "f1", "kappa", "auroc", "map", "micro_f1", "box_ap", "mask_ap", "miou", "pixel_accuracy",
+            "pq")),
     Key("TRAIN.DISTILLATION.TEACHER", "", _local,
         "trained model to learn from beside the labels: a checkpoint or export of this program, or timm's name of one; empty is none"),
     Key("TRAIN.DISTILLATION.WEIGHTS", "", _local, "file of weights of that timm model; empty fetches timm's own"),
@@ -918,9 +925,12 @@ KEYS: tuple[Key, ...] = (
         "what training writes of itself at its end: report.html (html), plots/*.png too (png)", choices=("none", "html", "png"), scope=RUN),
     Key("TRAIN.TENSORBOARD_HISTOGRAMS", 0, _int,
         "epochs between histograms of the weights in TensorBoard (0: none)", NOT_NEGATIVE, scope=RUN),
-    Key("TRAIN.LR_SCHEDULER.NAME", "cosine", _str, "how the learning rate decays", choices=("cosine", "linear", "step", "multistep")),
+    Key("TRAIN.LR_SCHEDULER.NAME", "cosine", _str, "how the learning rate decays",
+        choices=("cosine", "linear", "poly", "step", "multistep")),
     Key("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", None, _optional(_bool),
         "start the decay after the warm-up; None is the family's recipe (CrossFormer False, others True)"),
+    Key("TRAIN.LR_SCHEDULER.POWER", 0.9, _float,
+        "poly: the rate falls to TRAIN.MIN_LR as this power of the share of steps still to come", between(0.01, 100)),
     Key("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 30.0, _float, "step: epochs between decays", between(0.001, 1_000_000)),
     Key("TRAIN.LR_SCHEDULER.DECAY_RATE", 0.1, _float, "step: factor of each decay", UP_TO_1),
     Key("TRAIN.LR_SCHEDULER.MULTISTEPS", [], _floats, "multistep: epochs of the decays", MILESTONES),
@@ -1289,6 +1299,8 @@ def _finish(root: CfgNode, opts: Sequence[str] | None) -> CfgNode:
         for key, value in _SIMMIM_AUGMENTATION.items():
             if key not in history(root):
                 _set(root, key, value, "TASK", "derived from TASK")
+    if root.TRAIN.WARMUP_STEPS and "TRAIN.WARMUP_EPOCHS" not in history(root):
+        _set(root, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.WARMUP_STEPS", "derived from TRAIN.WARMUP_STEPS")
     if root.TRAIN.LR_SCHEDULER.WARMUP_PREFIX is None:
         _set(root, "TRAIN.LR_SCHEDULER.WARMUP_PREFIX", root.MODEL.TYPE != "crossformer", "MODEL.TYPE", "derived from MODEL.TYPE")
     check(root)
@@ -1426,6 +1438,8 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
         yield "TRAIN.MIN_LR", f"it must lie between 0 and TRAIN.BASE_LR ({train.BASE_LR})"
     if train.WARMUP_EPOCHS and train.WARMUP_EPOCHS >= train.EPOCHS:
         yield "TRAIN.WARMUP_EPOCHS", f"the warm-up must end before training does (TRAIN.EPOCHS is {train.EPOCHS})"
+    if train.WARMUP_STEPS and train.WARMUP_EPOCHS:
+        yield "TRAIN.WARMUP_STEPS", f"it takes the place of TRAIN.WARMUP_EPOCHS ({train.WARMUP_EPOCHS:g}); set one of them to 0"
     if config.PLAN.FIT and (command := command_of(config)) is not None and not command.light and command.flag.key != "PLAN.RUN":
         yield "PLAN.FIT", f"--fit chooses the micro-batch of training; leave it out with {command.flag.name}"
     if config.FIND_LR.HIGH <= config.FIND_LR.LOW:

@@ -12,7 +12,7 @@ import timm.optim
 import torch
 import torch.nn.functional as F
 from conftest import differences
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from torch import Tensor, nn
 
 from config import ConfigError, config_from_text, get_config
@@ -56,6 +56,28 @@ def test_ends_and_shape() -> None:
     multi = schedule("TRAIN.LR_SCHEDULER.NAME", "multistep", "TRAIN.LR_SCHEDULER.MULTISTEPS", "[8, 20]", "TRAIN.LR_SCHEDULER.GAMMA", 0.5)
     assert [multi.lr_at(s) for s in (79, 80, 200)] == pytest.approx([1, 0.5, 0.25])
     assert schedule("TRAIN.WARMUP_EPOCHS", 0).lr_at(0) == 1.0
+    swapped = schedule("TRAIN.LR_SCHEDULER.NAME", "multistep", "TRAIN.LR_SCHEDULER.MULTISTEPS", "[20, 8]", "TRAIN.LR_SCHEDULER.GAMMA", 0.5)
+    assert [swapped.lr_at(s) for s in (79, 80, 200)] == pytest.approx([1, 0.5, 0.25])
+
+
+@pytest.mark.parametrize("power", [0.9, 1.0])
+def test_poly_is_timms(power: float) -> None:
+    ours = schedule("TRAIN.LR_SCHEDULER.NAME", "poly", "TRAIN.LR_SCHEDULER.POWER", power)
+    theirs = PolyLRScheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), t_initial=300, power=power, lr_min=0.1,
+                             warmup_lr_init=0.01, warmup_t=50, cycle_limit=1, t_in_epochs=False)
+    for step in range(300):
+        theirs.step_update(step)
+        assert ours.lr_at(step) == pytest.approx(theirs.optimizer.param_groups[0]["lr"], rel=1e-9), step
+    assert ours.lr_at(300) == pytest.approx(0.1)
+
+
+def test_warm_up_in_steps() -> None:
+    config = get_config(None, ["TRAIN.WARMUP_STEPS", "7", "TRAIN.BASE_LR", "1", "TRAIN.WARMUP_LR", "0.3"])
+    assert config.TRAIN.WARMUP_EPOCHS == 0 and config_from_text(config.dump()).TRAIN.WARMUP_STEPS == 7
+    made = build_schedule(config, 10, 512)
+    assert made.warmup_steps == 7 and [made.lr_at(step) for step in (0, 1, 7)] == pytest.approx([0.3, 0.4, made.lr_at(7)])
+    with pytest.raises(ConfigError, match=r"TRAIN.WARMUP_STEPS is 7.*TRAIN.WARMUP_EPOCHS \(2\)"):
+        get_config(None, ["TRAIN.WARMUP_STEPS", "7", "TRAIN.WARMUP_EPOCHS", "2"])
 
 
 def test_rates_follow_the_global_batch() -> None:
@@ -70,8 +92,45 @@ def test_groups_without_decay() -> None:
     for name, p in model.named_parameters():
         assert (id(p) in decayed) == (p.ndim > 1 and not name.endswith("bias")), name
     model.no_weight_decay = lambda: {"head.weight"}
-    groups = optim.parameter_groups(get_config(), model)
-    assert id(model.head.weight) not in {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+    groups = optim.parameter_groups(get_config(None, ["TRAIN.NO_DECAY", "['patch_embed.projs.*']"]), model)
+    exempt = {id(p) for g in groups if not g["weight_decay"] for p in g["params"]}
+    assert {id(model.head.weight), id(model.patch_embed.projs[0].weight)} <= exempt
+    with pytest.raises(ConfigError, match="TRAIN.NO_DECAY: 'no_such' fits no parameter"):
+        optim.parameter_groups(get_config(None, ["TRAIN.NO_DECAY", "[no_such]"]), model)
+
+
+class Dense(nn.Module):
+    """As the models of dense tasks are made: a classifier without its head in ``backbone.model``, and what stands on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.fpn = nn.Module(), nn.Linear(4, 4)
+        self.backbone.model, self.backbone.norms = CrossFormer(**{**TINY, "num_classes": 0}), nn.LayerNorm(4)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_the_backbones_share_of_the_rate(decay: float) -> None:
+    model = Dense()
+    model.backbone.model.no_weight_decay = lambda: {"patch_embed.projs.0.weight"}
+    config = get_config(None, ["TRAIN.BACKBONE_LR", "0.1", "TRAIN.LAYER_DECAY", str(decay)])
+    optimizer = optim.build_optimizer(config, model)
+    set_lr(optimizer, 2.0)
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert sorted(rates) == sorted(map(id, model.parameters()))
+    assert rates[id(model.fpn.weight)] == 2.0 and rates[id(model.backbone.norms.weight)] == pytest.approx(0.2)
+    inner = model.backbone.model
+    first, last = inner.patch_embed.projs[0].weight, inner.layers[1].blocks[1].mlp.fc1.weight
+    assert rates[id(last)] == pytest.approx(0.2 * decay)
+    assert rates[id(first)] == pytest.approx(0.2) if decay == 1 else rates[id(first)] < 0.5 * rates[id(last)]
+    assert id(first) in {id(p) for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
+    lines = optim.layer_rates(optimizer, model, 2.0)
+    assert lines[-1] == "learning rate 2 (x 1): fpn"
+    assert lines[:-1] == ["learning rate 0.2 (x 0.1): backbone"] if decay == 1 else "patch_embed" in lines[0]
+
+
+def test_a_model_without_a_backbone_is_a_sentence() -> None:
+    with pytest.raises(ConfigError, match="TRAIN.BACKBONE_LR is 0.1, but crossformer_tiny has no part called backbone"):
+        optim.parameter_groups(get_config(None, ["TRAIN.BACKBONE_LR", "0.1"]), CrossFormer(**TINY))
 
 
 def test_layer_decay_scales_the_rate() -> None:

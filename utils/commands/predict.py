@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from data.build import build_prediction_loader
 from data.layouts.input_paths import InputImages, find_input_images
 from data.loading.loader import ImageLoader
 from utils.commands.outputs import check_outputs
@@ -52,7 +51,7 @@ def predict_run(config: CfgNode, content: Any, device: torch.device, logger: log
     if wanted.FEATURES:
         require_features(trained.model, config)
     precision = prepare(config, device, logger)
-    loader, notices = build_prediction_loader(config, given, device, trained.published)
+    loader, notices = task.prediction_loader(config, given, device, trained.published)
     tell(logger, notices)
     logger.info(f"predicting {len(given)} image{'s' * (len(given) != 1)} by {trained.line()}, {len(trained.classes)} classes, on {device} "
                 f"in {precision.name}")

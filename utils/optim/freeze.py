@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 
 from torch import nn
 from yacs.config import CfgNode
 
-from config import ConfigError
+from config import ConfigError, lookup
 from models.weights import classifier_prefixes
+
+
+def matching_names(config: CfgNode, key: str, names: Sequence[str]) -> set[str]:
+    """Those of a model's parameters ``names`` that the patterns under ``key`` fit: whole names, or the parts before a dot.
+
+    Raises:
+        ConfigError: a pattern fits none.
+    """
+    found: set[str] = set()
+    for pattern in lookup(config, key):
+        matched = {name for name in names if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")}
+        if not matched:
+            raise ConfigError(f"{key}: {pattern!r} fits no parameter of {config.MODEL.NAME}; its names begin with "
+                              f"{', '.join(dict.fromkeys(name.split('.')[0] for name in names))}")
+        found |= matched
+    return found
 
 
 def freeze(model: nn.Module, config: CfgNode) -> list[nn.Module]:
@@ -22,13 +39,7 @@ def freeze(model: nn.Module, config: CfgNode) -> list[nn.Module]:
         ConfigError: a pattern fits no parameter, or nothing would be left to train.
     """
     names = [name for name, _ in model.named_parameters()]
-    frozen: set[str] = set()
-    for pattern in config.TRAIN.FREEZE:
-        matched = {name for name in names if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")}
-        if not matched:
-            raise ConfigError(f"TRAIN.FREEZE: {pattern!r} fits no parameter of {config.MODEL.NAME}; its names begin with "
-                              f"{', '.join(dict.fromkeys(name.split('.')[0] for name in names))}")
-        frozen |= matched
+    frozen = matching_names(config, "TRAIN.FREEZE", names)
     if config.TRAIN.LINEAR_PROBE:
         heads = tuple(prefix + "." for prefix in classifier_prefixes(model))
         frozen |= {name for name in names if not name.startswith(heads)}

@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 from config import ConfigError
 from data.messages import Notice
 from models.weights import classifier_prefixes
+from utils.optim.freeze import matching_names
 
 # What the optimizer names of NVIDIA apex stand for here, and the torch form that replaces each.
 _APEX = {"fused_adam": ("FusedAdam", "adamw"), "fusedadam": ("FusedAdam", "adamw"), "fused_adamw": ("FusedAdam", "adamw"),
@@ -64,23 +65,67 @@ def check_optimizer(config: CfgNode) -> None:
 
 
 def parameter_groups(config: CfgNode, model: nn.Module) -> list[dict]:
-    """timm's groups: no decay on 1-D parameters, biases and what the model names; ``lr_scale`` under layer decay; of a hybrid such
-    as Muon ``use_fallback`` on what it leaves to AdamW."""
-    common = dict(weight_decay=config.TRAIN.WEIGHT_DECAY, fallback_list=fallback_list(config, model),
-                  no_weight_decay_list=set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set())
-    if config.TRAIN.LAYER_DECAY < 1:
-        return timm.optim.param_groups_layer_decay(model, layer_decay=config.TRAIN.LAYER_DECAY, **common)
+    """timm's groups: no decay on 1-D parameters, biases, what the model names and TRAIN.NO_DECAY; ``lr_scale`` under layer decay and of
+    a dense model's backbone; of a hybrid such as Muon ``use_fallback`` on what it leaves to AdamW.
+
+    Raises:
+        ConfigError: TRAIN.NO_DECAY fits no parameter, or TRAIN.BACKBONE_LR is set and the model has no part of that name.
+    """
+    train, backbone = config.TRAIN, getattr(model, "backbone", None)
+    common = dict(weight_decay=train.WEIGHT_DECAY, fallback_list=fallback_list(config, model),
+                  no_weight_decay_list=_without_decay(config, model))
+    if isinstance(backbone, nn.Module):
+        return _with_rates(timm.optim.param_groups_weight_decay(model, **common), _backbone_rates(config, backbone))
+    if train.BACKBONE_LR < 1:
+        raise ConfigError(f"TRAIN.BACKBONE_LR is {train.BACKBONE_LR:g}, but {config.MODEL.NAME} has no part called backbone, as the models "
+                          "of dense tasks have; leave it at 1 (TRAIN.LAYER_DECAY lowers the rates of a classifier's layers)")
+    if train.LAYER_DECAY < 1:
+        return timm.optim.param_groups_layer_decay(model, layer_decay=train.LAYER_DECAY, **common)
     return timm.optim.param_groups_weight_decay(model, **common)
 
 
+_INNER = "backbone.model."  # before the classifier's own names in a dense model's
+
+
+def _without_decay(config: CfgNode, model: nn.Module) -> set[str]:
+    """Parameters, or patterns of their names, that are exempt from weight decay beside the 1-D ones."""
+    inner = getattr(getattr(model, "backbone", None), "model", None)
+    own = {prefix + name for prefix, part in (("", model), (_INNER, inner)) if hasattr(part, "no_weight_decay")
+           for name in part.no_weight_decay()}
+    return own | matching_names(config, "TRAIN.NO_DECAY", [name for name, _ in model.named_parameters()])
+
+
+def _backbone_rates(config: CfgNode, backbone: nn.Module) -> dict[int, float]:
+    """``id`` -> factor on the learning rate of each parameter of a dense model's backbone. The head is one layer above its last."""
+    train, inner = config.TRAIN, getattr(backbone, "model", backbone)
+    rates = {id(p): train.BACKBONE_LR for p in backbone.parameters()}
+    if train.LAYER_DECAY < 1:
+        for group in timm.optim.param_groups_layer_decay(inner, layer_decay=train.LAYER_DECAY):
+            rates |= {id(p): train.BACKBONE_LR * train.LAYER_DECAY * group["lr_scale"] for p in group["params"]}
+    return rates
+
+
+def _with_rates(groups: list[dict], rates: dict[int, float]) -> list[dict]:
+    """``groups``, parted by the factor that ``rates`` gives their parameters."""
+    parted: list[dict] = []
+    for group in groups:
+        of_scale: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            of_scale.setdefault(rates.get(id(parameter), 1.0), []).append(parameter)
+        parted += [{**group, "params": parameters, "lr_scale": scale} for scale, parameters in of_scale.items()]
+    return parted
+
+
 def layer_rates(optimizer: torch.optim.Optimizer, model: nn.Module, peak: float) -> list[str]:
-    """A line for each of layer decay's rates, from the input to the head: ``learning rate 1.2e-05 (x 0.024): patch_embed, pos_embed``."""
-    names, parts = {id(p): name for name, p in model.named_parameters()}, {}
+    """A line for each rate where there are several, lowest first: ``learning rate 1.2e-05 (x 0.024): patch_embed, pos_embed``."""
+    names, scales = {id(p): name for name, p in model.named_parameters()}, {}
     for group in optimizer.param_groups:
-        of_scale = parts.setdefault(group.get("lr_scale", 1.0), set())
-        of_scale |= {re.match(_LAYER, names[id(p)])[0] for p in group["params"]}
-    if len(parts) < 2:
+        scales.setdefault(group.get("lr_scale", 1.0), []).extend(names[id(p)] for p in group["params"])
+    if len(scales) < 2:
         return []
+    parts = {scale: {name.split(".")[0] for name in of_scale} for scale, of_scale in scales.items()}
+    if len(set().union(*parts.values())) < sum(map(len, parts.values())):  # parts of several rates: their layers
+        parts = {scale: {re.match(_LAYER, name.removeprefix(_INNER))[0] for name in of_scale} for scale, of_scale in scales.items()}
     return [f"learning rate {peak * scale:.3g} (x {scale:.3g}): {', '.join(sorted(of_scale, key=_by_number))}"
             for scale, of_scale in sorted(parts.items())]
 
