@@ -47,17 +47,25 @@ def variants(family: str) -> list[str]:
     return sorted(_FAMILIES[family].VARIANTS)
 
 
-def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
+# Arguments of timm's Swins without which they take one size. Their windows stay whole and shifted in every stage, as in Swin's
+# detectors: laid out for 224 pixels the last stage's would cover its map, and never shift.
+_ANY_SIZE = dict(strict_img_size=False, always_partition=True)
+
+
+def build_model(config: CfgNode, num_classes: int | None = None, any_size: bool = False) -> nn.Module:
     """The model that ``config.MODEL`` describes, with fresh weights, on the CPU.
 
     Args:
         num_classes: outputs of the classifier; None takes ``MODEL.NUM_CLASSES``, or 1000 where that is 0.
+        any_size: for images of other sizes than ``DATA.IMG_SIZE``, and of several, as in dense tasks. Ours take them anyway.
 
     Raises:
         ConfigError: an unknown name, or numbers that make no model.
     """
     classes = num_classes if num_classes is not None else config.MODEL.NUM_CLASSES or 1000
     common = dict(num_classes=classes, drop_rate=config.MODEL.DROP_RATE, drop_path_rate=config.MODEL.DROP_PATH_RATE)
+    if any_size and config.MODEL.TYPE in ("swin", "swinv2", "timm"):
+        common |= _ANY_SIZE
     if config.MODEL.TYPE == "timm":
         model, _ = _create_timm(config, common)
     else:
@@ -266,7 +274,9 @@ def _create_timm(config: CfgNode, common: dict[str, Any]) -> tuple[nn.Module, di
     size, kept = image_size(config), dict(num_classes=common["num_classes"])
     if input_channels(config) != 3:
         common, kept = dict(common, in_chans=input_channels(config)), dict(kept, in_chans=input_channels(config))
-    attempts: list[dict[str, Any]] = [dict(common, img_size=size), common,
+    sized = common
+    common = {key: value for key, value in common.items() if key not in _ANY_SIZE}
+    attempts: list[dict[str, Any]] = [dict(sized, img_size=size), dict(common, img_size=size), common,
                                       {k: v for k, v in common.items() if k != "drop_path_rate"}, kept]
     # Some models take no img_size (any size works), some no drop path; timm says so by TypeError only.
     for kwargs in attempts:

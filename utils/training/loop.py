@@ -14,7 +14,6 @@ from torch import nn
 from yacs.config import CfgNode
 
 from config import ProgramError
-from data import preprocessing
 from utils.checkpoints.background_saver import Saver
 from utils.checkpoints.file_format import describe
 from utils.checkpoints.folder import CheckpointFolder
@@ -92,7 +91,7 @@ def open_run(config: CfgNode, state: TrainState, plan: StepPlan, loaders: Any, g
         saved: the folder holds a checkpoint of just this state.
     """
     sampler = loaders.train.batch_sampler
-    description = describe(config.dump(), loaders.classes, preprocessing(config), config.DATA.DATA_PATH, loaders.fingerprints(),
+    description = describe(config.dump(), loaders.classes, plan.task.preprocessing(config), config.DATA.DATA_PATH, loaders.fingerprints(),
                            global_batch, sampler.steps_per_epoch)
     saver = Saver(files, config.TRAIN.BACKGROUND_SAVE, state.best, logger)
     records = Records(config, files.folder, state.step, state.evaluated, [metric.name for metric in plan.task.metrics],
