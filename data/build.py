@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 from yacs.config import CfgNode
 
-from config import ConfigError, input_channels, with_values
+from config import ConfigError, with_values
 from data.decoding.pillow import Reading, bands_beside_colour
 from data.errors import DataError, UnreadableImage
 from data.layouts import digits
@@ -23,66 +20,18 @@ from data.layouts.options import Options, resolve_data_file
 from data.layouts.splits import choose_classes, subset
 from data.loading.dataset import EvalImages, TrainImages
 from data.loading.loader import ImageLoader
+from data.loading.loaders import ClassResolver, Loaders, found_in_data, loader_options, require_images, settle
 from data.loading.sampler import ShardSampler, StepSampler
-from data.loading.workers import MIN_SHARED_MEMORY, free_shared_memory, ignore_signals, kill_workers, pipe_reason, worker_count
 from data.messages import Caution, Notice
 from data.sources.base import Source
-from data.sources.channel_statistics import measure_channels
 from data.sources.classes import first_few, match_classes
-from data.sources.deep_levels import look_at, settle_reading
+from data.sources.deep_levels import look_at
 from data.sources.label_sets import one_label_each, tell_single_labels
 from data.streaming.dataset import StreamEvalImages, StreamTrainImages
 from data.streaming.open import open_streams
 from data.streaming.sampler import StreamSampler, StreamShardSampler
 from data.streaming.stream import Stream, is_stream
 from data.transforms.pipeline import Pipeline, build_eval_pipeline, build_train_pipeline
-
-# From the names of the class folders to the classifier's class names; None for the folders' own.
-ClassResolver = Callable[[Sequence[str]], Sequence[str] | None]
-
-
-@dataclass
-class Loaders:
-    """The loaders of training and evaluation.
-
-    Attributes:
-        train: yields an optimizer step's local batch, ``(images, targets)``, for each step of the whole run.
-        val: yields ``(images, targets)``; the last batch is padded to the shape of the others with rows of target -1. Targets are positions
-            in ``classes`` (B,), or with several labels an image (B, classes) int8: 1, 0, or -1 for one that is not known.
-        classes: class names, in the order of the classifier's outputs.
-        notices: messages for the user.
-        layout: the name of the layout that was detected.
-        found: what the data told of keys that are None in the config (``config.FOUND_IN_DATA``).
-    """
-
-    train: ImageLoader | None
-    val: ImageLoader | None
-    classes: list[str]
-    notices: list[str] = field(default_factory=list)
-    layout: str = ""
-    found: dict[str, Any] = field(default_factory=dict)
-
-    def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The training stream from step ``start`` on."""
-        self.train.batch_sampler.start = start
-        return iter(self.train)
-
-    def fingerprints(self) -> dict[str, str]:
-        """Digest of the names and labels of each split: another list of images has another one, wherever they lie."""
-        loaders = dict(train=self.train, val=self.val)
-        return {split: loader.dataset.source.fingerprint() for split, loader in loaders.items() if loader is not None}
-
-    def report_unreadable(self, report: Callable[[str], None]) -> None:
-        """Call ``report`` with a message for each image that turns out to be unreadable."""
-        for loader in (self.train, self.val):
-            if loader is not None:
-                loader.report = report
-
-    def close(self) -> None:
-        """End the DataLoader workers now; left to the garbage collector they end after a time-out each."""
-        for loader in (self.train, self.val):
-            if loader is not None:
-                loader.close()
 
 
 def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: Sequence[str] = ("train", "val"),
@@ -121,7 +70,8 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     names = list(next(iter(sources.values())).classes)
     for source in sources.values():
         notices += source.notices
-    if found := _found(config, next(iter(sources.values())), notices):
+    first = next(iter(sources.values()))
+    if found := found_in_data(config, first, notices, first.measure if isinstance(first, Stream) else None):
         pipelines, _ = _pipelines(with_values(config, found, "the data"), splits, device, published)
     if config.MODEL.NUM_CLASSES and len(names) != config.MODEL.NUM_CLASSES:
         raise ConfigError(f"MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}, but {root} has {len(names)} classes; "
@@ -129,7 +79,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     if layout == "stream" and world_size > 1:
         notices.append(Notice(f"each of the {world_size} processes reads the whole stream and keeps its part"))
 
-    options, pipe = _loader_options(config, pipelines, device, local_world_size, notices)
+    options, pipe = loader_options(config, _batch_bytes(config, pipelines), device, local_world_size, notices)
     workers, train, val = options["workers"], None, None
     if "train" in sources:
         source, kind = sources["train"], StreamTrainImages if layout == "stream" else TrainImages
@@ -169,11 +119,11 @@ def build_prediction_loader(config: CfgNode, images: InputImages, device: torch.
         published: as in ``build_loaders``.
     """
     pipeline, notices = build_eval_pipeline(config, device, published)
-    _settle_reading(images, config, Reading.of(config), trained=config.DATA.WINDOW is not None)
+    settle(images, config, Reading.of(config), trained=config.DATA.WINDOW is not None)
     notices += images.notices
-    if found := _found(config, images, notices):
+    if found := found_in_data(config, images, notices):
         pipeline, _ = build_eval_pipeline(with_values(config, found, "the images"), device, published)
-    options, pipe = _loader_options(config, {"val": pipeline}, device, 1, notices)
+    options, pipe = loader_options(config, _batch_bytes(config, {"val": pipeline}), device, 1, notices)
     batch = min(_val_batch(config), len(images))
     sampler = ShardSampler(len(images), batch)
     options["workers"] = min(options["workers"], len(sampler)) if len(sampler) > 1 else 0  # one batch is as fast without workers
@@ -203,7 +153,7 @@ def _open_sources(config: CfgNode, root: str, splits: Sequence[str],
             tell_single_labels(source)
         source = match_classes(source, classes(source.classes) if callable(classes) else classes)
         reading = next(iter(sources.values())).reading if sources else Reading.of(config)
-        _settle_reading(source, config, reading, trained=bool(sources) or split == "val" and config.DATA.WINDOW is not None)
+        settle(source, config, reading, trained=bool(sources) or split == "val" and config.DATA.WINDOW is not None)
         if split == "train":
             _tell_left_out_bands(source, config.DATA.TIMEOUT)
             source = subset(source, config.DATA.SUBSET, config.SEED) if config.DATA.SUBSET < 1 else source
@@ -213,20 +163,6 @@ def _open_sources(config: CfgNode, root: str, splits: Sequence[str],
                             + (", or raise DATA.VAL_FRACTION" if options.val_fraction else ""))
         sources[split] = source
     return sources, layout.name
-
-
-def _settle_reading(source: Source, config: CfgNode, reading: Reading, trained: bool) -> None:
-    """As ``settle_reading``, with lines among the source's notices.
-
-    Args:
-        trained: ``reading`` is that of images which a model is or was trained on.
-    """
-    levels = settle_reading(source, reading, config.DATA.READ_PATIENCE, config.DATA.TIMEOUT)
-    if levels is not None:
-        source.notices += levels.messages(trained=trained and reading.window is not None)
-        if trained and reading.window is None:
-            source.notices.append(Caution(f"{source.root}: has images of more than 8 bits a channel, those of training have none; are both "
-                                          "stored alike?", "other-range"))
 
 
 def _tell_left_out_bands(source: Source, timeout: float) -> None:
@@ -240,23 +176,6 @@ def _tell_left_out_bands(source: Source, timeout: float) -> None:
     if source.reading.channels == 3 and (bands := look_at(source, 1, look, timeout)):
         source.notices.append(Caution(f"{source.root}: its images have {bands[0]} bands, of which the first three are used; "
                                       f"--in-chans {bands[0]} takes all", "bands"))
-
-
-def _found(config: CfgNode, source: Source, notices: list[str]) -> dict[str, Any]:
-    """What ``source`` tells of keys that are None in the config; statistics of the channels only where no published ones fit."""
-    data, channels, found = config.DATA, input_channels(config), {}
-    if data.WINDOW is None and source.reading.window is not None:
-        found["DATA.WINDOW"] = list(source.reading.window)
-    if channels != 3 and (data.MEAN is None or data.STD is None):
-        mean, std = source.measure() if isinstance(source, Stream) else measure_channels(source, data.TIMEOUT)
-        found |= {"DATA.MEAN": data.MEAN or mean, "DATA.STD": data.STD or std}
-        notices.append(Notice(f"normalised by the data's own mean {_shown(found['DATA.MEAN'])} and deviation {_shown(found['DATA.STD'])}, "
-                              f"since its {channels} channel{'s are' if channels > 1 else ' is'} not ImageNet's three"))
-    return found
-
-
-def _shown(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.3f}" for value in values)
 
 
 def has_label_sets(config: CfgNode) -> bool:
@@ -277,17 +196,13 @@ def has_label_sets(config: CfgNode) -> bool:
 
 
 def _train_sampler(config: CfgNode, source: Source, rank: int, world_size: int, thread: bool, notices: list[str]) -> StepSampler:
-    data, size, global_batch = config.DATA, len(source), config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world_size
-    if size < world_size:
-        raise ConfigError(f"{data.DATA_PATH} has {size} training images for {world_size} processes; start at most {size}")
-    if size < global_batch:
-        notices.append(Notice(f"the {size} training images are fewer than a global batch ({global_batch}); "
-                              f"every epoch is one step of {size}"))
+    data, size = config.DATA, len(source)
+    global_batch = require_images(config, size, world_size, notices)
     if isinstance(source, Stream):
         return StreamSampler(source, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, data.STREAM_BUFFER, thread,
-                             data.TIMEOUT)
+                             data.TIMEOUT, config.TRAIN.ITERATIONS)
     return StepSampler(size, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, data.REPEATED_AUG,
-                       source.targets, data.SAMPLING)
+                       source.targets, data.SAMPLING, config.TRAIN.ITERATIONS)
 
 
 def _val_sampler(config: CfgNode, source: Source, batch: int, rank: int, world_size: int,
@@ -297,27 +212,14 @@ def _val_sampler(config: CfgNode, source: Source, batch: int, rank: int, world_s
     return ShardSampler(len(source), batch, rank, world_size)
 
 
+def _batch_bytes(config: CfgNode, pipelines: Mapping[str, Pipeline]) -> int:
+    """Bytes of the largest batch that a worker hands over."""
+    images = dict(train=config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS, val=_val_batch(config))
+    return max(images[split] * math.prod(p.shape) * p.dtype.itemsize for split, p in pipelines.items())
+
+
 def _val_batch(config: CfgNode) -> int:
     return config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
-
-
-def _loader_options(config: CfgNode, pipelines: Mapping[str, Pipeline], device: torch.device, local_world_size: int,
-                    notices: list[str]) -> tuple[dict[str, Any], bool]:
-    """(what all loaders of a process have in common, whether batches must go through pipes)."""
-    workers, free = worker_count(config.DATA.NUM_WORKERS, local_world_size), free_shared_memory()
-    if workers and free is not None and free < MIN_SHARED_MEMORY:
-        notices.append(Notice(f"/dev/shm can take {free >> 10} KiB, too little for DataLoader workers; images are loaded without them "
-                              "(docker: --shm-size=8g, and not read-only)"))
-        workers = 0
-    images = dict(train=config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS, val=_val_batch(config))
-    batch_bytes = max(images[split] * math.prod(p.shape) * p.dtype.itemsize for split, p in pipelines.items())
-    reason = pipe_reason(batch_bytes, workers * local_world_size)
-    notices += [reason] if reason else []
-    return dict(workers=workers, timeout=config.DATA.TIMEOUT, device=device, pin_memory=config.DATA.PIN_MEMORY,
-                worker_init_fn=ignore_signals), bool(reason)
-
-
-atexit.register(kill_workers)
 
 
 __all__ = ["DataError", "Loaders", "build_loaders"]

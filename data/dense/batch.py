@@ -34,3 +34,21 @@ class DenseBatch(NamedTuple):
     labels: Tensor
     masks: Tensor
     maps: Tensor
+
+    def objects(self) -> list[dict[str, Tensor]]:
+        """What each image shows: ``boxes (n, 4)``, ``labels (n,)`` and, where the batch has them, ``masks (n, H, W)``."""
+        counts = self.counts.tolist()
+        parts = dict(boxes=self.boxes.split(counts), labels=self.labels.split(counts))
+        if len(self.masks) == len(self.labels) and self.masks.shape[1:] == self.images.shape[2:]:
+            parts["masks"] = self.masks.split(counts)
+        return [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
+
+    def split(self, parts: int) -> list[DenseBatch]:
+        """The batch in so many parts, whose images differ in number by one at most; of a training batch, whose maps are (B, H, W)."""
+        rows = [self.images, self.sizes, self.originals, self.numbers, self.counts]
+        rows = list(zip(*(part.tensor_split(parts) for part in rows), strict=True))
+        lengths = [int(counts.sum()) for *_, counts in rows]
+        masks = self.masks.split(lengths) if len(self.masks) == len(self.labels) else [self.masks] * parts
+        maps = self.maps.tensor_split(parts) if self.maps.ndim == 3 else [self.maps] * parts
+        flat = zip(self.boxes.split(lengths), self.labels.split(lengths), masks, maps, strict=True)
+        return [DenseBatch(*row, *objects) for row, objects in zip(rows, flat, strict=True)]

@@ -56,12 +56,12 @@ class CorruptImagePolicy:
 
 
 class ReplaceCorrupt(CorruptImagePolicy):
-    """Training images by key; a corrupt one is replaced by another of its class."""
+    """Training images by key; a corrupt one is replaced by another of its class, or by any other where an image has no one class."""
 
-    def __init__(self, source: Source, workers: int, seed: int):
+    def __init__(self, source: Source, workers: int, seed: int, by_class: bool = True):
         super().__init__(source, workers)
-        self.seed = seed
-        self._groups = source.targets if source.labels is None else np.zeros_like(source.targets)
+        self.seed, self._alike = seed, by_class and source.labels is None
+        self._groups = source.targets if self._alike else np.zeros_like(source.targets)
         self._by_class = np.argsort(self._groups, kind="stable")
         self._ends = np.cumsum(np.bincount(self._groups, minlength=len(source.classes)))
 
@@ -82,7 +82,7 @@ class ReplaceCorrupt(CorruptImagePolicy):
             except UnreadableImage as error:
                 failures.append(Failure(other, error.path, error.reason))
         last = failures[-1]
-        alike = "" if self.source.labels is not None else f" of its class {self.source.classes[self.source.targets[index]]!r}"
+        alike = "" if not self._alike else f" of its class {self.source.classes[self.source.targets[index]]!r}"
         raise DataError(f"{last.path}: not a readable image ({last.reason}), nor is any other{alike} that was tried; repair the folder")
 
     def _replacements(self, key: Key) -> list[int]:

@@ -26,8 +26,8 @@ class Batch(NamedTuple):
     """What a DataLoader worker hands over.
 
     Attributes:
-        parts: ``(images, targets)``, or ``(crops, augmentation parameters, targets)`` where the device augments: tensors in shared
-            memory, or numpy arrays, which travel through a pipe.
+        parts: what the dataset's ``move`` takes: ``(images, targets)``, or ``(crops, augmentation parameters, targets)`` where the device
+            augments: tensors in shared memory, or numpy arrays, which travel through a pipe.
         failures: images that could not be read.
         decoded: numbers of images decoded by the fast decoder and by Pillow.
     """
@@ -43,6 +43,18 @@ def seed_generators(seed: int, key: Key) -> None:
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.default_generator.manual_seed(seed)
+
+
+def empty_in_shared_memory(shape: tuple[int, ...], dtype: torch.dtype, pipe: bool) -> Tensor:
+    """An uninitialised tensor; in a DataLoader worker in shared memory from the start, so that it is never copied.
+
+    Args:
+        pipe: it travels through a pipe instead, and lies in ordinary memory.
+    """
+    if pipe or get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
 class BatchedImages(Dataset):
@@ -62,12 +74,15 @@ class BatchedImages(Dataset):
         return label if self.target_of is None else self.target_of(key)
 
     def _allocate(self, size: int) -> Tensor:
-        """Uninitialised rows for ``size`` images; in a worker in shared memory from the start, so that they are never copied."""
-        shape, dtype = (size, *self.pipeline.shape), self.pipeline.dtype
-        if self.pipe or get_worker_info() is None:
-            return torch.empty(shape, dtype=dtype)
-        storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-        return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+        """Uninitialised rows for ``size`` images."""
+        return empty_in_shared_memory((size, *self.pipeline.shape), self.pipeline.dtype, self.pipe)
+
+    def move(self, parts: tuple[Any, ...], device: torch.device) -> Any:
+        """``(images (B, 3, H, W) float, targets)`` on ``device`` of the ``parts`` of a batch."""
+        images, *parameters, targets = parts  # the parameters, where the device augments, stay on the host
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        finish = self.pipeline.finish
+        return images if finish is None else finish(images, *parameters), targets
 
     def _batch(self, parts: tuple[Tensor, ...], failures: list[Failure]) -> Batch:
         return Batch(tuple(part.numpy() for part in parts) if self.pipe else parts, failures, self.pipeline.counts())

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-HostBatch, DeviceBatch = tuple[Tensor, ...], tuple[Tensor, Tensor]
+HostBatch = tuple[Any, ...]
+Move = Callable[[HostBatch, torch.device], Any]  # from what a DataLoader worker handed over to a batch, most of it on the device
 
 
-def to_device(batches: Iterable[HostBatch], finish: Callable[..., Tensor] | None, device: torch.device) -> Iterator[DeviceBatch]:
-    """``(images (B, 3, H, W) float, targets (B,))`` on ``device`` of each of ``batches``.
-
-    Args:
-        batches: ``(images, targets)`` or ``(crops, augmentation parameters, targets)`` on the host.
-        finish: makes images of what is handed over (``Pipeline.finish``), on the device; None where they are images already.
-    """
-    move = functools.partial(_move, finish, device)
-    return _prefetched(batches, move, device) if device.type == "cuda" else map(move, batches)
+def to_device(batches: Iterable[HostBatch], move: Move, device: torch.device) -> Iterator[Any]:
+    """``move(batch, device)`` of each of ``batches``: tensors, or tuples of tensors, of which some may stay on the host."""
+    moved = functools.partial(move, device=device)
+    return _prefetched(batches, moved, device) if device.type == "cuda" else map(moved, batches)
 
 
-def _move(finish: Callable[..., Tensor] | None, device: torch.device, batch: HostBatch) -> DeviceBatch:
-    images, *parameters, targets = batch  # the parameters, where the device augments, stay on the host
-    images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-    return images if finish is None else finish(images, *parameters), targets
-
-
-def _prefetched(batches: Iterable[HostBatch], move: Callable[[HostBatch], DeviceBatch], device: torch.device) -> Iterator[DeviceBatch]:
+def _prefetched(batches: Iterable[HostBatch], move: Callable[[HostBatch], Any], device: torch.device) -> Iterator[Any]:
     """The next batch is copied and augmented while the model computes its step on this one."""
     side, ready = torch.cuda.Stream(device), None
     for batch in batches:
@@ -41,9 +32,18 @@ def _prefetched(batches: Iterable[HostBatch], move: Callable[[HostBatch], Device
         yield _wait_for(*ready, device)
 
 
-def _wait_for(batch: DeviceBatch, event: torch.cuda.Event, device: torch.device) -> DeviceBatch:
+def _wait_for(batch: Any, event: torch.cuda.Event, device: torch.device) -> Any:
     current = torch.cuda.current_stream(device)
     current.wait_event(event)
-    for tensor in batch:
-        tensor.record_stream(current)  # its memory is the side stream's; it must not be used again before the step is done
+    for tensor in _tensors(batch):
+        if tensor.is_cuda:
+            tensor.record_stream(current)  # its memory is the side stream's; it must not be used again before the step is done
     return batch
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (tuple, list)):
+        for part in batch:
+            yield from _tensors(part)

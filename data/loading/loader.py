@@ -68,7 +68,8 @@ _worker_deaths = _WorkerDeaths()
 class ImageLoader:
     """A ``DataLoader`` whose batches arrive on the device, normalised, and which counts the images that could not be read.
 
-    It yields ``(images (B, 3, H, W) float, targets (B,))`` on ``device``.
+    It yields what ``dataset.move`` makes of a worker's batch: ``(images (B, 3, H, W) float, targets (B,))`` on ``device`` in
+    classification, ``data.dense.batch.DenseBatch`` in dense tasks.
 
     Args:
         budget: unreadable images that training goes on with; None (evaluation) sets no limit.
@@ -109,13 +110,13 @@ class ImageLoader:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         self._iterator, self.unreadable, self.decoded = iter(self._loader), 0, (0, 0)
         if self.num_workers:
             _worker_deaths.take_over()
-        return to_device(self._batches(self._iterator), self.dataset.pipeline.finish, self.device)
+        return to_device(self._batches(self._iterator), self.dataset.move, self.device)
 
-    def _batches(self, iterator: Iterator[Batch]) -> Iterator[tuple[Tensor, ...]]:
+    def _batches(self, iterator: Iterator[Batch]) -> Iterator[tuple[Any, ...]]:
         while True:
             try:
                 with _worker_deaths:

@@ -16,7 +16,7 @@ from data import build_loaders, preprocessing
 from models.crossformer import CrossFormer
 from utils.tasks.classification import Classification
 from utils.visualization.attention_map import Attended, attended, chosen, page
-from utils.visualization.batch_grid import labels_of, sheet
+from utils.visualization.batch_grid import labels_of, lines_of, sheet
 from utils.visualization.drawing import drawable, to_image
 
 
@@ -50,8 +50,9 @@ def test_batch_is_drawn_as_the_model_is_given_it(where: str, tiny_cfg: Path, pro
 
 def test_sheet_keeps_long_names_inside_and_goes_on_with_single_labels() -> None:
     names = ["x" * 200, "y"]
+    shares = torch.tensor([[0.6, 0.4], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     tiles = [Image.new("RGB", (32, 32), (255, 0, 0))] * 4
-    drawn = np.asarray(sheet(tiles, [[(0, 0.6), (1, 0.4)], [(1, 1.0)], [(0, 1.0)], [(1, 1.0)]], names, "t" * 500, "s"))
+    drawn = np.asarray(sheet(tiles, lines_of(shares, 0.0, names), "t" * 500, "s"))
     assert (drawn[:, -20:] == drawn[0, 0]).all() and (drawn[-20:] == drawn[0, 0]).all()  # margins stay empty
     labels = drawn[86 + 192 + 6:86 + 192 + 6 + 2 * 17]
     assert (labels[:, 24:24 + 192] != drawn[0, 0]).any() and (labels[:, 24 + 192 + 2:24 + 192 + 14] == drawn[0, 0]).all()
@@ -60,7 +61,7 @@ def test_sheet_keeps_long_names_inside_and_goes_on_with_single_labels() -> None:
 def test_names_in_any_script_are_told_apart() -> None:
     assert drawable("a\x1b[2J\n") == "a\\x1b[2J\\n"
     tiles = [Image.new("RGB", (32, 32), (255, 0, 0))] * 2
-    drawn = np.asarray(sheet(tiles, [[(0, 1.0)], [(1, 1.0)]], ["\u732b", "\u72ac"], "t", "s"))
+    drawn = np.asarray(sheet(tiles, [[("\u732b", "")], [("\u72ac", "")]], "t", "s"))
     first, second = (drawn[86 + 192 + 2:, left:left + 192] for left in (24, 24 + 192 + 14))
     assert (first != second).any()  # no boxes, which are all alike
 

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from config import ConfigError, image_size, input_channels
-from data import preprocessing
+from config import ConfigError, input_channels
 from data.messages import Notice
 from models.safe_load import read_file
 from utils.checkpoints.file_format import describe, write_checkpoint
@@ -84,7 +83,7 @@ def _plan(ready: Prepared, logger: logging.Logger) -> None:
 # --------------------------------------------------------------------------------------------------
 
 def _model_line(ready: Prepared) -> str:
-    model, (height, width) = ready.state.model, image_size(ready.config)
+    model, (height, width) = ready.state.model, ready.plan.task.input_size(ready.config)
     with torch.compiler.set_stance("force_eager"):
         gmacs = multiply_adds(model, (height, width), input_channels(ready.config)) / 1e9
     parameters = sum(p.numel() for p in model.parameters())
@@ -104,13 +103,13 @@ def _curve_lines(ready: Prepared) -> list[str]:
 
 
 def _require_disk(ready: Prepared, logger: logging.Logger) -> None:
-    config, size = ready.config, ready.state.size()
-    number = checkpoints_kept(config)
+    config, size, epochs = ready.config, ready.state.size(), ready.loaders.train.batch_sampler.epochs
+    number = checkpoints_kept(config, epochs)
     wanted = min(number * size, config.TRAIN.CHECKPOINT_BUDGET or number * size)
     logger.info(f"disk: a checkpoint takes {format_size(size)}, the {number} that the run keeps at a time {format_size(wanted)}; "
                 f"{format_size(free_bytes(ready.folder))} are free")
     try:
-        require_room(config, ready.folder, size, logger)
+        require_room(config, ready.folder, size, epochs, logger)
     except ConfigError as error:
         raise DoesNotFit(str(error)) from None
 
@@ -203,8 +202,8 @@ def _try_save(ready: Prepared, per_epoch: int, logger: logging.Logger) -> Save:
 
 def _save_and_load(ready: Prepared, per_epoch: int) -> tuple[Save, str]:
     config, state = ready.config, ready.state
-    described = describe(config.dump(), ready.loaders.classes, preprocessing(config), config.DATA.DATA_PATH, {}, ready.global_batch,
-                                    per_epoch)
+    described = describe(config.dump(), ready.loaders.classes, ready.plan.task.preprocessing(config), config.DATA.DATA_PATH, {},
+                         ready.global_batch, per_epoch)
     with tempfile.TemporaryDirectory(prefix="plan-", dir=os.path.expanduser(config.PLAN.SCRATCH) or None) as scratch:
         path, times = os.path.join(scratch, "ckpt_00000000.pth"), [time.perf_counter()]
         content = {**described, **state.state_dict(copy=config.TRAIN.BACKGROUND_SAVE)}

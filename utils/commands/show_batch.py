@@ -10,14 +10,13 @@ import torch
 from yacs.config import CfgNode
 
 from config import ConfigError
-from data import preprocessing
 from utils.checkpoints.file_format import is_own
 from utils.commands.outputs import check_outputs
 from utils.evaluation.setup import open_loaders
 from utils.runtime import distributed
 from utils.tasks.build import build_task
-from utils.visualization.batch_grid import labels_of, sheet
-from utils.visualization.drawing import require_png, save, to_image
+from utils.visualization.batch_grid import sheet
+from utils.visualization.drawing import require_png, save
 
 MOST = 36  # images of a picture
 
@@ -40,21 +39,13 @@ def show_batch(config: CfgNode, content: Any, device: torch.device, logger: logg
     with contextlib.closing(loaders):
         batch = next(loaders.batches())
     transform = task.batch_transform(config, len(loaders.classes), rank=0)
-    images, targets = transform(task.to_device(batch, device), 0)
-    if len(images) == 0:
+    batch = transform(task.to_device(batch, device), 0)
+    number = len(task.images(batch))
+    if number == 0:
         raise ConfigError(f"{config.DATA.DATA_PATH}: the first batch holds no image")
-    labels = labels_of(targets.cpu(), task.smoothing)
-    prepare, shown = preprocessing(config), min(len(images), MOST)
-    tiles = [to_image(image, prepare["mean"], prepare["std"]) for image in images[:shown]]
-    title = (f"{config.DATA.DATA_PATH}: " + (f"{shown} of the {len(images)} images" if shown < len(images) else f"the {shown} images")
+    tiles, lines, recipe = task.shown_batch(config, batch, loaders.classes, MOST)
+    title = (f"{config.DATA.DATA_PATH}: " + (f"{len(tiles)} of the {number} images" if len(tiles) < number else f"the {number} images")
              + " of the first training batch, as the model sees them")
-    save(sheet(tiles, labels[:shown], loaders.classes, title, _recipe(config)), path)
-    logger.info(f"wrote {path}: {shown} images of {tiles[0].width} x {tiles[0].height} pixels; "
+    save(sheet(tiles, lines, title, recipe), path)
+    logger.info(f"wrote {path}: {len(tiles)} images of {tiles[0].width} x {tiles[0].height} pixels; "
                 f"{loaders.train.dataset.pipeline.description()}")
-
-
-def _recipe(config: CfgNode) -> str:
-    aug = config.AUG
-    mixed = f"mixup {aug.MIXUP:g}, cutmix {aug.CUTMIX:g}, probability {aug.MIXUP_PROB:g}" if aug.MIXUP_PROB else "no mixup"
-    return (f"policy {aug.AUTO_AUGMENT or 'none'}; scale {aug.SCALE[0]:g} to {aug.SCALE[1]:g}; erasing {aug.REPROB:g}; {mixed}; "
-            f"label smoothing {config.MODEL.LABEL_SMOOTHING:g}; seed {config.SEED}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from data.sources.classes import imagenet_classes
-from models import check_input_size, load_state
+from models import load_state
 from models.weights import check_finite, unwrap_state_dict
 from utils.checkpoints.file_format import is_own, task_state
 from utils.inference.trained_model import chosen_state
@@ -73,7 +73,7 @@ def evaluation_models(task: Task, config: CfgNode, path: str, content: Any, clas
     own = is_own(content)
     task.load_state_dict(task_state(content) if own else {})
     model = task.build_model(config, len(classes))
-    check_input_size(model, config)
+    task.check_input_size(model, config)
     states = [chosen_state(config, content, path)[0]] if own else [unwrap_state_dict(content, path)]
     if own and config.TEST.WEIGHTS == "auto" and content["ema"]:
         states.insert(0, content["model"])

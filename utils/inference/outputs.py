@@ -10,11 +10,12 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol, TextIO
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from utils.loggers.console import plain, printable
@@ -33,6 +34,8 @@ class Prediction:
         cells: of a table, as many as the format has columns.
         record: for programs, plain data.
         caption, confidence: under a thumbnail: a few words, and a probability of 0 to 1 or None.
+        found: the task's own answer, for outputs that only it has.
+        draw: makes of a picture of the image, ``scale`` times as large as its file, one with what was found in it; None leaves it as it is.
     """
 
     number: int
@@ -43,6 +46,8 @@ class Prediction:
     record: Mapping[str, Any] = field(default_factory=dict)
     caption: str = ""
     confidence: float | None = None
+    found: Any = None
+    draw: Callable[[Image.Image, float], Image.Image] | None = None
 
 
 class PredictionFormat(Protocol):
@@ -50,9 +55,11 @@ class PredictionFormat(Protocol):
 
     Attributes:
         columns: names of a table's columns.
+        gives: those of PREDICT.COCO, PREDICT.PICTURES and PREDICT.MASKS that can be made of it.
     """
 
     columns: Sequence[str]
+    gives: Sequence[str] = ()
 
     def tell(self, outputs: Any) -> list[dict[str, Any]]:
         """The fields of a ``Prediction`` from ``text`` on, for each image of a batch."""

@@ -26,16 +26,17 @@ def predictions_of(task: Task, model: nn.Module, form: PredictionFormat, loader:
     """The predictions of each batch in the order given; with the features (images that were read, C) if asked for.
 
     Args:
-        loader: of ``InputImages``, whose targets are the images' numbers.
+        loader: the task's, of ``InputImages``.
     """
     given, done = loader.dataset.source, 0
     faults = _Faults(loader, given)
     model.eval()
-    for images, numbers in loader:
-        images, numbers = images.to(device, non_blocking=True), numbers.cpu()
+    for batch in loader:
+        batch = task.to_device(batch, device)
+        numbers = task.numbers(batch)
         with precision.autocast():
-            inner = model.forward_features(images) if with_features else None
-            outputs = model.forward_head(inner) if with_features else task.forward(model, (images,))
+            inner = model.forward_features(task.images(batch)) if with_features else None
+            outputs = model.forward_head(inner) if with_features else task.forward(model, batch)
             vectors = model.forward_head(inner, pre_logits=True) if with_features else None
         read, told = numbers >= 0, form.tell(outputs)
         # What fills the last batch up stands at its end.

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from config import ConfigError, config_from_text
 from data.layouts.splits import read_class_names
-from models import check_input_size, classifier_rows, load_pretrained, load_state
+from models import classifier_rows, load_pretrained, load_state
 from models.weights import check_finite, unwrap_state_dict
 from utils.checkpoints.exported import read_trained
 from utils.checkpoints.file_format import is_own, task_of, task_state, with_found
@@ -84,7 +84,7 @@ def load_trained(task: Task, config: CfgNode, content: Any, command: str) -> Tra
     if content is None and config.MODEL.PRETRAINED == "hub":
         model = task.build_model(config)
         load_pretrained(model, "hub", config)
-        check_input_size(model, config)
+        task.check_input_size(model, config)
         names = _published_names(config, model.num_classes)
         return Trained(config, model.eval(), "hub", True, None, False, names, task.facts(names))
     path, content = weights_to_evaluate(config, content, command)
@@ -100,7 +100,7 @@ def load_trained(task: Task, config: CfgNode, content: Any, command: str) -> Tra
         classes = _published_names(config, model.num_classes)
     check_finite(state, path)
     load_state(model, state, config, path)
-    check_input_size(model, config)
+    task.check_input_size(model, config)
     return Trained(config, model.eval(), path, not is_own(content), step, averaged, list(classes), task.facts(classes))
 
 

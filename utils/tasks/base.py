@@ -6,17 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import KEY, ConfigError, image_size, input_channels
-from data import Loaders, build_loaders
-from models import build_model
+from data import Loaders, build_loaders, preprocessing
+from data.build import build_prediction_loader
+from data.layouts.input_paths import InputImages
+from data.loading.loader import ImageLoader
+from models import build_model, check_input_size
 from utils.checkpoints.file_format import is_own
 from utils.evaluation.metrics import Evaluation, Metric
 from utils.inference.outputs import PredictionFormat
 from utils.inference.trained_model import Trained
 from utils.runtime.precision import Precision
+from utils.visualization.batch_grid import lines_of
+from utils.visualization.drawing import to_image
 
 Batch = Any  # what the task's loaders yield; a tuple that begins with images (B, 3, H, W) unless the task says otherwise
 
@@ -116,6 +122,18 @@ class Task(Protocol):
         """The model for data with ``num_classes`` classes; None: as many as the config or the variant says."""
         return build_model(config, num_classes)
 
+    def check_input_size(self, model: nn.Module, config: CfgNode) -> None:
+        """Raise ``ConfigError`` unless the model takes images as training has them."""
+        check_input_size(model, config)
+
+    def input_size(self, config: CfgNode) -> tuple[int, int]:
+        """(height, width) in pixels of the images in a training batch, the largest where they vary."""
+        return image_size(config)
+
+    def preprocessing(self, config: CfgNode) -> dict[str, Any]:
+        """How evaluation prepares an image, as plain data that a checkpoint carries; ``mean`` and ``std`` among it."""
+        return preprocessing(config)
+
     def batch_transform(self, config: CfgNode, num_classes: int, rank: int) -> Callable[[Batch, int], Batch]:
         """What happens to a step's batch on the device, from the batch and the step's number (mixup); it may change the batch in place."""
         return lambda batch, step: batch
@@ -178,7 +196,18 @@ class Task(Protocol):
         """What those who use an exported model of these ``classes`` must know beside their names, as plain data."""
         return {}
 
-    # What commands show of a trained model
+    # What commands show of the data and of a trained model
+
+    def shown_batch(self, config: CfgNode, batch: Batch, classes: Sequence[str],
+                    most: int) -> tuple[list[Image.Image], list[list[tuple[str, str]]], str]:
+        """(pictures of one size of the first images of a training batch, ``most`` at most; what is written below each, as
+        ``utils.visualization.batch_grid.sheet`` has it; how they were made, in a line)."""
+        prepare, aug = self.preprocessing(config), config.AUG
+        tiles = [to_image(image, prepare["mean"], prepare["std"]) for image in self.images(batch)[:most]]
+        mixed = f"mixup {aug.MIXUP:g}, cutmix {aug.CUTMIX:g}, probability {aug.MIXUP_PROB:g}" if aug.MIXUP_PROB else "no mixup"
+        return tiles, lines_of(self.targets(batch)[:most].cpu(), self.smoothing, classes), (
+            f"policy {aug.AUTO_AUGMENT or 'none'}; scale {aug.SCALE[0]:g} to {aug.SCALE[1]:g}; erasing {aug.REPROB:g}; {mixed}; "
+            f"label smoothing {config.MODEL.LABEL_SMOOTHING:g}; seed {config.SEED}")
 
     def evaluation_report(self, config: CfgNode) -> EvaluationReport:
         """What --eval says and writes; raises ``ConfigError`` for keys that do not go with the task, before anything is read."""
@@ -187,6 +216,15 @@ class Task(Protocol):
     def evaluated_model(self, config: CfgNode, model: nn.Module, names: Sequence[str], classes: Sequence[str]) -> nn.Module:
         """``model``, whose outputs stand for ``names``, as --eval looks at it on data with ``classes``."""
         return model
+
+    def prediction_loader(self, config: CfgNode, images: InputImages, device: torch.device,
+                          published: bool) -> tuple[ImageLoader, list[str]]:
+        """(loader of images without labels, notices); arguments as of ``data.build.build_prediction_loader``."""
+        return build_prediction_loader(config, images, device, published)
+
+    def numbers(self, batch: Batch) -> Tensor:
+        """The images' numbers (B,) in a batch of ``prediction_loader``, -1 in rows that count for nothing; on the CPU."""
+        return batch[1].cpu()
 
     def prediction_format(self, config: CfgNode, trained: Trained) -> PredictionFormat:
         """How --predict tells a model's outputs; raises ``ConfigError`` where the task has no predictions to tell."""

@@ -15,6 +15,10 @@ TASKS = {
     "classification": ("utils.tasks.classification", "Classification"),
     "multilabel": ("utils.tasks.multilabel", "Multilabel"),
     "simmim": ("utils.tasks.simmim", "MaskedImages"),
+    "detection": ("utils.tasks.detection", "Detection"),
+    "instance": ("utils.tasks.detection", "Instance"),
+    "semantic": ("utils.tasks.semantic", "Semantic"),
+    "mask": ("utils.tasks.mask", "Mask"),
 }
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from models import check_input_size
 from utils.checkpoints.state import TrainState
 from utils.optim.ema import build_average
 from utils.optim.freeze import freeze
@@ -29,7 +28,7 @@ def build_initial_model(config: CfgNode, task: Task, num_classes: int | None) ->
     """
     seed_initialisation(config.SEED)
     model = task.build_model(config, num_classes)
-    check_input_size(model, config)
+    task.check_input_size(model, config)
     return model
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from config import ConfigError, ProgramError, image_size, input_channels, with_values
+from config import ConfigError, ProgramError, input_channels, with_values
 from data.loading.workers import worker_count
 from data.messages import NOTICE
 from utils.checkpoints.state import TrainState
@@ -74,7 +74,7 @@ def largest_micro_batch(config: CfgNode, task: Task, local: int, num_classes: in
         DoesNotFit: a micro-batch of one image does not fit.
     """
     sizes = divisors(local)
-    most = int(memory.HEADROOM * memory.available(device, config.PLAN.MEMORY)) - _of_loading(config, local, device)
+    most = int(memory.HEADROOM * memory.available(device, config.PLAN.MEMORY)) - _of_loading(config, task, local, device)
     with memory.limited_to(device, config.PLAN.MEMORY):
         found, measured = _try_sizes(Trial(config, task, local, num_classes, device), sizes, most)
     memory.reset_peak(device)  # gives back what the trial had
@@ -121,9 +121,9 @@ def search(sizes: Sequence[int], fits: Callable[[int], bool], measured: dict[int
     return sizes[low] if low >= 0 else 0
 
 
-def _of_loading(config: CfgNode, local: int, device: torch.device) -> int:
+def _of_loading(config: CfgNode, task: Task, local: int, device: torch.device) -> int:
     """Bytes of the batches that DataLoader workers hold ready; a matter of the CPU's memory alone."""
-    (height, width), channels = image_size(config), input_channels(config)
+    (height, width), channels = task.input_size(config), input_channels(config)
     if device.type != "cpu":
         return 0
     return worker_count(config.DATA.NUM_WORKERS, launcher.local_world_size()) * BATCHES_AHEAD * local * channels * height * width * 4

@@ -74,7 +74,7 @@ class Sheet:
         draw = ImageDraw.Draw(tile)
         draw.rectangle((0, 0, _SIDE - 1, _SIDE - 1), fill=_MOUNT)
         below = _SIDE + _BAR + 6
-        thumbnail = None if prediction.fault else self._thumbnail(prediction.number)
+        thumbnail = None if prediction.fault else self._thumbnail(prediction)
         if thumbnail is None:
             draw.text((_SIDE // 2, _SIDE // 2), "unreadable", _FAINT, ImageFont.load_default(_CLASS_SIZE), anchor="mm")
             write_line(draw, (0, below), prediction.fault or "no longer readable", _CLASS_SIZE, _WRONG, _SIDE)
@@ -93,12 +93,13 @@ class Sheet:
         write_line(draw, (0, below + _CLASS_SIZE + 5), name, _FILE_SIZE, _FAINT, _SIDE)
         return tile
 
-    def _thumbnail(self, number: int) -> Image.Image | None:
+    def _thumbnail(self, prediction: Prediction) -> Image.Image | None:
         try:
-            image = self.given.load(number)
+            image = self.given.load(prediction.number)
         except UnreadableImage:  # it could be a moment ago
             return None
+        width = image.width
         image.thumbnail((_SIDE, _SIDE), reducing_gap=3.0)
         if _SIDE // max(image.size) >= 2:  # small images in whole multiples, their pixels sharp
             image = ImageOps.scale(image, _SIDE // max(image.size), Image.Resampling.NEAREST)
-        return image
+        return image if prediction.draw is None else prediction.draw(image, image.width / width)

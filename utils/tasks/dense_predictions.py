@@ -1,0 +1,114 @@
+"""How --predict tells objects, maps of classes and segments."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.dense.base import IGNORED
+from utils.inference.found import Found, Panoptic, boxes_of, encode
+from utils.inference.outputs import rounded
+from utils.loggers.console import plain
+from utils.visualization.overlays import decode_mask, draw_map, draw_objects
+
+_SHOWN = 5  # in the line of an image
+
+
+class FoundObjects:
+    """``3 objects: tabby 93.1 %, dog 81.0 %, ...``; a record holds each object's class, score, box and mask.
+
+    Args:
+        classes: names, in the order of the labels.
+        least: objects of a lower score are not told.
+    """
+
+    columns = ("objects", "found")
+    gives = ("PREDICT.COCO", "PREDICT.PICTURES", "PREDICT.MASKS")
+
+    def __init__(self, classes: Sequence[str], least: float):
+        self.classes, self.least = classes, least
+
+    def tell(self, outputs: Sequence[Found]) -> list[dict[str, Any]]:
+        return [self._of_image(found.above(self.least)) for found in outputs]
+
+    def _of_image(self, found: Found) -> dict[str, Any]:
+        labels, scores, boxes = found.labels.tolist(), found.scores.tolist(), found.boxes.round(2).tolist()
+        names = [self.classes[label] for label in labels]
+        told = [f"{plain(name)} {100 * score:.1f} %" for name, score in zip(names, scores, strict=True)]
+        counted = ", ".join(f"{count} {plain(name)}" for name, count in Counter(names).most_common())
+        objects = [{"class": name, "number": label, "score": rounded(score), "box": [rounded(side) for side in box]}
+                   for name, label, score, box in zip(names, labels, scores, boxes, strict=True)]
+        for entry, mask in zip(objects, found.masks or (), strict=False):
+            entry["mask"] = dict(size=list(mask["size"]), counts=_text(mask["counts"]))
+        cells = ["; ".join(" ".join([name, f"{score:.4f}", *(f"{side:g}" for side in box)])
+                           for name, score, box in zip(names, scores, boxes, strict=True))]
+        text = f"{len(names)} object{'s' * (len(names) != 1)}: {', '.join(told[:_SHOWN])}" + ", ..." * (len(told) > _SHOWN)
+        return dict(text=text if names else "nothing", cells=[len(names), *cells], record=dict(objects=objects),
+                    caption=counted or "nothing", confidence=None, found=found,
+                    draw=lambda picture, scale: self._drawn(found, names, picture, scale))
+
+    @staticmethod
+    def _drawn(found: Found, names: Sequence[str], picture: Image.Image, scale: float) -> Image.Image:
+        captions = [f"{name} {100 * score:.0f} %" for name, score in zip(names, found.scores.tolist(), strict=True)]
+        masks = None if found.masks is None else [decode_mask(mask) for mask in found.masks]
+        return draw_objects(picture, found.boxes * scale, captions, found.labels.tolist(), masks)
+
+
+def _text(counts: bytes | str) -> str:
+    return counts.decode("ascii") if isinstance(counts, bytes) else counts
+
+
+class FoundMaps:
+    """``sky 41.2 %, road 30.0 %, ...``: the classes of a map and their shares of the image.
+
+    Args:
+        classes: names, in the order of the map's values.
+    """
+
+    gives = ("PREDICT.PICTURES", "PREDICT.MASKS")
+
+    def __init__(self, classes: Sequence[str]):
+        self.classes = classes
+        self.columns = [f"share_{name}" for name in classes]
+
+    def tell(self, outputs: Sequence[Tensor]) -> list[dict[str, Any]]:
+        return [self._of_image(one.cpu().numpy()) for one in outputs]
+
+    def _of_image(self, numbers: np.ndarray) -> dict[str, Any]:
+        shares = np.bincount(numbers.ravel(), minlength=IGNORED + 1)[:len(self.classes)] / max(1, numbers.size)
+        there = sorted(np.flatnonzero(shares).tolist(), key=lambda number: -shares[number])
+        told = [f"{plain(self.classes[number])} {100 * shares[number]:.1f} %" for number in there]
+        record = [{"class": self.classes[number], "number": number, "share": rounded(float(shares[number]))} for number in there]
+        return dict(text=", ".join(told[:_SHOWN]) + ", ..." * (len(told) > _SHOWN), cells=[rounded(float(share)) for share in shares],
+                    record=dict(shares=record), caption=", ".join(self.classes[number] for number in there), confidence=None,
+                    found=numbers, draw=lambda picture, scale: draw_map(picture, numbers))
+
+
+class FoundSegments:
+    """As ``FoundObjects``, of the segments of panoptic data, things and stuff, the largest first.
+
+    Args:
+        classes: names, in the order of the labels.
+    """
+
+    columns, gives = FoundObjects.columns, FoundObjects.gives
+
+    def __init__(self, classes: Sequence[str]):
+        self.objects = FoundObjects(classes, 0.0)
+
+    def tell(self, outputs: Sequence[Panoptic]) -> list[dict[str, Any]]:
+        return self.objects.tell([_as_objects(one) for one in outputs])
+
+
+def _as_objects(one: Panoptic) -> Found:
+    sizes = np.bincount(one.segments.ravel(), minlength=len(one.labels) + 1)[1:]
+    order = np.argsort(-sizes, kind="stable")
+    masks = encode(torch.from_numpy(one.segments[None] == (order + 1)[:, None, None]))
+    height, width = one.segments.shape
+    return Found(boxes_of(masks), one.scores[order], one.labels[order], masks, (height, width))
