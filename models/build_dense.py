@@ -9,19 +9,34 @@ import torch
 from yacs.config import CfgNode
 
 from config import ConfigError, input_channels
-from models import cpu_bf16, detectors, region_cnn, semantic_fpn
+from models import cpu_bf16, detectors, mask2former, region_cnn, semantic_fpn, upernet
 from models.build import build_model
 from models.dense import DenseModel
 from models.published_names import TRIPS
 from models.pyramid import MOST_LEVELS, Pyramid
 
-# Of each head: the tasks it serves, and what makes it of the config, the backbone and the number of classes. The first that serves a
+Build = Callable[[CfgNode, Callable[..., Pyramid], int], DenseModel]
+
+
+def _upernet(config: CfgNode, pyramid: Callable[..., Pyramid], classes: int) -> DenseModel:
+    dense = config.MODEL.DENSE
+    return upernet.UPerNet(pyramid(), classes, dense.WIDTH or upernet.WIDTH, dense.AUXILIARY)
+
+
+def _mask2former(config: CfgNode, pyramid: Callable[..., Pyramid], classes: int) -> DenseModel:
+    dense = config.MODEL.DENSE
+    return mask2former.Mask2Former(pyramid(), classes, dense.QUERIES, dense.WIDTH or mask2former.WIDTH)
+
+
+# Of each head the task that it serves, and what makes it of the config, the way to the backbone and the number of classes. The first of a
 # task is its usual one.
-_HEADS: dict[str, tuple[tuple[str, ...], Callable[[CfgNode, Callable[..., Pyramid], int], DenseModel]]] = {
-    "retinanet": (("detection",), detectors.build_retinanet),
-    "faster_rcnn": (("detection",), region_cnn.build_faster_rcnn),
-    "mask_rcnn": (("instance",), region_cnn.build_mask_rcnn),
-    "semantic_fpn": (("semantic",), semantic_fpn.build_semantic_fpn),
+_HEADS: dict[str, tuple[str, Build]] = {
+    "retinanet": ("detection", detectors.build_retinanet),
+    "faster_rcnn": ("detection", region_cnn.build_faster_rcnn),
+    "mask_rcnn": ("instance", region_cnn.build_mask_rcnn),
+    "upernet": ("semantic", _upernet),
+    "semantic_fpn": ("semantic", semantic_fpn.build_semantic_fpn),
+    "mask2former": ("mask", _mask2former),
 }
 
 
@@ -31,7 +46,7 @@ def build_dense_model(config: CfgNode, num_classes: int) -> DenseModel:
     Raises:
         ConfigError: a head that does not serve ``TASK``, or a backbone that cannot serve dense tasks.
     """
-    serving = [head for head, (tasks, _) in _HEADS.items() if config.TASK in tasks]
+    serving = [head for head, (task, _) in _HEADS.items() if task == config.TASK]
     head = serving[0] if config.MODEL.DENSE.HEAD == "auto" and serving else config.MODEL.DENSE.HEAD
     if head not in serving:
         raise ConfigError(f"MODEL.DENSE.HEAD {head} is not for TASK {config.TASK}, which takes {', '.join(serving) or 'none'}; change one")

@@ -38,8 +38,9 @@ class DenseModel(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters of two or more dimensions that weight decay must leave alone."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+        """Parameters of two or more dimensions that weight decay must leave alone: the backbone's, and embeddings such as queries."""
+        embeddings = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Embedding)}
+        return embeddings | {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:

@@ -82,7 +82,7 @@ def named(maps: Sequence[Tensor]) -> dict[str, Tensor]:
     return {str(level): x for level, x in enumerate(maps)}
 
 
-def headhead_options(config: CfgNode, anchor_scale: float) -> dict[str, float]:
+def head_options(config: CfgNode, anchor_scale: float) -> dict[str, float]:
     """Arguments that ``MODEL.DENSE`` sets; ``anchor_scale`` is the published one."""
     dense = config.MODEL.DENSE
     return dict(width=dense.WIDTH or WIDTH, anchor_scale=dense.ANCHOR_SCALE or anchor_scale, detections=dense.DETECTIONS,
@@ -90,8 +90,8 @@ def headhead_options(config: CfgNode, anchor_scale: float) -> dict[str, float]:
 
 
 class RetinaNet(DenseModel, tv.RetinaNet):
-    """Boxes from a grid of anchors at once. See ``DenseModel``; losses ``loss_class`` (focal) and ``loss_box``, of each image the sum over the
-    anchors over the number of those that match an object, so that they add up over micro-batches.
+    """Boxes from a grid of anchors at once. See ``DenseModel``; losses ``loss_class`` (focal) and ``loss_box``, each of an image's the sum
+    over anchors over the number of those that match an object, so that they add up over micro-batches.
 
     Args:
         backbone: its three coarsest maps are what the published models take; two more levels come behind the last.

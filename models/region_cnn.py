@@ -1,7 +1,7 @@
 """Faster R-CNN and Mask R-CNN on any backbone, of torchvision's parts.
 
-Papers: "Faster R-CNN: Towards Real-Time Object Detection with Region Proposal Networks" (NeurIPS 2015), "Feature Pyramid Networks for Object
-Detection" (CVPR 2017), "Mask R-CNN" (ICCV 2017).
+Papers: "Faster R-CNN: Towards Real-Time Object Detection with Region Proposal Networks" (NeurIPS 2015), "Feature Pyramid Networks for
+Object Detection" (CVPR 2017), "Mask R-CNN" (ICCV 2017).
 
 As in models/detectors.py the models in the backbones' tables are followed: absolute errors as the losses of boxes, aligned RoIAlign with as
 many samples as a cell has pixels, 1,000 proposals in training, masks of 0 and 1 as targets. torchvision's mask head, kept here, has a map

@@ -87,7 +87,7 @@ def test_a_retinanet_whose_head_is_right_finds_the_objects_inside_each_image() -
     truth = [TRUTH[0], TRUTH[1], targets([[60.0, 30, 90, 62]], [1])]  # the last reaches into the padding
 
     def right(maps: list[Tensor]) -> dict[str, Tensor]:
-            boxes = model.anchor_generator(ImageList(IMAGES, [(64, 96)] * 3), maps)[0]
+        boxes = model.anchor_generator(ImageList(IMAGES, [(64, 96)] * 3), maps)[0]
         logits, offsets = torch.full((3, len(boxes), 3), -9.0), torch.zeros(3, len(boxes), 4)
         for image, target in enumerate(truth):
             for box, label in zip(target["boxes"], target["labels"], strict=True):

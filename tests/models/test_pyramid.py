@@ -72,11 +72,11 @@ def test_the_windows_of_a_swin_shift_in_every_stage() -> None:
 def test_maps_of_one_stride_are_told_by_it() -> None:
     """volo's later stages share a stride: the last of them is taken."""
     with torch.device("meta"):
-        assert build_pyramid(timm_config("volo_d1_224")).indices == [0, 3]
+        assert Pyramid(timm.create_model("volo_d1_224", num_classes=0)).indices == [0, 3]
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "crossvit_9_240"])
-def test_a_model_without_a_hierarchy_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "crossvit_9_240", "volo_d1_224"])
+def test_a_model_without_a_hierarchy_or_of_one_size_is_refused(name: str) -> None:
     with torch.device("meta"), pytest.raises(ConfigError, match=name):
         build_pyramid(timm_config(name))
 
