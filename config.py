@@ -459,6 +459,11 @@ COMMANDS: tuple[Command, ...] = (
         Key("PREDICT.CSV", "", _output,
             "table of the predictions, a row an image, or under --eval of the images not recognised; - is standard output"),
         Key("PREDICT.JSON", "", _output, "predictions as JSON, a line an image; - is standard output"),
+        Key("PREDICT.COCO", "", _local,
+            "dense tasks: the objects of all images in COCO's form, FILE.json, as tools for annotating open it", ends_in(".json")),
+        Key("PREDICT.PICTURES", "", _local, "dense tasks: folder for the images with what was found drawn on them, a PNG each"),
+        Key("PREDICT.MASKS", "", _local,
+            "dense tasks: folder for masks, a PNG an image: each pixel's class, or of objects the number of the object there"),
         Key("PREDICT.FEATURES", "", _local,
             "pooled features before the classifier: FILE.npy or FILE.safetensors, with FILE.paths.json", ends_in(".npy", ".safetensors")),
         Key("PREDICT.SHEET", "", _local,
@@ -470,6 +475,9 @@ COMMANDS: tuple[Command, ...] = (
             Flag("--csv", "PREDICT.CSV", "file for the predictions as a table, with --eval for the mistakes; - is standard output",
                  metavar="FILE"),
             Flag("--json", "PREDICT.JSON", "file for the predictions, a line of JSON an image; - is standard output", metavar="FILE"),
+            Flag("--coco", "PREDICT.COCO", "file.json for the objects found, in COCO's form", metavar="FILE"),
+            Flag("--pictures", "PREDICT.PICTURES", "folder for the images with what was found drawn on them", metavar="FOLDER"),
+            Flag("--masks", "PREDICT.MASKS", "folder for masks, a PNG an image", metavar="FOLDER"),
             Flag("--features", "PREDICT.FEATURES", "file.npy or file.safetensors for the features before the classifier", metavar="FILE"),
             Flag("--sheet", "PREDICT.SHEET", "file.png for a picture of the images and their classes", metavar="FILE"),
         ),
@@ -1448,6 +1456,6 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
         yield "TRAIN.DISTILLATION.WEIGHTS", "it goes with TRAIN.DISTILLATION.TEACHER, the name of its model"
     if config.DATA.FOLD and config.DATA.VAL_FRACTION:
         yield "DATA.FOLD", "it takes the place of DATA.VAL_FRACTION; set that to 0"
-    for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET"):
+    for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET", "PREDICT.COCO", "PREDICT.PICTURES", "PREDICT.MASKS"):
         if lookup(config, key) and not predict.PATHS and not (key == "PREDICT.CSV" and config.EVAL_MODE):
             yield key, "it goes with --predict, which says what images to predict" + (", or with --eval" if key == "PREDICT.CSV" else "")

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from yacs.config import CfgNode
 
 from data.sources.base import Source
 
 IGNORED = 255  # in a map of classes: pixels that neither loss nor evaluation counts
+
+
+class DenseOptions(NamedTuple):
+    """What opening a split needs to know of the config.
+
+    Attributes:
+        data: its node DATA.
+        task: detection, instance, semantic or mask.
+    """
+
+    data: CfgNode
+    task: str
 
 
 @dataclass
