@@ -318,7 +318,7 @@ PIXELS = Rule(lambda size: all(0 < side <= LARGEST_SIDE for side in (size if isi
 IMAGES = between(1, 1_000_000)  # of a batch
 EPOCHS = between(1, 1_000_000)
 STEPS = between(0, 1_000_000_000)
-MILESTONES = Rule(lambda epochs: all(0 <= epoch <= 1_000_000 for epoch in epochs), "epochs lie between 0 and 1,000,000")
+MILESTONES = Rule(lambda when: all(0 <= number <= 1_000_000_000 for number in when), "they lie between 0 and 1,000,000,000")
 SECONDS = between(0, 10_000_000)  # which is four months; the system's clocks take no more than some centuries
 SHARES = Rule(lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1, "two shares, rising, in (0, 1]")
 RISING = Rule(lambda pair: len(pair) == 2 and 0.001 <= pair[0] <= pair[1] <= 1000, "two numbers, rising, between 0.001 and 1,000")
@@ -459,6 +459,11 @@ COMMANDS: tuple[Command, ...] = (
         Key("PREDICT.CSV", "", _output,
             "table of the predictions, a row an image, or under --eval of the images not recognised; - is standard output"),
         Key("PREDICT.JSON", "", _output, "predictions as JSON, a line an image; - is standard output"),
+        Key("PREDICT.COCO", "", _local,
+            "dense tasks: the objects of all images in COCO's form, FILE.json, as tools for annotating open it", ends_in(".json")),
+        Key("PREDICT.PICTURES", "", _local, "dense tasks: folder for the images with what was found drawn on them, a PNG each"),
+        Key("PREDICT.MASKS", "", _local,
+            "dense tasks: folder for masks, a PNG an image: each pixel's class, or of objects the number of the object there"),
         Key("PREDICT.FEATURES", "", _local,
             "pooled features before the classifier: FILE.npy or FILE.safetensors, with FILE.paths.json", ends_in(".npy", ".safetensors")),
         Key("PREDICT.SHEET", "", _local,
@@ -470,6 +475,9 @@ COMMANDS: tuple[Command, ...] = (
             Flag("--csv", "PREDICT.CSV", "file for the predictions as a table, with --eval for the mistakes; - is standard output",
                  metavar="FILE"),
             Flag("--json", "PREDICT.JSON", "file for the predictions, a line of JSON an image; - is standard output", metavar="FILE"),
+            Flag("--coco", "PREDICT.COCO", "file.json for the objects found, in COCO's form", metavar="FILE"),
+            Flag("--pictures", "PREDICT.PICTURES", "folder for the images with what was found drawn on them", metavar="FOLDER"),
+            Flag("--masks", "PREDICT.MASKS", "folder for masks, a PNG an image", metavar="FOLDER"),
             Flag("--features", "PREDICT.FEATURES", "file.npy or file.safetensors for the features before the classifier", metavar="FILE"),
             Flag("--sheet", "PREDICT.SHEET", "file.png for a picture of the images and their classes", metavar="FILE"),
         ),
@@ -617,7 +625,8 @@ KEYS: tuple[Key, ...] = (
         choices=("imagenet", "imagenet22K", "folder", "lists", "zip", "tar", "huggingface", "digits", "coco", "voc", "yolo", "maps",
                  "panoptic", "canvases"), scope=RUN),
     Key("DATA.BATCH_SIZE", 128, _int, "images per process and micro-batch", IMAGES, scope=RUN),
-    Key("DATA.IMG_SIZE", 224, _size, "input size in pixels: one number, or [height, width]", PIXELS),
+    Key("DATA.IMG_SIZE", 224, _size,
+        "input size in pixels: one number, or [height, width]; dense tasks have their sizes in DATA.DENSE", PIXELS),
     Key("DATA.FIT", "crop", _str,
         "how images come to DATA.IMG_SIZE, in training and evaluation: crop cuts parts out; squash and pad (with the mean colour) keep the "
         "whole of wide or tall images in sight, AUG.RATIO being relative to their own", choices=("crop", "squash", "pad")),
@@ -854,6 +863,8 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.GALERKIN.IN_CHANS", None, _optional(_int), "input channels; MODEL.IN_CHANS counts before it", CHANNELS),
 
     Key("TRAIN.EPOCHS", 300, _int, "passes over the training images", EPOCHS),
+    Key("TRAIN.ITERATIONS", 0, _int,
+        "steps of the whole run, in place of TRAIN.EPOCHS, whose last one may be cut short (0: TRAIN.EPOCHS counts)", STEPS),
     Key("TRAIN.START_EPOCH", 0, _int, "accepted from old files; the checkpoint's step decides"),
     Key("TRAIN.WARMUP_EPOCHS", 20, _float, "epochs of linear warm-up", NOT_NEGATIVE),
     Key("TRAIN.WARMUP_STEPS", 0, _int, "steps of linear warm-up, in place of TRAIN.WARMUP_EPOCHS (0: that counts)", STEPS),
@@ -907,7 +918,7 @@ KEYS: tuple[Key, ...] = (
     Key("TRAIN.DISTILLATION.TEMPERATURE", 1.0, _float, "soft: what both models' logits are divided by", ABOVE_0),
     Key("TRAIN.PATIENCE", 0, _int,
         "epochs without a better evaluation (TRAIN.BEST_METRIC) after which a run ends early; the schedule stays that of TRAIN.EPOCHS "
-        "(0: never)", NOT_NEGATIVE, scope=RUN),
+        "or TRAIN.ITERATIONS (0: never)", NOT_NEGATIVE, scope=RUN),
     Key("TRAIN.CLASS_WEIGHTS", "none", _class_weights,
         "of classes in the training loss: the rarer the heavier, in full or by their effective numbers of images (effective:0.99 less "
         "so), or a list in the classes' order; an image weighs 1 on average (classification)",
@@ -933,7 +944,7 @@ KEYS: tuple[Key, ...] = (
         "poly: the rate falls to TRAIN.MIN_LR as this power of the share of steps still to come", between(0.01, 100)),
     Key("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 30.0, _float, "step: epochs between decays", between(0.001, 1_000_000)),
     Key("TRAIN.LR_SCHEDULER.DECAY_RATE", 0.1, _float, "step: factor of each decay", UP_TO_1),
-    Key("TRAIN.LR_SCHEDULER.MULTISTEPS", [], _floats, "multistep: epochs of the decays", MILESTONES),
+    Key("TRAIN.LR_SCHEDULER.MULTISTEPS", [], _floats, "multistep: epochs of the decays; steps where TRAIN.ITERATIONS is set", MILESTONES),
     Key("TRAIN.LR_SCHEDULER.GAMMA", 0.1, _float, "multistep: factor of each decay", UP_TO_1),
     Key("TRAIN.OPTIMIZER.NAME", "adamw", _str, "any of timm's optimizers, or fused_adam of NVIDIA apex", words=("adamw", "sgd")),
     Key("TRAIN.OPTIMIZER.EPS", None, _optional(_float), "epsilon; None is the optimizer's own (AdamW 1e-8)", ABOVE_0),
@@ -1285,6 +1296,17 @@ _SIMMIM_AUGMENTATION = {"AUG.SCALE": [0.67, 1.0], "AUG.AUTO_AUGMENT": "none", "A
                         "AUG.CUTMIX": 0.0}
 
 
+DENSE_TASKS = ("detection", "instance", "semantic", "mask")
+# What is for classes of whole images alone, with the values that switch it off.
+_OF_CLASSIFICATION = {"AUG.COLOR_JITTER": 0.0, "AUG.AUTO_AUGMENT": "none", "AUG.REPROB": 0.0, "AUG.MIXUP": 0.0, "AUG.CUTMIX": 0.0,
+                      "AUG.CUTMIX_MINMAX": None, "MODEL.LABEL_SMOOTHING": 0.0}
+
+
+def without_effect(config: CfgNode) -> list[str]:
+    """Keys whose values ask for something that a dense TASK leaves out."""
+    return [key for key, off in _OF_CLASSIFICATION.items() if config.TASK in DENSE_TASKS and lookup(config, key) != off]
+
+
 def _finish(root: CfgNode, opts: Sequence[str] | None) -> CfgNode:
     opts = list(opts or [])
     if len(opts) % 2:
@@ -1295,10 +1317,13 @@ def _finish(root: CfgNode, opts: Sequence[str] | None) -> CfgNode:
         _set(root, key, raw, "--opts", COMMAND_LINE)
     if "TASK" not in history(root) and root.MODEL.NAME.startswith("simmim_pretrain"):  # theirs is a program of its own
         _set(root, "TASK", "simmim", "MODEL.NAME", "derived from MODEL.NAME")
-    if root.TASK == "simmim":
-        for key, value in _SIMMIM_AUGMENTATION.items():
-            if key not in history(root):
-                _set(root, key, value, "TASK", "derived from TASK")
+    usual = _SIMMIM_AUGMENTATION if root.TASK == "simmim" else _OF_CLASSIFICATION if root.TASK in DENSE_TASKS else {}
+    for key, value in usual.items():
+        if key not in history(root):
+            _set(root, key, value, "TASK", "derived from TASK")
+    if root.TRAIN.ITERATIONS and history(root).get("TRAIN.EPOCHS", [("", 0)])[-1][0] == COMMAND_LINE:
+        raise ConfigError(f"TRAIN.EPOCHS is {root.TRAIN.EPOCHS}, but TRAIN.ITERATIONS ({root.TRAIN.ITERATIONS}) counts before it; give "
+                          "--iterations, or TRAIN.ITERATIONS 0 with the warm-up and the milestones in epochs")
     if root.TRAIN.WARMUP_STEPS and "TRAIN.WARMUP_EPOCHS" not in history(root):
         _set(root, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.WARMUP_STEPS", "derived from TRAIN.WARMUP_STEPS")
     if root.TRAIN.LR_SCHEDULER.WARMUP_PREFIX is None:
@@ -1436,7 +1461,9 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
         yield "DATA.DECODER", f"Pillow prepares images of 3 channels, not of {channels}; set it to auto"
     if train.MIN_LR > train.BASE_LR:
         yield "TRAIN.MIN_LR", f"it must lie between 0 and TRAIN.BASE_LR ({train.BASE_LR})"
-    if train.WARMUP_EPOCHS and train.WARMUP_EPOCHS >= train.EPOCHS:
+    if 0 < train.ITERATIONS <= train.WARMUP_STEPS:
+        yield "TRAIN.WARMUP_STEPS", f"the warm-up must end before training does (TRAIN.ITERATIONS is {train.ITERATIONS})"
+    if train.WARMUP_EPOCHS and train.WARMUP_EPOCHS >= train.EPOCHS and not train.ITERATIONS:
         yield "TRAIN.WARMUP_EPOCHS", f"the warm-up must end before training does (TRAIN.EPOCHS is {train.EPOCHS})"
     if train.WARMUP_STEPS and train.WARMUP_EPOCHS:
         yield "TRAIN.WARMUP_STEPS", f"it takes the place of TRAIN.WARMUP_EPOCHS ({train.WARMUP_EPOCHS:g}); set one of them to 0"
@@ -1448,6 +1475,6 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
         yield "TRAIN.DISTILLATION.WEIGHTS", "it goes with TRAIN.DISTILLATION.TEACHER, the name of its model"
     if config.DATA.FOLD and config.DATA.VAL_FRACTION:
         yield "DATA.FOLD", "it takes the place of DATA.VAL_FRACTION; set that to 0"
-    for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET"):
+    for key in ("PREDICT.CSV", "PREDICT.JSON", "PREDICT.FEATURES", "PREDICT.SHEET", "PREDICT.COCO", "PREDICT.PICTURES", "PREDICT.MASKS"):
         if lookup(config, key) and not predict.PATHS and not (key == "PREDICT.CSV" and config.EVAL_MODE):
             yield key, "it goes with --predict, which says what images to predict" + (", or with --eval" if key == "PREDICT.CSV" else "")

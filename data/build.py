@@ -200,9 +200,9 @@ def _train_sampler(config: CfgNode, source: Source, rank: int, world_size: int, 
     global_batch = require_images(config, size, world_size, notices)
     if isinstance(source, Stream):
         return StreamSampler(source, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, data.STREAM_BUFFER, thread,
-                             data.TIMEOUT)
+                             data.TIMEOUT, config.TRAIN.ITERATIONS)
     return StepSampler(size, global_batch, config.TRAIN.EPOCHS, config.SEED, rank, world_size, data.REPEATED_AUG,
-                       source.targets, data.SAMPLING)
+                       source.targets, data.SAMPLING, config.TRAIN.ITERATIONS)
 
 
 def _val_sampler(config: CfgNode, source: Source, batch: int, rank: int, world_size: int,

@@ -95,6 +95,12 @@ def _counts(rows: np.ndarray, column: str, name_of: Callable[[np.void], str]) ->
     return {name_of(rows[first[i]]): int(counts[i]) for i in np.argsort(-counts, kind="stable")}
 
 
+def _epochs(config: CfgNode, images: int) -> int:
+    """Of the planned run, by one process where TRAIN.ITERATIONS and not TRAIN.GLOBAL_BATCH is set."""
+    batch = config.TRAIN.GLOBAL_BATCH or config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS
+    return -(-config.TRAIN.ITERATIONS * batch // max(1, images)) or config.TRAIN.EPOCHS
+
+
 def _speed(survey: Survey) -> dict[str, Any]:
     """How long reading took, and what follows for the run that is planned."""
     rows = [split.rows[split.readable] for split in survey.splits.values()]
@@ -111,7 +117,7 @@ def _speed(survey: Survey) -> dict[str, Any]:
     return dict(processes=survey.processes, seconds=round(survey.seconds, 2),
                 images_per_second=round(survey.images / max(survey.seconds, 1e-9), 1),
                 decode_ms=round(decode * 1e3, 3), read_ms=round(read * 1e3, 3), decoded_per_second_and_core=round(1 / max(decode, 1e-6), 1),
-                plan=dict(images=images, epochs=config.TRAIN.EPOCHS, batch_size=config.DATA.BATCH_SIZE, workers=workers, cores=cores,
+                plan=dict(images=images, epochs=_epochs(config, images), batch_size=config.DATA.BATCH_SIZE, workers=workers, cores=cores,
                           batch_seconds=round(config.DATA.BATCH_SIZE * (decode + read) / cores, 3),
                           epoch_seconds=round(images * (decode + read) / cores, 2),
                           augmented_epoch_seconds=round(images * (decode + read + augment) / cores, 2)))

@@ -26,6 +26,7 @@ class StepSampler:
     Args:
         size: images in the training set.
         global_batch: images of an optimizer step over all ranks.
+        iterations: steps of the whole run, in place of ``epochs``; 0: these count.
         repeats: consecutive copies of each image in the order; the epoch keeps its length, so it sees about size / repeats
             different images ("repeated augmentation", Hoffer et al. 2020, as DeiT uses it).
         targets: class of each image (size,), for another ``sampling`` than natural: as DATA.SAMPLING has it.
@@ -35,17 +36,22 @@ class StepSampler:
     """
 
     def __init__(self, size: int, global_batch: int, epochs: int, seed: int, rank: int = 0, world_size: int = 1,
-                 repeats: int = 1, targets: np.ndarray | None = None, sampling: str = "natural"):
+                 repeats: int = 1, targets: np.ndarray | None = None, sampling: str = "natural", iterations: int = 0):
         self.size, self.seed, self.rank, self.world_size, self.repeats = size, seed, rank, world_size, repeats
         self.images_per_step = min(global_batch, size)
         self.steps_per_epoch = max(1, size // global_batch)
-        self.total_steps = epochs * self.steps_per_epoch
+        self.total_steps = iterations or epochs * self.steps_per_epoch
         self.start = 0
         self._order: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
         self.draws = None if targets is None else _draws(np.bincount(targets), sampling)
         self._members: list[np.ndarray] = []  # the images of each class, where they are sampled by class
         if targets is not None and sampling != "natural":
             self._members = np.split(np.argsort(targets, kind="stable"), np.cumsum(np.bincount(targets))[:-1])
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the whole run, the last of which may be cut short."""
+        return -(-self.total_steps // self.steps_per_epoch)
 
     def __len__(self) -> int:
         return max(0, self.total_steps - self.start)

@@ -42,11 +42,12 @@ class StreamSampler(StepSampler):
         thread: read ahead in a thread. Only with DataLoader workers: where this process augments, nothing else in it may draw
             random numbers, and the packages that read streams might.
         timeout: seconds without a record after which that thread gives up.
+        iterations: as of ``StepSampler``.
     """
 
     def __init__(self, stream: Stream, global_batch: int, epochs: int, seed: int, rank: int, world_size: int, buffer: int,
-                 thread: bool, timeout: float):
-        super().__init__(len(stream), global_batch, epochs, seed, rank, world_size)
+                 thread: bool, timeout: float, iterations: int = 0):
+        super().__init__(len(stream), global_batch, epochs, seed, rank, world_size, iterations=iterations)
         self.stream, self.buffer, self.thread, self.timeout = stream, buffer, thread, timeout
 
     def __iter__(self) -> Iterator[list[Step]]:
@@ -65,7 +66,7 @@ class StreamSampler(StepSampler):
             first = within * self.images_per_step
             records = islice(enumerate(self.stream.epoch(self.seed, epoch, self.buffer)), first, None)
             pending: list[tuple[int, Record]] = []
-            while step < (epoch + 1) * self.steps_per_epoch:
+            while step < min((epoch + 1) * self.steps_per_epoch, self.total_steps):
                 size = self.images_per_step
                 pending += islice(records, size + _SPARES - len(pending))
                 if len(pending) < size:

@@ -270,8 +270,8 @@ def test_room_is_looked_at_before_the_run(tiny_cfg: Path, tmp_path: Path, progra
 def test_a_disk_that_older_checkpoints_must_leave_is_told(keep: int, words: list[str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(run_folder, "free_bytes", lambda folder: 50 << 20)
     lines: list[str] = []
-    config = get_config(None, ["TRAIN.KEEP_CHECKPOINTS", str(keep), "TRAIN.EPOCHS", "300", "SAVE_FREQ", "3"])
-    require_room(config, str(tmp_path), 10 << 20, SimpleNamespace(info=lines.append, warning=lines.append))
+    config = get_config(None, ["TRAIN.KEEP_CHECKPOINTS", str(keep), "SAVE_FREQ", "3"])
+    require_room(config, str(tmp_path), 10 << 20, 300, SimpleNamespace(info=lines.append, warning=lines.append))
     assert len(lines) == bool(words) and all(word in lines[0] for word in words)
 
 

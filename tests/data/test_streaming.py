@@ -90,6 +90,11 @@ def test_batches_do_not_depend_on_workers_and_begin_anywhere(shards: list[object
     assert len(runs[0, 0]) == 10 and not differences(runs[0, 0], runs[2, 0]) and not differences(runs[0, 0][7:], runs[2, 7])
 
 
+def test_a_number_of_steps_ends_within_an_epoch(shards: list[object]) -> None:
+    whole, cut = (list(loaders_of(shards, *how).train.batch_sampler) for how in (("TRAIN.EPOCHS", 2), ("TRAIN.ITERATIONS", 7)))
+    assert len(cut) == 7 and cut == whole[:7]
+
+
 def test_evaluation_sees_every_image_once(shards: list[object], parquet: Path, images: Path) -> None:
     expected = sorted(hashlib.sha256(data).hexdigest() for _, data, _ in records(images, "val"))
     for options in (shards, ["DATA.DATA_PATH", f"hf://{parquet}"]):

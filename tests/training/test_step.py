@@ -108,7 +108,7 @@ def test_a_gpu_is_read_only_when_a_line_is_due(device: str, looks: int, monkeypa
     looked = []
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     run = SimpleNamespace(
-        config=get_config(None, ["PRINT_FREQ", "2"]), plan=SimpleNamespace(device=torch.device(device)), steps_per_epoch=6,
+        config=get_config(None, ["PRINT_FREQ", "2"]), plan=SimpleNamespace(device=torch.device(device)), steps_per_epoch=6, total_steps=12,
         stop=SimpleNamespace(agreed=lambda: (False, False, False)), guard=SimpleNamespace(inspect=lambda progress: looked.append(1)))
     for step in range(1, 7):
         run.state = SimpleNamespace(step=step)

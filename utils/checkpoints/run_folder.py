@@ -50,7 +50,7 @@ def _lock(folder: str) -> FileLock:
                           "wait for it, stop it, or choose another --tag") from None
 
 
-def require_room(config: CfgNode, folder: str, size: int, logger: logging.Logger) -> None:
+def require_room(config: CfgNode, folder: str, size: int, epochs: int, logger: logging.Logger) -> None:
     """Look, before the run, whether the disk and the budget hold its checkpoints of ``size`` bytes.
 
     Raises:
@@ -63,17 +63,17 @@ def require_room(config: CfgNode, folder: str, size: int, logger: logging.Logger
     if free < size:
         raise ConfigError(f"{folder}: a checkpoint takes {size / 2**20:.1f} MiB, but only {free / 2**20:.1f} MiB can be written there; "
                           "free some space, or choose another --output")
-    wanted = checkpoints_kept(config) * size
+    wanted = checkpoints_kept(config, epochs) * size
     if free < min(wanted, budget or wanted) and not CheckpointFolder(folder).steps():
         logger.warning(f"{folder}: {free >> 20} MiB are free, the run's checkpoints will take {wanted >> 20} MiB; older ones are "
                     "deleted to make room")
 
 
-def checkpoints_kept(config: CfgNode) -> int:
+def checkpoints_kept(config: CfgNode, epochs: int) -> int:
     """Checkpoints that a run's folder holds at a time: the newest, the best, the one being written; or those of all epochs."""
     if config.TRAIN.KEEP_CHECKPOINTS:
         return config.TRAIN.KEEP_CHECKPOINTS + 2
-    return 1 + math.ceil(config.TRAIN.EPOCHS / config.SAVE_FREQ)
+    return 1 + math.ceil(epochs / config.SAVE_FREQ)
 
 
 _FOLDERS = ("tensorboard", "plots")

@@ -28,10 +28,12 @@ GROUPS: dict[str, list[Flag]] = {
     ],
     "training": [
         Flag("--epochs", "TRAIN.EPOCHS"),
+        Flag("--iterations", "TRAIN.ITERATIONS", "steps of the whole run, in place of --epochs"),
         Flag("--lr", "TRAIN.BASE_LR", "peak learning rate for a global batch of 512"),
         Flag("--min-lr", "TRAIN.MIN_LR", "learning rate at the end"),
         Flag("--warmup-lr", "TRAIN.WARMUP_LR", "learning rate of the first step"),
         Flag("--warmup-epochs", "TRAIN.WARMUP_EPOCHS", "epochs of warm-up"),
+        Flag("--warmup-steps", "TRAIN.WARMUP_STEPS", "steps of warm-up, in place of --warmup-epochs"),
         Flag("--weight-decay", "TRAIN.WEIGHT_DECAY", "weight decay"),
         Flag("--optim", "TRAIN.OPTIMIZER.NAME", metavar="NAME"),
         Flag("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS"),

@@ -54,6 +54,8 @@ ELSEWHERE: list[tuple[str, str]] = [
     ("torchcompile torchscript", "--compile"),
     ("log-wandb wandb", "--opts TRACKER wandb"),
     ("recovery-interval save-interval", "--opts TRAIN.SAVE_EVERY_STEPS"),
+    ("iters max-iters max-iter max-steps num-steps total-iters", "--iterations"),
+    ("warmup-iters", "--warmup-steps"),
     ("sched scheduler lr-scheduler", "--opts TRAIN.LR_SCHEDULER.NAME"),
     ("amp fp16 bf16 half native-amp", "--precision fp16 (or bf16, fp32)"),
     ("gpu gpus cuda gpu-id", "--device cuda:0, or torchrun --nproc_per_node for several"),

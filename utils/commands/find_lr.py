@@ -32,8 +32,9 @@ def find_lr(config: CfgNode, content: Any, device: torch.device, logger: logging
     path, asked = os.path.expanduser(config.FIND_LR.FILE), config.FIND_LR
     require_place(path, "FIND_LR.FILE is ")
     check_outputs(config, [("FIND_LR.FILE", path)])
-    # From where a run would start, and never from what the run of this name has come to; as long as the sweep is.
-    config = with_values(config, {"TRAIN.AUTO_RESUME": False, "TRAIN.EPOCHS": max(config.TRAIN.EPOCHS, asked.STEPS)}, "--find-lr")
+    # From where a run would start, and never from what the run of this name has come to; as long as the sweep, and any warm-up, is.
+    epochs = max(config.TRAIN.EPOCHS, asked.STEPS, min(config.TRAIN.WARMUP_STEPS + 1, 1_000_000))
+    config = with_values(config, {"TRAIN.AUTO_RESUME": False, "TRAIN.EPOCHS": epochs, "TRAIN.ITERATIONS": 0}, "--find-lr")
     ready = prepare(config, content, device, logger, dry=True)
     if ready is None:
         return

@@ -103,13 +103,13 @@ def _curve_lines(ready: Prepared) -> list[str]:
 
 
 def _require_disk(ready: Prepared, logger: logging.Logger) -> None:
-    config, size = ready.config, ready.state.size()
-    number = checkpoints_kept(config)
+    config, size, epochs = ready.config, ready.state.size(), ready.loaders.train.batch_sampler.epochs
+    number = checkpoints_kept(config, epochs)
     wanted = min(number * size, config.TRAIN.CHECKPOINT_BUDGET or number * size)
     logger.info(f"disk: a checkpoint takes {format_size(size)}, the {number} that the run keeps at a time {format_size(wanted)}; "
                 f"{format_size(free_bytes(ready.folder))} are free")
     try:
-        require_room(config, ready.folder, size, logger)
+        require_room(config, ready.folder, size, epochs, logger)
     except ConfigError as error:
         raise DoesNotFit(str(error)) from None
 

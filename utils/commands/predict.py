@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
+from config import ConfigError, lookup
 from data.layouts.input_paths import InputImages, find_input_images
 from data.loading.loader import ImageLoader
 from utils.commands.outputs import check_outputs
@@ -26,6 +27,7 @@ from utils.runtime.precision import Precision
 from utils.tasks.base import Task
 from utils.tasks.build import build_task
 from utils.visualization.contact_sheet import Sheet, pages_of
+from utils.visualization.found_files import CocoFile, Masks, Pictures, files_in, make_folder
 
 EXIT_UNREADABLE = 3
 
@@ -39,15 +41,20 @@ def predict_run(config: CfgNode, content: Any, device: torch.device, logger: log
     """
     wanted = config.PREDICT
     given = find_input_images(wanted.PATHS, getattr(sys.stdin, "buffer", None))
-    outputs = [(f"PREDICT.{key}", wanted[key]) for key in ("CSV", "JSON", "FEATURES", "SHEET") if wanted[key]]
+    outputs = [(f"PREDICT.{key}", wanted[key]) for key in ("CSV", "JSON", "FEATURES", "SHEET", "COCO") if wanted[key]]
     beside = [("PREDICT.FEATURES", listing_of(wanted.FEATURES))] if wanted.FEATURES else []
     beside += [("PREDICT.SHEET", page) for page in pages_of(wanted.SHEET)[1:]] if wanted.SHEET else []
+    beside += [(f"PREDICT.{key}", path) for key in ("PICTURES", "MASKS") if wanted[key]
+               for path in files_in(make_folder(wanted[key], f"PREDICT.{key}"), given)]
     check_outputs(config, [*outputs, *beside], map(given.path, range(len(given))))
     files = [os.path.expanduser(path) for _, path in outputs if path != STANDARD]
     task = build_task(config)
     trained = open_trained(task, config, content, "--predict")
     config = trained.config
     form = task.prediction_format(config, trained)
+    for key in ("PREDICT.COCO", "PREDICT.PICTURES", "PREDICT.MASKS"):
+        if lookup(config, key) and key not in getattr(form, "gives", ()):
+            raise ConfigError(f"{key}: there is no such output for TASK {task.name}; leave it out")
     if wanted.FEATURES:
         require_features(trained.model, config)
     precision = prepare(config, device, logger)
@@ -79,6 +86,9 @@ def _predict(config: CfgNode, task: Task, trained: Trained, form: PredictionForm
             outputs.append(Console(logger))
         if wanted.SHEET:
             outputs.append(stack.enter_context(Sheet(os.path.expanduser(wanted.SHEET), given, logger)))
+        if wanted.COCO:
+            outputs.append(stack.enter_context(CocoFile(os.path.expanduser(wanted.COCO), trained.classes, given)))
+        outputs += [kind(os.path.expanduser(path), given) for kind, path in ((Pictures, wanted.PICTURES), (Masks, wanted.MASKS)) if path]
         features = stack.enter_context(Features(os.path.expanduser(wanted.FEATURES))) if wanted.FEATURES else None
         model = trained.model.to(device)
         compile_model(model, config.COMPILE)

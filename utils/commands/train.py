@@ -33,7 +33,7 @@ def _train(config: CfgNode, resume_content: Any, device: torch.device, stop: Sto
     if ready is None:
         return
     config, folder, start, loaders, state = ready.config, ready.folder, ready.start, ready.loaders, ready.state
-    require_room(config, folder, state.size(), logger)
+    require_room(config, folder, state.size(), loaders.train.batch_sampler.epochs, logger)
     if start.content is not None:
         logger.info(f"resumed {start.path} at step {state.step}", extra=RESULT)
 

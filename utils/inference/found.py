@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +28,14 @@ class Found:
         scores: (n,) float32, between 0 and 1.
         labels: (n,) int64, positions among the classes.
         masks: run lengths of each (``dict(size=[H, W], counts=bytes)`` as pycocotools has them), or None from a model without masks.
+        size: height and width of the file's image.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
     masks: list[dict[str, Any]] | None = None
+    size: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,7 +44,7 @@ class Found:
         """Those of at least ``score``."""
         kept = np.flatnonzero(self.scores >= score)
         masks = None if self.masks is None else [self.masks[i] for i in kept.tolist()]
-        return Found(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
+        return Found(self.boxes[kept], self.scores[kept], self.labels[kept], masks, self.size)
 
 
 @dataclass
@@ -96,7 +99,7 @@ def _of_detections(output: Mapping[str, Tensor], size: Sequence[int], original: 
     boxes = np.clip(output["boxes"].float().cpu().numpy() * factor, 0, limit).astype(np.float32)
     scores = output["scores"].float().cpu().numpy()
     order = np.argsort(-scores, kind="stable")
-    found = Found(boxes[order], scores[order], output["labels"].cpu().numpy().astype(np.int64)[order])
+    found = Found(boxes[order], scores[order], output["labels"].cpu().numpy().astype(np.int64)[order], size=(height, width))
     if "masks" in output:
         masks = output["masks"].float().cpu().numpy()[order]
         found.masks = [pasted(mask, box, height, width) for mask, box in zip(masks, found.boxes.astype(np.float64), strict=True)]
@@ -107,20 +110,25 @@ def pasted(mask: np.ndarray, box: np.ndarray, height: int, width: int) -> dict[s
     """Run lengths of an image's mask where the probabilities ``mask`` (S, S), stretched over ``box``, are at least a half.
 
     Each pixel's centre gets the bilinear mean of the four probabilities around it, those outside the box being 0, as Detectron2 and mmdet
-    have it. Bilinear weights are a product, so that this is two small matrix products over the pixels of the box alone.
+    have it; down the rows first, then along them, over the pixels of the box alone.
     """
-    side = mask.shape[0]
     x0, y0, x1, y1 = box
-    left, top, right, bottom = (int(value) for value in (np.floor(x0), np.floor(y0), np.ceil(x1), np.ceil(y1)))
-    if x1 <= x0 or y1 <= y0:
+    left, top = max(0, math.floor(x0)), max(0, math.floor(y0))
+    right, bottom = min(width, math.ceil(x1)), min(height, math.ceil(y1))
+    if right <= left or bottom <= top or x1 <= x0 or y1 <= y0:
         return encode_window(np.zeros((0, 0), dtype=bool), 0, 0, height, width)
-
-    def weights(start: float, end: float, first: int, last: int) -> np.ndarray:
-        place = (np.arange(first, last) + 0.5 - start) / (end - start) * side - 0.5
-        return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(side)))
-
-    probabilities = weights(y0, y1, top, bottom) @ mask @ weights(x0, x1, left, right).T
+    rows = _sampled(np.pad(mask, 1), y0, y1, np.arange(top, bottom))
+    probabilities = _sampled(rows.T, x0, x1, np.arange(left, right)).T
     return encode_window(probabilities >= _FOREGROUND, left, top, height, width)
+
+
+def _sampled(rows: np.ndarray, start: float, end: float, pixels: np.ndarray) -> np.ndarray:
+    """The rows at the centres of ``pixels``, where the inner ones of ``rows`` (S + 2, n) lie evenly from ``start`` to ``end``."""
+    place = (pixels + 0.5 - start) / (end - start) * (len(rows) - 2) + 0.5
+    place = np.clip(place, 0, len(rows) - 1.001)  # a pixel's centre may lie outside
+    before = place.astype(np.int64)
+    share = (place - before)[:, None].astype(rows.dtype)
+    return rows[before] * (1 - share) + rows[before + 1] * share
 
 
 def encode_window(window: np.ndarray, left: int, top: int, height: int, width: int) -> dict[str, Any]:
@@ -176,7 +184,7 @@ def _of_queries(class_logits: Tensor, mask_logits: Tensor, size: Sequence[int], 
     order = np.argsort(-scores, kind="stable")
     order = order[scores[order] > 0]
     masks = [dict(runs[query]) for query in which.cpu().numpy()[order].tolist()]
-    return Found(boxes_of(masks), scores[order], (pairs % classes).cpu().numpy()[order], masks)
+    return Found(boxes_of(masks), scores[order], (pairs % classes).cpu().numpy()[order], masks, (original[0], original[1]))
 
 
 def boxes_of(masks: Sequence[Mapping[str, Any]]) -> np.ndarray:

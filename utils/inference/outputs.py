@@ -55,9 +55,11 @@ class PredictionFormat(Protocol):
 
     Attributes:
         columns: names of a table's columns.
+        gives: those of PREDICT.COCO, PREDICT.PICTURES and PREDICT.MASKS that can be made of it.
     """
 
     columns: Sequence[str]
+    gives: Sequence[str] = ()
 
     def tell(self, outputs: Any) -> list[dict[str, Any]]:
         """The fields of a ``Prediction`` from ``text`` on, for each image of a batch."""

@@ -58,13 +58,13 @@ def lr_scale(config: CfgNode, global_batch: int) -> float:
 def build_schedule(config: CfgNode, steps_per_epoch: int, global_batch: int) -> Schedule:
     """The schedule of ``TRAIN.LR_SCHEDULER`` in optimizer steps, its rates scaled to the global batch."""
     train, plan, scale = config.TRAIN, config.TRAIN.LR_SCHEDULER, lr_scale(config, global_batch)
-    total = train.EPOCHS * steps_per_epoch
+    total = train.ITERATIONS or train.EPOCHS * steps_per_epoch
     milestones: Sequence[int] = ()
     if plan.NAME == "step":
         every = max(1, round(plan.DECAY_EPOCHS * steps_per_epoch))
         milestones = range(every, total, every)
     elif plan.NAME == "multistep":
-        milestones = sorted(round(epoch * steps_per_epoch) for epoch in plan.MULTISTEPS)
+        milestones = sorted(round(when * (1 if train.ITERATIONS else steps_per_epoch)) for when in plan.MULTISTEPS)
     return Schedule(plan.NAME, train.BASE_LR * scale, train.WARMUP_LR * scale, train.MIN_LR * scale,
                     train.WARMUP_STEPS or round(train.WARMUP_EPOCHS * steps_per_epoch), total, plan.WARMUP_PREFIX, milestones,
                     plan.DECAY_RATE if plan.NAME == "step" else plan.GAMMA, plan.POWER)

@@ -99,9 +99,9 @@ def _problems(runs: Sequence[Run], folds: Sequence[str]) -> list[str]:
         problems.append(f"{'fold' if len(missing) == 1 else 'folds'} {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     seen: dict[tuple[str, Any], Run] = {}
     for run in runs:
-        done, planned = (run.rows[-1].get("epoch") if run.rows else 0), run.config.get("TRAIN.EPOCHS")
+        done, planned, unit = run.length
         if done != planned and not run.ended:
-            problems.append(f"{run.name} has {done} of {planned} epochs")
+            problems.append(f"{run.name} has {done} of {planned} {unit}")
         if (first := seen.setdefault(_varied(run), run)) is not run:
             problems.append(f"{first.name} and {run.name} are of the same fold and seed")
     return problems

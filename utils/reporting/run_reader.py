@@ -97,6 +97,14 @@ class Run:
         return bool(ends) and ends[-1]["event"] == "finished"
 
     @property
+    def length(self) -> tuple[Any, Any, str]:
+        """(done, planned, "epochs" or "steps"), as the config counts."""
+        row, iterations = self.rows[-1] if self.rows else {"epoch": 0, "step": 0}, self.config.get("TRAIN.ITERATIONS")
+        if _is_number(iterations) and iterations:
+            return row.get("step", "?"), iterations, "steps"
+        return row.get("epoch", "?"), self.config.get("TRAIN.EPOCHS", "?"), "epochs"
+
+    @property
     def deciding(self) -> ReportedMetric:
         """The metric that decides which evaluation is the best."""
         name = str(self._told("best", "top1"))
@@ -272,11 +280,11 @@ def facts(run: Run) -> dict[str, str]:
     last = run.evaluated[-1] if best else {}
     found |= {f"last {metric.label}": metric.shown(last.get(metric.name)) for metric in run.telling_metrics
               if metric.name != "val_loss"}  # it stands beside that of training among the curves
-    done, planned = (run.rows[-1].get("epoch", "?") if run.rows else 0), run.config.get("TRAIN.EPOCHS", "?")
+    done, planned, unit = run.length
     speeds = sorted(row["images_per_s"] for row in run.steps or run.rows if _is_number(row.get("images_per_s")))
     skipped = (row["skipped_steps"] for row in run.rows if _is_number(row.get("skipped_steps")))
     found |= {
-        "epochs": f"{done} of {planned}",
+        unit: f"{done} of {planned}",
         "training time": duration(run.seconds),
         "images/s (median)": f"{speeds[len(speeds) // 2]:,.1f}" if speeds else "unknown",
         "restarts": str(max(0, len(run.starts) - 1)),

@@ -29,6 +29,7 @@ class FoundObjects:
     """
 
     columns = ("objects", "found")
+    gives = ("PREDICT.COCO", "PREDICT.PICTURES", "PREDICT.MASKS")
 
     def __init__(self, classes: Sequence[str], least: float):
         self.classes, self.least = classes, least
@@ -70,6 +71,8 @@ class FoundMaps:
         classes: names, in the order of the map's values.
     """
 
+    gives = ("PREDICT.PICTURES", "PREDICT.MASKS")
+
     def __init__(self, classes: Sequence[str]):
         self.classes = classes
         self.columns = [f"share_{name}" for name in classes]
@@ -94,7 +97,7 @@ class FoundSegments:
         classes: names, in the order of the labels.
     """
 
-    columns = FoundObjects.columns
+    columns, gives = FoundObjects.columns, FoundObjects.gives
 
     def __init__(self, classes: Sequence[str]):
         self.objects = FoundObjects(classes, 0.0)
@@ -107,4 +110,5 @@ def _as_objects(one: Panoptic) -> Found:
     sizes = np.bincount(one.segments.ravel(), minlength=len(one.labels) + 1)[1:]
     order = np.argsort(-sizes, kind="stable")
     masks = encode(torch.from_numpy(one.segments[None] == (order + 1)[:, None, None]))
-    return Found(boxes_of(masks), one.scores[order], one.labels[order], masks)
+    height, width = one.segments.shape
+    return Found(boxes_of(masks), one.scores[order], one.labels[order], masks, (height, width))

@@ -77,6 +77,11 @@ class Run:
     def total_steps(self) -> int:
         return self.loaders.train.batch_sampler.total_steps
 
+    @property
+    def epochs(self) -> int:
+        """Of the whole run; TRAIN.ITERATIONS may cut the last one short."""
+        return self.loaders.train.batch_sampler.epochs
+
 
 def open_run(config: CfgNode, state: TrainState, plan: StepPlan, loaders: Any, global_batch: int, files: CheckpointFolder,
              stop: StopRequest, logger: logging.Logger, saved: bool) -> Run:
@@ -92,7 +97,7 @@ def open_run(config: CfgNode, state: TrainState, plan: StepPlan, loaders: Any, g
     records = Records(config, files.folder, state.step, state.evaluated, [metric.name for metric in plan.task.metrics],
                       _facts(plan, loaders, description), logger) if distributed.is_main() else None
     guard = NonFiniteGuard(state, plan, loaders.train, files, saver, config.TRAIN.SKIP_BUDGET, config.TRAIN.ROLLBACKS, logger)
-    log = StepLog(state, plan, config.TRAIN.EPOCHS, sampler.steps_per_epoch, sampler.local_images(), records, logger)
+    log = StepLog(state, plan, sampler.total_steps, sampler.steps_per_epoch, sampler.local_images(), records, logger)
 
     def rolled_back(progress: Progress, step: int) -> None:
         log.begin_window(progress)
@@ -156,10 +161,10 @@ def _train(run: Run, model: nn.Module) -> None:
         end_epoch(run, epoch, progress)
         progress = Progress(run.plan.device, first_step=state.step)
     over = run_out_of_patience(run.config, state.best, state.step, run.steps_per_epoch)
-    for number in () if over else range(epoch + 1, run.config.TRAIN.EPOCHS + 1):
+    for number in () if over else range(epoch + 1, run.epochs + 1):
         run.log.begin_epoch(progress)
         try:
-            train_one_epoch(model, state, batches, number * run.steps_per_epoch, run.plan, progress,
+            train_one_epoch(model, state, batches, min(number * run.steps_per_epoch, run.total_steps), run.plan, progress,
                             lambda state, progress: after_step(run, progress, first_step))
         except Exception:
             _save_whole_step(run, progress)
@@ -179,10 +184,10 @@ def _train(run: Run, model: nn.Module) -> None:
     run.saver.wait()
     if run.saver.failed:
         raise SaveError(f"training is done, but its last checkpoint was not saved: {run.saver.failed}; {run.files.newest_in_words()}")
-    epochs = state.step // run.steps_per_epoch
     if state.step < run.total_steps:
-        run.logger.info(_ended_early(run, epochs))
-    run.logger.info(f"finished {epochs} epochs in {clock(time.perf_counter() - run.log.started)}"
+        run.logger.info(_ended_early(run))
+    done = f"{state.step} steps" if run.config.TRAIN.ITERATIONS else f"{state.step // run.steps_per_epoch} epochs"
+    run.logger.info(f"finished {done} in {clock(time.perf_counter() - run.log.started)}"
                     f"{best_line(run.plan.task, state.best)}; checkpoints in {run.files.folder}", extra=RESULT)
     if run.records is not None:
         run.records.finish(state.step, state.best)
@@ -201,13 +206,15 @@ def run_out_of_patience(config: CfgNode, best: Mapping[str, float], step: int, s
     return looked and 0 < config.TRAIN.PATIENCE <= epoch - best.get("epoch", 0) and (ahead or bool(best))
 
 
-def _ended_early(run: Run, epochs: int) -> str:
+def _ended_early(run: Run) -> str:
     """Why a run ended before its last epoch, and where that left its learning rate."""
     config, plan, state, schedule = run.config, run.plan, run.state, run.plan.schedule
-    return (f"ended early, after epoch {epochs} of {config.TRAIN.EPOCHS}: {config.TRAIN.PATIENCE} epochs (TRAIN.PATIENCE) without a better "
+    epochs = state.step // run.steps_per_epoch
+    shorter = f"--iterations {state.step}" if config.TRAIN.ITERATIONS else f"--epochs {epochs}"
+    return (f"ended early, after epoch {epochs} of {run.epochs}: {config.TRAIN.PATIENCE} epochs (TRAIN.PATIENCE) without a better "
             f"{plan.task.best.label} than at epoch {state.best['epoch']}; the learning rate was still {schedule.lr_at(state.step - 1):.3g} "
             f"of {schedule.base:.3g}, and its schedule ends at {schedule.lr_at(schedule.total_steps - 1):.3g}: a run of its own with "
-            f"--epochs {epochs} comes down to that")
+            f"{shorter} comes down to that")
 
 
 def _watched(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -243,8 +250,8 @@ def after_step(run: Run, progress: Progress, first_step: int) -> None:
     if state.step == first_step + 1 and config.COMPILE != "off":
         run.logger.info(f"compiled {config.COMPILE}: {compiled_graphs()} graphs, the first step took "
                         f"{time.perf_counter() - progress.start - progress.data_seconds:.1f} s")
-    within = state.step % run.steps_per_epoch  # 0 after the last step of an epoch
-    last = within == 0
+    within = state.step % run.steps_per_epoch  # 0 after the last step of a whole epoch
+    last = within == 0 or state.step >= run.total_steps
     line_due = within % config.PRINT_FREQ == 0 or last
     if line_due or run.plan.device.type == "cpu":
         run.guard.inspect(progress)
@@ -281,8 +288,9 @@ def end_epoch(run: Run, epoch: int, progress: Progress) -> None:
         epoch=epoch, step=state.step, train_loss=loss_sum / (progress.counted * plan.images) if progress.counted else None,
         **{metric.name: None for metric in plan.task.metrics}, lr=plan.schedule.lr_at(state.step - 1),
         images_per_s=round(steps * plan.images / seconds, 2) if steps else None, seconds=round(seconds, 3))
-    if progress.counted < run.steps_per_epoch:
-        row["skipped_steps"] = run.steps_per_epoch - progress.counted
+    trained = state.step - max(state.evaluated, (epoch - 1) * run.steps_per_epoch)  # of this epoch, since it was last evaluated
+    if progress.counted < trained:
+        row["skipped_steps"] = trained - progress.counted
     due = final or epoch % config.SAVE_FREQ == 0 or bool(every and state.step % every == 0)
     best = False
     if epoch % config.TRAIN.EVAL_FREQ == 0 or final:

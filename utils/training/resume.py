@@ -55,10 +55,10 @@ def choose_start(config: CfgNode, resume_content: Any, folder: str, logger: logg
 def accept_changes(start: Start, config: CfgNode, logger: logging.Logger, beyond: bool = False) -> None:
     """Compare the recipe with that of the checkpoint a run continues from.
 
-    More epochs are taken as they are, the rule being said; any other change must be meant.
+    More epochs or iterations are taken as they are, the rule being said; any other change must be meant.
 
     Args:
-        beyond: the checkpoint has gone on for longer than the epochs that are asked for, whose result it is not.
+        beyond: the checkpoint has gone on for longer than is asked for, whose result it is not.
 
     Raises:
         ConfigError: the recipe differs and TRAIN.ACCEPT_CHANGES is not set.
@@ -73,9 +73,10 @@ def accept_changes(start: Start, config: CfgNode, logger: logging.Logger, beyond
     asked, before = config.MODEL.PRETRAINED, old.MODEL.PRETRAINED
     if start.kind == "auto-resume" and asked not in ("", before):
         changes["MODEL.PRETRAINED"] = f"MODEL.PRETRAINED changed from {before or 'none'} to {asked}"
-    if not beyond and (epochs := changes.pop("TRAIN.EPOCHS", None)) is not None:
-        logger.log(NOTICE, f"{epochs} since {start.path} was written; from its step on the learning rate follows the longer or "
-                           "shorter schedule")
+    for key in () if beyond else ("TRAIN.EPOCHS", "TRAIN.ITERATIONS"):
+        if (length := changes.pop(key, None)) is not None:
+            logger.log(NOTICE, f"{length} since {start.path} was written; from its step on the learning rate follows the longer or "
+                               "shorter schedule")
     _accept(start, "the recipe", changes.values(), config, logger)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from config import ConfigError, with_values
+from config import ConfigError, with_values, without_effect
 from data import Loaders
 from data.messages import NOTICE
 from models import load_pretrained
@@ -61,6 +61,8 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
     rank, world_size, folder = distributed.rank(), distributed.world_size(), run_folder(config)
     task = build_task(config)
     optim.check_optimizer(config)
+    if unused := without_effect(config):
+        logger.log(NOTICE, f"left out, since TASK is {config.TASK}: {', '.join(unused)}")
     if distributed.is_main():
         require_tracker(config.TRACKER)
     require_writable(folder, dry)
@@ -95,15 +97,17 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
         check_same_data(start, config, loaders, logger)
         step, evaluated = start.content["step"], start.content.get("evaluated", start.content["step"])
         early = run_out_of_patience(config, start.content["best"], step, steps_per_epoch)
+        more = "--iterations" if config.TRAIN.ITERATIONS else "--epochs"
         if (step >= total_steps or early) and evaluated >= min(step, total_steps):
             accept_changes(start, config, logger, beyond=step > total_steps)
             if start.kind == "auto-resume" and distributed.is_main() and not dry:
                 CheckpointFolder(folder).relink(start.content)
             logger.info(f"finished already: {start.path} is at step {step} of {total_steps}"
-                        f"{best_line(task, start.content['best'])}; raise {'TRAIN.PATIENCE' if early else '--epochs'} to go on, or "
+                        f"{best_line(task, start.content['best'])}; raise {'TRAIN.PATIENCE' if early else more} to go on, or "
                         f"{new_run(start)}")
             return None
 
+    _require_end_of_warm_up(config, steps_per_epoch, total_steps)
     distributed.begin_phase("building the model")
     model = build_initial_model(config, task, len(loaders.classes))
     if start.kind == "pretrained":
@@ -136,6 +140,15 @@ def _require_steps(config: CfgNode, images: int, world_size: int) -> None:
                           + (f", which is --global-batch {micro * world_size * micro_batches}" if config.PLAN.FIT else ""))
 
 
+def _require_end_of_warm_up(config: CfgNode, steps_per_epoch: int, total_steps: int) -> None:
+    """As the config's own check, where the warm-up counts in other units than the run."""
+    train = config.TRAIN
+    key, steps = "WARMUP_STEPS" if train.WARMUP_STEPS else "WARMUP_EPOCHS", train.WARMUP_STEPS or train.WARMUP_EPOCHS * steps_per_epoch
+    if steps >= total_steps and (train.WARMUP_STEPS or train.ITERATIONS):
+        raise ConfigError(f"TRAIN.{key} is {train[key]:g}, a warm-up of {steps:g} steps, but the run has {total_steps}; lower it, or train "
+                          "for longer")
+
+
 def introduce(ready: Prepared, logger: logging.Logger) -> None:
     """Say what is trained on what, and at which rate."""
     config, loaders, plan, model = ready.config, ready.loaders, ready.plan, ready.state.model
@@ -155,7 +168,7 @@ def introduce(ready: Prepared, logger: logging.Logger) -> None:
     tell(logger, optim.layer_rates(ready.state.optimizer, model, schedule.base))
     if config.TRAIN.PATIENCE:
         logger.info(f"ends early after {config.TRAIN.PATIENCE} epochs without a better {plan.task.best.label} (TRAIN.PATIENCE); the "
-                    f"schedule of the learning rate stays that of {config.TRAIN.EPOCHS} epochs")
+                    f"schedule of the learning rate stays that of {loaders.train.batch_sampler.total_steps} steps")
     _warn_of_a_long_average(config, loaders.train.batch_sampler.total_steps, logger)
 
 

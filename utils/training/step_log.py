@@ -17,7 +17,7 @@ class StepLog:
     """The lines of a run's steps; rank 0's business.
 
     Args:
-        epochs, steps_per_epoch: of the whole run.
+        total_steps, steps_per_epoch: of the whole run.
         local_images: images of a step on this process.
         records: where the figures of each line go.
 
@@ -25,20 +25,24 @@ class StepLog:
         started: when this start of the run began to train.
     """
 
-    def __init__(self, state: TrainState, plan: StepPlan, epochs: int, steps_per_epoch: int, local_images: int, records: Records | None,
-                 logger: logging.Logger):
-        self.state, self.plan, self.epochs, self.steps_per_epoch, self.local_images = state, plan, epochs, steps_per_epoch, local_images
+    def __init__(self, state: TrainState, plan: StepPlan, total_steps: int, steps_per_epoch: int, local_images: int,
+                 records: Records | None, logger: logging.Logger):
+        self.state, self.plan, self.total_steps, self.steps_per_epoch = state, plan, total_steps, steps_per_epoch
+        self.epochs, self.local_images = -(-total_steps // steps_per_epoch), local_images
         self.records, self.logger = records, logger
-        self.total_steps = epochs * steps_per_epoch
         self.started = self._said_at = time.perf_counter()
         self._first_step = state.step
         self._loss = math.nan  # as in the last line
         self._live: LiveLine | None = None
 
     def begin_epoch(self, progress: Progress) -> None:
-        self._live = LiveLine(self.steps_per_epoch, self._live_parts, self.state.step % self.steps_per_epoch)
+        self._live = LiveLine(self._steps_of(self.state.step), self._live_parts, self.state.step % self.steps_per_epoch)
         self._said_at = time.perf_counter()
         self.begin_window(progress)
+
+    def _steps_of(self, step: int) -> int:
+        """Steps of the epoch that ``step``, from 0, lies in; the last one may be shorter."""
+        return min(self.steps_per_epoch, self.total_steps - step // self.steps_per_epoch * self.steps_per_epoch)
 
     def begin_window(self, progress: Progress) -> None:
         """The next line's figures are means from here on."""
@@ -74,11 +78,11 @@ class StepLog:
         self._loss = loss = (total - loss_sum) / (good * self.local_images) if good > 0 else math.nan
         within = (state.step - 1) % self.steps_per_epoch + 1
         pace = (now - self.started) / (state.step - self._first_step)
-        epoch = (state.step - 1) // self.steps_per_epoch + 1
+        epoch, steps_of_epoch = (state.step - 1) // self.steps_per_epoch + 1, self._steps_of(state.step - 1)
         lr, speed, waiting = plan.schedule.lr_at(state.step - 1), steps * plan.images / seconds, progress.data_seconds - data_seconds
-        line = (f"epoch {epoch}/{self.epochs} step {within}/{self.steps_per_epoch} lr {lr:.3e} loss {loss:.4f} grad {norm:.3f} "
+        line = (f"epoch {epoch}/{self.epochs} step {within}/{steps_of_epoch} lr {lr:.3e} loss {loss:.4f} grad {norm:.3f} "
                 f"{speed:.0f} images/s data {100 * waiting / seconds:.0f}% mem {peak_memory_mib(plan.device)} MiB "
-                f"eta {clock(pace * (self.steps_per_epoch - within))} epoch, {clock(pace * (self.total_steps - state.step))} run")
+                f"eta {clock(pace * (steps_of_epoch - within))} epoch, {clock(pace * (self.total_steps - state.step))} run")
         self.logger.info(line) if last else log_periodic(self.logger, line)
         self._said_at = now
         if self.records is not None:
@@ -88,11 +92,12 @@ class StepLog:
     def _live_parts(self, done: int, pace: float) -> tuple[str, list[str]]:
         """The live line after ``done`` steps of the epoch, at ``pace`` steps a second. The loss is that of the last line."""
         step = max(0, self.state.step - 1)
+        steps_of_epoch = self._steps_of(step)
         parts = [f"loss {self._loss:.4f}"] if math.isfinite(self._loss) else []
         if pace:
             parts += [f"{clock((self.total_steps - self.state.step) / pace)} left", f"{pace * self.plan.images:.0f} images/s",
-                      f"{clock((self.steps_per_epoch - done) / pace)} in this epoch"]
-        return (f"epoch {step // self.steps_per_epoch + 1}/{self.epochs} step {done}/{self.steps_per_epoch}",
+                      f"{clock((steps_of_epoch - done) / pace)} in this epoch"]
+        return (f"epoch {step // self.steps_per_epoch + 1}/{self.epochs} step {done}/{steps_of_epoch}",
                 [*parts, f"lr {self.plan.schedule.lr_at(step):.2e}"])
 
 
