@@ -863,7 +863,8 @@ KEYS: tuple[Key, ...] = (
 
     Key("TRAIN.EPOCHS", 300, _int, "passes over the training images", EPOCHS),
     Key("TRAIN.ITERATIONS", 0, _int,
-        "steps of the whole run, in place of TRAIN.EPOCHS: its last epoch may be cut short, and is evaluated (0: TRAIN.EPOCHS counts)", STEPS),
+        "steps of the whole run, in place of TRAIN.EPOCHS: its last epoch may be cut short, and is evaluated (0: TRAIN.EPOCHS counts)",
+        STEPS),
     Key("TRAIN.START_EPOCH", 0, _int, "accepted from old files; the checkpoint's step decides"),
     Key("TRAIN.WARMUP_EPOCHS", 20, _float, "epochs of linear warm-up", NOT_NEGATIVE),
     Key("TRAIN.WARMUP_STEPS", 0, _int, "steps of linear warm-up, in place of TRAIN.WARMUP_EPOCHS (0: that counts)", STEPS),

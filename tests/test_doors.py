@@ -596,8 +596,9 @@ def test_places_of_outputs(tmp_path_factory: pytest.TempPathFactory, run: Path, 
 
 # Not: commands, numbers of models, and what goes out to the network or takes long where it is meant.
 _TRAINED = {key.name: key for key in KEYS if key.scope != "command" and key.name.count(".") < 2 + key.name.startswith("TRAIN.")
-            and key.name not in ("BASE", "TRACKER", "DEVICE", "COMPILE", "TRAIN.EPOCHS", "TRAIN.ITERATIONS", "DATA.DATA_PATH", "DATA.IMG_SIZE", "MODEL.TYPE",
-                                 "MODEL.PRETRAINED", "DATA.NUM_WORKERS", "OUTPUT", "TASK", "DATA.REPEATED_AUG", "AUG.RECOUNT")}
+            and key.name not in ("BASE", "TRACKER", "DEVICE", "COMPILE", "TRAIN.EPOCHS", "TRAIN.ITERATIONS", "DATA.DATA_PATH",
+                                 "DATA.IMG_SIZE", "MODEL.TYPE", "MODEL.PRETRAINED", "DATA.NUM_WORKERS", "OUTPUT", "TASK",
+                                 "DATA.REPEATED_AUG", "AUG.RECOUNT")}
 _WORDS = ["rand-m9-mstd0.5-inc1", "rand-m999-n99", "rand-n1000000000", "rand", "augmix-m5-w9", "original", "autoaugment", "rand-x",
           "rand-m-1", "rand-mnan", "rand-m9-mstd1e300", "balanced", "effective", "sqrt", "1/2", "2/99", "adam", "lars", "*"]
 _NUMBERS = ["0", "1", "2", "0.5", "1e-300", "1e-9", "0.999999", "1e6", "1000", "999999999999999999", "3.7"]

@@ -43,12 +43,25 @@ class DenseBatch(NamedTuple):
             parts["masks"] = self.masks.split(counts)
         return [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
 
-    def split(self, parts: int) -> list[DenseBatch]:
-        """The batch in so many parts, whose images differ in number by one at most; of a training batch, whose maps are (B, H, W)."""
+    def split(self, parts: int, stride: int = 0) -> list[DenseBatch]:
+        """The batch in so many parts, whose images differ in number by one at most; of a training batch, whose maps are (B, H, W).
+
+        Args:
+            stride: where given, each part is padded to the smallest multiple of it that holds its own images.
+        """
         rows = [self.images, self.sizes, self.originals, self.numbers, self.counts]
         rows = list(zip(*(part.tensor_split(parts) for part in rows), strict=True))
         lengths = [int(counts.sum()) for *_, counts in rows]
         masks = self.masks.split(lengths) if len(self.masks) == len(self.labels) else [self.masks] * parts
         maps = self.maps.tensor_split(parts) if self.maps.ndim == 3 else [self.maps] * parts
         flat = zip(self.boxes.split(lengths), self.labels.split(lengths), masks, maps, strict=True)
-        return [DenseBatch(*row, *objects) for row, objects in zip(rows, flat, strict=True)]
+        found = [DenseBatch(*row, *objects) for row, objects in zip(rows, flat, strict=True)]
+        return [part._trimmed(stride) for part in found] if stride and parts > 1 else found
+
+    def _trimmed(self, stride: int) -> DenseBatch:
+        """Without padding that none of its images needs."""
+        if not len(self.images):
+            return self
+        height, width = (-(-side // stride) * stride for side in self.sizes.amax(dim=0).tolist())
+        maps = self.maps[..., :height, :width] if self.maps.ndim == 3 else self.maps
+        return self._replace(images=self.images[..., :height, :width], masks=self.masks[..., :height, :width], maps=maps)

@@ -19,7 +19,8 @@ import torch
 from conftest import ROOT, TINY_MODEL, differences, environment, load, write_images
 from data_helpers import config_for, same_batches
 
-from data import DataError, build, build_loaders
+from data import DataError, build_loaders
+from data.loading import loaders as made
 from data.loading import workers
 from data.sources.folder import ImageFolder
 
@@ -157,7 +158,7 @@ def test_few_open_files_still_run(spoiled: Path) -> None:
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_batches_go_through_pipes_where_shared_memory_is_small(spoiled: Path, monkeypatch, pipeline) -> None:
-    for module in (workers, build):
+    for module in (workers, made):
         monkeypatch.setattr(module, "free_shared_memory", lambda: 2 << 20)
     opts = ("DATA.NUM_WORKERS", 2, "DATA.CORRUPT_BUDGET", 5, "TEST.BATCH_SIZE", 200, *pipeline)
     loaders = build_loaders(config_for(spoiled, *opts))
@@ -169,16 +170,16 @@ def test_batches_go_through_pipes_where_shared_memory_is_small(spoiled: Path, mo
     same_batches([(images, targets)], stream(spoiled, 0, 1, *pipeline)[0])
     loaders.close()
     assert not build_loaders(config_for(spoiled)).train.dataset.pipe
-    monkeypatch.setattr(build, "free_shared_memory", lambda: 1000)
+    monkeypatch.setattr(made, "free_shared_memory", lambda: 1000)
     loaders = build_loaders(config_for(spoiled, *opts))
     assert loaders.train.num_workers == 0 and any("/dev/shm can take 0 KiB" in line for line in loaders.notices)
 
 
 def test_a_real_small_dev_shm(spoiled: Path) -> None:
     script = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}, {str(ROOT / 'tests/data')!r}]\n"
-              "from pathlib import Path\nfrom test_corrupt_images import build, stream\n"
+              "from pathlib import Path\nfrom test_corrupt_images import made, stream\n"
               f"print(len(stream(Path({str(spoiled)!r}), 0, 4, 'DATA.NUM_WORKERS', 2, 'DATA.IMG_SIZE', 224)[0]))")
-    script += "\nimport os; os.system('mount -t tmpfs -o ro tmpfs /dev/shm')\nassert build.free_shared_memory() == 0\n"
+    script += "\nimport os; os.system('mount -t tmpfs -o ro tmpfs /dev/shm')\nassert made.free_shared_memory() == 0\n"
     inner = f"mount -t tmpfs -o size=2m tmpfs /dev/shm && exec {sys.executable} -c \"$SCRIPT\""
     done = subprocess.run(["unshare", "-m", "bash", "-c", inner], env=environment(SCRIPT=script), capture_output=True, text=True,
                           timeout=60, check=False)

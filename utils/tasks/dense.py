@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from data.dense.loaders import build_dense_loaders, build_dense_prediction_loader, input_size
-from data.dense.synthetic import synthetic_batch
 from models.build_dense import build_dense_model
 from PIL import Image
 from torch import Tensor, nn
@@ -18,6 +16,8 @@ from config import ConfigError
 from data import Loaders
 from data.dense.base import IGNORED, DenseSource
 from data.dense.batch import DenseBatch
+from data.dense.loaders import STRIDE, build_dense_loaders, build_dense_prediction_loader, input_size
+from data.dense.synthetic import synthetic_batch
 from data.layouts.input_paths import InputImages
 from data.loading.loader import ImageLoader
 from data.transforms.build import preprocessing
@@ -74,7 +74,7 @@ class DenseTask(Task):
         return batch  # its loader has brought it there
 
     def split(self, batch: DenseBatch, parts: int) -> list[DenseBatch]:
-        return batch.split(parts)
+        return batch.split(parts, 0 if self.config.DATA.DENSE.CROP else STRIDE)  # crops are of one size anyway
 
     def images(self, batch: DenseBatch) -> Tensor:
         return batch.images
