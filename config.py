@@ -625,7 +625,8 @@ KEYS: tuple[Key, ...] = (
         choices=("imagenet", "imagenet22K", "folder", "lists", "zip", "tar", "huggingface", "digits", "coco", "voc", "yolo", "maps",
                  "panoptic", "canvases"), scope=RUN),
     Key("DATA.BATCH_SIZE", 128, _int, "images per process and micro-batch", IMAGES, scope=RUN),
-    Key("DATA.IMG_SIZE", 224, _size, "input size in pixels: one number, or [height, width]", PIXELS),
+    Key("DATA.IMG_SIZE", 224, _size,
+        "input size in pixels: one number, or [height, width]; dense tasks have their sizes in DATA.DENSE", PIXELS),
     Key("DATA.FIT", "crop", _str,
         "how images come to DATA.IMG_SIZE, in training and evaluation: crop cuts parts out; squash and pad (with the mean colour) keep the "
         "whole of wide or tall images in sight, AUG.RATIO being relative to their own", choices=("crop", "squash", "pad")),
@@ -863,8 +864,7 @@ KEYS: tuple[Key, ...] = (
 
     Key("TRAIN.EPOCHS", 300, _int, "passes over the training images", EPOCHS),
     Key("TRAIN.ITERATIONS", 0, _int,
-        "steps of the whole run, in place of TRAIN.EPOCHS: its last epoch may be cut short, and is evaluated (0: TRAIN.EPOCHS counts)",
-        STEPS),
+        "steps of the whole run, in place of TRAIN.EPOCHS, whose last one may be cut short (0: TRAIN.EPOCHS counts)", STEPS),
     Key("TRAIN.START_EPOCH", 0, _int, "accepted from old files; the checkpoint's step decides"),
     Key("TRAIN.WARMUP_EPOCHS", 20, _float, "epochs of linear warm-up", NOT_NEGATIVE),
     Key("TRAIN.WARMUP_STEPS", 0, _int, "steps of linear warm-up, in place of TRAIN.WARMUP_EPOCHS (0: that counts)", STEPS),
@@ -1296,6 +1296,17 @@ _SIMMIM_AUGMENTATION = {"AUG.SCALE": [0.67, 1.0], "AUG.AUTO_AUGMENT": "none", "A
                         "AUG.CUTMIX": 0.0}
 
 
+DENSE_TASKS = ("detection", "instance", "semantic", "mask")
+# What is for classes of whole images alone, with the values that switch it off.
+_OF_CLASSIFICATION = {"AUG.COLOR_JITTER": 0.0, "AUG.AUTO_AUGMENT": "none", "AUG.REPROB": 0.0, "AUG.MIXUP": 0.0, "AUG.CUTMIX": 0.0,
+                      "AUG.CUTMIX_MINMAX": None, "MODEL.LABEL_SMOOTHING": 0.0}
+
+
+def without_effect(config: CfgNode) -> list[str]:
+    """Keys whose values ask for something that a dense TASK leaves out."""
+    return [key for key, off in _OF_CLASSIFICATION.items() if config.TASK in DENSE_TASKS and lookup(config, key) != off]
+
+
 def _finish(root: CfgNode, opts: Sequence[str] | None) -> CfgNode:
     opts = list(opts or [])
     if len(opts) % 2:
@@ -1306,10 +1317,10 @@ def _finish(root: CfgNode, opts: Sequence[str] | None) -> CfgNode:
         _set(root, key, raw, "--opts", COMMAND_LINE)
     if "TASK" not in history(root) and root.MODEL.NAME.startswith("simmim_pretrain"):  # theirs is a program of its own
         _set(root, "TASK", "simmim", "MODEL.NAME", "derived from MODEL.NAME")
-    if root.TASK == "simmim":
-        for key, value in _SIMMIM_AUGMENTATION.items():
-            if key not in history(root):
-                _set(root, key, value, "TASK", "derived from TASK")
+    usual = _SIMMIM_AUGMENTATION if root.TASK == "simmim" else _OF_CLASSIFICATION if root.TASK in DENSE_TASKS else {}
+    for key, value in usual.items():
+        if key not in history(root):
+            _set(root, key, value, "TASK", "derived from TASK")
     if root.TRAIN.ITERATIONS and history(root).get("TRAIN.EPOCHS", [("", 0)])[-1][0] == COMMAND_LINE:
         raise ConfigError(f"TRAIN.EPOCHS is {root.TRAIN.EPOCHS}, but TRAIN.ITERATIONS ({root.TRAIN.ITERATIONS}) counts before it; give "
                           "--iterations, or TRAIN.ITERATIONS 0 with the warm-up and the milestones in epochs")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from config import KEYS, ConfigError, config_from_text, get_config, lookup
+from config import KEYS, ConfigError, config_from_text, get_config, lookup, without_effect
 
 
 def write(path: Path, text: str | bytes) -> str:
@@ -230,3 +230,12 @@ def test_files_of_the_repositories_are_read_as_they_are(tmp_path: Path, text: st
         assert [block.interval for stage in model.layers for block in stage.blocks] == [1, 1, *[1, 2] * 4, *[1, 1] * 3]
     if prefix:
         assert config.TRAIN.BASE_LR == 2e-5 and config.TRAIN.WEIGHT_DECAY == 1e-8
+
+
+@pytest.mark.parametrize("task", ["detection", "instance", "semantic", "mask"])
+def test_what_is_for_classification_is_left_out_of_dense_tasks(task: str) -> None:
+    config = get_config(None, ["TASK", task])
+    assert (config.AUG.MIXUP, config.AUG.AUTO_AUGMENT, config.MODEL.LABEL_SMOOTHING, config.AUG.HFLIP) == (0, "none", 0, 0.5)
+    assert without_effect(config) == without_effect(config_from_text(config.dump())) == without_effect(get_config()) == []
+    asked = get_config(None, ["TASK", task, "AUG.CUTMIX", "0.3", "MODEL.LABEL_SMOOTHING", "0.1", "AUG.MIXUP", "0"])
+    assert without_effect(asked) == ["AUG.CUTMIX", "MODEL.LABEL_SMOOTHING"]

@@ -13,9 +13,10 @@ import numpy as np
 from yacs.config import CfgNode
 
 from config import ConfigError
-from data.dense import canvases, coco
+from data.dense import canvases, coco, map_layouts, maps
 from data.dense.base import DenseOptions, DenseSource
 from data.dense.objects import ObjectSource
+from data.dense.painting import WithBackground
 from data.dense.view import DenseView
 from data.errors import DataError
 from data.layouts.advice import holds_images, split_folder
@@ -45,13 +46,15 @@ class Layout(NamedTuple):
     name: str
     splits: Callable[[str], Collection[str]]
     open: Callable[[str, str, DenseOptions], DenseSource]
-    tasks: Collection[str]
+    tasks: Sequence[str]
     shape: str
 
 
-OBJECT_TASKS = ("detection", "instance", "semantic", "mask")
+OBJECT_TASKS = ("detection", "instance", "mask", "semantic")
 LAYOUTS = (
     Layout("coco", coco.annotation_files, coco.open_coco, OBJECT_TASKS, "annotations/instances_train2017.json and _val2017.json (COCO)"),
+    Layout("maps", map_layouts.splits_of_maps, maps.open_maps, ("semantic", "mask"),
+           "images/train/*.jpg and masks/train/*.png (or the folders of ADE20K, Cityscapes or Pascal VOC)"),
 )
 
 
@@ -83,6 +86,8 @@ def open_dense_sources(config: CfgNode, splits: Sequence[str],
     for split in (name for name in ("train", "val") if name in splits):
         source = _open_split(layout, root, split, there, options, config, alone=list(splits) == ["val"])
         _check_task(source, config.TASK, layout)
+        if config.TASK == "semantic" and source.kind == "objects":
+            source = WithBackground(source)
         source = _choose(source, resolve_data_file(config.DATA.CLASS_NAMES, root)) if config.DATA.CLASS_NAMES else source
         source = match_dense(source, classes)
         classes = source.classes
@@ -103,7 +108,7 @@ def _find(root: str, config: CfgNode) -> Layout:
     serving = [layout for layout in asked if config.TASK in layout.tasks]
     there = [layout for layout in asked if layout.splits(root)]
     if there:  # one that serves the task, and best the one made for it: canvases have boxes and maps
-        return min(there, key=lambda layout: list(layout.tasks).index(config.TASK) if layout in serving else len(MASK_TASKS) + 1)
+        return min(there, key=lambda layout: (layout not in serving, layout.tasks[0] != config.TASK))
     if not serving:
         raise ConfigError(f"DATA.DATASET is {wanted}, which has no annotations for TASK {config.TASK}; leave it away, or give one of "
                           f"{', '.join(layout.name for layout in LAYOUTS if config.TASK in layout.tasks)}")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from data.dense.base import IGNORED, DenseSource, Objects
 from data.dense.faults import LEFT_OUT, FaultBook
+from data.dense.painting import painted
 from data.dense.shapes import Shapes, mask_library
 from data.errors import DataError, UnreadableImage
 from data.sources.folder import ImageFolder
@@ -167,11 +168,7 @@ class ObjectSource(ImageFolder, DenseSource):
     def index_map(self, index: int) -> np.ndarray:
         if self.shapes is None or len(self.classes) > IGNORED:
             raise DataError(f"{self.root}: makes no map of classes; that needs masks, of at most {IGNORED} classes")
-        found = self.objects(index)
-        drawn = np.full(self._mask_size(index), IGNORED, dtype=np.uint8)
-        for i in np.argsort(-found.areas, kind="stable").tolist():
-            drawn[mask_library().decode(found.masks[i]).astype(bool)] = IGNORED if found.crowd[i] else found.labels[i]
-        return drawn
+        return painted(self.objects(index), *self._mask_size(index))
 
 
 def rarest(found: Annotations, images: int, classes: int) -> np.ndarray:

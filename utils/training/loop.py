@@ -153,8 +153,6 @@ def _train(run: Run, model: nn.Module) -> None:
     batches = _watched(run, run.loaders.batches(state.step))
     first_step = state.step
     epoch, within = divmod(state.step, run.steps_per_epoch)
-    if within and state.step >= run.total_steps:  # the last epoch, cut short by TRAIN.ITERATIONS
-        epoch, within = epoch + 1, 0
     progress = Progress(run.plan.device, first_step=state.step)
     if within or state.evaluated != state.step:  # in the middle of an epoch, or between its last step and its end
         progress.loss_sum += state.own_loss_sum(run.plan.rank, run.plan.world_size)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from config import ConfigError, with_values
+from config import ConfigError, with_values, without_effect
 from data import Loaders
 from data.messages import NOTICE
 from models import load_pretrained
@@ -61,6 +61,8 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
     rank, world_size, folder = distributed.rank(), distributed.world_size(), run_folder(config)
     task = build_task(config)
     optim.check_optimizer(config)
+    if unused := without_effect(config):
+        logger.log(NOTICE, f"left out, since TASK is {config.TASK}: {', '.join(unused)}")
     if distributed.is_main():
         require_tracker(config.TRACKER)
     require_writable(folder, dry)
