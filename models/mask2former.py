@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from config import ConfigError
+from models.dense import DenseModel
 from models.mask2former_loss import mask_losses
 from models.optional import optional_module
 from models.pyramid import Pyramid
@@ -25,7 +26,7 @@ WIDTH = 256  # channels of the published models
 _GROUPS = 32  # of the group norms in the pixel decoder
 
 
-class Mask2Former(nn.Module):
+class Mask2Former(DenseModel):
     """A backbone, Mask2Former's two decoders and the classes of the queries.
 
     Args:
@@ -40,6 +41,8 @@ class Mask2Former(nn.Module):
     Attributes:
         stride: padded images have sides that are multiples of it.
     """
+
+    class_modules = ("class_predictor",)
 
     def __init__(self, backbone: Pyramid, classes: int, queries: int = 100, width: int = WIDTH):
         super().__init__()

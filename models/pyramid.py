@@ -15,13 +15,8 @@ from collections.abc import Callable
 import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
-from config import ConfigError
-from models import cpu_bf16
-from models.build import build_model
-
-MOST_LEVELS = 4  # the coarsest are taken: of a ResNet's strides 2 to 32 those from 4 on, as its papers have it
+MOST_LEVELS = 4  # the coarsest are taken: of a ResNet's strides 2 to 32 those from 4 on, as detectors have it
 
 
 class Pyramid(nn.Module):
@@ -32,6 +27,7 @@ class Pyramid(nn.Module):
         out_norm: a layer norm over the channels of each map, as Swin's detectors have it.
         frozen_stages: the image embedding and so many stages less one stay as they are (1: the embedding alone): no gradients, and
             evaluation mode also while the rest trains.
+        levels: maps to give, the coarsest, where there are more.
 
     Attributes:
         channels, strides: of each map.
@@ -40,13 +36,13 @@ class Pyramid(nn.Module):
         ValueError: the model has no maps of several strides, or fewer stages than are to be frozen.
     """
 
-    def __init__(self, model: nn.Module, out_norm: bool = False, frozen_stages: int = 0):
+    def __init__(self, model: nn.Module, out_norm: bool = False, frozen_stages: int = 0, levels: int = MOST_LEVELS):
         super().__init__()
         infos = [dict(info) for info in getattr(model, "feature_info", None) or ()]
         if not hasattr(model, "forward_intermediates") or not hasattr(model, "prune_intermediate_layers"):
             raise ValueError("gives its last map alone (it has no forward_intermediates)")
         last_of = {info["reduction"]: number for number, info in enumerate(infos)}  # several maps of one stride: the last of them
-        strides = sorted(last_of)[-MOST_LEVELS:]
+        strides = sorted(last_of)[-levels:]
         if len(strides) < 2 or any(not float(b / a).is_integer() for a, b in zip(strides, strides[1:], strict=False)):
             raise ValueError(f"is no hierarchy: its maps have strides {', '.join(map(str, last_of)) or 'of no number'}")
         self.channels = [infos[last_of[stride]]["num_chs"] for stride in strides]
@@ -106,20 +102,3 @@ def layer_of(model: nn.Module, prefix: str, coarse: bool = False) -> Callable[[s
     """timm's group matcher for a model that holds ``model`` under ``prefix``: its layers in their order, then all that is not its own."""
     layers = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
     return lambda name: layers.get(name.removeprefix(prefix), float("inf")) if name.startswith(prefix) else float("inf")
-
-
-def build_pyramid(config: CfgNode) -> Pyramid:
-    """The backbone that ``config.MODEL`` describes, for images of any size.
-
-    Raises:
-        ConfigError: as ``build_model``, and for a model whose maps do not shrink from stage to stage or that has fewer stages than
-            ``MODEL.DENSE.FROZEN_STAGES`` names.
-    """
-    options = config.MODEL.DENSE
-    model = build_model(config, 0, any_size=True)
-    try:
-        return cpu_bf16.replace_layers(Pyramid(model, options.OUT_NORM, options.FROZEN_STAGES))
-    except ValueError as error:
-        stages = "stages" in str(error)
-        raise ConfigError(f"MODEL.NAME {config.MODEL.NAME} {error}" + (
-            "; lower MODEL.DENSE.FROZEN_STAGES" if stages else "; dense tasks need a model with maps of several strides")) from None

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from config import ConfigError
+from models.dense import DenseModel
 from models.optional import optional_module
 from models.pyramid import Pyramid
 from models.semantic import enlarged_logits, semantic_loss, stacked_maps
@@ -22,7 +23,7 @@ WIDTH = 512  # channels of the published models; the auxiliary head has half of 
 _DROPOUT = 0.1
 
 
-class UPerNet(nn.Module):
+class UPerNet(DenseModel):
     """A backbone and UPerNet's heads.
 
     Args:
@@ -45,6 +46,7 @@ class UPerNet(nn.Module):
         heads = optional_module("transformers.models.upernet.modeling_upernet", "MODEL.DENSE.HEAD upernet")
         arguments = heads.UperNetConfig(num_labels=classes, hidden_size=width, auxiliary_channels=width // 2)
         self.backbone, self.stride, self.auxiliary = backbone, max(backbone.strides), auxiliary
+        self.class_modules = ("head.classifier", *(["auxiliary_head.classifier"] if auxiliary else []))
         self.head = _with_dropout(heads.UperNetHead(arguments, backbone.channels))
         if auxiliary:
             self.auxiliary_head = _with_dropout(heads.UperNetFCNHead(arguments, backbone.channels, in_index=len(backbone.channels) - 2))

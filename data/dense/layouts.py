@@ -13,7 +13,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from config import ConfigError
-from data.dense import canvases, coco, map_layouts, maps
+from data.dense import canvases, coco, map_layouts, maps, panoptic
 from data.dense.base import DenseOptions, DenseSource
 from data.dense.objects import ObjectSource
 from data.dense.painting import WithBackground
@@ -55,6 +55,8 @@ LAYOUTS = (
     Layout("coco", coco.annotation_files, coco.open_coco, OBJECT_TASKS, "annotations/instances_train2017.json and _val2017.json (COCO)"),
     Layout("maps", map_layouts.splits_of_maps, maps.open_maps, ("semantic", "mask"),
            "images/train/*.jpg and masks/train/*.png (or the folders of ADE20K, Cityscapes or Pascal VOC)"),
+    Layout("panoptic", panoptic.panoptic_files, panoptic.open_panoptic, ("mask", "semantic"),
+           "annotations/panoptic_train2017.json and _val2017.json, with folders of PNG files of the same names"),
 )
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from config import ConfigError, get_config
 from models import build_model
-from models.pyramid import Pyramid, build_pyramid
+from models.build_dense import build_pyramid
+from models.pyramid import Pyramid
 
 
 def config_of(family: str, *opts: object):
@@ -71,11 +72,11 @@ def test_the_windows_of_a_swin_shift_in_every_stage() -> None:
 def test_maps_of_one_stride_are_told_by_it() -> None:
     """volo's later stages share a stride: the last of them is taken."""
     with torch.device("meta"):
-        assert build_pyramid(timm_config("volo_d1_224")).indices == [0, 3]
+        assert Pyramid(timm.create_model("volo_d1_224", num_classes=0)).indices == [0, 3]
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "crossvit_9_240"])
-def test_a_model_without_a_hierarchy_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "crossvit_9_240", "volo_d1_224"])
+def test_a_model_without_a_hierarchy_or_of_one_size_is_refused(name: str) -> None:
     with torch.device("meta"), pytest.raises(ConfigError, match=name):
         build_pyramid(timm_config(name))
 
@@ -102,7 +103,7 @@ def test_frozen_stages_get_no_gradient_and_drop_nothing(family: str, stages: int
     dropped = {module.training for name, module in pyramid.named_modules() if type(module).__name__ == "DropPath"}
     assert True in dropped
     if stages == 2:
-        x = torch.randn(4, 3, 32, 32)
+        x = torch.randn(16, 3, 32, 32)
         assert torch.equal(pyramid(x)[0], pyramid(x)[0]) and not torch.equal(pyramid(x)[1], pyramid(x)[1])
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from models.build_dense import build_dense_model
 from PIL import Image
 from torch import Tensor, nn
 from yacs.config import CfgNode
@@ -21,6 +20,7 @@ from data.dense.synthetic import synthetic_batch
 from data.layouts.input_paths import InputImages
 from data.loading.loader import ImageLoader
 from data.transforms.build import preprocessing
+from models.build_dense import build_dense_model
 from utils.tasks.base import Task
 from utils.visualization.drawing import to_image
 from utils.visualization.overlays import draw_map, draw_objects
