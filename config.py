@@ -429,7 +429,8 @@ COMMANDS: tuple[Command, ...] = (
             "--eval: real.json of the ReaL labels (a list of labels an image); empty is the one that timm carries"),
         Key("TEST.PER_CLASS", "", _local,
             "--eval: CSV file for the figures of each class: recall, precision, F1; in dense tasks AP, or IoU"),
-        Key("TEST.PREDICTIONS", "", _local, "--eval: file for the prediction of every image: .npz; of objects .json in COCO's form, of maps .zip of PNGs; empty: none"),
+        Key("TEST.PREDICTIONS", "", _local,
+            "--eval: file for the prediction of every image: .npz; of objects .json in COCO's form, of maps .zip of PNGs; empty: none"),
         ),
         flags=(
             Flag("--split", "TEST.SPLIT"),

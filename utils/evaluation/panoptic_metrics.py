@@ -14,8 +14,9 @@ import numpy as np
 from torch import Tensor
 
 from data.dense.base import DenseSource, Objects
+from data.dense.shapes import mask_library
 from utils.evaluation.metrics import Evaluation, Metric, line
-from utils.inference.found import Panoptic, mask_library
+from utils.inference.found import Panoptic
 from utils.runtime import distributed
 
 _GROUPS = {"": "", "_things": " things", "_stuff": " stuff"}
