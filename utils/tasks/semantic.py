@@ -69,7 +69,6 @@ class Semantic(DenseTask):
 
 def maps_of(batch: DenseBatch) -> list[Tensor | None]:
     """The maps of the files (H, W) uint8 in an evaluation batch; None for an image that could not be read."""
-    heights_widths, read = batch.originals.tolist(), (batch.numbers >= 0).tolist()
-    lengths = [height * width * known for (height, width), known in zip(heights_widths, read, strict=True)]
-    parts = batch.maps.split(lengths)
-    return [part.view(height, width) if known else None for part, (height, width), known in zip(parts, heights_widths, read, strict=True)]
+    sizes, read = batch.originals.tolist(), (batch.numbers >= 0).tolist()
+    parts = batch.maps.split([height * width for height, width in sizes])
+    return [part.view(*size) if known else None for part, size, known in zip(parts, sizes, read, strict=True)]
