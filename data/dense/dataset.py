@@ -80,7 +80,7 @@ class TrainDenseImages(DenseImages):
 class EvalDenseImages(DenseImages):
     """Images prepared for evaluation or prediction, by index; those of a batch have one padded size.
 
-    An image that cannot be read is a row of zeros with the number -1.
+    An image that cannot be read is black and has the number -1.
 
     Args:
         sizes: (images, 2) heights and widths that the images must have; 0 where any will do.

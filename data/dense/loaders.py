@@ -141,7 +141,7 @@ class _Evaluation:
     def __init__(self, config: CfgNode, source: Source, sizes: np.ndarray, stride: int, published: bool, maps: bool):
         self.config, self.source, self.sizes, self.stride, self.published, self.maps = config, source, sizes, stride, published, maps
         self.transform = EvalTransform(config)
-        self.padded = np.array([padded_size(*self.transform.size(*np.maximum(size, 1)), stride) for size in sizes.tolist()])
+        self.padded = np.array([padded_size(*self.transform.size(*size), stride) for size in sizes.tolist()])
         self.shape = (input_channels(config), *self.padded.max(axis=0).tolist())
         self.batch_size = config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
 

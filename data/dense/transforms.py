@@ -29,7 +29,7 @@ _PASTED = 0.5  # probability of each object of the other image
 
 def resized_size(height: int, width: int, short: float, long: float) -> Size:
     """(height, width) of an image whose shorter side is resized to ``short``, or less where the longer would be more than ``long``."""
-    scale = min(short / min(height, width), long / max(height, width))
+    scale = min(short / max(1, min(height, width)), long / max(1, height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
