@@ -22,7 +22,7 @@ PARAMETERS = {
     "retinanet_pvt_s": 34_221_812, "mask_rcnn_mpvit_xs": 30_439_061, "mask2former_swin_t": 47_418_763,
     "mask2former_galerkin_b": 82_402_705,
 }
-TRAINED_ON = {"coco": 7_329, "ADEChallengeData2016": 1_263}  # steps of 16 images in an epoch
+STEPS = {"COCO": 7_329, "ADE20K": 1_263}  # steps of 16 images in an epoch
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -50,7 +50,7 @@ RATES = {
 @pytest.mark.parametrize("name", RATES)
 def test_the_rates_are_the_published_ones(name: str) -> None:
     config = get_config(str(ROOT / f"configs/dense/{name}.yaml"))
-    schedule = build_schedule(config, TRAINED_ON["ADEChallengeData2016" if config.TASK == "semantic" else "coco"], config.TRAIN.GLOBAL_BATCH)
+    schedule = build_schedule(config, STEPS["ADE20K" if config.TASK == "semantic" else "COCO"], config.TRAIN.GLOBAL_BATCH)
     assert {step: schedule.lr_at(step) for step in RATES[name]} == pytest.approx(RATES[name], rel=1e-9)
 
 
