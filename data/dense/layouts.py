@@ -13,7 +13,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from config import ConfigError
-from data.dense import canvases, coco, map_layouts, maps, panoptic
+from data.dense import canvases, coco, map_layouts, maps, panoptic, voc, yolo
 from data.dense.base import DenseOptions, DenseSource
 from data.dense.objects import ObjectSource
 from data.dense.painting import WithBackground
@@ -53,6 +53,8 @@ class Layout(NamedTuple):
 OBJECT_TASKS = ("detection", "instance", "mask", "semantic")
 LAYOUTS = (
     Layout("coco", coco.annotation_files, coco.open_coco, OBJECT_TASKS, "annotations/instances_train2017.json and _val2017.json (COCO)"),
+    Layout("voc", voc.voc_splits, voc.open_voc, ("detection",), "Annotations/*.xml and JPEGImages/, or an XML file beside each (VOC)"),
+    Layout("yolo", yolo.yolo_splits, yolo.open_yolo, OBJECT_TASKS, "data.yaml with images/ and labels/ (YOLO)"),
     Layout("maps", map_layouts.splits_of_maps, maps.open_maps, ("semantic", "mask"),
            "images/train/*.jpg and masks/train/*.png (or the folders of ADE20K, Cityscapes or Pascal VOC)"),
     Layout("panoptic", panoptic.panoptic_files, panoptic.open_panoptic, ("mask", "semantic"),
@@ -60,13 +62,16 @@ LAYOUTS = (
 )
 
 
-def open_dense_sources(config: CfgNode, splits: Sequence[str],
-                       classes: Sequence[str] | None) -> tuple[dict[str, DenseSource], str]:
+Classes = Sequence[str] | Callable[[Sequence[str]], Sequence[str] | None] | None
+
+
+def open_dense_sources(config: CfgNode, splits: Sequence[str], classes: Classes) -> tuple[dict[str, DenseSource], str]:
     """The splits of a dense task.
 
     Args:
         splits: of "train" and "val".
-        classes: those of a checkpoint, to which the data's are matched by name; None: those of the training data.
+        classes: those of a checkpoint, to which the data's are matched by name, or a function that chooses them by the data's; None: those
+            of the training data.
 
     Returns:
         (sources by split, with the same classes in the same order; the layout's name).
@@ -91,7 +96,7 @@ def open_dense_sources(config: CfgNode, splits: Sequence[str],
         if config.TASK == "semantic" and source.kind == "objects":
             source = WithBackground(source)
         source = _choose(source, resolve_data_file(config.DATA.CLASS_NAMES, root)) if config.DATA.CLASS_NAMES else source
-        source = match_dense(source, classes)
+        source = match_dense(source, classes(source.classes) if callable(classes) else classes)
         classes = source.classes
         if split == "train":
             source = _for_training(source, config)
@@ -229,13 +234,22 @@ def _for_training(source: DenseSource, config: CfgNode) -> DenseSource:
 
 def object_counts(source: Source) -> np.ndarray | None:
     """(images,) int64: objects of each image, without crowds; None where the source cannot tell without reading files."""
+    found = flat_objects(source)
+    return None if found is None else np.bincount(found[0], minlength=len(source))
+
+
+def flat_objects(source: Source) -> tuple[np.ndarray, np.ndarray] | None:
+    """(image, class) of all objects of a source, without crowds, (objects,) int64 each; None where files would have to be read."""
     indices, table = np.arange(len(source)), np.arange(len(source.classes))
-    while isinstance(source, DenseView):
+    while type(source) is DenseView:
         indices = source.indices[indices]
         if source.table is not None:
             table = np.where(source.table >= 0, np.append(table, -1)[source.table], -1)
         source = source.source
     if not isinstance(source, ObjectSource):
         return None
-    images = np.repeat(np.arange(len(source)), np.diff(source.bounds))
-    return np.bincount(images[~source.crowd & (table[source.label_of] >= 0)], minlength=len(source))[indices]
+    own = [np.arange(source.bounds[i], source.bounds[i + 1]) for i in indices.tolist()] or [np.zeros(0, dtype=np.int64)]
+    images, objects = np.repeat(np.arange(len(indices)), [len(part) for part in own]), np.concatenate(own)
+    labels = table[source.label_of[objects]]
+    keep = ~source.crowd[objects] & (labels >= 0)
+    return images[keep], labels[keep]

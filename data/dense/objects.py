@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from data.dense.base import IGNORED, DenseSource, Objects
-from data.dense.faults import LEFT_OUT, FaultBook
+from data.dense.base import IGNORED, DenseOptions, DenseSource, Objects
+from data.dense.faults import LEFT_OUT, FaultBook, sentence
 from data.dense.painting import painted
-from data.dense.shapes import Shapes, mask_library
+from data.dense.shapes import ShapeList, Shapes, mask_library
 from data.errors import DataError, UnreadableImage
 from data.sources.folder import ImageFolder
 from data.sources.packed_names import PackedNames
@@ -50,13 +51,50 @@ class Annotations:
                            None if self.shapes is None else self.shapes.take(order))
 
 
-def check(found: Annotations, sizes: np.ndarray, book: FaultBook, needs_masks: bool, names: PackedNames) -> Annotations:
+class ObjectList:
+    """Objects as small files have them, one after another."""
+
+    def __init__(self) -> None:
+        self.images, self.label_of, self.boxes, self.crowd = array("q"), array("q"), array("d"), bytearray()
+        self.shapes, self.lines = ShapeList(), array("q")
+
+    def add(self, image: int, label: int, box: Sequence[float] | None, line: int, crowd: bool = False,
+            outline: Sequence[float] | None = None) -> None:
+        """An object.
+
+        Args:
+            box: x0, y0, x1, y1; None where it is that of the outline.
+            line: where it stands in its file, for messages.
+            outline: x, y of its corners.
+        """
+        self.images.append(image)
+        self.label_of.append(label)
+        self.boxes.extend((np.nan,) * 4 if box is None else box)
+        self.crowd.append(crowd)
+        self.shapes.add(None if outline is None else [outline])
+        self.lines.append(line)
+
+    def annotations(self, sizes: np.ndarray) -> Annotations:
+        """All of them; ``sizes``: (images, 2): height and width."""
+        images, boxes = np.array(self.images, dtype=np.int64), np.array(self.boxes).reshape(-1, 4)
+        owner_sizes = sizes[images] if len(images) else np.zeros((0, 2))
+        crowd = np.frombuffer(bytes(self.crowd), dtype=np.uint8).astype(bool)
+        return Annotations(images, np.array(self.label_of, dtype=np.int64), boxes, crowd, np.full(len(images), np.nan),
+                           np.arange(1, len(images) + 1), Shapes(self.shapes, owner_sizes), np.isnan(boxes).all(axis=1))
+
+
+def check(found: Annotations, sizes: np.ndarray, book: FaultBook, needs_masks: bool, names: Sequence[str],
+          name: Callable[[int], str] | None = None) -> Annotations:
     """The usable annotations, in the order of their images; what is wrong with the others goes into ``book``.
 
     Args:
         sizes: (images, 2): height and width, zeros where they are not known.
         needs_masks: an object without a mask is of no use, unless none has one.
         names: of the images, for messages.
+        name: what messages call an annotation, by its position; None: by its id and image.
+
+    Raises:
+        DataError: there are annotations, and none is usable.
     """
     boxes, shapes, known = found.boxes.copy(), found.shapes, found.images >= 0
     there = shapes.there() if shapes is not None else np.zeros(len(boxes), dtype=bool)
@@ -67,8 +105,11 @@ def check(found: Annotations, sizes: np.ndarray, book: FaultBook, needs_masks: b
     height, width = np.where(height > 0, height, np.inf), np.where(width > 0, width, np.inf)
     keep = np.ones(len(boxes), dtype=bool)
 
-    def name(i: int) -> str:
+    def by_id(i: int) -> str:
         return f"annotation {found.ids[i]}" + (f" of {names[int(found.images[i])]}" if known[i] else "")
+
+    name = name or by_id
+    needs_masks = needs_masks and bool(there.any())
 
     def drop(kind: str, broken: np.ndarray) -> None:
         book.add_where(kind, LEFT_OUT, keep & broken, name)
@@ -94,6 +135,8 @@ def check(found: Annotations, sizes: np.ndarray, book: FaultBook, needs_masks: b
     areas, whole = found.areas.copy(), (found.boxes[over, 2:] - found.boxes[over, :2]).prod(axis=1)
     areas[over] = np.where(there[over], areas[over], areas[over] * (clipped[:, 2:] - clipped[:, :2]).prod(axis=1) / whole)
     order = np.argsort(np.where(keep, found.images, np.iinfo(np.int64).max), kind="stable")[:int(keep.sum())]
+    if len(keep) and not len(order):
+        raise DataError(f"{book.where}: none of its {len(keep):,} annotations is usable: {'; '.join(map(sentence, book.faults))}")
     return Annotations(found.images, found.labels, boxes, found.crowd, areas, _own_ids(found.ids, book), shapes).take(order)
 
 
@@ -114,7 +157,7 @@ class ObjectSource(ImageFolder, DenseSource):
         names: of the images, below ``root`` or absolute.
         found: in the order of their images, by ``check``.
         book: what was wrong.
-        exif: sizes are those of images turned as their EXIF block says.
+        has_masks: whether the masks of ``found`` are to be used; each must have one.
 
     Attributes:
         counts: (images,) int64: objects of each image, without crowds.
@@ -125,7 +168,8 @@ class ObjectSource(ImageFolder, DenseSource):
     def __init__(self, root: str, classes: list[str], names: PackedNames, sizes: np.ndarray, image_ids: np.ndarray,
                  category_ids: Sequence[int], found: Annotations, book: FaultBook, has_masks: bool):
         super().__init__(root, classes, names, rarest(found, len(names), len(classes)), book.notices())
-        self.sizes, self.image_ids, self.category_ids, self.faults = sizes.astype(np.int32), image_ids, list(category_ids), book.faults
+        self.sizes = np.maximum(sizes, 1).astype(np.int32)  # of an image that cannot be read none is known
+        self.image_ids, self.category_ids, self.faults = image_ids, list(category_ids), book.faults
         self.things, self.has_masks = [True] * len(classes), has_masks
         self.bounds = np.searchsorted(found.images, np.arange(len(names) + 1))
         self.counts = np.bincount(found.images[~found.crowd], minlength=len(names))
@@ -134,14 +178,14 @@ class ObjectSource(ImageFolder, DenseSource):
 
     def identity(self) -> bytes:
         digest = hashlib.sha256(super().identity())
-        for array in (self.bounds, self.boxes, self.label_of, self.crowd):
-            digest.update(np.ascontiguousarray(array).tobytes())
+        for values in (self.bounds, self.boxes, self.label_of, self.crowd):
+            digest.update(np.ascontiguousarray(values).tobytes())
         return digest.digest()
 
     def load(self, index: int) -> Image.Image:
         image = super().load(index)
         height, width = self.sizes[index].tolist()
-        if height and image.size != (width, height):
+        if image.size != (width, height):
             turned = "; if it is to be turned by its EXIF block, set DATA.EXIF True" if image.size == (height, width) else ""
             raise UnreadableImage.of(self.path(index), f"it has {image.size[0]}x{image.size[1]} pixels, and its annotations are of "
                                                        f"{width}x{height}{turned}")
@@ -152,23 +196,23 @@ class ObjectSource(ImageFolder, DenseSource):
         areas, boxes, masks = self.areas[part].copy(), self.boxes[part].copy(), None
         untold = np.isnan(areas)
         if self.shapes is not None:
-            size = self._mask_size(index)
+            size = self.sizes[index].tolist()
             masks = [self.shapes.mask(i, size) for i in range(part.start, part.stop)]
             if untold.any():
                 areas[untold] = mask_library().area([mask for mask, wanted in zip(masks, untold, strict=True) if wanted])
         areas[untold] = (boxes[untold, 2:] - boxes[untold, :2]).prod(axis=1) if masks is None else areas[untold]
         return Objects(boxes, self.label_of[part].astype(np.int64), self.crowd[part].copy(), areas, self.ids[part].copy(), masks)
 
-    def _mask_size(self, index: int) -> list[int]:
-        size = self.sizes[index].tolist()
-        if not min(size):
-            raise UnreadableImage.of(self.path(index), "the size of its masks is not known")
-        return size
-
     def index_map(self, index: int) -> np.ndarray:
         if self.shapes is None or len(self.classes) > IGNORED:
             raise DataError(f"{self.root}: makes no map of classes; that needs masks, of at most {IGNORED} classes")
-        return painted(self.objects(index), *self._mask_size(index))
+        return painted(self.objects(index), *self.sizes[index].tolist())
+
+
+def uses_masks(found: Annotations, options: DenseOptions) -> bool:
+    """Whether the masks of checked annotations are there and of use: boxes alone need none, which take time and memory."""
+    used = options.task != "detection" or options.data.DENSE.COPY_PASTE > 0
+    return used and found.shapes is not None and bool(len(found.images)) and bool(found.shapes.there().all())
 
 
 def rarest(found: Annotations, images: int, classes: int) -> np.ndarray:
