@@ -69,7 +69,11 @@ class MapFigures:
     def values(self) -> dict[str, float]:
         """``MAP_METRICS`` of counts (C, C), in percent."""
         return {metric.name: 100 * value for metric, value in zip(
-            MAP_METRICS, (_mean(self.iou), float(_share(self.right.sum(), self.pixels.sum())), _mean(self.accuracy)), strict=True)}
+            MAP_METRICS, (self.mean_iou(), float(_share(self.right.sum(), self.pixels.sum())), _mean(self.accuracy)), strict=True)}
+
+    def mean_iou(self) -> float:
+        """Of counts (C, C): the mean over the classes that occur, nan without any."""
+        return _mean(self.iou)
 
     def csv(self, names: Sequence[str]) -> str:
         """The table, a line a class, with the class that its pixels are mostly taken for wrongly, and how many are."""

@@ -14,8 +14,9 @@ import numpy as np
 from torch import Tensor
 
 from data.dense.base import DenseSource, Objects
+from data.dense.shapes import mask_library
 from utils.evaluation.metrics import Evaluation, Metric, line
-from utils.inference.found import Panoptic, mask_library
+from utils.inference.found import Panoptic
 from utils.runtime import distributed
 
 _GROUPS = {"": "", "_things": " things", "_stuff": " stuff"}
@@ -45,12 +46,18 @@ class PanopticEvaluator:
         mask_library()
         self.source = source
         self._sums: dict[int, dict[int, np.ndarray]] = {}
+        self.evaluation: PanopticEvaluation | None = None  # once it was asked for
 
     def update(self, outputs: Sequence[Panoptic], numbers: Tensor) -> None:
         """Take in the segments of the images at positions ``numbers`` (B,) of the source; -1 is an image that does not count."""
         for number, found in zip(numbers.tolist(), outputs, strict=True):
             if number >= 0:
                 self._sums[number] = matched(found, self.source.objects(number))
+
+    def quality(self, number: int) -> float:
+        """The mean PQ, between 0 and 1, of the classes in an image of this rank; nan without any."""
+        sums = self._sums[number]
+        return float(class_quality(np.stack(list(sums.values())))[:, 0].mean()) if sums else math.nan
 
     def result(self) -> PanopticEvaluation:
         """The figures over all ranks; every rank must ask."""
@@ -61,7 +68,9 @@ class PanopticEvaluator:
                 sums[label] += row
         values = quality(sums, self.source.things)
         told = [metric for metric in PANOPTIC_METRICS if metric.name in ("pq", "sq", "rq")]
-        return PanopticEvaluation(values, len(images), line(told, values, f"({len(images)} images)"), _caution(images, sums), sums)
+        self.evaluation = PanopticEvaluation(values, len(images), line(told, values, f"({len(images)} images)"), _caution(images, sums),
+                                             sums)
+        return self.evaluation
 
 
 def _caution(images: Mapping[int, object], sums: np.ndarray) -> str:

@@ -17,7 +17,9 @@ from utils.inference.segmentation_models import segmentation_model
 from utils.inference.trained_model import Trained
 from utils.tasks.base import chosen_metric
 from utils.tasks.dense import DenseTask
+from utils.tasks.dense_logs import MapLog, keeps_log
 from utils.tasks.dense_predictions import FoundMaps
+from utils.tasks.map_report import MapReport
 
 
 class Semantic(DenseTask):
@@ -51,6 +53,12 @@ class Semantic(DenseTask):
 
     def evaluator(self, device: torch.device) -> MapEvaluator:
         return MapEvaluator(self.classes, device)
+
+    def prediction_log(self, loaders: Loaders) -> MapLog | None:
+        return MapLog(loaders, maps_of) if keeps_log(loaders) else None
+
+    def evaluation_report(self, config: CfgNode) -> MapReport:
+        return MapReport(self, config)
 
     def evaluated_model(self, config: CfgNode, model: nn.Module, names: Any, classes: Any) -> nn.Module:
         return segmentation_model(config, model)
