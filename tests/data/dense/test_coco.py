@@ -162,3 +162,9 @@ def test_broken_files_are_one_sentence(tmp_path: Path, content: str) -> None:
     file.write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError, match=str(tmp_path)):
         opened(tmp_path)
+
+
+def test_a_relative_place_is_as_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_coco(tmp_path, SOUND)
+    monkeypatch.chdir(tmp_path.parent)
+    assert all(opened(Path(tmp_path.name))["train"].fetch(i) for i in range(2))
