@@ -162,3 +162,17 @@ def test_broken_files_are_one_sentence(tmp_path: Path, content: str) -> None:
     file.write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError, match=str(tmp_path)):
         opened(tmp_path)
+
+
+def test_outlines_are_drawn_to_the_last_bit(tmp_path: Path) -> None:
+    """Tenths lie where pycocotools rounds half up: coordinates that lose a bit on the way make other masks."""
+    generator = np.random.RandomState(0)
+    outlines = [(generator.randint(0, [600, 400], (5, 2)) / 10).ravel().tolist() for _ in range(300)]
+    file = write_coco(tmp_path, [annotated(i, 7, 3, [0, 0, 60, 40], [outline]) for i, outline in enumerate(outlines)])
+    drawn = opened(tmp_path)["train"].objects(0).masks
+    assert [mask["counts"] for mask in drawn] == [masks.merge(masks.frPyObjects([outline], 40, 60))["counts"] for outline in outlines]
+    annotations = json.loads(file.read_text())
+    annotations["annotations"][0]["segmentation"][0][0] = 1 / 3  # not hundredths: all are kept as they are
+    file.write_text(json.dumps(annotations))
+    again = opened(tmp_path)["train"].objects(0).masks
+    assert again[1:] == drawn[1:] and again[0] == masks.merge(masks.frPyObjects([[1 / 3, *outlines[0][1:]]], 40, 60))
