@@ -126,6 +126,14 @@ def test_sizes_that_are_not_the_files(tmp_path: Path) -> None:
     assert opened(tmp_path)["train"].sizes.tolist() == [[40, 60]] * 2
 
 
+def test_one_image_and_annotations_of_others(tmp_path: Path) -> None:
+    write_coco(tmp_path, SOUND, images=[dict(id=7, file_name="bild ü 7.png", width=60, height=40), 0])
+    source = opened(tmp_path)["train"]
+    assert {fault.kind: fault.count for fault in source.faults} == {
+        "unknown image": 2, "partly outside": 1, "entry of images that is no object": 1}
+    assert len(source.objects(0)) == 3
+
+
 def test_splits_and_classes(tmp_path: Path) -> None:
     write_coco(tmp_path, [annotated(i, i, 3 if i % 2 else 18, [5, 5, 9, 9]) for i in range(1, 21)], ids=tuple(range(1, 21)))
     with pytest.raises(DataError, match=r"DATA.VAL_FRACTION"):
