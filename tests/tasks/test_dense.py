@@ -116,6 +116,12 @@ def test_the_first_batch_is_shown(head: str, canvases: Path, program) -> None:
     assert Image.open(program.folder / "batch.png").width > 200
 
 
+def test_iterations_count(canvases: Path, program) -> None:
+    for head in ("retinanet", "semantic_fpn"):
+        done = program("--cfg", recipe(program.folder, canvases, head), "--iterations", 4, "--tag", head)
+        assert done.returncode == 0 and load(program.folder / f"output/tiny/{head}/last.pth")["step"] == 4, done.stderr
+
+
 def test_killed_it_goes_on_to_the_same_bits(canvases: Path, tmp_path: Path) -> None:
     cfg = recipe(tmp_path, canvases, "mask_rcnn")
     command = ["--cfg", cfg, "--num-workers", 1, "--epochs", 3]
