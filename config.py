@@ -428,8 +428,9 @@ COMMANDS: tuple[Command, ...] = (
         Key("TEST.REAL_LABELS", "", _local,
             "--eval: real.json of the ReaL labels (a list of labels an image); empty is the one that timm carries"),
         Key("TEST.PER_CLASS", "", _local,
-            "--eval: CSV file for each class's recall, precision, F1 and the class it is most often confused with"),
-        Key("TEST.PREDICTIONS", "", _local, "file (.npz) for the prediction of every image under --eval; empty writes none"),
+            "--eval: CSV file for the figures of each class: recall, precision, F1; in dense tasks AP, or IoU"),
+        Key("TEST.PREDICTIONS", "", _local,
+            "--eval: file for the prediction of every image: .npz; of objects .json in COCO's form, of maps .zip of PNGs; empty: none"),
         ),
         flags=(
             Flag("--split", "TEST.SPLIT"),

@@ -8,7 +8,7 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 from config import ConfigError, image_size, input_channels
 from models import cpu_bf16, crossformer, cvt, galerkin, mpvit, pvt, pvt_v2, shunted, swin, swin_mlp, swinv2
 from models.base import HierarchicalModel
+from models.dense import BACKBONE, DenseModel
 from models.safe_load import CheckpointError
 from models.weights import (
     FilterFn,
@@ -32,6 +33,7 @@ from models.weights import (
     load_pretrained_file,
     read_class_map,
     read_names,
+    read_state_dict,
 )
 
 # A family's module gives VARIANTS (name -> arguments), build(name, arguments, img_size), checkpoint_filter_fn, NODE_KEYS (config key
@@ -107,15 +109,40 @@ _HUB = {"swin_tiny": "swin_tiny_patch4_window7_224", "swin_small": "swin_small_p
 def load_pretrained(model: nn.Module, path: str, config: CfgNode) -> LoadReport:
     """Start ``model`` from a file of weights, or with ``hub`` from timm's own, by the rules of its family.
 
+    A model of a dense task starts whole from a checkpoint of such a model, whatever its classes, else its backbone from a classifier's.
+
     Raises:
         CheckpointError: unreadable, unsafe or other weights, or the hub cannot be reached.
         ConfigError: ``hub`` for a model that timm has no weights of.
     """
+    if isinstance(model, DenseModel):
+        return _load_dense(model, path, config)
     filter_fn = _filter_fn(model, config)
     class_map = read_class_map(config.MODEL.CLASS_MAP) if config.MODEL.CLASS_MAP else None
     if path == "hub":
         return fit_pretrained(model, _hub_weights(config), "hub", filter_fn, class_map)
     return load_pretrained_file(model, path, filter_fn, class_map)
+
+
+def _load_dense(model: DenseModel, path: str, config: CfgNode) -> LoadReport:
+    """``load_pretrained`` of a model of a dense task."""
+    source = _hub_weights(config) if path == "hub" else read_state_dict(path)
+    if _head_names(source, model) == _head_names(model.state_dict(), model):
+        return fit_pretrained(model, source, path)
+    # As a classifier of its own, so that all ways to save one are understood; of another head's checkpoint the backbone is found too.
+    classifier = build_model(config, 0, any_size=True)
+    report = fit_pretrained(classifier, source, path, _filter_fn(classifier, config))
+    own, backbone = classifier.state_dict(), model.backbone.model
+    backbone.load_state_dict({name: own[name] for name in backbone.state_dict()})
+    report.kept = [f"{BACKBONE}{name}" for name in report.kept if name in backbone.state_dict()]
+    report.fresh = sorted({".".join(name.split(".")[:2]) if name.startswith("backbone.") else name.split(".")[0]
+                           for name in model.state_dict() if not name.startswith(BACKBONE)})
+    return report
+
+
+def _head_names(names: Iterable[str], model: DenseModel) -> set[str]:
+    """Those beside the backbone, and beside what hangs on the classes."""
+    return {name for name in names if not name.startswith((BACKBONE, *(f"{module}." for module in model.class_modules)))}
 
 
 def _hub_weights(config: CfgNode) -> dict[str, Tensor]:
@@ -135,6 +162,13 @@ def _hub_weights(config: CfgNode) -> dict[str, Tensor]:
 def load_state(model: nn.Module, state: dict[str, Tensor], config: CfgNode, path: str) -> None:
     """Load weights that must fit ``model`` entirely, ours or published ones (whose names the family translates)."""
     own = model.state_dict()
+    if isinstance(model, DenseModel):
+        if not any(name.startswith(BACKBONE) for name in state):
+            raise CheckpointError(f"{path}: holds a backbone at most and no head of TASK {config.TASK}, so it can be trained from "
+                                  f"(--pretrained {path}) but not evaluated or predicted with")
+        check_fits(model, state, path)
+        model.load_state_dict(state)
+        return
     if state.keys() != own.keys() or any(own[n].shape != state[n].shape for n in own):
         reading = read_names(state, model, path, _filter_fn(model, config))
         if reading.fresh and not reading.misfits[0]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from models.pyramid import Pyramid, layer_of
 
+BACKBONE = "backbone.model."  # before the classifier's names in a state dict
+
 
 class DenseModel(nn.Module):
     """Base of the models of dense tasks.
@@ -34,7 +36,7 @@ class DenseModel(nn.Module):
         """timm's description of the model, as far as it holds here: where the classes are, and what meets the pixels."""
         first = (getattr(self.backbone.model, "pretrained_cfg", None) or {}).get("first_conv") or ()
         first = (first,) if isinstance(first, str) else first
-        return dict(classifier=self.class_modules, first_conv=tuple(f"backbone.model.{name}" for name in first))
+        return dict(classifier=self.class_modules, first_conv=tuple(BACKBONE + name for name in first))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -45,7 +47,7 @@ class DenseModel(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
         """The layer of a parameter, for layer decay: the backbone's, and behind them the head as one."""
-        return layer_of(self.backbone.model, "backbone.model.", coarse)
+        return layer_of(self.backbone.model, BACKBONE, coarse)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -37,9 +37,6 @@ class Mask2Former(DenseModel):
 
     Raises:
         ConfigError: transformers is not installed, the backbone has fewer stages, or another width.
-
-    Attributes:
-        stride: padded images have sides that are multiples of it.
     """
 
     class_modules = ("class_predictor",)
@@ -56,13 +53,19 @@ class Mask2Former(DenseModel):
         arguments = library.Mask2FormerConfig(
             num_labels=classes, num_queries=queries, feature_size=width, mask_feature_size=width, hidden_dim=width,
             encoder_feedforward_dim=4 * width, dim_feedforward=8 * width, feature_strides=strides, common_stride=strides[0])
-        self.backbone, self.stride = backbone, max(backbone.strides)
+        self.backbone, self.stride = backbone, backbone.strides[-1]
         self.pixel_decoder = library.Mask2FormerPixelDecoder(arguments, backbone.channels)
         self.transformer = library.Mask2FormerTransformerModule(width, arguments)
         self.class_predictor = nn.Linear(width, classes + 1)
         published = library.Mask2FormerPreTrainedModel(arguments)
         for part in (self.pixel_decoder, self.transformer, self.class_predictor):
             part.apply(published._init_weights)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The backbone's, and the embeddings of queries and levels, as in the published recipes."""
+        embeddings = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Embedding)}
+        return super().no_weight_decay() | {name for name in embeddings if not name.startswith("backbone.")}
 
     def forward(self, images: Tensor, sizes: Tensor | None = None, targets: Sequence[Mapping[str, Tensor]] | None = None,
                 masks_per_image: Tensor | float | None = None) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from data.dense.base import DenseOptions
 from data.dense.faults import LEFT_OUT, FaultBook
 from data.dense.files import Listing, header_sizes, place_images, usable_name
 from data.dense.json_stream import read_arrays
-from data.dense.objects import Annotations, ObjectSource, check
+from data.dense.objects import Annotations, ObjectSource, check, uses_masks
 from data.dense.shapes import ShapeList, Shapes
 from data.errors import DataError
 from data.layouts.options import ALL, SPLIT_NAMES, find_entry, names_of
@@ -224,17 +224,12 @@ def read_coco(path: str, folders: Sequence[str], options: DenseOptions) -> Objec
     if (found.ids <= _NUMBERED).any():
         found.ids = np.where(found.ids <= _NUMBERED, np.arange(1, len(owners) + 1) + max(0, int(found.ids.max(initial=0))), found.ids)
     found = found.take(np.flatnonzero(~of_left_out)) if of_left_out.any() else found
-    needs_masks = options.task != "detection" and bool(shapes.there().any())
-    checked = check(found, sizes, book, needs_masks, packed)
-    if len(owners) and not len(checked.images):
-        raise DataError(f"{path}: none of its {len(owners):,} annotations is usable: "
-                        + "; ".join(line.partition(": ")[2] for line in book.notices()))
     if not len(owners):
         raise DataError(f"{path}: has no annotations; export it again with them")
-    used = options.task != "detection" or options.data.DENSE.COPY_PASTE > 0  # boxes need no masks, which take time and memory
-    has_masks = used and bool(checked.shapes.there().all())
+    checked = check(found, sizes, book, options.task != "detection", packed)
     ids = _image_ids(images, book)
-    return ObjectSource(os.path.dirname(path) or ".", classes, packed, sizes, ids, category_ids, checked, book, has_masks)
+    return ObjectSource(os.path.dirname(path) or ".", classes, packed, sizes, ids, category_ids, checked, book,
+                        uses_masks(checked, options))
 
 
 def _images(raw: _Collector, folders: Sequence[str],

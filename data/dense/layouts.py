@@ -13,7 +13,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from config import ConfigError
-from data.dense import canvases, coco, map_layouts, maps, panoptic
+from data.dense import canvases, coco, map_layouts, maps, panoptic, voc, yolo
 from data.dense.base import DenseOptions, DenseSource
 from data.dense.objects import ObjectSource
 from data.dense.painting import WithBackground
@@ -53,6 +53,8 @@ class Layout(NamedTuple):
 OBJECT_TASKS = ("detection", "instance", "mask", "semantic")
 LAYOUTS = (
     Layout("coco", coco.annotation_files, coco.open_coco, OBJECT_TASKS, "annotations/instances_train2017.json and _val2017.json (COCO)"),
+    Layout("voc", voc.voc_splits, voc.open_voc, ("detection",), "Annotations/*.xml and JPEGImages/, or an XML file beside each (VOC)"),
+    Layout("yolo", yolo.yolo_splits, yolo.open_yolo, OBJECT_TASKS, "data.yaml with images/ and labels/ (YOLO)"),
     Layout("maps", map_layouts.splits_of_maps, maps.open_maps, ("semantic", "mask"),
            "images/train/*.jpg and masks/train/*.png (or the folders of ADE20K, Cityscapes or Pascal VOC)"),
     Layout("panoptic", panoptic.panoptic_files, panoptic.open_panoptic, ("mask", "semantic"),

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from data.dense.base import IGNORED, DenseSource, Objects
-from data.dense.faults import LEFT_OUT, FaultBook
+from data.dense.base import IGNORED, DenseOptions, DenseSource, Objects
+from data.dense.faults import LEFT_OUT, FaultBook, sentence
 from data.dense.painting import painted
-from data.dense.shapes import Shapes, mask_library
+from data.dense.shapes import ShapeList, Shapes, mask_library
 from data.errors import DataError, UnreadableImage
 from data.sources.folder import ImageFolder
 from data.sources.packed_names import PackedNames
@@ -50,13 +51,50 @@ class Annotations:
                            None if self.shapes is None else self.shapes.take(order))
 
 
-def check(found: Annotations, sizes: np.ndarray, book: FaultBook, needs_masks: bool, names: PackedNames) -> Annotations:
+class ObjectList:
+    """Objects as small files have them, one after another."""
+
+    def __init__(self) -> None:
+        self.images, self.label_of, self.boxes, self.crowd = array("q"), array("q"), array("d"), bytearray()
+        self.shapes, self.lines = ShapeList(), array("q")
+
+    def add(self, image: int, label: int, box: Sequence[float] | None, line: int, crowd: bool = False,
+            outline: Sequence[float] | None = None) -> None:
+        """An object.
+
+        Args:
+            box: x0, y0, x1, y1; None where it is that of the outline.
+            line: where it stands in its file, for messages.
+            outline: x, y of its corners.
+        """
+        self.images.append(image)
+        self.label_of.append(label)
+        self.boxes.extend((np.nan,) * 4 if box is None else box)
+        self.crowd.append(crowd)
+        self.shapes.add(None if outline is None else [outline])
+        self.lines.append(line)
+
+    def annotations(self, sizes: np.ndarray) -> Annotations:
+        """All of them; ``sizes``: (images, 2): height and width."""
+        images, boxes = np.array(self.images, dtype=np.int64), np.array(self.boxes).reshape(-1, 4)
+        owner_sizes = sizes[images] if len(images) else np.zeros((0, 2))
+        crowd = np.frombuffer(bytes(self.crowd), dtype=np.uint8).astype(bool)
+        return Annotations(images, np.array(self.label_of, dtype=np.int64), boxes, crowd, np.full(len(images), np.nan),
+                           np.arange(1, len(images) + 1), Shapes(self.shapes, owner_sizes), np.isnan(boxes).all(axis=1))
+
+
+def check(found: Annotations, sizes: np.ndarray, book: FaultBook, needs_masks: bool, names: Sequence[str],
+          name: Callable[[int], str] | None = None) -> Annotations:
     """The usable annotations, in the order of their images; what is wrong with the others goes into ``book``.
 
     Args:
         sizes: (images, 2): height and width, zeros where they are not known.
         needs_masks: an object without a mask is of no use, unless none has one.
         names: of the images, for messages.
+        name: what messages call an annotation, by its position; None: by its id and image.
+
+    Raises:
+        DataError: there are annotations, and none is usable.
     """
     boxes, shapes, known = found.boxes.copy(), found.shapes, found.images >= 0
     there = shapes.there() if shapes is not None else np.zeros(len(boxes), dtype=bool)
@@ -67,8 +105,11 @@ def check(found: Annotations, sizes: np.ndarray, book: FaultBook, needs_masks: b
     height, width = np.where(height > 0, height, np.inf), np.where(width > 0, width, np.inf)
     keep = np.ones(len(boxes), dtype=bool)
 
-    def name(i: int) -> str:
+    def by_id(i: int) -> str:
         return f"annotation {found.ids[i]}" + (f" of {names[int(found.images[i])]}" if known[i] else "")
+
+    name = name or by_id
+    needs_masks = needs_masks and bool(there.any())
 
     def drop(kind: str, broken: np.ndarray) -> None:
         book.add_where(kind, LEFT_OUT, keep & broken, name)
@@ -94,6 +135,8 @@ def check(found: Annotations, sizes: np.ndarray, book: FaultBook, needs_masks: b
     areas, whole = found.areas.copy(), (found.boxes[over, 2:] - found.boxes[over, :2]).prod(axis=1)
     areas[over] = np.where(there[over], areas[over], areas[over] * (clipped[:, 2:] - clipped[:, :2]).prod(axis=1) / whole)
     order = np.argsort(np.where(keep, found.images, np.iinfo(np.int64).max), kind="stable")[:int(keep.sum())]
+    if len(keep) and not len(order):
+        raise DataError(f"{book.where}: none of its {len(keep):,} annotations is usable: {'; '.join(map(sentence, book.faults))}")
     return Annotations(found.images, found.labels, boxes, found.crowd, areas, _own_ids(found.ids, book), shapes).take(order)
 
 
@@ -114,7 +157,7 @@ class ObjectSource(ImageFolder, DenseSource):
         names: of the images, below ``root`` or absolute.
         found: in the order of their images, by ``check``.
         book: what was wrong.
-        exif: sizes are those of images turned as their EXIF block says.
+        has_masks: whether the masks of ``found`` are to be used; each must have one.
 
     Attributes:
         counts: (images,) int64: objects of each image, without crowds.
@@ -134,8 +177,8 @@ class ObjectSource(ImageFolder, DenseSource):
 
     def identity(self) -> bytes:
         digest = hashlib.sha256(super().identity())
-        for array in (self.bounds, self.boxes, self.label_of, self.crowd):
-            digest.update(np.ascontiguousarray(array).tobytes())
+        for values in (self.bounds, self.boxes, self.label_of, self.crowd):
+            digest.update(np.ascontiguousarray(values).tobytes())
         return digest.digest()
 
     def load(self, index: int) -> Image.Image:
@@ -169,6 +212,12 @@ class ObjectSource(ImageFolder, DenseSource):
         if self.shapes is None or len(self.classes) > IGNORED:
             raise DataError(f"{self.root}: makes no map of classes; that needs masks, of at most {IGNORED} classes")
         return painted(self.objects(index), *self._mask_size(index))
+
+
+def uses_masks(found: Annotations, options: DenseOptions) -> bool:
+    """Whether the masks of checked annotations are there and of use: boxes alone need none, which take time and memory."""
+    used = options.task != "detection" or options.data.DENSE.COPY_PASTE > 0
+    return used and found.shapes is not None and bool(len(found.images)) and bool(found.shapes.there().all())
 
 
 def rarest(found: Annotations, images: int, classes: int) -> np.ndarray:

@@ -21,8 +21,9 @@ class AspectStepSampler(StepSampler):
         micro_batch: images of a forward and backward pass, which divides the global batch of every rank.
     """
 
-    def __init__(self, wide: np.ndarray, micro_batch: int, global_batch: int, epochs: int, seed: int, rank: int = 0, world_size: int = 1):
-        super().__init__(len(wide), global_batch, epochs, seed, rank, world_size)
+    def __init__(self, wide: np.ndarray, micro_batch: int, global_batch: int, epochs: int, seed: int, rank: int = 0, world_size: int = 1,
+                 iterations: int = 0):
+        super().__init__(len(wide), global_batch, epochs, seed, rank, world_size, iterations=iterations)
         self.wide, self.micro_batch = wide, micro_batch
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import torch
 from families import FAMILIES
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
+from yacs.config import CfgNode
 
 from config import ConfigError, get_config
 from models.build_dense import build_dense_model
@@ -19,14 +20,17 @@ from models.region_cnn import RegionPooler, mask_loss
 HEADS = {"retinanet": "detection", "faster_rcnn": "detection", "mask_rcnn": "instance"}
 
 
-def dense(head: str, task: str, *opts: object, family: str = "crossformer", classes: int = 3) -> DenseModel:
-    """A tiny model of two stages with the narrowest head."""
+def dense_config(head: str, task: str, *opts: object, family: str = "crossformer") -> CfgNode:
+    """Of a tiny model of two stages with the narrowest head."""
     words = FAMILIES[family].split()
     node = [x for key, value in zip(words[::2], words[1::2], strict=True) for x in (f"MODEL.{family.upper()}.{key}", value)]
+    return get_config(None, ["TASK", task, "MODEL.DENSE.HEAD", head, "MODEL.DENSE.WIDTH", "16", "MODEL.TYPE", family, "MODEL.NAME", "tiny",
+                             "DATA.IMG_SIZE", "32", "MODEL.DROP_PATH_RATE", "0.0", *node, *map(str, opts)])
+
+
+def dense(head: str, task: str, *opts: object, family: str = "crossformer", classes: int = 3) -> DenseModel:
     torch.manual_seed(0)
-    return build_dense_model(get_config(None, [
-        "TASK", task, "MODEL.DENSE.HEAD", head, "MODEL.DENSE.WIDTH", "16", "MODEL.TYPE", family, "MODEL.NAME", "tiny",
-        "DATA.IMG_SIZE", "32", "MODEL.DROP_PATH_RATE", "0.0", *node, *map(str, opts)]), classes)
+    return build_dense_model(dense_config(head, task, *opts, family=family), classes)
 
 
 def targets(boxes: list[list[float]], labels: list[int], height: int = 64, width: int = 96) -> dict[str, Tensor]:

@@ -62,6 +62,8 @@ def test_parameters_are_those_of_the_published_shape(name: str, classes: int, co
     assert sum(p.numel() for p in model.parameters()) == count
     assert model.backbone.strides == strides and model.stride == strides[-1]
     assert any(key.startswith("backbone.model.") for key in model.state_dict())
+    kept = {"transformer.queries_embedder.weight", "transformer.queries_features.weight", "transformer.level_embed.weight"}
+    assert kept <= model.no_weight_decay() <= dict(model.named_parameters()).keys()
 
 
 def test_losses_are_transformers_own(library: object, same_points: None) -> None:

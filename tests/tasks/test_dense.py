@@ -79,7 +79,7 @@ def test_resumed_at_any_step_the_run_ends_in_the_same_bits(trained: Path, head: 
         done = program("--cfg", cfg, "--resume", trained / f"ckpt_{step:08d}.pth", "--tag", f"from{step}", "--output", "output")
         assert done.returncode == 0, done.stderr
         again = load(program.folder / f"output/tiny/from{step}/last.pth")
-        assert [d for part in ("model", "ema", "optimizer", "best", "loss_sums") for d in differences(whole[part], again[part], part)] == []
+        assert [d for part in ("model", "ema", "optimizer", "loss_sums") for d in differences(whole[part], again[part], part)] == []
 
 
 def test_images_are_predicted_and_drawn(head: str, trained: Path, canvases: Path, program) -> None:
@@ -102,7 +102,7 @@ def test_images_are_predicted_and_drawn(head: str, trained: Path, canvases: Path
     assert Image.open(program.folder / "found.png").width > 600
     for image in images:
         original, drawn = Image.open(image), Image.open(program.folder / "drawn" / image.name)
-        assert drawn.width % original.width == 0 and drawn.width >= 384
+        assert drawn.width % original.width == 0 and drawn.width >= 240
         if head != "retinanet":
             assert Image.open(program.folder / "masks" / image.name).size == original.size
     if head != "semantic_fpn":
@@ -114,6 +114,12 @@ def test_the_first_batch_is_shown(head: str, canvases: Path, program) -> None:
     done = program("--cfg", recipe(program.folder, canvases, head), "--show-batch", "batch.png")
     assert done.returncode == 0, done.stderr
     assert Image.open(program.folder / "batch.png").width > 200
+
+
+def test_iterations_count(canvases: Path, program) -> None:
+    for head in ("retinanet", "semantic_fpn"):
+        done = program("--cfg", recipe(program.folder, canvases, head), "--iterations", 4, "--tag", head)
+        assert done.returncode == 0 and load(program.folder / f"output/tiny/{head}/last.pth")["step"] == 4, done.stderr
 
 
 def test_killed_it_goes_on_to_the_same_bits(canvases: Path, tmp_path: Path) -> None:

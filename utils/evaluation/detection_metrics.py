@@ -13,6 +13,7 @@ from torch import Tensor
 
 from config import ConfigError
 from data.dense.base import DenseSource
+from utils.evaluation.dense_predictions_file import SIZES, SURE, Curves
 from utils.evaluation.metrics import Evaluation, Metric, line
 from utils.inference.found import Found
 from utils.runtime import distributed
@@ -21,30 +22,11 @@ KINDS = {"box": "bbox", "mask": "segm"}  # what COCO calls them
 # In the order of COCO's summary: of the mean over the overlaps from 0.5 to 0.95 except for the two that say another.
 FIGURES = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "AP small", "ap_medium": "AP medium", "ap_large": "AP large",
            "ar1": "AR1", "ar10": "AR10", "ar100": "AR100", "ar_small": "AR small", "ar_medium": "AR medium", "ar_large": "AR large"}
-SIZES = ("all", "small", "medium", "large")  # COCO's: up to 32 x 32 pixels, up to 96 x 96, beyond
 
 
 def detection_metrics(kinds: Sequence[str]) -> tuple[Metric, ...]:
     """The twelve figures of each of ``kinds`` (``box``, ``mask``), in percent, COCO's headline first: ``box_ap``, ``box_ap50``, ..."""
     return tuple(Metric(f"{kind}_{name}", f"{kind} {label}") for kind in kinds for name, label in FIGURES.items())
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Figures of each class: shares between 0 and 1, NaN for a class without an object of the size.
-
-    Attributes:
-        precision: (10, 101, C): at overlaps from 0.5 to 0.95, at recalls from 0 to 1.
-        ap, ar: (C, 4): means over the overlaps, by size as in ``SIZES``.
-        objects: (C, 4): objects that count, by size.
-        found: (C,): detections.
-    """
-
-    precision: np.ndarray
-    ap: np.ndarray
-    ar: np.ndarray
-    objects: np.ndarray
-    found: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -75,6 +57,7 @@ class DetectionEvaluator:
         coco_library()
         self.source, self.kinds = source, tuple(kinds)
         self._found: dict[int, Found] = {}
+        self.evaluation: DetectionEvaluation | None = None  # once it was asked for
 
     def update(self, outputs: Sequence[Found], numbers: Tensor) -> None:
         """Take in the objects found in the images at positions ``numbers`` (B,) of the source; -1 is an image that does not count."""
@@ -88,7 +71,8 @@ class DetectionEvaluator:
         evaluation = evaluate_found(found, self.source, self.kinds)
         values, samples, told, caution = distributed.gather_objects(
             (evaluation.values, evaluation.samples, evaluation.line, evaluation.caution))[0]
-        return DetectionEvaluation(values, samples, told, caution, evaluation.found, evaluation.curves)
+        self.evaluation = DetectionEvaluation(values, samples, told, caution, evaluation.found, evaluation.curves)
+        return self.evaluation
 
 
 def evaluate_found(found: Mapping[int, Found], source: DenseSource, kinds: Sequence[str]) -> DetectionEvaluation:
@@ -207,4 +191,19 @@ def _curves(done: Any, truth: Any, found: Mapping[int, Found], source: DenseSour
             objects[label_of[row["category_id"]]] += (row["area"] >= ranges[:, 0]) & (row["area"] <= ranges[:, 1])
     labels = np.concatenate([np.zeros(0, np.int64), *(part.labels for part in found.values())])
     # A class without an object is nan at every overlap and recall, any other at none.
-    return Curves(precision[..., 0], precision.mean((0, 1)), recall.mean(0), objects, np.bincount(labels, minlength=classes))
+    return Curves(precision[..., 0].astype(np.float32), precision.mean((0, 1)), recall.mean(0), objects,
+                  np.bincount(labels, minlength=classes), _of_images(done, found, source))
+
+
+def _of_images(done: Any, found: Mapping[int, Found], source: DenseSource) -> np.ndarray:
+    """``Curves.images``, from COCO's matches at an overlap of 0.5 within objects of all sizes."""
+    params, row_of = done.params, {int(source.image_ids[number]): row for row, number in enumerate(found)}
+    counts = np.zeros((len(found), 3), dtype=np.int64)
+    for block in range(len(params.catIds)):
+        first = block * len(params.areaRng) * len(params.imgIds)
+        for matches in filter(None, done.evalImgs[first:first + len(params.imgIds)]):
+            sure = (np.asarray(matches["dtScores"]) >= SURE) & ~matches["dtIgnore"][0].astype(bool)
+            right = int((sure & (matches["dtMatches"][0] > 0)).sum())
+            objects = int((np.asarray(matches["gtIgnore"]) == 0).sum())
+            counts[row_of[matches["image_id"]]] += right, int(sure.sum()) - right, objects - right
+    return counts

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import ConfigError
+from data.dense.shapes import mask_library
 
 TOP = 100  # objects of an image that COCO's figures look at
 _VALUES = 1 << 25  # floats of a chunk while masks or logits are enlarged: 128 MB
@@ -60,20 +60,6 @@ class Panoptic:
     segments: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
-
-
-def mask_library() -> Any:
-    """``pycocotools.mask``.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        from pycocotools import mask
-    except ImportError:
-        raise ConfigError("masks and COCO's figures need pycocotools, which is not installed: pip install -r requirements-extras.txt"
-                          ) from None
-    return mask
 
 
 # --------------------------------------------------------------------------------------------------

@@ -103,10 +103,11 @@ class FoundSegments:
         self.objects = FoundObjects(classes, 0.0)
 
     def tell(self, outputs: Sequence[Panoptic]) -> list[dict[str, Any]]:
-        return self.objects.tell([_as_objects(one) for one in outputs])
+        return self.objects.tell([segments_as_objects(one) for one in outputs])
 
 
-def _as_objects(one: Panoptic) -> Found:
+def segments_as_objects(one: Panoptic) -> Found:
+    """Segments as objects with masks, the largest first."""
     sizes = np.bincount(one.segments.ravel(), minlength=len(one.labels) + 1)[1:]
     order = np.argsort(-sizes, kind="stable")
     masks = encode(torch.from_numpy(one.segments[None] == (order + 1)[:, None, None]))

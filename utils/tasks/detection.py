@@ -16,7 +16,9 @@ from utils.inference.found import Found, found_of_detections
 from utils.inference.trained_model import Trained
 from utils.tasks.base import chosen_metric
 from utils.tasks.dense import DenseTask
+from utils.tasks.dense_logs import DetectionLog, keeps_log
 from utils.tasks.dense_predictions import FoundObjects
+from utils.tasks.detection_report import DetectionReport
 
 
 class Detection(DenseTask):
@@ -47,7 +49,14 @@ class Detection(DenseTask):
         return batch.numbers
 
     def evaluator(self, device: torch.device) -> DetectionEvaluator:
-        return DetectionEvaluator(self.source, self.kinds)
+        self._evaluator = DetectionEvaluator(self.source, self.kinds)
+        return self._evaluator
+
+    def prediction_log(self, loaders: Loaders) -> DetectionLog | None:
+        return DetectionLog(loaders, lambda: self._evaluator) if keeps_log(loaders) else None
+
+    def evaluation_report(self, config: CfgNode) -> DetectionReport:
+        return DetectionReport(self, config)
 
     def evaluated_model(self, config: CfgNode, model: nn.Module, names: Any, classes: Any) -> nn.Module:
         return model

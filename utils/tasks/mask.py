@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,16 @@ from data import Loaders
 from data.dense.batch import DenseBatch
 from utils.evaluation.detection_metrics import DetectionEvaluator, detection_metrics
 from utils.evaluation.map_metrics import MAP_METRICS, MapEvaluator
+from utils.evaluation.metrics import Evaluation
 from utils.evaluation.panoptic_metrics import PANOPTIC_METRICS, PanopticEvaluator
 from utils.inference.found import found_of_queries, map_of_queries, panoptic_of_queries
 from utils.inference.trained_model import Trained
-from utils.tasks.base import chosen_metric
+from utils.tasks.base import EvaluationReport, PredictionLog, chosen_metric
 from utils.tasks.dense import DenseTask
+from utils.tasks.dense_logs import DetectionLog, MapLog, PanopticLog, keeps_log
 from utils.tasks.dense_predictions import FoundMaps, FoundObjects, FoundSegments
+from utils.tasks.detection_report import DetectionReport
+from utils.tasks.map_report import MapReport, PanopticReport
 from utils.tasks.semantic import maps_of
 
 # By the kind of the data: what is evaluated, and which figure decides.
@@ -68,8 +72,20 @@ class Mask(DenseTask):
 
     def evaluator(self, device: torch.device) -> Any:
         if self.kind == "maps":
-            return MapEvaluator(self.classes, device)
-        return PanopticEvaluator(self.source) if self.kind == "panoptic" else DetectionEvaluator(self.source, ("mask",))
+            self._evaluator = MapEvaluator(self.classes, device)
+        else:
+            self._evaluator = PanopticEvaluator(self.source) if self.kind == "panoptic" else DetectionEvaluator(self.source, ("mask",))
+        return self._evaluator
+
+    def prediction_log(self, loaders: Loaders) -> PredictionLog | None:
+        if not keeps_log(loaders):
+            return None
+        if self.kind == "maps":
+            return MapLog(loaders, maps_of)
+        return (PanopticLog if self.kind == "panoptic" else DetectionLog)(loaders, lambda: self._evaluator)
+
+    def evaluation_report(self, config: CfgNode) -> EvaluationReport:
+        return _ReportByKind(self, config)
 
     def evaluated_model(self, config: CfgNode, model: nn.Module, names: Any, classes: Any) -> nn.Module:
         return model
@@ -86,3 +102,27 @@ class Mask(DenseTask):
         if self.kind == "maps":
             return FoundMaps(trained.classes)
         return FoundSegments(trained.classes) if self.kind == "panoptic" else FoundObjects(trained.classes, config.PREDICT.SCORE)
+
+
+class _ReportByKind(EvaluationReport):
+    """What the kind of the data asks for, once it is known."""
+
+    _REPORTS = {"objects": DetectionReport, "maps": MapReport, "panoptic": PanopticReport}
+    task: Mask
+
+    def __init__(self, task: Mask, config: CfgNode):
+        super().__init__(task)
+        self.config = config
+
+    def begin(self, loaders: Loaders) -> list[str]:
+        self.report = self._REPORTS[self.task.kind](self.task, self.config)
+        return self.report.begin(loaders)
+
+    def record(self, outputs: Any, batch: DenseBatch) -> None:
+        self.report.record(outputs, batch)
+
+    def lines(self, result: Any, raw: Sequence[Evaluation]) -> list[str]:
+        return self.report.lines(result, raw)
+
+    def write(self) -> list[str]:
+        return self.report.write()

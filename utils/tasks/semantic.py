@@ -17,7 +17,9 @@ from utils.inference.segmentation_models import segmentation_model
 from utils.inference.trained_model import Trained
 from utils.tasks.base import chosen_metric
 from utils.tasks.dense import DenseTask
+from utils.tasks.dense_logs import MapLog, keeps_log
 from utils.tasks.dense_predictions import FoundMaps
+from utils.tasks.map_report import MapReport
 
 
 class Semantic(DenseTask):
@@ -52,6 +54,12 @@ class Semantic(DenseTask):
     def evaluator(self, device: torch.device) -> MapEvaluator:
         return MapEvaluator(self.classes, device)
 
+    def prediction_log(self, loaders: Loaders) -> MapLog | None:
+        return MapLog(loaders, maps_of) if keeps_log(loaders) else None
+
+    def evaluation_report(self, config: CfgNode) -> MapReport:
+        return MapReport(self, config)
+
     def evaluated_model(self, config: CfgNode, model: nn.Module, names: Any, classes: Any) -> nn.Module:
         return segmentation_model(config, model)
 
@@ -61,7 +69,6 @@ class Semantic(DenseTask):
 
 def maps_of(batch: DenseBatch) -> list[Tensor | None]:
     """The maps of the files (H, W) uint8 in an evaluation batch; None for an image that could not be read."""
-    heights_widths, read = batch.originals.tolist(), (batch.numbers >= 0).tolist()
-    lengths = [height * width * known for (height, width), known in zip(heights_widths, read, strict=True)]
-    parts = batch.maps.split(lengths)
-    return [part.view(height, width) if known else None for part, (height, width), known in zip(parts, heights_widths, read, strict=True)]
+    sizes, read = batch.originals.tolist(), (batch.numbers >= 0).tolist()
+    parts = batch.maps.split([height * width for height, width in sizes])
+    return [part.view(*size) if known else None for part, size, known in zip(parts, sizes, read, strict=True)]

@@ -91,8 +91,8 @@ def test_equals_pycocotools(tmp_path: Path, layout: str) -> None:
 def test_faults_are_counted_and_left_out(tmp_path: Path) -> None:
     wrong = [
         annotated(21, 7, 3, [5, 5, 0, 9]), annotated(22, 7, 3, [5, 5, -3, 9]), annotated(23, 7, 3, [70, 5, 9, 9]),
-        annotated(24, 7, 3, [5, 5, 9, 9], bbox=[float("nan"), 5, 9, 9]), annotated(25, 7, 4, [5, 5, 9, 9]),
-        annotated(26, 99, 3, [5, 5, 9, 9]),
+        annotated(24, 7, 3, [5, 5, 9, 9], bbox=[float("nan"), 5, 9, 9]),
+        annotated(25, 7, 4, [5, 5, 9, 9]), annotated(26, 99, 3, [5, 5, 9, 9]),
         annotated(27, 7, 3, [5, 5, 9, 9], compressed(DISC[:, :30])), annotated(28, 7, 3, [5, 5, 9, 9], [[1, 2, 3, 4]]),
         annotated(29, 7, 3, [5, 5, 9, 9], dict(size=[40, 60], counts="~~")), annotated(11, 7, 3, [5, 5, 9, 9]),
         annotated(30, 5, 3, [5, 5, 9, 9]), annotated(31, 7, 3, [5, 5, 9, 9], bbox=[5, 5, 9]),
