@@ -92,8 +92,8 @@ def is_coco(path: str) -> bool:
 def _image_folders(root: str, file: str, split: str) -> list[str]:
     """Where the images of a JSON file may lie, likeliest first."""
     beside, stem = os.path.dirname(file) or ".", _PREFIX.sub("", os.path.splitext(os.path.basename(file))[0])
-    root = root if os.path.isdir(root) else beside
-    above = [beside] if os.path.basename(beside).lower() != "annotations" else []
+    above = [beside] if os.path.basename(os.path.abspath(beside)).lower() != "annotations" else []
+    root = root if os.path.isdir(root) else beside if above else os.path.dirname(os.path.abspath(beside))
     names = [stem, *names_of(split)]
     folders = [*above, *(os.path.join(root, name) for name in names), *(os.path.join(root, "images", name) for name in names),
                os.path.join(beside, "images"), os.path.join(beside, "data"), os.path.join(root, "images"), os.path.join(root, "data"), root]

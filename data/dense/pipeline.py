@@ -13,9 +13,10 @@ from yacs.config import CfgNode
 from data.decoding import jpeg
 from data.decoding.pillow import decode_pixels
 from data.dense.base import IGNORED, DenseSource, Objects
+from data.dense.bit_masks import boxes_around, packed
 from data.dense.packing import Prepared
 from data.dense.shapes import mask_library
-from data.dense.transforms import EvalTransform, Sample, Size, TrainTransform, boxes_around, paste
+from data.dense.transforms import EvalTransform, Sample, Size, TrainTransform, paste
 from data.errors import UnreadableImage
 from data.sources.base import Source
 from data.transforms.pipeline import Decoder, Pipeline
@@ -77,7 +78,7 @@ class TrainDensePipeline(DensePipeline):
         size = tuple(source.sizes[index].tolist())
         sample: Sample = dict(image=tv_tensors.Image(self.image(source, index, size)))
         if self.task == "semantic" or source.kind == "maps":
-            sample["map"] = tv_tensors.Mask(torch.from_numpy(source.index_map(index)))
+            sample["map"] = torch.from_numpy(source.index_map(index))
         else:
             sample |= _shown(source.objects(index), size, source.path(index), masks=self.task != "detection")
         sample = self.transform.place(sample)
@@ -124,7 +125,7 @@ def _shown(objects: Objects, size: Size, path: str, masks: bool) -> Sample:
     sample: Sample = dict(boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
                           labels=torch.from_numpy(np.asarray(objects.labels, dtype=np.int64)[chosen]))
     if masks:
-        sample["masks"] = tv_tensors.Mask(decoded_masks([objects.masks[i] for i in chosen.tolist()], size, path))
+        sample["masks"] = decoded_masks([objects.masks[i] for i in chosen.tolist()], size, path)
     return sample
 
 
@@ -147,8 +148,8 @@ def decoded_masks(masks: list[Any], size: Size, path: str) -> Tensor:
 
 def _segments(sample: Sample) -> Sample:
     """A mask for each class of a map in place of the map."""
-    shown = sample["map"].as_subclass(Tensor)
+    shown = sample["map"]
     labels = torch.bincount(shown.reshape(-1), minlength=IGNORED + 1)[:IGNORED].nonzero()[:, 0]
-    masks = (shown == labels[:, None, None]).to(torch.uint8)
+    masks = packed(shown == labels[:, None, None])
     boxes = tv_tensors.BoundingBoxes(boxes_around(masks), format="XYXY", canvas_size=tuple(shown.shape))
-    return {name: value for name, value in sample.items() if name != "map"} | dict(boxes=boxes, labels=labels, masks=tv_tensors.Mask(masks))
+    return {name: value for name, value in sample.items() if name != "map"} | dict(boxes=boxes, labels=labels, masks=masks)

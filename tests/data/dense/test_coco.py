@@ -56,7 +56,7 @@ def write_coco(root: Path, annotations: list[dict[str, Any]], split: str = "trai
     for path in (folder, file.parent):
         path.mkdir(parents=True, exist_ok=True)
     for i in ids:
-        Image.new("RGB", (60, 40), (i, 0, 0)).save(folder / f"bild ü {i}.png")
+        Image.new("RGB", (60, 40), (i, 0, len(split))).save(folder / f"bild ü {i}.png")
     images = [dict(id=i, file_name=f"bild ü {i}.png", width=60, height=40) for i in ids]
     file.write_text(json.dumps(dict(info={}, images=images, annotations=annotations, categories=CATEGORIES) | more))
     return file
@@ -85,7 +85,7 @@ def test_equals_pycocotools(tmp_path: Path, layout: str) -> None:
             assert np.allclose(box, [x, y, min(x + w, 60), min(y + h, 40)], atol=1e-5)
             assert np.isclose(area, a["area"])
             assert (masks.decode(mask) == theirs.annToMask(a)).all() and masks.area(mask) == theirs.annToMask(a).sum()
-        assert source.load(index).getpixel((0, 0)) == (image, 0, 0)
+        assert source.load(index).getpixel((0, 0)) == (image, 0, 5)
 
 
 def test_faults_are_counted_and_left_out(tmp_path: Path) -> None:
