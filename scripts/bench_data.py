@@ -44,10 +44,10 @@ SIZES = [(500, 375, 0.48), (375, 500, 0.14), (500, 333, 0.12), (333, 500, 0.05),
          (320, 240, 0.02), (250, 200, 0.02)]
 
 
-def textured_image(rng: np.random.Generator) -> Image.Image:
+def textured_image(rng: np.random.Generator, size: tuple[int, int] | None = None) -> Image.Image:
     """A synthetic photograph: a 1/f texture in correlated colours, some translucent polygons; its file and those of its copies come to
-    the size of ImageNet's (110, 50 and 30 KB on average)."""
-    width, height, _ = SIZES[rng.choice(len(SIZES), p=[share for *_, share in SIZES])]
+    the size of ImageNet's (110, 50 and 30 KB on average). Of ``size`` (width, height), or of one of ImageNet's."""
+    width, height = size or SIZES[rng.choice(len(SIZES), p=[share for *_, share in SIZES])][:2]
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     amplitude = np.maximum(frequency, 1 / max(width, height)) ** -rng.uniform(1.3, 1.6)
     planes = []

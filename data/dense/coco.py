@@ -92,8 +92,8 @@ def is_coco(path: str) -> bool:
 def _image_folders(root: str, file: str, split: str) -> list[str]:
     """Where the images of a JSON file may lie, likeliest first."""
     beside, stem = os.path.dirname(file) or ".", _PREFIX.sub("", os.path.splitext(os.path.basename(file))[0])
-    root = root if os.path.isdir(root) else beside
-    above = [beside] if os.path.basename(beside).lower() != "annotations" else []
+    above = [beside] if os.path.basename(os.path.abspath(beside)).lower() != "annotations" else []
+    root = root if os.path.isdir(root) else beside if above else os.path.dirname(os.path.abspath(beside))
     names = [stem, *names_of(split)]
     folders = [*above, *(os.path.join(root, name) for name in names), *(os.path.join(root, "images", name) for name in names),
                os.path.join(beside, "images"), os.path.join(beside, "data"), os.path.join(root, "images"), os.path.join(root, "data"), root]
@@ -214,7 +214,7 @@ def read_coco(path: str, folders: Sequence[str], options: DenseOptions) -> Objec
     boxes = np.frombuffer(raw.boxes, dtype=np.float64).reshape(-1, 4).copy() if raw.boxes else np.zeros((0, 4))
     with np.errstate(invalid="ignore", over="ignore"):
         boxes[:, 2:] += boxes[:, :2]
-    owner_sizes = np.where((owners >= 0)[:, None], sizes[owners], 0) if len(sizes) else np.zeros((len(owners), 2), dtype=np.int32)
+    owner_sizes = np.where((owners >= 0)[:, None], sizes[np.maximum(owners, 0)], 0)
     raw.image_of.clear()
     shapes = Shapes(raw.shapes, owner_sizes)
     del raw.shapes

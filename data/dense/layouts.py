@@ -62,13 +62,16 @@ LAYOUTS = (
 )
 
 
-def open_dense_sources(config: CfgNode, splits: Sequence[str],
-                       classes: Sequence[str] | None) -> tuple[dict[str, DenseSource], str]:
+Classes = Sequence[str] | Callable[[Sequence[str]], Sequence[str] | None] | None
+
+
+def open_dense_sources(config: CfgNode, splits: Sequence[str], classes: Classes) -> tuple[dict[str, DenseSource], str]:
     """The splits of a dense task.
 
     Args:
         splits: of "train" and "val".
-        classes: those of a checkpoint, to which the data's are matched by name; None: those of the training data.
+        classes: those of a checkpoint, to which the data's are matched by name, or a function that chooses them by the data's; None: those
+            of the training data.
 
     Returns:
         (sources by split, with the same classes in the same order; the layout's name).
@@ -93,7 +96,7 @@ def open_dense_sources(config: CfgNode, splits: Sequence[str],
         if config.TASK == "semantic" and source.kind == "objects":
             source = WithBackground(source)
         source = _choose(source, resolve_data_file(config.DATA.CLASS_NAMES, root)) if config.DATA.CLASS_NAMES else source
-        source = match_dense(source, classes)
+        source = match_dense(source, classes(source.classes) if callable(classes) else classes)
         classes = source.classes
         if split == "train":
             source = _for_training(source, config)
@@ -231,13 +234,22 @@ def _for_training(source: DenseSource, config: CfgNode) -> DenseSource:
 
 def object_counts(source: Source) -> np.ndarray | None:
     """(images,) int64: objects of each image, without crowds; None where the source cannot tell without reading files."""
+    found = flat_objects(source)
+    return None if found is None else np.bincount(found[0], minlength=len(source))
+
+
+def flat_objects(source: Source) -> tuple[np.ndarray, np.ndarray] | None:
+    """(image, class) of all objects of a source, without crowds, (objects,) int64 each; None where files would have to be read."""
     indices, table = np.arange(len(source)), np.arange(len(source.classes))
-    while isinstance(source, DenseView):
+    while type(source) is DenseView:
         indices = source.indices[indices]
         if source.table is not None:
             table = np.where(source.table >= 0, np.append(table, -1)[source.table], -1)
         source = source.source
     if not isinstance(source, ObjectSource):
         return None
-    images = np.repeat(np.arange(len(source)), np.diff(source.bounds))
-    return np.bincount(images[~source.crowd & (table[source.label_of] >= 0)], minlength=len(source))[indices]
+    own = [np.arange(source.bounds[i], source.bounds[i + 1]) for i in indices.tolist()] or [np.zeros(0, dtype=np.int64)]
+    images, objects = np.repeat(np.arange(len(indices)), [len(part) for part in own]), np.concatenate(own)
+    labels = table[source.label_of[objects]]
+    keep = ~source.crowd[objects] & (labels >= 0)
+    return images[keep], labels[keep]

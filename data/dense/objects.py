@@ -168,7 +168,8 @@ class ObjectSource(ImageFolder, DenseSource):
     def __init__(self, root: str, classes: list[str], names: PackedNames, sizes: np.ndarray, image_ids: np.ndarray,
                  category_ids: Sequence[int], found: Annotations, book: FaultBook, has_masks: bool):
         super().__init__(root, classes, names, rarest(found, len(names), len(classes)), book.notices())
-        self.sizes, self.image_ids, self.category_ids, self.faults = sizes.astype(np.int32), image_ids, list(category_ids), book.faults
+        self.sizes = np.maximum(sizes, 1).astype(np.int32)  # of an image that cannot be read none is known
+        self.image_ids, self.category_ids, self.faults = image_ids, list(category_ids), book.faults
         self.things, self.has_masks = [True] * len(classes), has_masks
         self.bounds = np.searchsorted(found.images, np.arange(len(names) + 1))
         self.counts = np.bincount(found.images[~found.crowd], minlength=len(names))
@@ -184,7 +185,7 @@ class ObjectSource(ImageFolder, DenseSource):
     def load(self, index: int) -> Image.Image:
         image = super().load(index)
         height, width = self.sizes[index].tolist()
-        if height and image.size != (width, height):
+        if image.size != (width, height):
             turned = "; if it is to be turned by its EXIF block, set DATA.EXIF True" if image.size == (height, width) else ""
             raise UnreadableImage.of(self.path(index), f"it has {image.size[0]}x{image.size[1]} pixels, and its annotations are of "
                                                        f"{width}x{height}{turned}")
@@ -195,23 +196,17 @@ class ObjectSource(ImageFolder, DenseSource):
         areas, boxes, masks = self.areas[part].copy(), self.boxes[part].copy(), None
         untold = np.isnan(areas)
         if self.shapes is not None:
-            size = self._mask_size(index)
+            size = self.sizes[index].tolist()
             masks = [self.shapes.mask(i, size) for i in range(part.start, part.stop)]
             if untold.any():
                 areas[untold] = mask_library().area([mask for mask, wanted in zip(masks, untold, strict=True) if wanted])
         areas[untold] = (boxes[untold, 2:] - boxes[untold, :2]).prod(axis=1) if masks is None else areas[untold]
         return Objects(boxes, self.label_of[part].astype(np.int64), self.crowd[part].copy(), areas, self.ids[part].copy(), masks)
 
-    def _mask_size(self, index: int) -> list[int]:
-        size = self.sizes[index].tolist()
-        if not min(size):
-            raise UnreadableImage.of(self.path(index), "the size of its masks is not known")
-        return size
-
     def index_map(self, index: int) -> np.ndarray:
         if self.shapes is None or len(self.classes) > IGNORED:
             raise DataError(f"{self.root}: makes no map of classes; that needs masks, of at most {IGNORED} classes")
-        return painted(self.objects(index), *self._mask_size(index))
+        return painted(self.objects(index), *self.sizes[index].tolist())
 
 
 def uses_masks(found: Annotations, options: DenseOptions) -> bool:

@@ -9,12 +9,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from data.dense.base import IGNORED
 from data.dense.batch import DenseBatch
+from data.dense.bit_masks import unpacked
 from data.dense.transforms import Size, padded_size
 from data.loading.dataset import empty_in_shared_memory
 
@@ -34,7 +34,7 @@ class Prepared(NamedTuple):
         original: height and width in the file.
         number: position in the source, -1 where it could not be read.
         boxes: (n, 4) float32; labels: (n,) int64.
-        masks: (n, H, W), 0 or 1; None where the task needs none.
+        masks: (n, H, ceil(W / 8)) of eight pixels a byte (``data/dense/bit_masks.py``); None where the task needs none.
         map: (H, W) uint8, in evaluation of the original's size; None where the task needs none.
     """
 
@@ -92,9 +92,8 @@ def _fill(parts: dict[str, Tensor], samples: Sequence[Prepared], flat_maps: bool
         height, width = sample.image.shape[1:]
         parts["images"][row, :, :height, :width] = sample.image  # what lies around it becomes zeros on the device
         if "masks" in parts:
-            bits = np.packbits(sample.masks.numpy(), axis=-1, bitorder="little")
-            packed = parts["masks"][first:first + len(bits)].zero_()
-            packed[:, :height, :bits.shape[-1]] = torch.from_numpy(bits)
+            bits = parts["masks"][first:first + len(sample.masks)].zero_()
+            bits[:, :height, :sample.masks.shape[2]] = sample.masks
             first += len(bits)
         if "maps" in parts and not flat_maps:
             parts["maps"][row].fill_(IGNORED)[:height, :width] = sample.map
@@ -121,7 +120,7 @@ class Unpack:
         kept = {name: part.clone() for name, part in found.items() if name not in ("images", "masks")}
         width = found["images"].shape[3]
         return DenseBatch(images=self._normalised(found["images"], kept["sizes"].tolist()),
-                          masks=_bits(found["masks"], width) if "masks" in found else there.new_zeros((0, 0, 0), dtype=torch.bool),
+                          masks=unpacked(found["masks"], width) if "masks" in found else there.new_zeros((0, 0, 0), dtype=torch.bool),
                           **{"maps": there.new_zeros((0,)), **kept})
 
     def _normalised(self, images: Tensor, sizes: list[list[int]]) -> Tensor:
@@ -135,9 +134,3 @@ class Unpack:
             image[:, height:].zero_()
             image[:, :, width:].zero_()
         return images
-
-
-def _bits(packed: Tensor, width: int) -> Tensor:
-    """(n, H, width) bool of (n, H, bytes)."""
-    single = 1 << torch.arange(8, device=packed.device, dtype=torch.uint8)
-    return (packed[..., None] & single).ne(0).flatten(-2)[..., :width]

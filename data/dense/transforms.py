@@ -1,7 +1,8 @@
 """Joint transforms of an image and what it shows, by torchvision.transforms.v2 on its tv_tensors; all randomness is torch's global one.
 
-A sample is a dict of ``image`` (C, H, W) uint8 and, as far as the task needs them, ``boxes`` (n, 4) with ``labels`` (n,) and ``masks``
-(n, H, W), or ``map`` (H, W), a class for each pixel.
+A sample is a dict of ``image`` (C, H, W) uint8 and, as far as the task needs them, ``boxes`` (n, 4) with ``labels`` (n,) and ``masks``,
+or ``map`` (H, W), a class for each pixel. Before they are placed masks are a function from chosen rows and columns of the image to
+packed masks, afterwards these (n, H, ceil(W / 8)), as ``data/dense/bit_masks.py`` has them.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 from yacs.config import CfgNode
 
 from config import input_channels
+from data.dense import bit_masks
 from data.dense.base import IGNORED
 
 Sample = dict[str, Any]
@@ -38,23 +42,10 @@ def padded_size(height: int, width: int, stride: int) -> Size:
     return -(-height // stride) * stride, -(-width // stride) * stride
 
 
-def resize(sample: Sample, size: Size) -> Sample:
-    """Images with antialias, masks by the nearest pixel."""
-    return _each(sample, _resize, size)
-
-
-def _each(sample: Sample, change: Callable[..., Any], *arguments: Any) -> Sample:
-    """``change`` of each of a sample's tv_tensors."""
-    return {name: change(value, *arguments) if isinstance(value, tv_tensors.TVTensor) else value for name, value in sample.items()}
-
-
-def _resize(value: Any, size: Size) -> Any:
-    if not isinstance(value, tv_tensors.Mask):
-        return v2.functional.resize(value, list(size), antialias=True)
-    # v2's own takes the pixel at each corner, which lies half a pixel off what the image is resized from.
-    planes = value.as_subclass(Tensor).reshape(-1, *value.shape[-2:])
-    planes = v2.functional.resize_image(planes, list(size), InterpolationMode.NEAREST_EXACT)
-    return tv_tensors.Mask(planes.reshape(*value.shape[:-2], *size))
+def crop_size(config: CfgNode) -> Size | None:
+    """DATA.DENSE.CROP as (height, width); None where it is 0."""
+    crop = config.DATA.DENSE.CROP
+    return None if not crop else (crop, crop) if isinstance(crop, int) else tuple(crop)
 
 
 class EvalTransform:
@@ -69,7 +60,7 @@ class EvalTransform:
 
     def __call__(self, image: Tensor) -> Tensor:
         """(C, H, W) uint8, resized."""
-        return v2.functional.resize(image, list(self.size(*image.shape[-2:])), antialias=True)
+        return functional.resize(image, list(self.size(*image.shape[-2:])), antialias=True)
 
 
 class TrainTransform:
@@ -83,9 +74,9 @@ class TrainTransform:
         self.short, self.long, self.scale = list(dense.SHORT_SIDE), dense.LONG_SIDE, tuple(dense.SCALE)
         self.crop = crop_size(config)
         self.most_of_a_class, self.detr_crops = dense.CROP_CATEGORY, dense.DETR_CROPS
-        self.flips = (v2.RandomHorizontalFlip(config.AUG.HFLIP), v2.RandomVerticalFlip(config.AUG.VFLIP))
+        self.flip, self.flip_down = config.AUG.HFLIP, config.AUG.VFLIP
         self.distort = v2.RandomPhotometricDistort() if dense.PHOTOMETRIC and input_channels(config) == 3 else None
-        # Masks and labels go with their boxes: README's trap of a labels_getter that returns the labels alone.
+        # Left to itself it drops labels, and only masks of whole pixels, with their boxes.
         self.sanitize = v2.SanitizeBoundingBoxes(labels_getter=lambda sample: tuple(sample[name] for name in ("labels", "masks")
                                                                                     if name in sample))
 
@@ -96,34 +87,36 @@ class TrainTransform:
         return resized_size(height, width, max(self.short) * self.scale[1], self.long * self.scale[1])
 
     def place(self, sample: Sample) -> Sample:
-        """Resized, cropped, flipped."""
+        """Resized, cropped, flipped; ``cut`` tells whether anything can have been cropped."""
+        work = _Placed(sample)
         if self.detr_crops and torch.rand(()) < 0.5:
             side = max(self.short)
-            sample = resize(sample, resized_size(*_size(sample), side * _choice(_DETR_SIDES), float("inf")))
+            work.resize(resized_size(*work.size, side * _choice(_DETR_SIDES), float("inf")))
             low, high = (round(side * part) for part in _DETR_CROP)
-            sample = self._cropped(sample, tuple(_between(min(length, low), min(length, high)) for length in _size(sample)))
+            self._crop(work, [_between(min(length, low), min(length, high)) for length in work.size])
         factor = _uniform(*self.scale)
-        sample = resize(sample, resized_size(*_size(sample), _choice(self.short) * factor, self.long * factor))
+        work.resize(resized_size(*work.size, _choice(self.short) * factor, self.long * factor))
         if self.crop is not None:
-            sample = self._cropped(sample, self.crop)
-        for flip in self.flips:
-            sample = flip(sample)
-        return sample
+            self._crop(work, self.crop)
+        for probability, axis in ((self.flip, 1), (self.flip_down, 0)):
+            if torch.rand(()) < probability:
+                work.flip(axis)
+        return work.sample()
 
-    def _cropped(self, sample: Sample, size: Sequence[int]) -> Sample:
-        """A random part of ``size``, or of the image's own where that is smaller."""
-        height, width = (min(side, most) for side, most in zip(_size(sample), size, strict=True))
+    def _crop(self, work: _Placed, size: Sequence[int]) -> None:
+        """To a random part of ``size``, or of the image's own where that is smaller."""
+        height, width = (min(side, most) for side, most in zip(work.size, size, strict=True))
         for _ in range(_DRAWS):
-            top, left = (_between(0, whole - part) for whole, part in zip(_size(sample), (height, width), strict=True))
-            if "map" not in sample or not self._has_one_class(sample["map"][top:top + height, left:left + width]):
+            top, left = (_between(0, whole - part) for whole, part in zip(work.size, (height, width), strict=True))
+            if self.most_of_a_class >= 1 or not self._has_one_class(work.map(top, left, height, width)):
                 break
-        return _each(sample, v2.functional.crop, top, left, height, width) | dict(cut=True)
+        work.crop(top, left, height, width)
 
-    def _has_one_class(self, pixels: Tensor) -> bool:
+    def _has_one_class(self, pixels: Tensor | None) -> bool:
         """Whether one class has more of a map than ``most_of_a_class``."""
-        if self.most_of_a_class >= 1:
+        if pixels is None:
             return False
-        counts = torch.bincount(pixels.as_subclass(Tensor).reshape(-1), minlength=IGNORED + 1)[:IGNORED]
+        counts = torch.bincount(pixels.reshape(-1), minlength=IGNORED + 1)[:IGNORED]
         return bool(counts.max() > self.most_of_a_class * counts.sum())
 
     def finish(self, sample: Sample) -> Sample:
@@ -132,52 +125,75 @@ class TrainTransform:
             sample = sample | dict(image=self.distort(sample["image"]))
         if "boxes" not in sample:
             return sample
+        boxes = sample["boxes"]
         if "masks" in sample:
-            around = boxes_around(sample["masks"])
+            around = bit_masks.boxes_around(sample["masks"])
             empty = (around == 0).all(dim=1, keepdim=True)
-            boxes = around if sample.get("cut") else torch.where(empty, 0.0, sample["boxes"].as_subclass(Tensor))
-            sample = sample | dict(boxes=tv_tensors.wrap(boxes, like=sample["boxes"]))
-        return self.sanitize(sample | dict(boxes=v2.functional.clamp_bounding_boxes(sample["boxes"])))
+            boxes = tv_tensors.wrap(around if sample["cut"] else torch.where(empty, 0.0, boxes.as_subclass(Tensor)), like=boxes)
+        return self.sanitize(sample | dict(boxes=functional.clamp_bounding_boxes(boxes)))
+
+
+class _Placed:
+    """A sample on its way: image and boxes as they are now, masks and maps as they were, with the rows and columns chosen of them."""
+
+    def __init__(self, sample: Sample):
+        self._sample, self._cut = sample, False
+        self._rows, self._columns = (torch.arange(length) for length in self.size)
+
+    @property
+    def size(self) -> Size:
+        return tuple(self._sample["image"].shape[-2:])
+
+    def resize(self, size: Size) -> None:
+        self._rows, self._columns = (places[bit_masks.nearest(len(places), wanted)]
+                                     for places, wanted in zip((self._rows, self._columns), size, strict=True))
+        self._each(functional.resize, list(size), antialias=True)
+
+    def crop(self, top: int, left: int, height: int, width: int) -> None:
+        self._rows, self._columns, self._cut = self._rows[top:top + height], self._columns[left:left + width], True
+        self._each(functional.crop, top, left, height, width)
+
+    def flip(self, axis: int) -> None:
+        """Columns where ``axis`` is 1, rows where it is 0."""
+        if axis:
+            self._columns = self._columns.flip(0)
+        else:
+            self._rows = self._rows.flip(0)
+        self._each(functional.horizontal_flip if axis else functional.vertical_flip)
+
+    def map(self, top: int, left: int, height: int, width: int) -> Tensor | None:
+        """The map in a part of the image; None without one."""
+        if "map" not in self._sample:
+            return None
+        return self._sample["map"][self._rows[top:top + height]][:, self._columns[left:left + width]]
+
+    def sample(self) -> Sample:
+        found = self._sample | dict(cut=self._cut)
+        if "masks" in found:
+            found["masks"] = found["masks"](self._rows, self._columns)
+        if "map" in found:
+            found["map"] = self.map(0, 0, *self.size)
+        return found
+
+    def _each(self, change: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+        changed = {name: change(self._sample[name], *arguments, **named) for name in ("image", "boxes") if name in self._sample}
+        self._sample = self._sample | changed
 
 
 def paste(sample: Sample, other: Sample) -> Sample:
     """Some of ``other``'s objects, each with probability 1/2, laid over ``sample`` at the same place (Ghiasi et al. 2021, simple
     copy-paste); both are placed already, and ``other`` is cut or padded to the size of ``sample``."""
     chosen = torch.rand(len(other["labels"])) < _PASTED
-    height, width = _size(sample)
-    image = v2.functional.crop(other["image"], 0, 0, height, width)  # zeros beyond its own pixels
-    masks = v2.functional.crop(tv_tensors.Mask(other["masks"][chosen]), 0, 0, height, width)
+    height, width = sample["image"].shape[-2:]
+    masks = bit_masks.fitted(other["masks"][chosen], height, width)
     if not masks.any():
         return sample
-    over = masks.amax(dim=0)
+    over = torch.from_numpy(np.bitwise_or.reduce(masks.numpy(), axis=0))
+    image = functional.crop(other["image"], 0, 0, height, width)  # zeros beyond its own pixels
+    image = torch.where(bit_masks.unpacked(over[None], width), image, sample["image"])
     boxes = torch.cat([sample["boxes"], torch.zeros(len(masks), 4)])  # made anew from the masks
-    return sample | dict(image=tv_tensors.Image(torch.where(over > 0, image, sample["image"])),
-                         boxes=tv_tensors.wrap(boxes, like=sample["boxes"]), labels=torch.cat([sample["labels"], other["labels"][chosen]]),
-                         masks=tv_tensors.Mask(torch.cat([sample["masks"] * (1 - over), masks])), cut=True)
-
-
-def boxes_around(masks: Tensor) -> Tensor:
-    """(n, 4) float32: the edges of what is set in masks (n, H, W); zeros for one without."""
-    edges = []
-    for axis in (1, 2):  # over rows: what columns are used; over columns: what rows
-        used = masks.as_subclass(Tensor).amax(dim=axis) if masks.shape[0] else masks.new_zeros(0, masks.shape[3 - axis])
-        used = used > 0
-        length = used.shape[1]
-        first = used.int().argmax(dim=1)
-        last = length - used.flip(1).int().argmax(dim=1)
-        edges.append((first, torch.where(used.any(dim=1), last, 0)))
-    (left, right), (top, bottom) = edges
-    return torch.stack([left, top, right, bottom], dim=1).float()
-
-
-def crop_size(config: CfgNode) -> Size | None:
-    """DATA.DENSE.CROP as (height, width); None where it is 0."""
-    crop = config.DATA.DENSE.CROP
-    return None if not crop else (crop, crop) if isinstance(crop, int) else tuple(crop)
-
-
-def _size(sample: Sample) -> Size:
-    return tuple(sample["image"].shape[-2:])
+    return sample | dict(image=tv_tensors.Image(image), boxes=tv_tensors.wrap(boxes, like=sample["boxes"]), cut=True,
+                         labels=torch.cat([sample["labels"], other["labels"][chosen]]), masks=torch.cat([sample["masks"] & ~over, masks]))
 
 
 def _uniform(low: float, high: float) -> float:

@@ -24,7 +24,7 @@ from data.sources.deep_levels import window_option
 
 HUGE_PIXELS = 20_000_000
 LONG, MANY_LONG = 2, 0.1  # sides over those of the input's shape; share of the images from where such ones are a warning
-_FOUND_HERE = ("empty-classes", "missing-classes")  # codes of messages of the listing that are findings here
+_FOUND_HERE = ("empty-classes", "missing-classes", "fault")  # codes of messages of the listing that are findings here
 
 
 def findings(survey: Survey, distance: int) -> list[Finding]:

@@ -41,10 +41,12 @@ class Diagnosis:
 
 
 def diagnose(config: CfgNode, begun: Callable[[Survey], None], progress: Callable[[int], None],
-             earlier: Mapping[str, Index] | None = None) -> Diagnosis:
+             earlier: Mapping[str, Index] | None = None, open_data: Callable[[CfgNode], Survey] = open_survey,
+             check: Callable[[Survey, int], list[Finding]] = findings) -> Diagnosis:
     """Read every image of the config's data and check it.
 
     Args:
+        open_data, check: find the data's splits, and make findings of them once they are read.
         begun: called with the survey before the images are read.
         progress: called now and then with the number of images read.
         earlier: manifests of an earlier report, by split; files whose content has changed since are a finding.
@@ -52,13 +54,13 @@ def diagnose(config: CfgNode, begun: Callable[[Survey], None], progress: Callabl
     Raises:
         ConfigError: DATA.DATA_PATH is empty.
     """
-    survey = open_survey(config)
+    survey = open_data(config)
     survey.processes = max(1, config.DATA.NUM_WORKERS) if config.DATA.NUM_WORKERS >= 0 else usable_cpus()
     begun(survey)
     started = time.perf_counter()
     read_all(survey, survey.processes, config.DATA.TIMEOUT, progress)
     survey.seconds = time.perf_counter() - started
-    found = findings(survey, config.DOCTOR.NEAR)
+    found = check(survey, config.DOCTOR.NEAR)
     for name, manifest in (earlier or {}).items():
         changed = _changed_since(manifest, survey, name) if name in survey.splits else None
         if changed is not None and len(changed):

@@ -7,9 +7,12 @@ import re
 
 from data.errors import DataError
 from data.layouts.listed import FRACTION_ADVICE
-from data.layouts.options import Options, find_entry, names_of, split_folders_among
+from data.layouts.options import SPLIT_NAMES, Options, find_entry, names_of, split_folders_among
 from data.sources.folder import EXPECTED, visible_entries
 from data.sources.packed_names import is_image
+
+_INSTANCES = re.compile(r"instances_\w+\.json|_annotations\.coco\.json")
+_SPLIT_FOLDERS = {name for names in SPLIT_NAMES.values() for name in names}
 
 
 def not_found(root: str, split: str, options: Options) -> DataError:
@@ -51,6 +54,31 @@ def _advice(root: str, split: str, options: Options) -> str:
     packed = [e.name for e in entries if e.name.lower().endswith((".tar.gz", ".tgz", ".rar", ".7z"))]
     if packed:
         return f"; {packed[0]} must be unpacked first (plain .tar and .zip need not be)"
+    return ""
+
+
+def dense_hint(root: str) -> str:
+    """Where a folder holds data of another task, by the names in it: which, and how to say so; "" where it does not."""
+    if not os.path.isdir(root):
+        return ""
+    there = {e.name.lower(): e for e in visible_entries(root)[:10_000]}
+
+    def inside(name: str) -> list[str]:
+        return [e.name.lower() for e in visible_entries(there[name].path)[:1000]] if name in there and there[name].is_dir() else []
+
+    splits = [name for name in there if name in (*names_of("train"), *names_of("val"))]
+    if any(_INSTANCES.fullmatch(name) for folder in ("annotations", *splits) for name in inside(folder)):
+        return "holds boxes in COCO's format, which TASK detection reads (instance: their masks too); give --opts TASK detection"
+    years = [inside(name) for name in there if re.fullmatch(r"voc\d{4}|vocdevkit", name)]
+    if any(names is not None and {"jpegimages", "annotations"} <= set(names) for names in (there, *years)) or any(
+            re.fullmatch(r"voc\d{4}", name) for name in inside("vocdevkit")):
+        return "holds boxes in Pascal VOC's format, which TASK detection reads; give --opts TASK detection"
+    labels = "labels" in there or any("labels" in inside(name) for name in splits)
+    if labels and ("images" in there or splits) and any(name.endswith((".yaml", ".yml")) for name in there):
+        return "holds boxes in YOLO's format, which TASK detection reads (instance: outlines too); give --opts TASK detection"
+    if {"leftimg8bit", "gtfine"} <= set(there) or ("images" in there and any(
+            set(inside("images")) & set(inside(masks)) & _SPLIT_FOLDERS for masks in ("masks", "annotations", "ann_dir"))):
+        return "holds maps of classes, which TASK semantic reads; give --opts TASK semantic"
     return ""
 
 

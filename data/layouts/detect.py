@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.errors import DataError
-from data.layouts.advice import holds_images, not_found, root_below, split_folder
+from data.layouts.advice import dense_hint, holds_images, not_found, root_below, split_folder
 from data.layouts.flat_labels import find_label_file, label_flat
 from data.layouts.listed import FRACTION_ADVICE, find_split_list, find_whole_list, open_list, open_split_list
 from data.layouts.options import ALL, SPLIT_NAMES, Options, find_entry, names_of, split_folders_among
@@ -64,6 +64,8 @@ def detect_layout(root: str, options: Options, splits: Iterable[str] = ("train",
     for name in splits:
         split = options.judged if name == "val" else name
         layout = find(root, split, options)
+        if (layout is None or layout[0].startswith("class folders")) and (hint := dense_hint(root)):
+            raise DataError(f"{root}: {hint}")  # whose folders of images and annotations are no classes
         if layout is None:
             raise not_found(root, split, options)
         found[name] = layout

@@ -17,6 +17,7 @@ from data_helpers import config_for, first_batches, same_batches, sources
 
 from config import ConfigError
 from data import build_loaders
+from data.dense.samplers import AspectStepSampler
 from data.loading.sampler import ShardSampler, StepSampler
 from data.loading.workers import free_shared_memory, worker_count
 from data.seeds import derive
@@ -219,3 +220,12 @@ def test_a_batch_of_evaluation_is_no_larger_than_its_images(plain: Path) -> None
     """It is filled up to its size: of a million images it would take gigabytes."""
     _, val, loaders = sources(plain, "TEST.BATCH_SIZE", 1_000_000)
     assert [len(batch[0]) for batch in loaders.val] == [len(val)]
+
+
+def test_a_number_of_steps_in_place_of_epochs() -> None:
+    """The last epoch may be cut short; what its steps see is as ever."""
+    wide = np.arange(50) % 3 == 0
+    for whole, cut in ((StepSampler(50, 12, 3, 5), StepSampler(50, 12, 9, 5, iterations=10)),
+                       (AspectStepSampler(wide, 6, 12, 3, 5), AspectStepSampler(wide, 6, 12, 9, 5, iterations=10))):
+        assert (cut.total_steps, cut.steps_per_epoch, cut.epochs, len(cut)) == (10, 4, 3, 10)
+        assert list(cut) == list(whole)[:10]

@@ -15,6 +15,7 @@ from torch import nn
 
 from config import get_config
 from models import build_model
+from models.build_dense import build_dense_model
 from utils.optim.ema import WeightAverage
 from utils.runtime import compile
 
@@ -53,6 +54,22 @@ def test_one_graph_for_training_and_one_for_evaluation(family: str, how: str) ->
     assert list(model.state_dict()) == names and len(targets) == (1 if how == "model" else 8 if family == "mpvit" else 4)
     kinds = 1 if how == "model" else 3
     assert epochs(model, average) == [kinds, *[2 * kinds] * 5]
+
+
+def test_of_a_dense_model_the_backbone_is_compiled_for_images_of_any_size() -> None:
+    torch._dynamo.utils.counters.clear()
+    node = [f"MODEL.PVT.{word}" if word.isupper() else word for word in FAMILIES["pvt"].split()]
+    config = get_config(None, ["TASK", "detection", "MODEL.DENSE.WIDTH", "16", "MODEL.TYPE", "pvt", "MODEL.NAME", "tiny",
+                               "DATA.IMG_SIZE", "32", "MODEL.DROP_PATH_RATE", "0.2", *node])
+    model = build_dense_model(config, 3).eval()
+    targets = compile.compile_model(model, "blocks", "eager")
+    assert len(targets) == 4 and set(targets) <= set(model.backbone.modules())
+    made = []
+    with torch.inference_mode():
+        for height, width in ((64, 96), (96, 64), (32, 64), (128, 96)):
+            model(torch.randn(1, 3, height, width))
+            made.append(compile.compiled_graphs())
+    assert made[1] == made[2] == made[3] <= 2 * made[0]
 
 
 def test_blocks_of_timm_models() -> None:

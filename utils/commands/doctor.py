@@ -15,7 +15,8 @@ from typing import BinaryIO
 import numpy as np
 from yacs.config import CfgNode
 
-from config import ConfigError, require_regular
+from config import DENSE_TASKS, ConfigError, require_regular
+from data.dense.doctor import dense_findings, open_dense_survey
 from data.doctor.diagnose import Diagnosis, diagnose, manifests
 from data.doctor.finding import ERROR, NOTE, WARNING, Finding, Move
 from data.doctor.survey import Survey, base_of
@@ -61,7 +62,8 @@ def examine_run(config: CfgNode, logger: logging.Logger) -> int:
 
     try:
         with listing_shown(progress.say):
-            diagnosis = diagnose(config, begun, progress, earlier)
+            ways = dict(open_data=open_dense_survey, check=dense_findings) if config.TASK in DENSE_TASKS else {}
+            diagnosis = diagnose(config, begun, progress, earlier, **ways)
     finally:
         progress.end()
     scripts = _write_scripts(diagnosis, folder)

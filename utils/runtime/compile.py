@@ -1,7 +1,8 @@
 """torch.compile, of the whole model or block by block (``COMPILE``).
 
 Modules are compiled in place: names, state dict, hooks and copies of a model stay those of the plain one. Every shape is static,
-and a graph break is an error, so a family trains in one graph (or one a kind of block) and is evaluated in another.
+and a graph break is an error, so a family trains in one graph (or one a kind of block) and is evaluated in another. The images of dense
+tasks have many sizes: there a second one makes a graph for all.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from timm.layers import DropPath as TimmDropPath
 from torch import nn
 
 from config import ConfigError
+from models.dense import DenseModel
 from models.layers import DropPath
 
 SMALLEST_SHARE = 0.1  # of the parameters, for a class of blocks to be worth a graph
@@ -23,7 +25,8 @@ def compile_model(model: nn.Module, how: str, backend: str = "inductor", like: n
 
     Args:
         how: ``off`` leaves it as it is; ``model`` compiles the whole; ``blocks`` each repeated block, whose equals share a graph:
-            a fraction of the time before the first step. A model without repeated blocks is compiled whole.
+            a fraction of the time before the first step. A model without repeated blocks is compiled whole. Of a model of a dense task
+            it is the backbone alone, either way: what comes behind goes by what is found in an image.
         backend: of torch.compile.
         like: the model that this one is an average of: its graphs serve for both.
     """
@@ -32,10 +35,11 @@ def compile_model(model: nn.Module, how: str, backend: str = "inductor", like: n
     if like is not None:
         for parameter, other in zip(model.parameters(), like.parameters(), strict=True):
             parameter.requires_grad_(other.requires_grad)  # a graph is of one kind, also where nothing asks for gradients
-    targets = [model]
+    whole = model.backbone if isinstance(model, DenseModel) else model
+    targets = [whole]
     if how == "blocks":
-        _share_drop_path(model)
-        targets = repeated_blocks(model) or targets
+        _share_drop_path(whole)
+        targets = repeated_blocks(whole) or targets
     # All modules are compiled through the same function of torch, so its limit holds for their graphs together: training,
     # evaluation, and the sizes of a short batch's micro-batches.
     limits = torch._dynamo.config
@@ -44,7 +48,7 @@ def compile_model(model: nn.Module, how: str, backend: str = "inductor", like: n
     # DDP's gradients of a whole graph would all come at its end: torch splits it at the buckets. Blocks are small enough.
     limits.optimize_ddp = how == "model"
     for module in targets:
-        module.compile(fullgraph=True, dynamic=False, backend=backend)
+        module.compile(fullgraph=True, dynamic=None if isinstance(model, DenseModel) else False, backend=backend)
     return targets
 
 

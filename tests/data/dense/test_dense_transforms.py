@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from data.dense.base import IGNORED
-from data.dense.transforms import EvalTransform, TrainTransform, boxes_around, padded_size, paste, resize, resized_size
+from data.dense.bit_masks import boxes_around, chosen, fitted, nearest, packed, unpacked
+from data.dense.transforms import EvalTransform, TrainTransform, padded_size, paste, resized_size
 
 SIZES = [(60, 80), (80, 60), (60, 80), (48, 96), (60, 80), (80, 60), (70, 70), (60, 80), (90, 50), (60, 80)]
 
@@ -43,7 +46,7 @@ def sample_of(height: int, width: int, boxes: list[list[int]], labels: list[int]
         mask[top:bottom, left:right] = 1
     return dict(image=tv_tensors.Image(torch.randint(256, (3, height, width), dtype=torch.uint8)), labels=torch.tensor(labels),
                 boxes=tv_tensors.BoundingBoxes(torch.tensor(boxes, dtype=torch.float32), format="XYXY", canvas_size=(height, width)),
-                masks=tv_tensors.Mask(masks))
+                masks=functools.partial(chosen, masks))
 
 
 @pytest.mark.parametrize("opts", [
@@ -60,7 +63,7 @@ def test_masks_boxes_and_labels_stay_with_their_pixels(source: Rectangles, opts:
                     assert mask.sum() < 20 or coloured(image.permute(1, 2, 0), classes) > 0.8
                     left, top, right, bottom = box.tolist()
                     assert 0 <= left <= right - 1 and 0 <= top <= bottom - 1 and right <= width and bottom <= height
-                    assert (boxes_around(mask[None].byte())[0] - box).abs().max() <= 1
+                    assert (boxes_around(packed(mask[None]))[0] - box).abs().max() <= 1
                     found += 1
     assert found > 12
 
@@ -87,10 +90,17 @@ def test_sizes_of_evaluation_and_padding() -> None:
 
 
 def test_masks_are_resized_by_the_pixel_below_each_centre() -> None:
-    mask = tv_tensors.Mask(torch.eye(4, dtype=torch.uint8))
-    assert torch.equal(resize(dict(m=mask), (2, 2))["m"], torch.eye(4, dtype=torch.uint8)[1::2, 1::2])
-    flipped = resize(dict(m=tv_tensors.Mask(torch.eye(5, dtype=torch.uint8).flip(1))), (3, 3))["m"]
-    assert torch.equal(flipped, torch.eye(3, dtype=torch.uint8).flip(1))  # a mirrored mask is resized to the mirror of the resized one
+    assert nearest(4, 2).tolist() == [1, 3] and nearest(2, 4).tolist() == [0, 0, 1, 1] and nearest(9, 9).tolist() == list(range(9))
+    assert (nearest(71, 51) == 70 - nearest(71, 51).flip(0)).all()  # mirrored, it is the mirror of the resized
+    masks = torch.from_numpy(np.random.RandomState(0).randint(0, 2, (3, 17, 21)).astype(np.uint8))
+    rows, columns = nearest(17, 40).flip(0)[3:30], nearest(21, 13)[2:]
+    bits = chosen(masks, rows, columns)
+    assert bits.shape == (3, 27, 2) and torch.equal(unpacked(bits, 11), masks[:, rows][:, :, columns].bool())
+    assert torch.equal(bits, packed(masks[:, rows][:, :, columns]))
+    for height, width in ((5, 3), (30, 11), (9, 40)):
+        whole = torch.zeros(3, 50, 50, dtype=torch.bool)
+        whole[:, :27, :11] = unpacked(bits, 11)
+        assert torch.equal(fitted(bits, height, width), packed(whole[:, :height, :width]))
 
 
 def test_what_a_crop_leaves_nothing_of_is_dropped_with_its_label_and_mask() -> None:
@@ -114,7 +124,7 @@ def test_degenerate_boxes_without_masks_are_dropped() -> None:
 def test_a_crop_is_drawn_anew_where_one_class_has_too_much_of_it() -> None:
     shown = torch.zeros(64, 64, dtype=torch.uint8)
     shown[:, 40:] = 1
-    sample, shares = dict(image=tv_tensors.Image(torch.zeros(3, 64, 64, dtype=torch.uint8)), map=tv_tensors.Mask(shown)), {}
+    sample, shares = dict(image=tv_tensors.Image(torch.zeros(3, 64, 64, dtype=torch.uint8)), map=shown), {}
     for most in (1.0, 0.75):
         transform = TrainTransform(config_for("semantic", "DATA.DENSE.CROP", 24, "DATA.DENSE.CROP_CATEGORY", most))
         shares[most] = []
@@ -128,7 +138,8 @@ def test_a_crop_is_drawn_anew_where_one_class_has_too_much_of_it() -> None:
 def test_pasted_objects_hide_what_lies_below() -> None:
     torch.manual_seed(1)
     below, above = sample_of(40, 40, [[0, 0, 20, 20], [20, 20, 40, 40]], [0, 0]), sample_of(30, 50, [[10, 10, 30, 30]] * 8, [1] * 8)
-    found = paste(below, above)
+    found = paste(*(sample | dict(masks=sample["masks"](*map(torch.arange, sample["image"].shape[1:]))) for sample in (below, above)))
+    found["masks"] = unpacked(found["masks"], 40)
     assert 2 < len(found["labels"]) < 10 and found["labels"].tolist()[:2] == [0, 0] and found["labels"][2:].eq(1).all()
     assert torch.equal(found["image"][:, 10:30, 10:30], above["image"][:, 10:30, 10:30])
     assert torch.equal(found["image"][:, 30:], below["image"][:, 30:])
