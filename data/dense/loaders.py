@@ -123,7 +123,7 @@ class _Training:
         stream = require_images(config, images, world_size, notices), config.TRAIN.EPOCHS, config.SEED, rank, world_size
         if data.DENSE.ASPECT_GROUPS and self.transform.crop is None:
             wide = self.source.sizes[:, 1] >= self.source.sizes[:, 0]
-            sampler: StepSampler = AspectStepSampler(wide, data.BATCH_SIZE, *stream, iterations=config.TRAIN.ITERATIONS)
+            sampler: StepSampler = AspectStepSampler(wide, *stream, iterations=config.TRAIN.ITERATIONS)
         else:
             sampler = StepSampler(images, *stream, iterations=config.TRAIN.ITERATIONS)
         budget = data.CORRUPT_BUDGET

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,15 @@ from yacs.config import CfgNode
 from data.decoding import jpeg
 from data.decoding.pillow import decode_pixels
 from data.dense.base import IGNORED, DenseSource, Objects
-from data.dense.bit_masks import boxes_around, packed
+from data.dense.bit_masks import boxes_around, chosen, packed
 from data.dense.packing import Prepared
 from data.dense.shapes import mask_library
 from data.dense.transforms import EvalTransform, Sample, Size, TrainTransform, paste
 from data.errors import UnreadableImage
 from data.sources.base import Source
 from data.transforms.pipeline import Decoder, Pipeline
+
+_DECODED = 1 << 26  # pixels of masks that lie decoded at a time
 
 
 class DensePipeline(Pipeline):
@@ -78,7 +81,7 @@ class TrainDensePipeline(DensePipeline):
         size = tuple(source.sizes[index].tolist())
         sample: Sample = dict(image=tv_tensors.Image(self.image(source, index, size)))
         if self.task == "semantic" or source.kind == "maps":
-            sample["map"] = torch.from_numpy(source.index_map(index))
+            sample["map"] = _map(source, index, size)
         else:
             sample |= _shown(source.objects(index), size, source.path(index), masks=self.task != "detection")
         sample = self.transform.place(sample)
@@ -106,7 +109,7 @@ class EvalDensePipeline(DensePipeline):
     def prepared(self, source: Source, index: int, declared: Size | None) -> Prepared:
         """Image ``index`` for evaluation."""
         image = self.image(source, index, declared)
-        shown = torch.from_numpy(source.index_map(index)) if self.maps else None
+        shown = _map(source, index, tuple(image.shape[1:])) if self.maps else None
         return self._of(self.transform(image), tuple(image.shape[1:]), index, shown)
 
     def missing(self, channels: int, declared: Size) -> Prepared:
@@ -120,30 +123,42 @@ class EvalDensePipeline(DensePipeline):
 
 def _shown(objects: Objects, size: Size, path: str, masks: bool) -> Sample:
     """The objects that are trained on, as a part of a sample."""
-    chosen = np.flatnonzero(~objects.crowd)
-    boxes = torch.from_numpy(np.asarray(objects.boxes, dtype=np.float32).reshape(-1, 4)[chosen])
+    kept = np.flatnonzero(~objects.crowd)
+    boxes = torch.from_numpy(np.asarray(objects.boxes, dtype=np.float32).reshape(-1, 4)[kept])
     sample: Sample = dict(boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
-                          labels=torch.from_numpy(np.asarray(objects.labels, dtype=np.int64)[chosen]))
+                          labels=torch.from_numpy(np.asarray(objects.labels, dtype=np.int64)[kept]))
     if masks:
-        sample["masks"] = decoded_masks([objects.masks[i] for i in chosen.tolist()], size, path)
+        sample["masks"] = functools.partial(chosen_masks, [objects.masks[i] for i in kept.tolist()], size, path)
     return sample
 
 
-def decoded_masks(masks: list[Any], size: Size, path: str) -> Tensor:
-    """(n, H, W) uint8, 0 or 1, of run lengths.
+def chosen_masks(masks: list[Any], size: Size, path: str, rows: Tensor, columns: Tensor) -> Tensor:
+    """Packed rows and columns of masks that are run lengths, a few of which are decoded at a time.
 
     Args:
-        path: the image's name in errors.
+        size: (height, width) of the image.
+        path: its name in errors.
 
     Raises:
         ConfigError: pycocotools is not installed.
         UnreadableImage: a mask is of another size than the image.
     """
-    if not masks:
-        return torch.zeros(0, *size, dtype=torch.uint8)
     if wrong := next((mask["size"] for mask in masks if tuple(mask["size"]) != tuple(size)), None):
         raise UnreadableImage.of(path, f"it is {size[1]} x {size[0]} pixels, a mask of it {wrong[1]} x {wrong[0]}")
-    return torch.from_numpy(mask_library().decode(masks)).permute(2, 0, 1)  # lies column by column in memory
+    number = max(1, _DECODED // (size[0] * size[1]))
+    parts = [torch.zeros(0, len(rows), -(-len(columns) // 8), dtype=torch.uint8)]
+    for first in range(0, len(masks), number):
+        decoded = torch.from_numpy(mask_library().decode(masks[first:first + number])).permute(2, 0, 1)  # column by column in memory
+        parts.append(chosen(decoded, rows, columns))
+    return torch.cat(parts)
+
+
+def _map(source: DenseSource, index: int, size: Size) -> Tensor:
+    """The map of classes of image ``index``, whose size is ``size``."""
+    shown = source.index_map(index)
+    if shown.shape != tuple(size):
+        raise UnreadableImage.of(source.path(index), f"it is {size[1]} x {size[0]} pixels, its map {shown.shape[1]} x {shown.shape[0]}")
+    return torch.from_numpy(np.require(shown, np.uint8, ["C", "W"]))
 
 
 def _segments(sample: Sample) -> Sample:

@@ -11,33 +11,30 @@ from data.loading.sampler import StepSampler
 
 
 class AspectStepSampler(StepSampler):
-    """The training stream with micro-batches of wide or of tall images alone, which pads them less.
+    """The training stream with steps of wide or of tall images alone, which pads them less; one step an epoch may mix what is left of both.
 
-    The order of an epoch is a function of (seed, epoch). What is left of either kind below a whole micro-batch comes last, where the
-    remainder is dropped.
+    An epoch has the images that it would have without. Their order is a function of (seed, epoch) and the global batch, which a run keeps
+    however many processes and micro-batches share it.
 
     Args:
         wide: (images,) bool.
-        micro_batch: images of a forward and backward pass, which divides the global batch of every rank.
     """
 
-    def __init__(self, wide: np.ndarray, micro_batch: int, global_batch: int, epochs: int, seed: int, rank: int = 0, world_size: int = 1,
+    def __init__(self, wide: np.ndarray, global_batch: int, epochs: int, seed: int, rank: int = 0, world_size: int = 1,
                  iterations: int = 0):
         super().__init__(len(wide), global_batch, epochs, seed, rank, world_size, iterations=iterations)
-        self.wide, self.micro_batch = wide, micro_batch
+        self.wide = wide
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if self._order[0] != epoch:
             generator = np.random.RandomState(seeds.derive32(self.seed, seeds.ORDER, epoch))
-            order = generator.permutation(self.size)
-            chunks, rest = [], []
-            for kind in (True, False):
-                images = order[self.wide[order] == kind]
-                whole = len(images) // self.micro_batch * self.micro_batch
-                chunks.append(images[:whole].reshape(-1, self.micro_batch))
-                rest.append(images[whole:])
-            whole = np.concatenate(chunks)
-            images = np.concatenate([whole[generator.permutation(len(whole))].reshape(-1), *rest])
+            order, step = generator.permutation(self.size), self.images_per_step
+            used, dropped = np.split(order, [self.steps_per_epoch * step])
+            kinds = [used[self.wide[used]], used[~self.wide[used]]]
+            whole = [len(images) // step * step for images in kinds]
+            parts = [np.split(images, [end]) for images, end in zip(kinds, whole, strict=True)]
+            steps = np.concatenate([pure for pure, _ in parts] + [rest for _, rest in parts]).reshape(-1, step)
+            images = np.concatenate([steps[generator.permutation(len(steps))].reshape(-1), dropped])
             self._order = (epoch, images, np.zeros_like(images))
         return self._order[1:]
 

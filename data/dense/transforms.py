@@ -1,7 +1,8 @@
 """Joint transforms of an image and what it shows, by torchvision.transforms.v2 on its tv_tensors; all randomness is torch's global one.
 
-A sample is a dict of ``image`` (C, H, W) uint8 and, as far as the task needs them, ``boxes`` (n, 4) with ``labels`` (n,) and ``masks``
-(n, H, W), or ``map`` (H, W), a class for each pixel.
+A sample is a dict of ``image`` (C, H, W) uint8 and, as far as the task needs them, ``boxes`` (n, 4) with ``labels`` (n,) and ``masks``,
+or ``map`` (H, W), a class for each pixel. Before they are placed masks are a function from chosen rows and columns of the image to
+packed masks, afterwards these (n, H, ceil(W / 8)), as ``data/dense/bit_masks.py`` has them.
 """
 
 from __future__ import annotations
@@ -65,8 +66,7 @@ class EvalTransform:
 class TrainTransform:
     """What DATA.DENSE and AUG ask for, in two parts, between which the objects of another image may be pasted in.
 
-    ``place`` resizes, crops and flips; ``finish`` distorts colours and drops what the crop left nothing of. In between and after, masks
-    have eight pixels a byte (``data/dense/bit_masks.py``).
+    ``place`` resizes, crops and flips; ``finish`` distorts colours and drops what the crop left nothing of.
     """
 
     def __init__(self, config: CfgNode):
@@ -170,7 +170,7 @@ class _Placed:
     def sample(self) -> Sample:
         found = self._sample | dict(cut=self._cut)
         if "masks" in found:
-            found["masks"] = bit_masks.chosen(found["masks"], self._rows, self._columns)
+            found["masks"] = found["masks"](self._rows, self._columns)
         if "map" in found:
             found["map"] = self.map(0, 0, *self.size)
         return found

@@ -21,6 +21,7 @@ from data.errors import UnreadableImage
 from data.layouts.input_paths import find_input_images
 from data.loading import loaders as made
 from data.loading import workers
+from data.loading.sampler import StepSampler
 
 SIZES = [(60, 80), (80, 60)] * 5 + [(48, 96), (70, 70), (60, 80), (90, 50), (60, 80), (80, 60), (60, 81)]
 
@@ -67,25 +68,28 @@ def test_two_ranks_make_what_one_makes(source: Rectangles) -> None:
             same([half], [mine])
 
 
-def test_wide_and_tall_images_have_micro_batches_of_their_own() -> None:
+def test_wide_and_tall_images_have_steps_of_their_own() -> None:
     wide = np.random.RandomState(0).rand(103) < 0.7
-    sampler = AspectStepSampler(wide, 4, 8, 3, seed=0)
-    assert (sampler.steps_per_epoch, sampler.total_steps) == (12, 36)
+    sampler, plain = AspectStepSampler(wide, 8, 3, seed=0), StepSampler(103, 8, 3, seed=0)
+    assert (sampler.steps_per_epoch, sampler.total_steps) == (12, 36) == (plain.steps_per_epoch, plain.total_steps)
     orders = []
     for epoch in range(3):
-        keys = [key for step in range(12 * epoch, 12 * epoch + 12) for key in sampler.keys(step)]
-        orders.append([index for _, index, _ in keys])
-        assert len(set(orders[-1])) == 96 and {(e, c) for e, _, c in keys} == {(epoch, 0)}
-        assert all(len(set(wide[orders[-1][i:i + 4]].tolist())) == 1 for i in range(0, 96, 4))
+        steps = [[index for _, index, _ in sampler.keys(step)] for step in range(12 * epoch, 12 * epoch + 12)]
+        orders.append(sum(steps, []))
+        assert len(set(orders[-1])) == 96 and sorted(orders[-1]) == sorted(plain.order(epoch)[0][:96].tolist())
+        assert sum(len(set(wide[step].tolist())) > 1 for step in steps) <= 1
+        assert {len(set(wide[step].tolist())) == 1 and bool(wide[step[0]]) for step in steps} == {False, True}
     assert orders[0] != orders[1] and sampler.order(0)[0][:96].tolist() == orders[0]
-    halves = [AspectStepSampler(wide, 4, 8, 3, 0, rank, 2) for rank in (0, 1)]
+    halves = [AspectStepSampler(wide, 8, 3, 0, rank, 2) for rank in (0, 1)]
     assert [key for half in halves for key in half.keys(7)] == sampler.keys(7)
+    short = AspectStepSampler(wide[:5], 8, 2, 0)
+    assert short.total_steps == 2 and sorted(index for _, index, _ in short.keys(1)) == [0, 1, 2, 3, 4]
 
 
 def test_wide_and_tall_images_are_padded_less(source: Rectangles) -> None:
-    for batch in batches(source, "DATA.BATCH_SIZE", 2)[:8]:
-        wide = batch.originals[:, 1] >= batch.originals[:, 0]
-        assert wide.all() or not wide.any()
+    def pixels(grouped: bool) -> int:
+        return sum(batch.images.numel() for batch in batches(source, "DATA.BATCH_SIZE", 2, "DATA.DENSE.ASPECT_GROUPS", grouped))
+    assert pixels(True) < 0.9 * pixels(False)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 20])
