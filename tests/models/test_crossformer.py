@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from models import layers
+from models import crossformer, layers
 from models.crossformer import PADDED_KEY, Attention, Block, CrossFormer, from_groups, group_size_of, to_groups
 from models.position_bias import PositionTable, relative_offsets
 
@@ -92,6 +93,27 @@ def test_padding_does_not_reach_real_tokens() -> None:
                     for c, y in zip(real, block.attn.proj(out.transpose(0, 1).reshape(len(real), 32)), strict=True):
                         expected[0, c[0], c[1]] = y
     assert torch.allclose(ours, expected, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("shape", "group", "interval"), [((200, 336), 14, 16), ((100, 168), 14, 8), ((50, 84), 7, 2), ((25, 42), 7, 1)])
+def test_what_padding_holds_reaches_no_real_token_at_detection_size(shape: tuple[int, int], group: int, interval: int,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """The four stages of an image of 800 x 1344 with the large groups of the paper's detectors, to the bit."""
+    torch.manual_seed(2)
+    block, x = Block(16, 1, group_size=group, interval=interval).eval(), torch.randn(1, *shape, 16)
+    zeros, pad = block.attend_groups(x), torch.nn.functional.pad
+
+    def noisy(tokens: torch.Tensor, sides: tuple[int, ...], value: float | None = None) -> torch.Tensor:
+        if value is not None:  # the mask's
+            return pad(tokens, sides, value=value)
+        where = pad(torch.ones_like(tokens), sides)
+        return torch.where(where > 0, pad(tokens, sides), torch.randn(where.shape))
+
+    monkeypatch.setattr(crossformer, "F", SimpleNamespace(pad=noisy))
+    assert torch.equal(block.attend_groups(x), zeros)
+    block.mask_padding = False
+    assert not torch.equal(block.attend_groups(x), zeros)
 
 
 @torch.no_grad()

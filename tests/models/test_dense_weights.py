@@ -60,6 +60,15 @@ def test_an_average_comes_before_the_weights_and_layer_norms_of_outputs_are_fres
     assert report.fresh == ["backbone.norms", "branches", "classifier", "fpn"]
 
 
+def test_groups_of_another_size_take_a_classifiers_weights_as_they_are(tmp_path: Path) -> None:
+    opts = ("MODEL.CROSSFORMER.GROUP_SIZE", "[8,4]", "MODEL.CROSSFORMER.INTERVAL", "[4,1]")
+    classifier, model = different(tiny("crossformer")), dense("mask_rcnn", "instance", *opts)
+    assert [(stage.blocks[1].group_size, stage.blocks[1].interval) for stage in model.backbone.model.layers] == [(8, 4), (4, 1)]
+    report = load_pretrained(model, saved(classifier, tmp_path / "c.pth"), dense_config("mask_rcnn", "instance", *opts))
+    assert not report.adapted and len(report.kept) == len(model.backbone.model.state_dict())
+    assert all(torch.equal(tensor, classifier.state_dict()[name]) for name, tensor in model.backbone.model.state_dict().items())
+
+
 def test_a_classifier_of_other_sizes_is_refused(tmp_path: Path) -> None:
     path = saved(tiny("crossformer", "MODEL.CROSSFORMER.EMBED_DIM", 32), tmp_path / "c.pth")
     with pytest.raises(CheckpointError, match="of another shape"):
