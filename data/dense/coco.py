@@ -214,7 +214,7 @@ def read_coco(path: str, folders: Sequence[str], options: DenseOptions) -> Objec
     boxes = np.frombuffer(raw.boxes, dtype=np.float64).reshape(-1, 4).copy() if raw.boxes else np.zeros((0, 4))
     with np.errstate(invalid="ignore", over="ignore"):
         boxes[:, 2:] += boxes[:, :2]
-    owner_sizes = np.where((owners >= 0)[:, None], sizes[owners], 0) if len(sizes) else np.zeros((len(owners), 2), dtype=np.int32)
+    owner_sizes = np.where((owners >= 0)[:, None], sizes[np.maximum(owners, 0)], 0)
     raw.image_of.clear()
     shapes = Shapes(raw.shapes, owner_sizes)
     del raw.shapes

@@ -32,7 +32,7 @@ class Annotated(DenseSource):
 
     def draw(self, count: int) -> Objects:
         generator = self.generator
-        sides = np.array([14, 60, 140])[generator.randint(0, 3, count), None] + 8 * generator.rand(count, 2)
+        sides = np.array([28, 60, 105])[generator.randint(0, 3, count), None] + 12 * generator.rand(count, 2)
         corner = generator.rand(count, 2) * (SIDE - sides)
         boxes = np.concatenate([corner, corner + sides], axis=1).astype(np.float32)
         labels, crowd = np.array([0, 1, 3])[generator.randint(0, 3, count)], generator.rand(count) < 0.1

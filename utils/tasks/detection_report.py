@@ -47,7 +47,7 @@ class DetectionReport(EvaluationReport):
             order = [int(i) for i in np.argsort(ap, kind="stable") if not math.isnan(ap[i])][:_WEAKEST]
             if len(classes) > 1 and order:
                 lines.append(f"lowest {kind} AP: " + "; ".join(
-                    f"{plain(classes[i])} {100 * ap[i]:.2f} ({curves.objects[i, 0]} objects)" for i in order))
+                    f"{plain(classes[i])} {100 * ap[i]:.2f} ({_objects(int(curves.objects[i, 0]))})" for i in order))
         return [*lines, *(f"raw {other.line}" for other in raw), result.line]
 
     def write(self) -> list[str]:
@@ -66,6 +66,10 @@ class DetectionReport(EvaluationReport):
             replace_file(os.path.expanduser(test.PER_CLASS), text.encode("utf-8", "backslashreplace"))
             lines.append(f"figures of each class: {test.PER_CLASS}")
         return lines
+
+
+def _objects(count: int) -> str:
+    return f"{count:,} object{'s' * (count != 1)}"
 
 
 def require_ending(config: CfgNode, ending: str, why: str) -> None:

@@ -18,9 +18,9 @@ from yacs.config import CfgNode
 from data import Loaders
 from data.dense.base import DenseSource
 from data.dense.batch import DenseBatch
-from utils.evaluation.map_metrics import MapEvaluation, MapFigures
-from utils.evaluation.metrics import Evaluation
-from utils.evaluation.panoptic_metrics import PanopticEvaluation, class_quality
+from utils.evaluation.map_metrics import MAP_METRICS, MapEvaluation, MapFigures
+from utils.evaluation.metrics import Evaluation, Metric
+from utils.evaluation.panoptic_metrics import PANOPTIC_METRICS, PanopticEvaluation, class_quality
 from utils.evaluation.predictions_file import names_of
 from utils.inference.found import Panoptic
 from utils.loggers.console import plain
@@ -36,6 +36,7 @@ _MOST_CLASSES = 40  # that are told a line each
 class _PictureReport(EvaluationReport):
     """TEST.PREDICTIONS is a ZIP file with a PNG an image, named as it is, TEST.PER_CLASS a table."""
 
+    metrics: Sequence[Metric]
     loaders: Loaders
     evaluation: Any
 
@@ -66,7 +67,8 @@ class _PictureReport(EvaluationReport):
                     f"(the weakest of {len(rows)} classes; --per-class FILE.csv has them all)"]
         else:
             rows = [row for _, row in rows]
-        return [*rows, *(f"raw {other.line}" for other in raw), result.line]
+        rest = [metric.shown(result.values[metric.name]) for metric in self.metrics if metric.label not in result.line]
+        return [*rows, " ".join(rest), *(f"raw {other.line}" for other in raw), result.line]
 
     def write(self) -> list[str]:
         lines, test = [], self.config.TEST
@@ -110,6 +112,7 @@ class _PictureReport(EvaluationReport):
 class MapReport(_PictureReport):
     """The PNGs have a palette, and each pixel the value that the data's own masks have for its class."""
 
+    metrics = MAP_METRICS
     evaluation: MapEvaluation
 
     def picture(self, output: Tensor) -> bytes:
@@ -130,6 +133,7 @@ class MapReport(_PictureReport):
 class PanopticReport(_PictureReport):
     """The archive is as COCO has panoptic results: ``panoptic.json`` and PNGs whose pixels are numbers of segments, R + 256 G + 65536 B."""
 
+    metrics = PANOPTIC_METRICS
     evaluation: PanopticEvaluation
 
     def picture(self, output: Panoptic) -> tuple[bytes, list[int]]:

@@ -18,6 +18,7 @@ from utils.evaluation.metrics import Evaluation
 from utils.evaluation.panoptic_metrics import PANOPTIC_METRICS, PanopticEvaluator
 from utils.inference.found import found_of_queries, map_of_queries, panoptic_of_queries
 from utils.inference.trained_model import Trained
+from utils.runtime.distributed import all_reduce_sum
 from utils.tasks.base import EvaluationReport, PredictionLog, chosen_metric
 from utils.tasks.dense import DenseTask
 from utils.tasks.dense_logs import DetectionLog, MapLog, PanopticLog, keeps_log
@@ -41,6 +42,7 @@ class Mask(DenseTask):
             raise ConfigError(f"TEST.FLIP is for classification and semantic segmentation, and TASK is {config.TASK}; leave it out")
         self.things: list[bool] = []
         self.classes: list[str] = []
+        self.masks_per_image: Tensor | None = None
         self._take("objects")
 
     def _take(self, kind: str, decide: bool = False) -> None:
@@ -59,6 +61,18 @@ class Mask(DenseTask):
             self.things = list(self.source.things)
             self._take(self.source.kind, decide=True)
         return loaders
+
+    def split(self, batch: DenseBatch, parts: int) -> list[DenseBatch]:
+        """As of every dense task; what the losses are divided by is the mean over the step's images on all ranks, so that they add up."""
+        totals = torch.tensor([float(batch.counts.sum()), len(batch.images)]).to(batch.images.device, non_blocking=True)
+        objects, images = all_reduce_sum(totals)
+        self.masks_per_image = objects / images
+        return super().split(batch, parts)
+
+    def forward(self, model: nn.Module, batch: DenseBatch) -> Any:
+        if not model.training:
+            return super().forward(model, batch)
+        return model(batch.images, batch.sizes, self.training_targets(batch), self.masks_per_image)
 
     def answers(self, outputs: Mapping[str, Tensor], batch: DenseBatch) -> list[Any]:
         whole = outputs, batch.sizes, batch.originals, batch.images.shape[2:]

@@ -126,6 +126,14 @@ def test_sizes_that_are_not_the_files(tmp_path: Path) -> None:
     assert opened(tmp_path)["train"].sizes.tolist() == [[40, 60]] * 2
 
 
+def test_one_image_and_annotations_of_others(tmp_path: Path) -> None:
+    write_coco(tmp_path, SOUND, images=[dict(id=7, file_name="bild ü 7.png", width=60, height=40), 0])
+    source = opened(tmp_path)["train"]
+    assert {fault.kind: fault.count for fault in source.faults} == {
+        "unknown image": 2, "partly outside": 1, "entry of images that is no object": 1}
+    assert len(source.objects(0)) == 3
+
+
 def test_splits_and_classes(tmp_path: Path) -> None:
     write_coco(tmp_path, [annotated(i, i, 3 if i % 2 else 18, [5, 5, 9, 9]) for i in range(1, 21)], ids=tuple(range(1, 21)))
     with pytest.raises(DataError, match=r"DATA.VAL_FRACTION"):
@@ -162,3 +170,17 @@ def test_broken_files_are_one_sentence(tmp_path: Path, content: str) -> None:
     file.write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError, match=str(tmp_path)):
         opened(tmp_path)
+
+
+def test_outlines_are_drawn_to_the_last_bit(tmp_path: Path) -> None:
+    """Tenths lie where pycocotools rounds half up: coordinates that lose a bit on the way make other masks."""
+    generator = np.random.RandomState(0)
+    outlines = [(generator.randint(0, [600, 400], (5, 2)) / 10).ravel().tolist() for _ in range(300)]
+    file = write_coco(tmp_path, [annotated(i, 7, 3, [0, 0, 60, 40], [outline]) for i, outline in enumerate(outlines)])
+    drawn = opened(tmp_path)["train"].objects(0).masks
+    assert [mask["counts"] for mask in drawn] == [masks.merge(masks.frPyObjects([outline], 40, 60))["counts"] for outline in outlines]
+    annotations = json.loads(file.read_text())
+    annotations["annotations"][0]["segmentation"][0][0] = 1 / 3  # not hundredths: all are kept as they are
+    file.write_text(json.dumps(annotations))
+    again = opened(tmp_path)["train"].objects(0).masks
+    assert again[1:] == drawn[1:] and again[0] == masks.merge(masks.frPyObjects([[1 / 3, *outlines[0][1:]]], 40, 60))
