@@ -14,7 +14,8 @@ from models.build_dense import build_dense_model
 from utils.optim.lr_schedule import build_schedule
 from utils.optim.optimizer import parameter_groups
 
-FILES = sorted((ROOT / "configs/dense").glob("*.yaml"))
+EMBEDDED = sorted(path for pattern in ("quickstart", "canvases_*") for path in (ROOT / "configs/dense").glob(f"{pattern}.yaml"))
+FILES = sorted(set((ROOT / "configs/dense").glob("*.yaml")) - set(EMBEDDED))
 # To the unit; the papers' tables have them in millions with one digit.
 PARAMETERS = {
     "retinanet_crossformer_s": 40_824_958, "mask_rcnn_crossformer_s_3x": 50_165_119, "semantic_fpn_crossformer_l": 95_440_158,
@@ -33,6 +34,16 @@ def test_each_file_is_a_recipe_of_a_dense_task(path) -> None:
     if not path.stem.startswith("finetune"):
         assert config.TRAIN.GLOBAL_BATCH == config.TRAIN.LR_BATCH == 8 * config.DATA.BATCH_SIZE
         assert path.stem.startswith(config.MODEL.DENSE.HEAD) and config.TAG.removesuffix("_3x") == config.MODEL.DENSE.HEAD
+
+
+@pytest.mark.parametrize("path", EMBEDDED, ids=lambda path: path.stem)
+def test_each_file_of_the_canvases_makes_a_small_model(path) -> None:
+    if "mask2former" in path.stem or "upernet" in path.stem:
+        pytest.importorskip("transformers")
+    config, head = get_config(str(path)), path.read_text(encoding="utf-8").split("TASK")[0]
+    assert config.DATA.DATASET == "canvases" and without_effect(config) == [] and config.TAG != "default" and config.AUG.HFLIP == 0
+    assert f"main.py --cfg configs/dense/{path.stem}.yaml --pretrained" in head
+    assert 2e6 < sum(p.numel() for p in build_dense_model(config, 11).parameters()) < 4e6
 
 
 RATES = {

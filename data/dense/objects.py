@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ class ObjectSource(ImageFolder, DenseSource):
     """Images that are files, with checked annotations.
 
     Args:
-        names: of the images, below ``root`` or absolute.
+        names: paths of the images, absolute or from the working directory.
         found: in the order of their images, by ``check``.
         book: what was wrong.
         has_masks: whether the masks of ``found`` are to be used; each must have one.
@@ -167,6 +168,7 @@ class ObjectSource(ImageFolder, DenseSource):
 
     def __init__(self, root: str, classes: list[str], names: PackedNames, sizes: np.ndarray, image_ids: np.ndarray,
                  category_ids: Sequence[int], found: Annotations, book: FaultBook, has_masks: bool):
+        names = PackedNames.of([os.path.relpath(name, root) for name in names])  # what tells data apart does not hang on where they lie
         super().__init__(root, classes, names, rarest(found, len(names), len(classes)), book.notices())
         self.sizes = np.maximum(sizes, 1).astype(np.int32)  # of an image that cannot be read none is known
         self.image_ids, self.category_ids, self.faults = image_ids, list(category_ids), book.faults

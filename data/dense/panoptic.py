@@ -101,7 +101,7 @@ class PanopticFolder(ImageFolder, DenseSource):
     """Image files with a PNG file of segments each.
 
     Args:
-        names, masks: of the image files and of the PNG files, absolute or from the working directory.
+        names, masks: of the image files and of the PNG files, below ``root``.
         bounds: (images + 1,) int64: where the segments of each image begin in ``ids``, ``label_of``, ``areas`` and ``crowd``; those of an
             image are in the order of their ids.
     """
@@ -226,8 +226,8 @@ def _source(root: str, split: str, path: str, raw: _Collector, book: FaultBook, 
     segments = _segments(raw, kept, numbers, book)
     ids = [raw.masks[i][0] for i in kept]
     image_ids = np.array(ids if all(isinstance(i, int) for i in ids) else range(1, len(ids) + 1), dtype=np.int64)
-    return PanopticFolder(root, names, PackedNames.of([os.path.abspath(image_paths[i]) for i in kept]),
-                          PackedNames.of([os.path.abspath(mask_paths[i]) for i in kept]), sizes, image_ids, numbers,
+    return PanopticFolder(root, names, PackedNames.of([os.path.relpath(image_paths[i], root) for i in kept]),
+                          PackedNames.of([os.path.relpath(mask_paths[i], root) for i in kept]), sizes, image_ids, numbers,
                           [raw.categories[number][1] for number in numbers], *segments)
 
 

@@ -92,6 +92,7 @@ class Task(Protocol):
         best: the metric that decides which checkpoint is the best.
         tie_break: the metric that decides between evaluations that are equal in that.
         smoothing: label smoothing that the targets of a transformed batch hold.
+        usual_classes: of its best-known data, for measuring without data.
         pretrains: its models are to start others from, and answer nothing by themselves.
     """
 
@@ -100,6 +101,7 @@ class Task(Protocol):
     metrics: Sequence[Metric]
     best: Metric
     tie_break: Metric | None = None
+    usual_classes = 1000
     pretrains = False
 
     def __init__(self, config: CfgNode):

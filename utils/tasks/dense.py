@@ -39,6 +39,7 @@ class DenseTask(Task):
     """
 
     source: DenseSource | None = None
+    usual_classes = 80
 
     def __init__(self, config: CfgNode):
         self.config = config
@@ -58,7 +59,7 @@ class DenseTask(Task):
         return loaders
 
     def build_model(self, config: CfgNode, num_classes: int | None = None) -> nn.Module:
-        return build_dense_model(config, num_classes or config.MODEL.NUM_CLASSES or 1)
+        return build_dense_model(config, num_classes or config.MODEL.NUM_CLASSES or self.usual_classes)
 
     def check_input_size(self, model: nn.Module, config: CfgNode) -> None:
         """Any size will do: images are padded to what the model takes."""

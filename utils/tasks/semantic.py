@@ -27,6 +27,7 @@ class Semantic(DenseTask):
 
     name = "semantic"
     metrics = MAP_METRICS
+    usual_classes = 150
 
     def __init__(self, config: CfgNode):
         super().__init__(config)

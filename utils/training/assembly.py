@@ -62,10 +62,10 @@ def synthetic_step(config: CfgNode, task: Task, device: torch.device, precision:
     """(state, plan, batch) of training by the config's recipe on one synthetic micro-batch, by this process alone; COMPILE is obeyed.
 
     Args:
-        num_classes: None takes MODEL.NUM_CLASSES, or 1000 where that is 0.
+        num_classes: None takes MODEL.NUM_CLASSES, or where that is 0 the task's usual number.
         model: None builds the config's.
     """
-    classes, images = num_classes or config.MODEL.NUM_CLASSES or 1000, config.DATA.BATCH_SIZE
+    classes, images = num_classes or config.MODEL.NUM_CLASSES or task.usual_classes, config.DATA.BATCH_SIZE
     model = build_initial_model(config, task, num_classes) if model is None else model
     state, plan = assemble(config, task, model, device, precision, images=images, transform=task.batch_transform(config, classes, rank=0))
     compile_model(model, config.COMPILE)

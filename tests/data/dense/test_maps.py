@@ -10,6 +10,7 @@ from miniatures import (
     ADE_NAMES,
     ade20k,
     cityscapes,
+    coco_panoptic,
     folders_of_masks,
     mask,
     picture,
@@ -208,6 +209,19 @@ def test_without_splits(tmp_path: Path) -> None:
     sources, layout = open_dense_sources(config_for(tmp_path, "TASK", "semantic", "DATA.VAL_FRACTION", 0.25), ("train", "val"), None)
     assert layout == "maps" and (len(sources["train"]), len(sources["val"])) == (3, 1)
     assert (sources["val"].index_map(0) == stripes(0, 1)).all()
+
+
+def test_from_another_working_directory(tmp_path: Path, monkeypatch) -> None:
+    write_canvases(str(tmp_path / "there"), 1, 1)
+    coco_panoptic(tmp_path / "panoptic")
+    for folder, task in (("there", "semantic"), ("there", "detection"), ("panoptic", "mask")):
+        found = []
+        for root, place in ((tmp_path / folder, tmp_path), (folder, tmp_path)):
+            monkeypatch.chdir(place)
+            source = open_dense_sources(config_for(root, "TASK", task), ("train",), None)[0]["train"]
+            assert source.load(0).size == tuple(source.sizes[0].tolist()[::-1]) and (task == "detection" or source.index_map(0).size)
+            found.append(source.fingerprint())
+        assert found[0] == found[1]
 
 
 def test_which_layout_serves_which_task(tmp_path: Path) -> None:
