@@ -27,6 +27,7 @@ from data.sources.base import Source
 from data.transforms.build import preprocessing
 
 STRIDE = 32  # that padded sizes are multiples of, unless a model says otherwise
+LARGEST = 179_000_000  # pixels of an image, Pillow's limit for files
 _OBJECTS = 10  # an image, roughly, whose masks lie in a batch as a bit a pixel
 
 OpenSources = Callable[[CfgNode, Sequence[str], Any], tuple[Mapping[str, DenseSource], str]]
@@ -109,6 +110,11 @@ class _Training:
         self.config, self.source, self.stride, self.transform = config, source, stride, TrainTransform(config)
         if config.DATA.DENSE.COPY_PASTE and not (source.has_masks and any(source.things)):
             raise ConfigError(f"DATA.DENSE.COPY_PASTE needs objects with masks, which {source.root} does not have; set it to 0")
+        if config.DATA.REPEATED_AUG > 1:
+            raise ConfigError(f"DATA.REPEATED_AUG is not supported for TASK {config.TASK}; leave it 1")
+        if (pixels := max(math.prod(self.transform.resized(*size)) for size in np.unique(source.sizes, axis=0).tolist())) > LARGEST:
+            raise ConfigError(f"DATA.DENSE.SHORT_SIDE, LONG_SIDE and SCALE make images of {pixels / 1e6:,.0f} million pixels of those of "
+                              f"{source.root}; lower them")
         largest = {self.transform.largest(*size) for size in np.unique(source.sizes, axis=0).tolist()}
         self.shape = (input_channels(config), *padded_size(*(max(sides) for sides in zip(*largest, strict=True)), stride))
 

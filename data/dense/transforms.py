@@ -82,8 +82,10 @@ class TrainTransform:
 
     def largest(self, height: int, width: int) -> Size:
         """(height, width) of the largest result that an image of that size can have."""
-        if self.crop is not None:
-            return self.crop
+        return self.resized(height, width) if self.crop is None else self.crop
+
+    def resized(self, height: int, width: int) -> Size:
+        """The same before a crop."""
         return resized_size(height, width, max(self.short) * self.scale[1], self.long * self.scale[1])
 
     def place(self, sample: Sample) -> Sample:

@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 from config import ConfigError, get_config
 from models.build_dense import build_dense_model
 from models.dense import DenseModel
-from models.detectors import Anchors
+from models.detectors import Anchors, FromLastMap
 from models.region_cnn import RegionPooler, mask_loss
 
 HEADS = {"retinanet": "detection", "faster_rcnn": "detection", "mask_rcnn": "instance"}
@@ -219,3 +219,17 @@ def test_bf16_trains_and_finds_on_a_cpu(head: str) -> None:
 def test_a_head_of_another_task_is_refused(task: str, head: str) -> None:
     with pytest.raises(ConfigError, match=f"{head}.*TASK {task}"):
         dense(head, task)
+
+
+def test_p6_comes_from_the_backbones_map_though_the_pyramid_is_as_wide_and_p7_from_it_as_it_is() -> None:
+    extra, last, p5 = FromLastMap(16, 16), torch.randn(1, 16, 4, 4), torch.randn(1, 16, 4, 4)
+    results, names = extra([p5], [last], ["p5"])
+    assert names == ["p5", "p6", "p7"] and torch.equal(results[0], p5)
+    assert torch.equal(results[1], extra.p6(last)) and torch.equal(results[2], extra.p7(results[1]))
+
+
+def test_the_first_class_is_no_background_to_the_region_heads() -> None:
+    model, seen = dense("faster_rcnn", "detection").train(), []
+    model.roi_heads.forward = lambda maps, proposals, shapes, given: (seen.extend(t["labels"].tolist() for t in given), ([], {}))[1]
+    model(IMAGES, None, TRUTH)
+    assert seen == [[1, 3], [], [2]]

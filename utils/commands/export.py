@@ -2,7 +2,7 @@
 
 ONNX (FILE.onnx), torch.export (FILE.pt2), and the layout of timm and its hub (a folder, or FILE.safetensors with config.json beside
 it). The batch size stays free, the image size is the config's. Each form carries the class names and what an image must go
-through first.
+through first. Models of dense tasks become ONNX alone (export_dense.py).
 """
 
 from __future__ import annotations
@@ -22,40 +22,33 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError, ProgramError, config_from_text, with_values
+from config import ConfigError, config_from_text, with_values
 from data import preprocessing
 from models import architecture
 from utils.checkpoints.exported import OWN, recipe_of
+from utils.commands.export_dense import write_dense_onnx
 from utils.commands.outputs import check_outputs
-from utils.inference.exporters import LIMIT, difference, onnx_runner, quiet_exporter, require_packages, trace, trace_onnx
+from utils.inference.exporters import (
+    LIMIT,
+    ExportError,
+    Normalised,
+    difference,
+    explained,
+    onnx_runner,
+    quiet_exporter,
+    require_packages,
+    trace,
+    trace_onnx,
+)
 from utils.inference.trained_model import Trained, open_trained
 from utils.runtime.files import TEMPORARY, move_file, open_atomically, replace_file
 from utils.tasks.build import build_task
+from utils.tasks.dense import DenseTask
 
 _CHECKED = (1, 2, 5)  # batch sizes
 _HUB_CONFIG = "config.json"
 
 _FORMS = "give FILE.onnx, FILE.pt2, or a folder (ending in /) or FILE.safetensors for timm's layout"
-
-
-class ExportError(ProgramError):
-    """The model cannot be exported, or the export computes something else."""
-
-
-class Normalised(nn.Module):
-    """A model that takes pixels: (N, C, H, W), uint8, scaled to 0..1 and normalised inside."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
-        super().__init__()
-        self.model = model
-        self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", 255 * torch.tensor(std)[:, None, None])
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model((pixels.float() - self.mean) / self.std)
 
 
 def export_run(config: CfgNode, content: Any, device: torch.device, logger: logging.Logger) -> None:
@@ -75,9 +68,15 @@ def export_run(config: CfgNode, content: Any, device: torch.device, logger: logg
         _require_operator_set(config.EXPORT.OPSET)
     if write is _write_hub:
         _require_folder(path, config)
-    trained = open_trained(build_task(config), config, content, "--export")
+    task = build_task(config)
+    trained = open_trained(task, config, content, "--export")
     config = trained.config
     model = trained.model.requires_grad_(False)
+    if isinstance(task, DenseTask):
+        logger.info(f"exporting {trained.line()}, {len(trained.classes)} classes")
+        with torch.no_grad():
+            logger.info(write_dense_onnx(config, trained, task, path))
+        return
     if config.EXPORT.PREPROCESS:
         prepare = preprocessing(config)
         model = Normalised(model, prepare["mean"], prepare["std"]).eval()
@@ -107,24 +106,12 @@ def _require_operator_set(asked: int, written: int | None = None) -> None:
         raise ConfigError(f"EXPORT.OPSET is {asked}, which the ONNX packages here cannot write; leave it out, the exporter speaks 18")
 
 
-@contextlib.contextmanager
-def _explained(config: CfgNode, what: str) -> Iterator[None]:
-    try:
-        yield
-    except (ProgramError, OSError):
-        raise
-    except Exception as error:  # the exporters raise anything where a model does what they do not know
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ExportError(f"{config.MODEL.NAME} cannot be exported by {what} ({type(error).__name__}: {reason}); another form may do"
-                          + (f", or EXPORT.OPSET 18 in place of {config.EXPORT.OPSET}" if config.EXPORT.OPSET > 18 else "")) from None
-
-
 # --------------------------------------------------------------------------------------------------
 # The forms
 # --------------------------------------------------------------------------------------------------
 
 def _write_onnx(config: CfgNode, trained: Trained, model: nn.Module, path: str) -> str:
-    with _explained(config, "torch.onnx"):
+    with explained(config, "torch.onnx"):
         program = trace_onnx(model, _example(config, 2), config.EXPORT.OPSET)
         _require_operator_set(config.EXPORT.OPSET, program.model.opset_imports[""])
         for node in program.model.graph:
@@ -137,7 +124,7 @@ def _write_onnx(config: CfgNode, trained: Trained, model: nn.Module, path: str) 
 
 
 def _write_pt2(config: CfgNode, trained: Trained, model: nn.Module, path: str) -> str:
-    with _explained(config, "torch.export"):
+    with explained(config, "torch.export"):
         program = trace(model, _example(config, 2))
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)
@@ -159,7 +146,7 @@ def _write_hub(config: CfgNode, trained: Trained, model: nn.Module, path: str) -
     # Modules may share a tensor, which the format does not know.
     state = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in model.state_dict().items()}
     content = json.dumps(_hub_config(config, trained, name, arguments), indent=2)
-    with _removed_if_empty(folder), tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as scratch, _explained(config, "timm"):
+    with _removed_if_empty(folder), tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as scratch, explained(config, "timm"):
         replace_file(os.path.join(scratch, file), safetensors_bytes(state, dict(format="pt")))
         replace_file(os.path.join(scratch, _HUB_CONFIG), content.encode())
         again = timm.create_model(f"local-dir:{scratch}", pretrained=True).eval()

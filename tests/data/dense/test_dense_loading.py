@@ -186,6 +186,14 @@ def test_copy_paste_needs_masks(tmp_path: Path) -> None:
         loaders_of("detection", source, None, "DATA.DENSE.COPY_PASTE", 0.5)
 
 
+def test_sizes_beyond_all_memory_are_one_sentence(source: Rectangles) -> None:
+    with pytest.raises(ConfigError, match=r"SCALE make images of .* million pixels"):
+        loaders_of("detection", source, None, "DATA.DENSE.SCALE", "[1, 100]", "DATA.DENSE.SHORT_SIDE", "[4096]", "DATA.DENSE.CROP", 32,
+                   "DATA.DENSE.LONG_SIDE", 4096)
+    with pytest.raises(ConfigError, match="REPEATED_AUG"):
+        loaders_of("detection", source, None, "DATA.REPEATED_AUG", 2)
+
+
 def test_micro_batches_are_padded_as_their_own_images_need(source: Rectangles) -> None:
     batch = batches(source, "TRAIN.ACCUMULATION_STEPS", 4, "DATA.BATCH_SIZE", 2)[0]
     parts = batch.split(4, 32)
