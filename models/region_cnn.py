@@ -180,11 +180,11 @@ class RegionCNN(DenseModel):
         backbone: all its maps are taken, and one more level behind the last.
         width: channels of the pyramid; the box head's hidden width is 4 times that.
         anchor_scale: side of a level's anchor over its stride.
-        detections, min_score, nms: as the keys of ``MODEL.DENSE``.
+        detections, min_score, nms, regions: as the keys of ``MODEL.DENSE``.
     """
 
     def __init__(self, backbone: Pyramid, classes: int, masks: bool, width: int = WIDTH, anchor_scale: float = 8.0, detections: int = 100,
-                 min_score: float = 0.05, nms: float = 0.5):
+                 min_score: float = 0.05, nms: float = 0.5, regions: int = 512):
         super().__init__()
         self.backbone, self.stride = backbone, backbone.strides[-1]
         self.class_modules = ("roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred",
@@ -202,7 +202,7 @@ class RegionCNN(DenseModel):
                           mask_predictor=_MaskPredictor(width, width, classes + 1)) if masks else {}
         self.roi_heads = RegionHeads(
             RegionPooler(backbone.strides, 7), head, _BoxPredictor(_HIDDEN * width, classes + 1), fg_iou_thresh=0.5, bg_iou_thresh=0.5,
-            batch_size_per_image=512, positive_fraction=0.25, bbox_reg_weights=None, score_thresh=min_score, nms_thresh=nms,
+            batch_size_per_image=regions, positive_fraction=0.25, bbox_reg_weights=None, score_thresh=min_score, nms_thresh=nms,
             detections_per_img=detections, **mask_parts)
 
     def forward(self, images: Tensor, sizes: Tensor | None = None, targets: Targets | None = None) -> dict[str, Tensor] | Targets:
@@ -217,7 +217,7 @@ class RegionCNN(DenseModel):
 
 
 def _build_rcnn(config: CfgNode, pyramid: Callable[..., Pyramid], classes: int, masks: bool) -> RegionCNN:
-    return RegionCNN(pyramid(), classes, masks, **head_options(config, anchor_scale=8.0))
+    return RegionCNN(pyramid(), classes, masks, regions=config.MODEL.DENSE.REGIONS, **head_options(config, anchor_scale=8.0))
 
 
 build_faster_rcnn, build_mask_rcnn = partial(_build_rcnn, masks=False), partial(_build_rcnn, masks=True)

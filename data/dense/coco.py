@@ -207,7 +207,7 @@ def read_coco(path: str, folders: Sequence[str], options: DenseOptions) -> Objec
     owners = np.array([places.get(key, -2) for key in raw.image_of], dtype=np.int64)
     of_left_out = owners == -1  # their image was told
     sizes = np.array([image[2:] for image in images], dtype=np.int32).reshape(-1, 2)
-    packed = PackedNames.of([image[1] for image in images])
+    packed = PackedNames.of([os.path.abspath(image[1]) for image in images])
     unknown = np.flatnonzero((sizes == 0).any(axis=1)).tolist()
     if unknown:
         sizes[unknown] = header_sizes(lambda i: packed[i], unknown, options.data.EXIF, options.data.TIMEOUT)

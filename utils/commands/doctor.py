@@ -91,7 +91,7 @@ def report_folder(config: CfgNode) -> str:
 def _prepare(config: CfgNode, folder: str, survey: Survey) -> None:
     """Make the report's folder before anything is read; it must not lie among the images."""
     json_file = config.DOCTOR.JSON
-    for split in survey.splits.values():
+    for split in survey.splits.values() if config.TASK not in DENSE_TASKS else ():  # whose root is above the images
         base = base_of(split.source)[0]
         if isinstance(base, ImageFolder) and os.path.realpath(folder).startswith(os.path.join(os.path.realpath(base.root), "")):
             raise ConfigError(f"{folder}: the report would lie among the images of {base.root}; choose another place with "

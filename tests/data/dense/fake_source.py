@@ -25,7 +25,7 @@ class Rectangles(Base):
         self.targets, self.category_ids, self.things, self.faults = np.zeros(len(sizes), dtype=np.int64), [1, 2], [True, True], []
         root.mkdir(parents=True, exist_ok=True)
         generator = np.random.RandomState(seed)
-        self.boxes, self.labels = [], []
+        self.boxes, self.label_of = [], []
         for index, (height, width) in enumerate(sizes):
             pixels = generator.randint(90, 110, (height, width, 3)).astype(np.uint8)
             boxes, labels = [], []
@@ -36,7 +36,7 @@ class Rectangles(Base):
                 labels.append((index + number) % 2)
                 pixels[top:bottom, left:right] = COLOURS[labels[-1]]
             self.boxes.append(np.array(boxes, dtype=np.float32))
-            self.labels.append(np.array(labels))
+            self.label_of.append(np.array(labels))
             Image.fromarray(pixels).save(self.path(index), quality=95)
 
     def path(self, index: int) -> str:
@@ -50,7 +50,7 @@ class Rectangles(Base):
 
     def _masks(self, index: int) -> np.ndarray:
         """(n, H, W), later ones on top."""
-        masks = np.zeros((len(self.labels[index]), *self.sizes[index]), dtype=np.uint8)
+        masks = np.zeros((len(self.label_of[index]), *self.sizes[index]), dtype=np.uint8)
         for number, (left, top, right, bottom) in enumerate(self.boxes[index].astype(int).tolist()):
             masks[:number, top:bottom, left:right] = 0
             masks[number, top:bottom, left:right] = 1
@@ -63,12 +63,12 @@ class Rectangles(Base):
         boxes = np.array([[columns[i].argmax(), rows[i].argmax(), columns[i].nonzero()[0][-1] + 1, rows[i].nonzero()[0][-1] + 1]
                           for i in seen], dtype=np.float32).reshape(-1, 4)
         coded = [run_lengths.encode(np.asfortranarray(masks[i])) for i in seen]
-        return Objects(boxes, self.labels[index][seen], np.zeros(len(seen), dtype=bool), masks.sum(axis=(1, 2))[seen].astype(np.float32),
+        return Objects(boxes, self.label_of[index][seen], np.zeros(len(seen), dtype=bool), masks.sum(axis=(1, 2))[seen].astype(np.float32),
                        np.arange(len(seen)), coded)
 
     def index_map(self, index: int) -> np.ndarray:
         found = np.full(tuple(self.sizes[index]), IGNORED, dtype=np.uint8)
-        for mask, label in zip(self._masks(index), self.labels[index], strict=True):
+        for mask, label in zip(self._masks(index), self.label_of[index], strict=True):
             found[mask > 0] = label
         return found
 

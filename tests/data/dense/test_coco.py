@@ -172,6 +172,12 @@ def test_broken_files_are_one_sentence(tmp_path: Path, content: str) -> None:
         opened(tmp_path)
 
 
+def test_a_relative_place_is_as_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_coco(tmp_path, SOUND)
+    monkeypatch.chdir(tmp_path.parent)
+    assert all(opened(Path(tmp_path.name))["train"].fetch(i) for i in range(2))
+
+
 def test_outlines_are_drawn_to_the_last_bit(tmp_path: Path) -> None:
     """Tenths lie where pycocotools rounds half up: coordinates that lose a bit on the way make other masks."""
     generator = np.random.RandomState(0)
