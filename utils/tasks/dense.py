@@ -25,14 +25,16 @@ from utils.tasks.base import Task
 from utils.visualization.drawing import to_image
 from utils.visualization.overlays import draw_map, draw_objects
 
+_MOST_LINES = 4  # classes told below a picture of a batch
+
 
 class DenseTask(Task):
     """Batches are ``DenseBatch``es. In training a model's outputs are its losses by name, each the mean over the batch's images, so that
     they are computed inside the model that DDP wraps; in evaluation they are what the task makes of the model's answer, an item an image,
     in the pixels of the image's file.
 
-    A loss whose mean is over something else than images (pixels that are not ignored, sampled proposals) hangs a little on how a batch is
-    cut into micro-batches; the images of each weigh alike.
+    The losses of R-CNN, means over proposals sampled of all images together, hang a little on how a batch is cut into micro-batches, and so
+    do batch norm and padding; the images of each weigh alike.
 
     Attributes:
         source: of the validation images, once the loaders are there.
@@ -125,6 +127,3 @@ class DenseTask(Task):
         sides = ", ".join(map(str, dense.SHORT_SIDE))
         return tiles, lines, (f"shorter side {sides}, longer at most {dense.LONG_SIDE}; scale {dense.SCALE[0]:g} to "
                               f"{dense.SCALE[1]:g}; crop {dense.CROP or 'none'}; flip {config.AUG.HFLIP:g}; seed {config.SEED}")
-
-
-_MOST_LINES = 4  # classes told below a picture of a batch
