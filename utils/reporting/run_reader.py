@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import yaml
 
 from config import COMMAND_LINE, KEYS, ConfigError, of_the_command, read_text_file, yaml_tree
+from utils.evaluation.dense_predictions_file import DenseFile, read_dense_predictions
 from utils.evaluation.label_predictions_file import LabelPredictionsFile
-from utils.evaluation.predictions_file import FILE, PredictionsFile, PredictionsFileError
+from utils.evaluation.predictions_file import FILE, MOST_IMAGES, PredictionsFile, PredictionsFileError
 from utils.loggers.metrics_files import CONFIG, EPOCHS, EVENTS, EVIDENCE, SOURCES, STEPS, read_rows
 from utils.runtime.files import LARGEST_RECORD, read_json
 
@@ -40,7 +42,9 @@ _CLASSIFICATION = {"top1": ReportedMetric("top1", "top-1", digits=2, unit=" %"),
 
 
 _ENDS = ("finished", "stopped", "failed", "start")
-_PREDICTIONS = {"classification": PredictionsFile, "multilabel": LabelPredictionsFile}  # the file of a task's last evaluation
+_DENSE = ("detection", "instance", "semantic", "mask")
+# What reads the file of a task's last evaluation.
+_READERS = dict(classification=PredictionsFile.read, multilabel=LabelPredictionsFile.read, **dict.fromkeys(_DENSE, read_dense_predictions))
 
 
 @dataclass
@@ -65,7 +69,7 @@ class Run:
     steps: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     evidence: list[dict[str, Any]] = field(default_factory=list)
-    predictions: PredictionsFile | LabelPredictionsFile | None = None
+    predictions: PredictionsFile | LabelPredictionsFile | DenseFile | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -194,16 +198,21 @@ def read_run(folder: str) -> Run:
         run.problems.append(f"no figures yet ({EPOCHS} and {STEPS} are missing or empty)")
     elif not run.steps:
         run.problems.append(f"{STEPS} is missing: curves have a point an epoch")
-    try:
-        run.predictions = _PREDICTIONS.get(run.task, PredictionsFile).read(os.path.join(folder, FILE))
-    except PredictionsFileError as error:
-        missing = not os.path.exists(os.path.join(folder, FILE))
-        if missing and run.task not in _PREDICTIONS:
-            return run
-        run.problems.append((f"{FILE} is missing" if missing else str(error)) + ": nothing about single classes and images; "
-                            f"main.py --eval --resume {os.path.join(folder, 'best.pth')} --opts TEST.PREDICTIONS "
-                            f"{os.path.join(folder, FILE)} makes it")
+    _read_predictions(run)
     return run
+
+
+def _read_predictions(run: Run) -> None:
+    path = os.path.join(run.folder, FILE)
+    try:
+        run.predictions = _READERS.get(run.task, PredictionsFile.read)(path)
+    except PredictionsFileError as error:
+        missing = not os.path.exists(path)
+        if missing and run.task not in _READERS:
+            return
+        remedy = (f"a run keeps it of its last evaluation, of {MOST_IMAGES:,} images at most" if run.task in _DENSE else
+                  f"main.py --eval --resume {os.path.join(run.folder, 'best.pth')} --opts TEST.PREDICTIONS {path} makes it")
+        run.problems.append((f"{FILE} is missing" if missing else str(error)) + f": nothing about single classes and images; {remedy}")
 
 
 def _text(run: Run, name: str) -> str | None:
@@ -270,8 +279,15 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {round(seconds) % 60:02d} s" if minutes else f"{seconds:.0f} s"
 
 
-def facts(run: Run) -> dict[str, str]:
-    """What a run came to, in words by name; of a checkpoint alone (``folder`` empty) only what it knows."""
+_DETAIL = re.compile("_(ar[0-9]+|small|medium|large|things|stuff)$")  # metrics of dense tasks that a few tiles have no room for
+
+
+def facts(run: Run, brief: bool = False) -> dict[str, str]:
+    """What a run came to, in words by name; of a checkpoint alone (``folder`` empty) only what it knows.
+
+    Args:
+        brief: without the last figures of a detail, such as AP of large objects.
+    """
     metric, best = run.deciding, run.best
     found = {f"best {metric.label}": metric.shown(best[metric.name]) if best else "none yet",
              "best epoch": str(best.get("epoch", "?")) if best else "none yet"}
@@ -279,7 +295,8 @@ def facts(run: Run) -> dict[str, str]:
         return found if best else {}
     last = run.evaluated[-1] if best else {}
     found |= {f"last {metric.label}": metric.shown(last.get(metric.name)) for metric in run.telling_metrics
-              if metric.name != "val_loss"}  # it stands beside that of training among the curves
+              if metric.name != "val_loss"  # it stands beside that of training among the curves
+              and not (_DETAIL.search(metric.name) and (brief or last.get(metric.name) is None))}
     done, planned, unit = run.length
     speeds = sorted(row["images_per_s"] for row in run.steps or run.rows if _is_number(row.get("images_per_s")))
     skipped = (row["skipped_steps"] for row in run.rows if _is_number(row.get("skipped_steps")))

@@ -18,9 +18,10 @@ from yacs.config import CfgNode
 from data import Loaders
 from data.dense.base import DenseSource
 from data.dense.batch import DenseBatch
-from utils.evaluation.map_metrics import MAP_METRICS, MapEvaluation, MapFigures
+from utils.evaluation.dense_figures import MapFigures, class_quality
+from utils.evaluation.map_metrics import MAP_METRICS, MapEvaluation
 from utils.evaluation.metrics import Evaluation, Metric
-from utils.evaluation.panoptic_metrics import PANOPTIC_METRICS, PanopticEvaluation, class_quality
+from utils.evaluation.panoptic_metrics import PANOPTIC_METRICS, PanopticEvaluation
 from utils.evaluation.predictions_file import names_of
 from utils.inference.found import Panoptic
 from utils.loggers.console import plain
