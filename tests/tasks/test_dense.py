@@ -9,11 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import differences, load, run_main, torchrun
 from faults import ends, start, wait_for
 from PIL import Image
 
+from config import get_config
 from data.dense.canvases import write_canvases
+from data.layouts.input_paths import find_input_images
+from utils.tasks.build import build_task
 
 pytest.importorskip("pycocotools")
 
@@ -164,6 +168,26 @@ def test_two_ranks_evaluate_as_one(canvases: Path, tmp_path: Path) -> None:
     two = torchrun("--eval", "--resume", best, "--opts", "TEST.BATCH_SIZE", 1, cwd=tmp_path)
     assert one.returncode == two.returncode == 0, two.stderr[-2000:]
     assert one.stdout.splitlines()[-1] == two.stdout.splitlines()[-1]
+
+
+def test_images_are_padded_to_the_stride_of_the_model(canvases: Path) -> None:
+    config = get_config(None, ["TASK", "instance", "DATA.DATASET", "coco", "DATA.DATA_PATH", str(canvases), "DATA.BATCH_SIZE", "2",
+                               "DATA.NUM_WORKERS", "0", "DATA.DENSE.SHORT_SIDE", "[50]", "DATA.DENSE.LONG_SIDE", "80", "MODEL.TYPE",
+                               "galerkin", "MODEL.NAME", "tiny", "MODEL.GALERKIN.PATCH_SIZE", "3", "MODEL.GALERKIN.EMBED_DIM", "16",
+                               "MODEL.GALERKIN.DEPTHS", "[1,1,1,1]", "MODEL.GALERKIN.NUM_HEADS", "[1,1,2,2]", "MODEL.DENSE.WIDTH", "16"])
+    task = build_task(config)
+    before = torch.get_rng_state()
+    loaders, shown = task.build_loaders(config), find_input_images([str(canvases / "images/val")])
+    assert task.stride == 24 and torch.equal(torch.get_rng_state(), before)
+    model = task.build_model(config, len(loaders.classes)).train()
+    batch = next(iter(loaders.batches(0)))
+    for part in (*task.split(batch, 2), task.synthetic_batch(config, 2, 3, torch.device("cpu"), torch.Generator())):
+        assert task.loss(task.forward(model, part), part).isfinite()
+    model.eval()
+    for loader in (loaders.val, task.prediction_loader(config, shown, torch.device("cpu"), False)[0]):
+        with torch.inference_mode():
+            assert len(task.forward(model, next(iter(loader)))) >= 1
+    assert task.input_size(config) == (72, 96)
 
 
 def test_a_folder_of_classes_is_no_data_of_objects(trained: Path, images: Path, program) -> None:
