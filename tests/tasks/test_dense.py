@@ -120,6 +120,24 @@ def test_the_first_batch_is_shown(head: str, canvases: Path, program) -> None:
     assert Image.open(program.folder / "batch.png").width > 200
 
 
+def test_a_run_is_told_and_drawn(head: str, trained: Path, canvases: Path, program) -> None:
+    deciding, image, best = HEADS[head][1], canvases / "images/val/0001.png", trained / "best.pth"
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(
+        str(trained / "tensorboard")).Reload()
+    assert f"val/{deciding}" in accumulator.Tags()["scalars"] and accumulator.Tags()["images"] == ["train/first_batch"]
+    assert deciding in (trained / "metrics.csv").read_text().splitlines()[0].split(",")
+    done = program("--report", trained, "--opts", "REPORT.FILE", "page.html")
+    assert done.returncode == 0, done.stderr
+    page = (program.folder / "page.html").read_text()
+    assert "Worst images" in page and page.count("data:image/jpeg") == 5 and "damaged" not in page
+    done = program("--show-attention", image, "--show-token", "40,10", "--resume", best)
+    assert done.returncode == 0 and "stage 2 block 1" in done.stdout and "token 10,2 of" in done.stdout, done.stderr
+    for line in (["--show-attention", image, "--show-token", "400,10", "--resume", best], ["--compare", best, best],
+                 ["--eval", "--resume", best, "--csv", "a.csv"], ["--predict", image, "--resume", best, "--features", "a.npy"]):
+        done = program(*line)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, (line, done.stderr)
+
+
 def test_iterations_count(canvases: Path, program) -> None:
     for head in ("retinanet", "semantic_fpn"):
         done = program("--cfg", recipe(program.folder, canvases, head), "--iterations", 4, "--tag", head)

@@ -39,7 +39,7 @@ def worst(predictions: DenseFile) -> dict[str, Any]:
             told = f"F1 {told}: {right} found, {extra} wrong, {missed} missed"
         else:
             told = f"{'mean IoU' if isinstance(predictions, MapsFile) else 'PQ'} {told}"
-        cards.append(dict(path=predictions.paths[position], told=told,
+        cards.append(dict(path=predictions.paths[position].removeprefix("../"), told=told,
                           picture=base64.b64encode(predictions.pictures.get(position, b"")).decode()))
     missing = sum(not card["picture"] for card in cards)
     lost = f" {missing} could not be read again when they were drawn, and are left out." if missing else ""

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from config import COMMAND_LINE, KEYS, ConfigError, of_the_command, read_text_file, yaml_tree
+from config import COMMAND_LINE, DENSE_TASKS, KEYS, ConfigError, of_the_command, read_text_file, yaml_tree
 from utils.evaluation.dense_predictions_file import DenseFile, read_dense_predictions
 from utils.evaluation.label_predictions_file import LabelPredictionsFile
 from utils.evaluation.predictions_file import FILE, MOST_IMAGES, PredictionsFile, PredictionsFileError
@@ -41,10 +41,13 @@ _CLASSIFICATION = {"top1": ReportedMetric("top1", "top-1", digits=2, unit=" %"),
                    "val_loss": ReportedMetric("val_loss", "loss", higher_is_better=False)}
 
 
+# What a checkpoint alone does not spell.
+_DECIDING = {name: ReportedMetric(name, label, digits=2) for name, label in (
+    ("box_ap", "box AP"), ("mask_ap", "mask AP"), ("miou", "mIoU"), ("pq", "PQ"))}
 _ENDS = ("finished", "stopped", "failed", "start")
-_DENSE = ("detection", "instance", "semantic", "mask")
 # What reads the file of a task's last evaluation.
-_READERS = dict(classification=PredictionsFile.read, multilabel=LabelPredictionsFile.read, **dict.fromkeys(_DENSE, read_dense_predictions))
+_READERS = dict.fromkeys(DENSE_TASKS, read_dense_predictions) | {"classification": PredictionsFile.read,
+                                                                 "multilabel": LabelPredictionsFile.read}
 
 
 @dataclass
@@ -112,7 +115,7 @@ class Run:
     def deciding(self) -> ReportedMetric:
         """The metric that decides which evaluation is the best."""
         name = str(self._told("best", "top1"))
-        return next((metric for metric in self.metrics if metric.name == name), ReportedMetric(name, name))
+        return next((metric for metric in self.metrics if metric.name == name), _DECIDING.get(name) or ReportedMetric(name, name))
 
     def _told(self, key: str, default: Any) -> Any:
         """What the last start that tells of it says."""
@@ -210,7 +213,7 @@ def _read_predictions(run: Run) -> None:
         missing = not os.path.exists(path)
         if missing and run.task not in _READERS:
             return
-        remedy = (f"a run keeps it of its last evaluation, of {MOST_IMAGES:,} images at most" if run.task in _DENSE else
+        remedy = (f"a run keeps it of its last evaluation, of {MOST_IMAGES:,} images at most" if run.task in DENSE_TASKS else
                   f"main.py --eval --resume {os.path.join(run.folder, 'best.pth')} --opts TEST.PREDICTIONS {path} makes it")
         run.problems.append((f"{FILE} is missing" if missing else str(error)) + f": nothing about single classes and images; {remedy}")
 

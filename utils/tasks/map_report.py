@@ -38,6 +38,7 @@ class _PictureReport(EvaluationReport):
     """TEST.PREDICTIONS is a ZIP file with a PNG an image, named as it is, TEST.PER_CLASS a table."""
 
     metrics: Sequence[Metric]
+    head: str  # above ``class_lines``
     loaders: Loaders
     evaluation: Any
 
@@ -69,7 +70,7 @@ class _PictureReport(EvaluationReport):
         else:
             rows = [row for _, row in rows]
         rest = [metric.shown(result.values[metric.name]) for metric in self.metrics if metric.label not in result.line]
-        return [*rows, " ".join(rest), *(f"raw {other.line}" for other in raw), result.line]
+        return [*([self.head] if rows else []), *rows, " ".join(rest), *(f"raw {other.line}" for other in raw), result.line]
 
     def write(self) -> list[str]:
         lines, test = [], self.config.TEST
@@ -113,7 +114,7 @@ class _PictureReport(EvaluationReport):
 class MapReport(_PictureReport):
     """The PNGs have a palette, and each pixel the value that the data's own masks have for its class."""
 
-    metrics = MAP_METRICS
+    metrics, head = MAP_METRICS, "   IoU  accuracy        pixels  class"
     evaluation: MapEvaluation
 
     def picture(self, output: Tensor) -> bytes:
@@ -125,7 +126,7 @@ class MapReport(_PictureReport):
         figures = MapFigures(self.evaluation.counts)
         rows = zip(map(plain, self.loaders.classes), figures.iou, figures.accuracy, figures.pixels, strict=True)
         for name, iou, accuracy, pixels in rows:
-            yield iou, f"IoU {_percent(iou)} accuracy {_percent(accuracy)} pixels {pixels:>12,} {name}"
+            yield iou, f"{_percent(iou)}    {_percent(accuracy)}  {pixels:>12,}  {name}"
 
     def class_table(self) -> str:
         return MapFigures(self.evaluation.counts).csv(self.loaders.classes)
@@ -134,7 +135,7 @@ class MapReport(_PictureReport):
 class PanopticReport(_PictureReport):
     """The archive is as COCO has panoptic results: ``panoptic.json`` and PNGs whose pixels are numbers of segments, R + 256 G + 65536 B."""
 
-    metrics = PANOPTIC_METRICS
+    metrics, head = PANOPTIC_METRICS, "    PQ      SQ      RQ  class"
     evaluation: PanopticEvaluation
 
     def picture(self, output: Panoptic) -> tuple[bytes, list[int]]:
@@ -153,7 +154,7 @@ class PanopticReport(_PictureReport):
 
     def class_lines(self) -> Iterator[tuple[float, str]]:
         for name, (pq, sq, rq) in zip(map(plain, self.loaders.classes), class_quality(self.evaluation.sums), strict=True):
-            yield pq, f"PQ {_percent(pq)} SQ {_percent(sq)} RQ {_percent(rq)} {name}"
+            yield pq, f"{_percent(pq)}  {_percent(sq)}  {_percent(rq)}  {name}"
 
     def class_table(self) -> str:
         text = io.StringIO()
