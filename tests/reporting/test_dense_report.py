@@ -16,6 +16,7 @@ from utils.reporting.charts import charts
 from utils.reporting.dense_plots import of_dense
 from utils.reporting.dense_sections import MOST_IMAGES, sections, worst
 from utils.reporting.html_page import render
+from utils.reporting.plots import curves as curves_of
 from utils.reporting.run_reader import Run, facts, read_run
 from utils.reporting.write import write_plots
 
@@ -96,6 +97,13 @@ def test_a_run_is_shown(tmp_path: Path, task: str, words: list[str], drawn: set[
     assert {name for name in drawn if not (tmp_path / "plots" / f"{name}.png").exists()} == set(), line
 
 
+def test_a_run_without_its_history_is_known_by_its_config(tmp_path: Path) -> None:
+    run_of(tmp_path / "a", objects(), "detection", FIGURES["detection"])
+    (tmp_path / "a/history.jsonl").unlink()
+    run = read_run(str(tmp_path / "a"))
+    assert isinstance(run.predictions, DetectionsFile) and facts(run)["best box AP"] == "30.00"
+
+
 def test_the_worst_images_come_first_and_lost_ones_are_told() -> None:
     shown = worst(objects(pictures=2))
     assert [card["path"] for card in shown["cards"]] == ["val/0.png", "val/1.png"] and f"{MOST_IMAGES - 2} could not" in shown["how"]
@@ -162,3 +170,10 @@ def test_an_evaluation_of_nothing(tmp_path: Path) -> None:
         np.zeros((IMAGES, 3), int))})
     for name, made in (("a", nothing), ("b", MapsFile(np.zeros(0, int), np.zeros(0, np.float32), [], CLASSES, {}, np.zeros((3, 3), int)))):
         assert "tiny" in render([run_of(tmp_path / name, made, "detection", FIGURES["detection"])])
+
+
+@pytest.mark.parametrize(("value", "low", "high"), [(0.0, 0.0, 1.0), (60.0, 50.0, 70.0)])
+def test_a_flat_curve_has_an_axis_of_some_length(value: float, low: float, high: float) -> None:
+    run = Run("", "a", rows=[dict(step=step, miou=value) for step in (1, 2)])
+    plot = next(plot for plot in curves_of([run]) if plot.name == "val_miou")
+    assert low - 5 <= plot.figure.axes[0].get_ylim()[0] <= value < plot.figure.axes[0].get_ylim()[1] <= high

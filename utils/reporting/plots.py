@@ -152,7 +152,8 @@ def _curves(chart: Chart) -> Plot:
     _, means, least, largest = np.concatenate(all_points).T
     # All means, and all but the outermost hundredths of the bands: a spike must not flatten the rest.
     low, high = min(means.min(), np.quantile(least, 0.01)), max(means.max(), np.quantile(largest, 0.99))
-    high = max(high, low + 1e-6 * abs(low)) or 1  # a line of zeros
+    if low == high:  # a flat line
+        low, high = low - 0.1 * abs(low), low + 0.1 * abs(low) or 1
     ticks = MaxNLocator(5, steps=_TICKS).tick_values(low, high)
     right = max(points[-1, 0] for points in all_points) or 1
     axes.set(xlim=(0, right), ylim=(ticks[0], ticks[-1]), yticks=ticks)

@@ -41,9 +41,9 @@ _CLASSIFICATION = {"top1": ReportedMetric("top1", "top-1", digits=2, unit=" %"),
                    "val_loss": ReportedMetric("val_loss", "loss", higher_is_better=False)}
 
 
-# What a checkpoint alone does not spell.
+# Of dense tasks, what decides; a checkpoint alone, or a run without its history, does not spell it.
 _DECIDING = {name: ReportedMetric(name, label, digits=2) for name, label in (
-    ("box_ap", "box AP"), ("mask_ap", "mask AP"), ("miou", "mIoU"), ("pq", "PQ"))}
+    ("mask_ap", "mask AP"), ("box_ap", "box AP"), ("miou", "mIoU"), ("pq", "PQ"))}
 _ENDS = ("finished", "stopped", "failed", "start")
 # What reads the file of a task's last evaluation.
 _READERS = dict.fromkeys(DENSE_TASKS, read_dense_predictions) | {"classification": PredictionsFile.read,
@@ -83,13 +83,16 @@ class Run:
     @property
     def task(self) -> str:
         """The name of what was trained for; classification where nothing tells."""
-        return str(self._told("task", "classification"))
+        task = self.config.get("TASK")
+        return str(self._told("task", task if isinstance(task, str) and task != "auto" else "classification"))
 
     @property
     def metrics(self) -> list[ReportedMetric]:
         """What an evaluation gives, in the task's order."""
         told = self._told("metrics", None)
-        return [_metric(row) for row in told if _mapping(row).get("name")] if isinstance(told, list) else list(_CLASSIFICATION.values())
+        if isinstance(told, list):
+            return [_metric(row) for row in told if _mapping(row).get("name")]
+        return [metric for name, metric in _DECIDING.items() if any(name in row for row in self.rows)] or list(_CLASSIFICATION.values())
 
     @property
     def telling_metrics(self) -> list[ReportedMetric]:
@@ -114,7 +117,7 @@ class Run:
     @property
     def deciding(self) -> ReportedMetric:
         """The metric that decides which evaluation is the best."""
-        name = str(self._told("best", "top1"))
+        name = str(self._told("best", next((name for name in _DECIDING if any(name in row for row in self.rows)), "top1")))
         return next((metric for metric in self.metrics if metric.name == name), _DECIDING.get(name) or ReportedMetric(name, name))
 
     def _told(self, key: str, default: Any) -> Any:
