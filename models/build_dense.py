@@ -73,6 +73,12 @@ def build_pyramid(config: CfgNode, levels: int = MOST_LEVELS) -> Pyramid:
     return pyramid
 
 
+def coarsest_stride(config: CfgNode) -> int:
+    """Pixels from one value to the next of the last map of ``build_pyramid``'s model, which is laid out without storage; raises as that."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return build_pyramid(config).strides[-1]
+
+
 def _try_another_size(pyramid: Pyramid, config: CfgNode) -> None:
     """Raise ``ConfigError`` where the model takes no image of five by seven of its coarsest patches: dense tasks have all sizes."""
     height, width = 5 * pyramid.strides[-1], 7 * pyramid.strides[-1]

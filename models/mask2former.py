@@ -61,12 +61,6 @@ class Mask2Former(DenseModel):
         for part in (self.pixel_decoder, self.transformer, self.class_predictor):
             part.apply(published._init_weights)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """The backbone's, and the embeddings of queries and levels, as in the published recipes."""
-        embeddings = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Embedding)}
-        return super().no_weight_decay() | {name for name in embeddings if not name.startswith("backbone.")}
-
     def forward(self, images: Tensor, sizes: Tensor | None = None, targets: Sequence[Mapping[str, Tensor]] | None = None,
                 masks_per_image: Tensor | float | None = None) -> dict[str, Tensor]:
         """Images (B, 3, H, W) to masks and their classes, or, in training, to losses.

@@ -30,7 +30,8 @@ SIZES = {"retinanet": (800, 1280), "mask_rcnn": (800, 1280), "semantic_fpn": (10
 CLASSES = {"detection": 80, "instance": 80, "semantic": 150}
 LARGE = ("MODEL.CROSSFORMER.GROUP_SIZE", "[14,14,7,7]", "MODEL.CROSSFORMER.INTERVAL", "[16,8,2,1]")
 
-# Head, variant, whether with the large groups of the paper's A.3; the papers' parameters in millions and multiply-adds in G, where printed.
+# Head, variant, whether with the large groups of the paper's A.3 (the semantic ones as configs/dense has them); the papers' parameters in
+# millions and multiply-adds in G, where printed.
 PUBLISHED: list[tuple[str, str, bool, str, float | None]] = [
     ("retinanet", "crossformer_small", False, "40.8", None), ("retinanet", "crossformer_small", True, "40.8", 282.0),
     ("retinanet", "crossformer_base", False, "62.1", None), ("retinanet", "crossformer_base", True, "62.1", 389.0),
@@ -42,10 +43,10 @@ PUBLISHED: list[tuple[str, str, bool, str, float | None]] = [
     ("mask_rcnn", "swin_tiny", False, "47.8", None), ("mask_rcnn", "pvt_medium", False, "63.9", None),
     ("mask_rcnn", "pvt_large", False, "81.0", None), ("mask_rcnn", "mpvit_xsmall", False, "30", None),
     ("mask_rcnn", "mpvit_small", False, "43", None), ("mask_rcnn", "mpvit_base", False, "95", None),
-    ("semantic_fpn", "crossformer_small", True, "34.3", 209.8), ("semantic_fpn", "crossformer_base", True, "55.6", 320.1),
+    ("semantic_fpn", "crossformer_small", False, "34.3", 209.8), ("semantic_fpn", "crossformer_base", False, "55.6", 320.1),
     ("semantic_fpn", "crossformer_large", True, "95.4", 482.7),
-    ("upernet", "crossformer_small", True, "62.3", 979.5), ("upernet", "crossformer_base", True, "83.6", 1089.7),
-    ("upernet", "crossformer_large", True, "125.5", 1257.8), ("upernet", "swin_tiny", False, "60.0", None),
+    ("upernet", "crossformer_small", False, "62.3", 979.5), ("upernet", "crossformer_base", False, "83.6", 1089.7),
+    ("upernet", "crossformer_large", False, "125.5", 1257.8), ("upernet", "swin_tiny", False, "60.0", None),
 ]
 
 

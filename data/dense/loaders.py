@@ -74,9 +74,10 @@ def build_dense_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, spl
     return Loaders(train, val, names, list(dict.fromkeys(notices)), layout, found)
 
 
-def input_size(config: CfgNode) -> Size:
-    """Height and width of the images that a run is planned for: of the crop, else of a wide image of the largest size; multiples of 32."""
-    return padded_size(*(crop_size(config) or (max(config.DATA.DENSE.SHORT_SIDE), config.DATA.DENSE.LONG_SIDE)), STRIDE)
+def input_size(config: CfgNode, stride: int = STRIDE) -> Size:
+    """Height and width of the images that a run is planned for: of the crop, else of a wide image of the largest size; multiples of
+    ``stride``."""
+    return padded_size(*(crop_size(config) or (max(config.DATA.DENSE.SHORT_SIDE), config.DATA.DENSE.LONG_SIDE)), stride)
 
 
 def build_dense_prediction_loader(config: CfgNode, images: InputImages, device: torch.device, published: bool = False,

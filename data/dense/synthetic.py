@@ -7,14 +7,15 @@ from yacs.config import CfgNode
 
 from config import input_channels
 from data.dense.batch import DenseBatch
-from data.dense.loaders import input_size
+from data.dense.loaders import STRIDE, input_size
 
 OBJECTS = 7  # an image, about as many as COCO's have
 
 
-def synthetic_batch(config: CfgNode, images: int, num_classes: int, device: torch.device, generator: torch.Generator) -> DenseBatch:
+def synthetic_batch(config: CfgNode, images: int, num_classes: int, device: torch.device, generator: torch.Generator,
+                    stride: int = STRIDE) -> DenseBatch:
     """Noise of the size that a run is planned for, with objects or maps as the config's task is trained on; the same on every device."""
-    height, width = input_size(config)
+    height, width = input_size(config, stride)
     shown = torch.randn(images, input_channels(config), height, width, generator=generator)
     sizes = torch.tensor([[height, width]]).repeat(images, 1)
     objects = 0 if config.TASK == "semantic" else OBJECTS

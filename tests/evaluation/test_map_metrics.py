@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.evaluation.map_metrics import MAP_METRICS, MapEvaluator, MapFigures
+from utils.evaluation.dense_figures import MapFigures
+from utils.evaluation.map_metrics import MAP_METRICS, MapEvaluator
 from utils.runtime import distributed
 
 CLASSES = ["sky", "road", "car", "never"]

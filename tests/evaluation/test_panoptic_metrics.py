@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from data.dense.base import Objects
-from utils.evaluation.panoptic_metrics import PanopticEvaluator, class_quality, matched, quality
+from utils.evaluation.dense_figures import class_quality
+from utils.evaluation.panoptic_metrics import PanopticEvaluator, matched, quality
 from utils.inference.found import Panoptic, encode
 from utils.runtime import distributed
 

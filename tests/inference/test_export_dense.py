@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from yacs.config import CfgNode
 
 from config import ConfigError, get_config
 from utils.commands import export_dense
 from utils.inference.exporters import ExportError, onnx_outputs
 from utils.inference.trained_model import Trained
 from utils.tasks.build import build_task
+from utils.tasks.detection import Detection
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -45,6 +49,21 @@ def test_a_detector_finds_the_same_objects(tmp_path: Path) -> None:
     expected = trained.model(images)[0]
     assert found.keys() == expected.keys()
     assert found["boxes"].shape == (7, 4) and torch.allclose(found["boxes"].sum(), expected["boxes"].sum(), rtol=1e-3)
+
+
+def test_retinanets_objects_are_found_by_the_export_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Detection.build_model
+
+    def telling(self: Detection, config: CfgNode, classes: int) -> nn.Module:
+        model = real(self, config, classes)  # whose scores would nearly all be one
+        for parameter in model.head.parameters():
+            if parameter.ndim == 4:
+                nn.init.xavier_uniform_(parameter, gain=2.0)
+        return model
+
+    monkeypatch.setattr(Detection, "build_model", telling)
+    line, _ = write(tmp_path / "found.onnx", "TASK", "detection")
+    assert 15 <= int(re.search(r"on (\d+) objects", line)[1]) <= 21  # several have one score, of whom any may be the last
 
 
 def test_what_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

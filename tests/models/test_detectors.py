@@ -9,12 +9,14 @@ import torch
 from families import FAMILIES
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import box_iou
 from yacs.config import CfgNode
 
 from config import ConfigError, get_config
+from models import region_cnn
 from models.build_dense import build_dense_model
 from models.dense import DenseModel
-from models.detectors import Anchors, FromLastMap
+from models.detectors import Anchors, FromLastMap, named
 from models.region_cnn import RegionPooler, mask_loss
 
 HEADS = {"retinanet": "detection", "faster_rcnn": "detection", "mask_rcnn": "instance"}
@@ -139,6 +141,19 @@ def test_the_target_of_a_mask_is_the_part_inside_its_box() -> None:
     assert mask_loss(logits[:0], [boxes[0][:0]], [torch.tensor([], dtype=torch.long)], shifted) == 0
 
 
+def test_masks_are_learnt_in_the_proposals_that_lie_on_objects_each_from_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = dense("mask_rcnn", "instance").train(), []
+    monkeypatch.setattr(region_cnn, "mask_loss", lambda logits, boxes, matched, targets: seen.append((boxes, matched)) or logits.sum())
+    shifted = [dict(target, labels=target["labels"] + 1) for target in TRUTH]
+    background, near = torch.tensor([[0.0, 40, 20, 60], [60, 0, 80, 10]]), torch.tensor([[51.0, 21, 89, 59], [9, 9, 41, 33]])
+    proposals = [torch.cat([background, near]), background, background]
+    model.roi_heads(model.fpn(named(model.backbone(IMAGES))), proposals, [(64, 96)] * 3, shifted)
+    (boxes, matched), = seen
+    assert [len(of_image) for of_image in boxes] == [4, 0, 1]  # two proposals, and the objects' own boxes
+    for of_image, objects, target in zip(boxes, matched, TRUTH, strict=True):
+        assert len(of_image) == 0 or box_iou(of_image, target["boxes"][objects]).diag().min() > 0.8
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_it_trains_on_images_with_and_without_objects(head: str) -> None:
     model = dense(head, HEADS[head]).train()
@@ -213,6 +228,15 @@ def test_bf16_trains_and_finds_on_a_cpu(head: str) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert all(image["boxes"].dtype == torch.float32 for image in model.eval()(IMAGES))
+
+
+def test_what_is_predicted_is_float32_under_autocast() -> None:
+    """Scores that are told apart, offsets of pixels beyond 256, and probabilities around a half."""
+    model, maps = dense("mask_rcnn", "instance"), [torch.randn(1, 16, 8, 8)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [*model.rpn.head(maps), model.roi_heads.box_predictor(torch.randn(2, 64)),
+                 [model.roi_heads.mask_predictor(torch.randn(2, 16, 14, 14))]]
+    assert [x.dtype for part in found for x in part] == [torch.float32] * 5
 
 
 @pytest.mark.parametrize(("task", "head"), [("detection", "mask_rcnn"), ("instance", "retinanet"), ("semantic", "faster_rcnn")])

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import differences, load, run_main, torchrun
 from faults import ends, start, wait_for
 from PIL import Image
 
+from config import get_config
 from data.dense.canvases import write_canvases
+from data.layouts.input_paths import find_input_images
+from utils.tasks.build import build_task
 
 pytest.importorskip("pycocotools")
 
@@ -116,6 +120,24 @@ def test_the_first_batch_is_shown(head: str, canvases: Path, program) -> None:
     assert Image.open(program.folder / "batch.png").width > 200
 
 
+def test_a_run_is_told_and_drawn(head: str, trained: Path, canvases: Path, program) -> None:
+    deciding, image, best = HEADS[head][1], canvases / "images/val/0001.png", trained / "best.pth"
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(
+        str(trained / "tensorboard")).Reload()
+    assert f"val/{deciding}" in accumulator.Tags()["scalars"] and accumulator.Tags()["images"] == ["train/first_batch"]
+    assert deciding in (trained / "metrics.csv").read_text().splitlines()[0].split(",")
+    done = program("--report", trained, "--opts", "REPORT.FILE", "page.html")
+    assert done.returncode == 0, done.stderr
+    page = (program.folder / "page.html").read_text()
+    assert "Worst images" in page and page.count("data:image/jpeg") == 5 and "damaged" not in page
+    done = program("--show-attention", image, "--show-token", "40,10", "--resume", best)
+    assert done.returncode == 0 and "stage 2 block 1" in done.stdout and "token 10,2 of" in done.stdout, done.stderr
+    for line in (["--show-attention", image, "--show-token", "400,10", "--resume", best], ["--compare", best, best],
+                 ["--eval", "--resume", best, "--csv", "a.csv"], ["--predict", image, "--resume", best, "--features", "a.npy"]):
+        done = program(*line)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, (line, done.stderr)
+
+
 def test_iterations_count(canvases: Path, program) -> None:
     for head in ("retinanet", "semantic_fpn"):
         done = program("--cfg", recipe(program.folder, canvases, head), "--iterations", 4, "--tag", head)
@@ -146,6 +168,26 @@ def test_two_ranks_evaluate_as_one(canvases: Path, tmp_path: Path) -> None:
     two = torchrun("--eval", "--resume", best, "--opts", "TEST.BATCH_SIZE", 1, cwd=tmp_path)
     assert one.returncode == two.returncode == 0, two.stderr[-2000:]
     assert one.stdout.splitlines()[-1] == two.stdout.splitlines()[-1]
+
+
+def test_images_are_padded_to_the_stride_of_the_model(canvases: Path) -> None:
+    config = get_config(None, ["TASK", "instance", "DATA.DATASET", "coco", "DATA.DATA_PATH", str(canvases), "DATA.BATCH_SIZE", "2",
+                               "DATA.NUM_WORKERS", "0", "DATA.DENSE.SHORT_SIDE", "[50]", "DATA.DENSE.LONG_SIDE", "80", "MODEL.TYPE",
+                               "galerkin", "MODEL.NAME", "tiny", "MODEL.GALERKIN.PATCH_SIZE", "3", "MODEL.GALERKIN.EMBED_DIM", "16",
+                               "MODEL.GALERKIN.DEPTHS", "[1,1,1,1]", "MODEL.GALERKIN.NUM_HEADS", "[1,1,2,2]", "MODEL.DENSE.WIDTH", "16"])
+    task = build_task(config)
+    before = torch.get_rng_state()
+    loaders, shown = task.build_loaders(config), find_input_images([str(canvases / "images/val")])
+    assert task.stride == 24 and torch.equal(torch.get_rng_state(), before)
+    model = task.build_model(config, len(loaders.classes)).train()
+    batch = next(iter(loaders.batches(0)))
+    for part in (*task.split(batch, 2), task.synthetic_batch(config, 2, 3, torch.device("cpu"), torch.Generator())):
+        assert task.loss(task.forward(model, part), part).isfinite()
+    model.eval()
+    for loader in (loaders.val, task.prediction_loader(config, shown, torch.device("cpu"), False)[0]):
+        with torch.inference_mode():
+            assert len(task.forward(model, next(iter(loader)))) >= 1
+    assert task.input_size(config) == (72, 96)
 
 
 def test_a_folder_of_classes_is_no_data_of_objects(trained: Path, images: Path, program) -> None:

@@ -114,8 +114,8 @@ def test_maps_are_written_with_the_values_of_the_data(canvases: Path, tmp_path: 
     evaluator.update(answers, targets)
     report.record(answers, batch)
     lines = report.lines(evaluator.result(), [])
-    assert len(lines) == len(loaders.classes) + 2 and f"mean accuracy {evaluator.result().values['mean_accuracy']:.2f}" == lines[-2]
-    assert "IoU" in lines[0] and lines[0].endswith(loaders.classes[0])
+    assert len(lines) == len(loaders.classes) + 3 and f"mean accuracy {evaluator.result().values['mean_accuracy']:.2f}" == lines[-2]
+    assert "IoU" in lines[0] and lines[1].endswith(loaders.classes[0])
     report.write()
     with zipfile.ZipFile(tmp_path / "maps.zip") as archive:
         assert sorted(archive.namelist()) == [f"images/val/{number:04d}.png" for number in range(4)]
@@ -186,7 +186,9 @@ def test_segments_are_written_as_coco_has_them_and_kept(canvases: Path, tmp_path
     report.record(answers, batch)
     log(answers, batch)
     result = evaluator.result()
-    assert 20 < result.values["pq"] < 100 and report.lines(result, [])[-1] == result.line
+    *_, things, stuff, last = report.lines(result, [])
+    assert 20 < result.values["pq"] < 100 and last == result.line and float(things.split()[0]) == round(result.values["pq_things"], 2)
+    assert things.endswith("all things") and stuff.split()[0] == "-"
     report.write()
     log.write(str(tmp_path))
     with zipfile.ZipFile(tmp_path / "found.zip") as archive:

@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 from config import KEYS, ConfigError, config_from_text, lookup
 from data import DataError, preprocessing
 from data.messages import NOTICE
-from utils.checkpoints.file_format import is_own
+from utils.checkpoints.file_format import is_own, task_of
 from utils.evaluation.data_messages import tell_unreadable
 from utils.evaluation.image_predictions import ImagePredictions, PredictionRecorder
 from utils.evaluation.label_sets import Labels
@@ -56,7 +56,12 @@ def compare_run(config: CfgNode, content: Sequence[Pair], device: torch.device, 
     """
     report = build_task(config).evaluation_report(config)
     if not isinstance(report, ClassificationReport):
-        raise ConfigError(f"--compare counts right and wrong predictions; it is not supported for TASK {config.TASK}")
+        raise ConfigError(f"--compare counts right and wrong predictions, which TASK {config.TASK} does not have; lay the runs side by "
+                          "side with --report FOLDER FOLDER")
+    for (_, other), path in zip(content, config.COMPARE.FILES, strict=True):
+        if is_own(other) and task_of(other) != report.task.name:
+            raise ConfigError(f"--compare: {path} was trained for TASK {task_of(other)}, the other file for {report.task.name}; lay the "
+                              "runs side by side with --report FOLDER FOLDER")
     labels = report.labels
     if labels.name == "real":
         raise ConfigError("--compare counts one label an image; leave --labels real out")

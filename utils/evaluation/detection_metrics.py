@@ -91,11 +91,14 @@ def evaluate_found(found: Mapping[int, Found], source: DenseSource, kinds: Seque
 
 
 def table(values: Mapping[str, float], kinds: Sequence[str]) -> list[str]:
-    """Lines with all twelve figures of each kind."""
-    lines = [" " * 5 + "".join(f"{label:>{len(label) + 2 if len(label) > 5 else 7}}" for label in FIGURES.values())]
-    for kind in kinds:
-        cells = ((values[f"{kind}_{name}"], max(7, len(label) + 2)) for name, label in FIGURES.items())
-        lines.append(f"{kind:5}" + "".join(f"{'-' if value != value else format(value, '.2f'):>{width}}" for value, width in cells))
+    """Lines with all twelve figures of each kind: six of AP, then six of AR, narrow enough for any terminal."""
+    lines = []
+    for part in (list(FIGURES.items())[:6], list(FIGURES.items())[6:]):
+        widths = [max(7, len(label) + 2) for _, label in part]
+        lines.append(" " * 5 + "".join(f"{label:>{width}}" for (_, label), width in zip(part, widths, strict=True)))
+        for kind in kinds:
+            cells = zip((values[f"{kind}_{name}"] for name, _ in part), widths, strict=True)
+            lines.append(f"{kind:5}" + "".join(f"{'-' if value != value else format(value, '.2f'):>{width}}" for value, width in cells))
     return lines
 
 

@@ -6,8 +6,6 @@ mmsegmentation has it; over all pixels of all images together.
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.evaluation.dense_figures import MapFigures
 from utils.evaluation.metrics import Evaluation, Metric, line
 from utils.runtime import distributed
-from utils.runtime.files import csv_writer
 
 MAP_METRICS = (
     Metric("miou", "mIoU"),
@@ -38,64 +36,6 @@ def confusion(answer: Tensor, target: Tensor, classes: int) -> Tensor:
     places = torch.where(target < classes, target * classes + answer, classes * classes)
     counts = torch.zeros(classes * classes + 1, dtype=torch.int64, device=places.device)
     return counts.scatter_add_(0, places, torch.ones_like(places))[:-1].view(classes, classes)
-
-
-@dataclass(frozen=True)
-class MapFigures:
-    """What follows from confusion counts (..., C, C), truth in rows: shares between 0 and 1, nan where there is nothing to count."""
-
-    counts: np.ndarray
-
-    @property
-    def pixels(self) -> np.ndarray:
-        """(..., C): pixels of each class."""
-        return self.counts.sum(-1)
-
-    @property
-    def right(self) -> np.ndarray:
-        """(..., C): those recognised."""
-        return np.diagonal(self.counts, axis1=-2, axis2=-1)
-
-    @property
-    def iou(self) -> np.ndarray:
-        """(..., C): intersection over union."""
-        return _share(self.right, self.pixels + self.counts.sum(-2) - self.right)
-
-    @property
-    def accuracy(self) -> np.ndarray:
-        """(..., C): share of a class's pixels recognised."""
-        return _share(self.right, self.pixels)
-
-    def values(self) -> dict[str, float]:
-        """``MAP_METRICS`` of counts (C, C), in percent."""
-        return {metric.name: 100 * value for metric, value in zip(
-            MAP_METRICS, (self.mean_iou(), float(_share(self.right.sum(), self.pixels.sum())), _mean(self.accuracy)), strict=True)}
-
-    def mean_iou(self) -> float:
-        """Of counts (C, C): the mean over the classes that occur, nan without any."""
-        return _mean(self.iou)
-
-    def csv(self, names: Sequence[str]) -> str:
-        """The table, a line a class, with the class that its pixels are mostly taken for wrongly, and how many are."""
-        text = io.StringIO()
-        writer = csv_writer(text)
-        writer.writerow(["class", "iou", "accuracy", "pixels", "recognised", "answered", "mistaken_for", "times"])
-        wrong = self.counts * (1 - np.eye(len(self.counts), dtype=np.int64))
-        for i, name in enumerate(names):
-            shares = ["" if math.isnan(value) else f"{value:.6f}" for value in (self.iou[i], self.accuracy[i])]
-            taken = int(wrong[i].argmax())
-            writer.writerow([name, *shares, self.pixels[i], self.right[i], self.counts[:, i].sum(),
-                             names[taken] if wrong[i, taken] else "", wrong[i, taken]])
-        return text.getvalue()
-
-
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) > 0)
-
-
-def _mean(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else math.nan
 
 
 @dataclass(frozen=True)

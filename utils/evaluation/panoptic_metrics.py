@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.dense.base import DenseSource, Objects
 from data.dense.shapes import mask_library
+from utils.evaluation.dense_figures import class_quality
 from utils.evaluation.metrics import Evaluation, Metric, line
 from utils.inference.found import Panoptic
 from utils.runtime import distributed
@@ -126,13 +127,3 @@ def quality(sums: np.ndarray, things: Sequence[bool]) -> dict[str, float]:
         for name, column in zip(("pq", "sq", "rq"), of_class.T, strict=True):
             values[name + suffix] = 100 * float(column[group].mean()) if group.any() else math.nan
     return values
-
-
-def class_quality(sums: np.ndarray) -> np.ndarray:
-    """(C, 3): PQ, SQ and RQ of each class between 0 and 1, nan for one that does not occur."""
-    overlap, matches, extra, missed = sums.T
-    whole = matches + (extra + missed) / 2
-    some = np.where(whole > 0, 0.0, np.nan)
-    sq = np.divide(overlap, matches, out=some.copy(), where=matches > 0)
-    rq = np.divide(matches, whole, out=some.copy(), where=whole > 0)
-    return np.stack([sq * rq, sq, rq], axis=1)

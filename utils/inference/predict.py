@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError
+from config import DENSE_TASKS, ConfigError
 from data.layouts.input_paths import InputImages
 from data.loading.loader import ImageLoader
 from utils.inference.outputs import Prediction, PredictionFormat
@@ -63,6 +63,8 @@ class _Faults:
 
 
 def require_features(model: nn.Module, config: CfgNode) -> None:
+    if config.TASK in DENSE_TASKS:
+        raise ConfigError(f"--features: a model of TASK {config.TASK} has maps of an image, and no vector of it; leave --features out")
     head = getattr(model, "forward_head", None)
     if head is None or not hasattr(model, "forward_features") or "pre_logits" not in inspect.signature(head).parameters:
         raise ConfigError(f"--features: {config.MODEL.NAME} does not give its features before the classifier; leave --features out")

@@ -52,7 +52,7 @@ def letters(runs: Sequence[Run]) -> list[str]:
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
-    """Loss, the deciding metric, learning rate, gradient norm, throughput and data wait, each where there are figures of it.
+    """Loss, the deciding metric, others that belong together, learning rate, gradient norm, throughput, data wait: where there are figures.
 
     Over steps; over epochs where runs have epochs of different lengths.
     """
@@ -61,7 +61,10 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     divisors = [length if by_epoch else 1 for length in lengths]
     x_label = "epoch" if by_epoch else "step"
     metrics = dict.fromkeys(run.deciding for run in runs)
-    made = [_chart(runs, divisors, x_label, *what) for what in (("loss", "Loss", "loss", _losses), *map(_of_metric, metrics), *_CHARTS)]
+    groups = [_of_group(*group, alone=len(runs) == 1) for group in _GROUPS
+              if len(runs) == 1 or group[0] in _COMPARED and group[2][0] not in {metric.name for metric in metrics}]
+    made = [_chart(runs, divisors, x_label, *what) for what in (("loss", "Loss", "loss", _losses), *map(_of_metric, metrics), *groups,
+                                                                *_CHARTS)]
     return [chart for chart in made if any(y is not None for line in chart.lines for y in line.ys)]
 
 
@@ -107,6 +110,25 @@ def _of_metric(metric: ReportedMetric) -> tuple[str, str, str, Callable[[Run], S
     if metric.name == "top1":
         return "accuracy", "Accuracy on validation", y_label, series
     return re.sub(r"\W+", "_", f"val_{metric.name}"), f"Validation {metric.label}", y_label, series
+
+
+# Metrics of dense tasks that belong together: (name, title, metrics), the first one telling most.
+_GROUPS = [
+    *((f"val_{kind}_{name}", f"Validation {kind} AP{title}", [f"{kind}_{metric}" for metric in metrics])
+      for kind in ("box", "mask") for name, title, metrics in (
+          ("overlaps", "", ("ap", "ap50", "ap75")), ("sizes", " by size", ("ap_small", "ap_medium", "ap_large")))),
+    ("val_maps", "Validation of maps", ["miou", "mean_accuracy", "pixel_accuracy"]),
+    ("val_panoptic", "Validation of segments", ["pq", "sq", "rq", "pq_things", "pq_stuff"]),
+]
+_COMPARED = ("val_box_overlaps", "val_mask_overlaps")  # of several runs the first metric is drawn, unless it decides
+
+
+def _of_group(name: str, title: str, metrics: Sequence[str], alone: bool) -> tuple[str, str, str, Callable[[Run], Series]]:
+    """The chart of a group; of several runs it has the first metric alone."""
+    def series(run: Run) -> Series:
+        labels = {metric.name: metric.label for metric in run.metrics}
+        return [(labels[metric], run.rows, metric, 1.0) for metric in metrics[:None if alone else 1] if metric in labels]
+    return name, title, "%", series
 
 
 _CHARTS = [

@@ -9,40 +9,30 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from utils.evaluation.dense_predictions_file import DenseFile
 from utils.evaluation.label_predictions_file import LabelPredictionsFile
 from utils.evaluation.paired_test import Paired, compare
 from utils.evaluation.per_class import PerClass
 from utils.evaluation.predictions_file import PredictionsFile, confused_pairs, confusion
 from utils.evaluation.statistics import accuracy_interval
 from utils.loggers.console import printable
-from utils.reporting import plots
+from utils.reporting import dense_plots, dense_sections, plots
 from utils.reporting.charts import letters, marks
 from utils.reporting.repeats import Repeats, repeats
-from utils.reporting.run_reader import Run, beside_preset, circumstances, config_differences, facts, shown, source_of
+from utils.reporting.run_reader import Run, beside_preset, circumstances, config_differences, fact_names, facts, shown, source_of
+from utils.reporting.tables import MOST_ROWS, Table, percent
 
-MOST_ROWS = 1000  # of the table of classes
 MISTAKES = 24
 # Whatever a name holds neither steers a terminal nor, escaped, a browser.
 _TEMPLATES = Environment(loader=FileSystemLoader(os.path.join(os.path.dirname(__file__), "templates")), autoescape=True,
                          undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, cache_size=8,
                          finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)))
-
-
-@dataclass
-class Table:
-    """Rows of texts, under ``head``; columns ``numeric`` are set right. A cell may be (what to sort by, text)."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-    numeric: Sequence[int] = ()
-    sortable: bool = False
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -57,7 +47,7 @@ def render(runs: Sequence[Run]) -> str:
         written=time.strftime("%Y-%m-%d %H:%M"),
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
         script=script,
-        tiles={name: value for name, value in facts(runs[0]).items() if (name, value) != ("state", "finished")},
+        tiles={name: value for name, value in facts(runs[0], brief=True).items() if (name, value) != ("state", "finished")},
         results=_results(runs, names) if len(runs) > 1 else None,
         repeats=[dict(title=group.title, problems=group.problems, figures=_repeated(group)) for group in repeats(runs)],
         problems=[f"{letter} {problem}".strip() for letter, run in pairs for problem in run.problems],
@@ -74,7 +64,7 @@ def _placed(plot: plots.Plot, wide: bool = False) -> dict[str, Any]:
 
 def _results(runs: Sequence[Run], names: Sequence[str]) -> Table:
     columns = [facts(run) for run in runs]
-    rows = [[name, *(column.get(name, "–") for column in columns)] for name in dict.fromkeys(n for c in columns for n in c)]
+    rows = [[name, *(column.get(name, "–") for column in columns)] for name in fact_names(columns)]
     return Table(["", *(f"{letter} {run.name}" for letter, run in zip(names, runs, strict=True))], rows)
 
 
@@ -91,14 +81,20 @@ def _repeated(group: Repeats) -> Table:
 
 def _comparison(first: Run, second: Run, a: str, b: str) -> dict[str, Any]:
     """The two on the same images; a ``problem`` where that cannot be."""
+    kinds = {type(run.predictions) for run in (first, second)} - {type(None)}
+    if len(kinds) > 1:
+        return dict(problem=f"{a} and {b} are of different tasks, and are not compared image by image.")
     if any(isinstance(run.predictions, LabelPredictionsFile) for run in (first, second)):
         return dict(problem=f"{a} and {b} are not compared image by image, where each has several labels.")
     if first.predictions is None or second.predictions is None:
         return dict(problem=f"{a} and {b} cannot be compared image by image: one has no predictions.npz.")
+    if isinstance(first.predictions, DenseFile):
+        return dense_sections.comparison(first.predictions, second.predictions, a, b)
     paired = compare(first.predictions, second.predictions)
     if paired is None:
         return dict(problem=f"{a} and {b} were evaluated on different images.")
     return dict(problem="", title=f"{a} and {b} on {paired.images:,} images", figures=_paired(paired, a, b),
+                of_classes="Accuracy of each class",
                 classes=_class_changes(first.predictions, second.predictions, a, b))
 
 
@@ -119,7 +115,7 @@ def _class_changes(first: PredictionsFile, second: PredictionsFile, a: str, b: s
     rows = [(change, name) for change, name in changes if not math.isnan(change)]
     rows.sort(key=lambda row: (-abs(row[0]), row[1]))
     return Table(["class", f"{a} (%)", f"{b} (%)", "difference"],
-                 [[name, _percent(recalls[0][name]), _percent(recalls[1][name]), (change, f"{100 * change:+.1f}")]
+                 [[name, percent(recalls[0][name]), percent(recalls[1][name]), (change, f"{100 * change:+.1f}")]
                   for change, name in rows[:MOST_ROWS]], numeric=(1, 2, 3), sortable=True)
 
 
@@ -135,7 +131,8 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> Table:
 # --------------------------------------------------------------------------------------------------
 
 def _of_run(run: Run, lead: str) -> dict[str, Any]:
-    some = run.predictions is not None and len(run.predictions.target) > 0
+    dense = run.predictions if isinstance(run.predictions, DenseFile) and run.predictions.paths else None
+    some = run.predictions is not None and not isinstance(run.predictions, DenseFile) and len(run.predictions.target) > 0
     classes, mistakes = (_labels, _label_mistakes) if isinstance(run.predictions, LabelPredictionsFile) else (_classes, _mistakes)
     config = [[key, shown(value), source_of(run, key)] for key, value in run.config.items()]
     config.sort(key=lambda row: row[2] == "default")
@@ -144,14 +141,13 @@ def _of_run(run: Run, lead: str) -> dict[str, Any]:
         lead=lead, sources=bool(run.sources),
         classes=classes(run.predictions) if some else None,
         mistakes=mistakes(run.predictions) if some else [],
+        dense=dense_sections.sections(dense) if dense else [],
+        plots=[_placed(plot, wide=not plot.scales and len(dense.classes) > 12) for plot in dense_plots.of_dense(dense)] if dense else [],
+        worst=dense_sections.worst(dense) if dense else None,
         changed=Table(["key", "preset", "this run", "source"], changed),
         config=Table(["key", "value", "source"], config) if config else None,
         environment=Table(["", ""], [[name, values[0]] for name, values in circumstances([run])]) if run.starts else None,
         history=_history(run))
-
-
-def _percent(share: float) -> tuple[float, str]:
-    return (-1.0, "–") if math.isnan(share) else (round(share, 6), f"{100 * share:.1f}")
 
 
 def _figures(predictions: PredictionsFile) -> PerClass:
@@ -163,9 +159,9 @@ def _classes(predictions: PredictionsFile) -> dict[str, Any]:
     low, high = (100 * bound for bound in accuracy_interval(int(predictions.right.sum()), len(predictions.right)))
     recall, precision = figures.recall, np.where(figures.answered > 0, figures.precision, np.nan)
     worst = sorted(figures.worst(len(classes)), key=lambda i: (recall[i], -figures.images[i]))
-    rows = [[classes[i], (figures.images[i], f"{figures.images[i]:,}"), _percent(recall[i]), _percent(precision[i]),
+    rows = [[classes[i], (figures.images[i], f"{figures.images[i]:,}"), percent(recall[i]), percent(precision[i]),
              f"{classes[figures.mistaken[i]]} ({figures.times[i]})" if figures.times[i] else ""] for i in worst[:MOST_ROWS]]
-    pairs = [[classes[a], classes[b], (times, f"{times:,}"), _percent(times / figures.images[a])]
+    pairs = [[classes[a], classes[b], (times, f"{times:,}"), percent(times / figures.images[a])]
              for a, b, times in confused_pairs(confusion(predictions))]
     return dict(
         summary=f"Accuracy {100 * predictions.right.mean():.2f} % on {len(predictions.target):,} images of the last evaluation "
@@ -180,8 +176,8 @@ def _labels(predictions: LabelPredictionsFile) -> dict[str, Any]:
     """As ``_classes``, of several labels an image."""
     classes, figures = predictions.classes, predictions.figures()
     precision, recall, f1 = figures.precision, figures.recall, figures.f1
-    rows = [[classes[i], (figures.images[i], f"{figures.images[i]:,}"), _percent(figures.precision_area[i]), _percent(precision[i]),
-             _percent(recall[i]), _percent(f1[i]), f"{figures.thresholds[i]:.3f}"] for i in figures.worst()]
+    rows = [[classes[i], (figures.images[i], f"{figures.images[i]:,}"), percent(figures.precision_area[i]), percent(precision[i]),
+             percent(recall[i]), percent(f1[i]), f"{figures.thresholds[i]:.3f}"] for i in figures.worst()]
     return dict(
         summary=f"mAP {100 * figures.mean_average_precision():.2f} %, macro F1 {100 * figures.macro_f1():.2f} %, micro F1 "
                 f"{100 * figures.micro_f1():.2f} % on {len(predictions.target):,} images of the last evaluation; "

@@ -25,11 +25,12 @@ from utils.reporting.charts import Chart, charts
 from utils.reporting.run_reader import Run
 
 MOST_CLASSES = 50  # of a confusion matrix that is drawn
-_COLORS = ("#2f6fde", "#d9622b", "#2a9d6a", "#8a5cd1", "#c23b6b", "#8a7a1f")
-_TEXT, _SOFT, _RULE = "#1c2127", "#5e6873", "#dfe3e8"
+MOST_BARS = 40
+COLORS = ("#2f6fde", "#d9622b", "#2a9d6a", "#8a5cd1", "#c23b6b", "#8a7a1f")
+TEXT, _SOFT, _RULE = "#1c2127", "#5e6873", "#dfe3e8"
 # The page has a value of each for light and for dark.
-_VARIABLES = {color: f"var(--c{number})" for number, color in enumerate(_COLORS)} | {
-    _TEXT: "var(--fg)", _SOFT: "var(--soft)", _RULE: "var(--line)"}
+_VARIABLES = {color: f"var(--c{number})" for number, color in enumerate(COLORS)} | {
+    TEXT: "var(--fg)", _SOFT: "var(--soft)", _RULE: "var(--line)"}
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 520, 280, 62, 12, 28, 40  # in units of the SVG, which are points
 _TICKS = (1, 2, 2.5, 5, 10)  # that they are apart
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
@@ -40,7 +41,7 @@ _STYLE = {
     "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": _RULE, "xtick.color": _RULE, "ytick.color": _RULE,
     "xtick.labelcolor": _SOFT, "ytick.labelcolor": _SOFT, "ytick.major.size": 0, "legend.frameon": False, "lines.linewidth": 1.7,
     "lines.markersize": 5, **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")}}
-_styled = matplotlib.rc_context(_STYLE)
+styled = matplotlib.rc_context(_STYLE)
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its cache of fonts, and letters they lack, are no matter of the run
 ElementTree.register_namespace("", _SVG)
@@ -72,7 +73,7 @@ class Plot:
         self.tips[gid := f"tip{len(self.tips)}"] = text
         return gid
 
-    @_styled
+    @styled
     def _save(self, file: Any, **options: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about letters of names that its font lacks
@@ -128,19 +129,19 @@ def curves(runs: Sequence[Run]) -> list[Plot]:
 
 def of_predictions(predictions: PredictionsFile) -> list[Plot]:
     """The confusion matrix, unless there are too many classes, and the reliability diagram."""
-    matrix = [_confusion(confusion(predictions), predictions.classes)] if len(predictions.classes) <= MOST_CLASSES else []
-    return [*matrix, _reliability(*reliability(predictions))]
+    confused = [matrix(confusion(predictions), predictions.classes)] if len(predictions.classes) <= MOST_CLASSES else []
+    return [*confused, _reliability(*reliability(predictions))]
 
 
-@_styled
+@styled
 def _curves(chart: Chart) -> Plot:
     lines = [line for line in chart.lines if line.label] if len(chart.lines) > 1 else []
     columns = max(1, (_WIDTH - _LEFT) // (30 + 7 * max((len(line.label) for line in lines), default=0)))
-    plot, axes = _axes(chart.name, chart.title, chart.x_label, chart.y_label, 18 * math.ceil(len(lines) / columns))
+    plot, axes = framed(chart.name, chart.title, chart.x_label, chart.y_label, 18 * math.ceil(len(lines) / columns))
     drawn, all_points = [], [line.thinned() for line in chart.lines]
     for line, points in zip(chart.lines, all_points, strict=True):
         x, mean, least, largest = points.T
-        color = _COLORS[line.color % len(_COLORS)]
+        color = COLORS[line.color % len(COLORS)]
         if (least < largest).any():
             axes.fill_between(x, least, largest, color=color, alpha=0.16, linewidth=0)
         dots = line.dots or len(x) == 1
@@ -151,6 +152,8 @@ def _curves(chart: Chart) -> Plot:
     _, means, least, largest = np.concatenate(all_points).T
     # All means, and all but the outermost hundredths of the bands: a spike must not flatten the rest.
     low, high = min(means.min(), np.quantile(least, 0.01)), max(means.max(), np.quantile(largest, 0.99))
+    if low == high:  # a flat line
+        low, high = low - 0.1 * abs(low), low + 0.1 * abs(low) or 1
     ticks = MaxNLocator(5, steps=_TICKS).tick_values(low, high)
     right = max(points[-1, 0] for points in all_points) or 1
     axes.set(xlim=(0, right), ylim=(ticks[0], ticks[-1]), yticks=ticks)
@@ -167,14 +170,15 @@ def _curves(chart: Chart) -> Plot:
     return plot
 
 
-def _axes(name: str, title: str, x_label: str, y_label: str, head: int = 0) -> tuple[Plot, matplotlib.axes.Axes]:
-    """A pair of axes under a title and a ``head`` of so many units."""
-    height = _HEIGHT + head
+def framed(name: str, title: str, x_label: str, y_label: str, head: int = 0, *, room: int = _HEIGHT,
+           left: int = _LEFT) -> tuple[Plot, matplotlib.axes.Axes]:
+    """A pair of axes, ``room`` units high with their labels, under a title and a ``head`` of so many units."""
+    height = room + head
     figure = Figure(figsize=(_WIDTH / 72, height / 72))
-    axes = figure.add_axes((_LEFT / _WIDTH, _BOTTOM / height, (_WIDTH - _LEFT - _RIGHT) / _WIDTH, (_HEIGHT - _TOP - _BOTTOM) / height))
-    figure.text(_LEFT / _WIDTH, 1 - 14 / height, plain(title), color=_TEXT, weight="bold")
-    figure.text((_LEFT + _WIDTH - _RIGHT) / 2 / _WIDTH, 6 / height, plain(x_label), ha="center")
-    figure.text(14 / _WIDTH, (_BOTTOM + _HEIGHT - _TOP) / 2 / height, plain(y_label), ha="center", va="center", rotation=90)
+    axes = figure.add_axes((left / _WIDTH, _BOTTOM / height, (_WIDTH - left - _RIGHT) / _WIDTH, (room - _TOP - _BOTTOM) / height))
+    figure.text(_LEFT / _WIDTH, 1 - 14 / height, plain(title), color=TEXT, weight="bold")
+    figure.text((left + _WIDTH - _RIGHT) / 2 / _WIDTH, 6 / height, plain(x_label), ha="center")
+    figure.text(14 / _WIDTH, (_BOTTOM + room - _TOP) / 2 / height, plain(y_label), ha="center", va="center", rotation=90)
     return Plot(name, f"{title}: {y_label or name} over {x_label}", figure), axes
 
 
@@ -182,9 +186,14 @@ def _height(plot: Plot) -> float:
     return 72 * plot.figure.get_figheight()
 
 
-@_styled
-def _confusion(cells: np.ndarray, classes: Sequence[str]) -> Plot:
-    """(target, predicted, times) as shares of the target's images; the diagonal in one color, mistakes in another."""
+@styled
+def matrix(cells: np.ndarray, classes: Sequence[str], of: str = "images", as_share: bool = False) -> Plot:
+    """(target, predicted, times) as shares of the target's images; the diagonal in one color, mistakes in another.
+
+    Args:
+        of: what is counted.
+        as_share: write percents into the cells, not counts.
+    """
     count = len(classes)
     side = 30 if count <= 20 else max(12, 600 // count)
     font = min(12, side - 2)
@@ -193,7 +202,7 @@ def _confusion(cells: np.ndarray, classes: Sequence[str]) -> Plot:
     size = room + count * side + 20  # beside it is what rows and columns are
     figure = Figure(figsize=(size / 72, size / 72))
     plot = Plot("confusion", "confusion matrix: rows are true classes, columns predictions", figure, scales=False,
-                caption="Confusion: true classes in rows, predictions in columns")
+                caption="Confusion: true classes in rows, predictions in columns" + (f", percent of a row's {of}" if as_share else ""))
     axes = figure.add_axes((room / size, 20 / size, count * side / size, count * side / size))
     axes.grid(False)
     axes.spines[:].set_visible(True)
@@ -201,24 +210,25 @@ def _confusion(cells: np.ndarray, classes: Sequence[str]) -> Plot:
     axes.set_xlabel("predicted", labelpad=2)
     axes.set_ylabel("true", labelpad=2)
     axes.yaxis.set_label_position("right")
-    axes.tick_params(length=0, labelcolor=_TEXT, labelsize=font, labeltop=True, labelbottom=False)
+    axes.tick_params(length=0, labelcolor=TEXT, labelsize=font, labeltop=True, labelbottom=False)
     axes.set_xticks(range(count), labels, rotation=90)
     axes.set_yticks(range(count), labels)
     totals = np.bincount(cells[:, 0], cells[:, 2], count)
     for target, predicted, times in cells.tolist():
         share, right = times / totals[target], target == predicted
-        tip = plot.tip(f"{classes[target]} predicted as {classes[predicted]}: {times} of {totals[target]:.0f}")
-        axes.add_patch(Rectangle((predicted - 0.5, target - 0.5), 1, 1, color=_COLORS[0 if right else 1], linewidth=0, gid=tip,
+        tip = plot.tip(f"{classes[target]} predicted as {classes[predicted]}: {times:,} of {totals[target]:,.0f} {of}")
+        axes.add_patch(Rectangle((predicted - 0.5, target - 0.5), 1, 1, color=COLORS[0 if right else 1], linewidth=0, gid=tip,
                                  alpha=0.1 + 0.6 * share if right else 0.15 + 0.85 * share))
         if count <= 20:
-            axes.text(predicted, target, str(times), ha="center", va="center_baseline", color=_TEXT, gid=tip)
+            text = f"{100 * share:.0f}" if as_share else str(times)
+            axes.text(predicted, target, text, ha="center", va="center_baseline", color=TEXT, gid=tip)
     return plot
 
 
-@_styled
+@styled
 def _reliability(bins: Sequence[tuple[int, float, float]], error: float) -> Plot:
     """Accuracy over confidence, a bar a bin of (images, confidence, accuracy), against the line where the two are equal."""
-    plot, axes = _axes("reliability", f"Reliability: expected calibration error {100 * error:.2f} %", "confidence", "accuracy")
+    plot, axes = framed("reliability", f"Reliability: expected calibration error {100 * error:.2f} %", "confidence", "accuracy")
     plot.note = ("Bars: accuracy on images of that confidence, darker where there are many; short lines: their mean confidence; equal on "
                  "the dashed diagonal.")
     axes.set(xlim=(0, 1), ylim=(0, 1))
@@ -226,9 +236,9 @@ def _reliability(bins: Sequence[tuple[int, float, float]], error: float) -> Plot
     for place, (images, confidence, accuracy) in enumerate(bins):
         if images:
             tip = plot.tip(f"{images} images: confidence {confidence:.3f}, accuracy {accuracy:.3f}")
-            bar = axes.bar((place + 0.5) * width, accuracy, 0.92 * width, color=_COLORS[0], alpha=0.25 + 0.6 * (images / most) ** 0.5)
+            bar = axes.bar((place + 0.5) * width, accuracy, 0.92 * width, color=COLORS[0], alpha=0.25 + 0.6 * (images / most) ** 0.5)
             bar[0].set_gid(tip)
-            axes.hlines(confidence, (place + 0.04) * width, (place + 0.96) * width, color=_TEXT, gid=tip)
+            axes.hlines(confidence, (place + 0.04) * width, (place + 0.96) * width, color=TEXT, gid=tip)
     axes.plot([0, 1], [0, 1], color=_SOFT, linestyle=(0, (4, 3)), linewidth=1)
     return plot
 

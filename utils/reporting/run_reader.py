@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-from config import COMMAND_LINE, KEYS, ConfigError, of_the_command, read_text_file, yaml_tree
+from config import COMMAND_LINE, DENSE_TASKS, KEYS, ConfigError, of_the_command, read_text_file, yaml_tree
+from utils.evaluation.dense_predictions_file import DenseFile, read_dense_predictions
 from utils.evaluation.label_predictions_file import LabelPredictionsFile
-from utils.evaluation.predictions_file import FILE, PredictionsFile, PredictionsFileError
+from utils.evaluation.predictions_file import FILE, MOST_IMAGES, PredictionsFile, PredictionsFileError
 from utils.loggers.metrics_files import CONFIG, EPOCHS, EVENTS, EVIDENCE, SOURCES, STEPS, read_rows
 from utils.runtime.files import LARGEST_RECORD, read_json
 
@@ -39,8 +41,13 @@ _CLASSIFICATION = {"top1": ReportedMetric("top1", "top-1", digits=2, unit=" %"),
                    "val_loss": ReportedMetric("val_loss", "loss", higher_is_better=False)}
 
 
+# Of dense tasks, what decides; a checkpoint alone, or a run without its history, does not spell it.
+_DECIDING = {name: ReportedMetric(name, label, digits=2) for name, label in (
+    ("mask_ap", "mask AP"), ("box_ap", "box AP"), ("miou", "mIoU"), ("pq", "PQ"))}
 _ENDS = ("finished", "stopped", "failed", "start")
-_PREDICTIONS = {"classification": PredictionsFile, "multilabel": LabelPredictionsFile}  # the file of a task's last evaluation
+# What reads the file of a task's last evaluation.
+_READERS = dict.fromkeys(DENSE_TASKS, read_dense_predictions) | {"classification": PredictionsFile.read,
+                                                                 "multilabel": LabelPredictionsFile.read}
 
 
 @dataclass
@@ -65,7 +72,7 @@ class Run:
     steps: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     evidence: list[dict[str, Any]] = field(default_factory=list)
-    predictions: PredictionsFile | LabelPredictionsFile | None = None
+    predictions: PredictionsFile | LabelPredictionsFile | DenseFile | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -76,13 +83,16 @@ class Run:
     @property
     def task(self) -> str:
         """The name of what was trained for; classification where nothing tells."""
-        return str(self._told("task", "classification"))
+        task = self.config.get("TASK")
+        return str(self._told("task", task if isinstance(task, str) and task != "auto" else "classification"))
 
     @property
     def metrics(self) -> list[ReportedMetric]:
         """What an evaluation gives, in the task's order."""
         told = self._told("metrics", None)
-        return [_metric(row) for row in told if _mapping(row).get("name")] if isinstance(told, list) else list(_CLASSIFICATION.values())
+        if isinstance(told, list):
+            return [_metric(row) for row in told if _mapping(row).get("name")]
+        return [metric for name, metric in _DECIDING.items() if any(name in row for row in self.rows)] or list(_CLASSIFICATION.values())
 
     @property
     def telling_metrics(self) -> list[ReportedMetric]:
@@ -107,8 +117,8 @@ class Run:
     @property
     def deciding(self) -> ReportedMetric:
         """The metric that decides which evaluation is the best."""
-        name = str(self._told("best", "top1"))
-        return next((metric for metric in self.metrics if metric.name == name), ReportedMetric(name, name))
+        name = str(self._told("best", next((name for name in _DECIDING if any(name in row for row in self.rows)), "top1")))
+        return next((metric for metric in self.metrics if metric.name == name), _DECIDING.get(name) or ReportedMetric(name, name))
 
     def _told(self, key: str, default: Any) -> Any:
         """What the last start that tells of it says."""
@@ -194,16 +204,21 @@ def read_run(folder: str) -> Run:
         run.problems.append(f"no figures yet ({EPOCHS} and {STEPS} are missing or empty)")
     elif not run.steps:
         run.problems.append(f"{STEPS} is missing: curves have a point an epoch")
-    try:
-        run.predictions = _PREDICTIONS.get(run.task, PredictionsFile).read(os.path.join(folder, FILE))
-    except PredictionsFileError as error:
-        missing = not os.path.exists(os.path.join(folder, FILE))
-        if missing and run.task not in _PREDICTIONS:
-            return run
-        run.problems.append((f"{FILE} is missing" if missing else str(error)) + ": nothing about single classes and images; "
-                            f"main.py --eval --resume {os.path.join(folder, 'best.pth')} --opts TEST.PREDICTIONS "
-                            f"{os.path.join(folder, FILE)} makes it")
+    _read_predictions(run)
     return run
+
+
+def _read_predictions(run: Run) -> None:
+    path = os.path.join(run.folder, FILE)
+    try:
+        run.predictions = _READERS.get(run.task, PredictionsFile.read)(path)
+    except PredictionsFileError as error:
+        missing = not os.path.exists(path)
+        if missing and run.task not in _READERS:
+            return
+        remedy = (f"a run keeps it of its last evaluation, of {MOST_IMAGES:,} images at most" if run.task in DENSE_TASKS else
+                  f"main.py --eval --resume {os.path.join(run.folder, 'best.pth')} --opts TEST.PREDICTIONS {path} makes it")
+        run.problems.append((f"{FILE} is missing" if missing else str(error)) + f": nothing about single classes and images; {remedy}")
 
 
 def _text(run: Run, name: str) -> str | None:
@@ -270,8 +285,15 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {round(seconds) % 60:02d} s" if minutes else f"{seconds:.0f} s"
 
 
-def facts(run: Run) -> dict[str, str]:
-    """What a run came to, in words by name; of a checkpoint alone (``folder`` empty) only what it knows."""
+_DETAIL = re.compile("_(ar[0-9]+|small|medium|large|things|stuff)$")  # metrics of dense tasks that a few tiles have no room for
+
+
+def facts(run: Run, brief: bool = False) -> dict[str, str]:
+    """What a run came to, in words by name; of a checkpoint alone (``folder`` empty) only what it knows.
+
+    Args:
+        brief: without the last figures of a detail, such as AP of large objects.
+    """
     metric, best = run.deciding, run.best
     found = {f"best {metric.label}": metric.shown(best[metric.name]) if best else "none yet",
              "best epoch": str(best.get("epoch", "?")) if best else "none yet"}
@@ -279,7 +301,8 @@ def facts(run: Run) -> dict[str, str]:
         return found if best else {}
     last = run.evaluated[-1] if best else {}
     found |= {f"last {metric.label}": metric.shown(last.get(metric.name)) for metric in run.telling_metrics
-              if metric.name != "val_loss"}  # it stands beside that of training among the curves
+              if metric.name != "val_loss"  # it stands beside that of training among the curves
+              and not (_DETAIL.search(metric.name) and (brief or last.get(metric.name) is None))}
     done, planned, unit = run.length
     speeds = sorted(row["images_per_s"] for row in run.steps or run.rows if _is_number(row.get("images_per_s")))
     skipped = (row["skipped_steps"] for row in run.rows if _is_number(row.get("skipped_steps")))
@@ -294,6 +317,11 @@ def facts(run: Run) -> dict[str, str]:
     if ends:
         found["state"] = {"start": "running, or killed"}.get(ends[-1]["event"], ends[-1]["event"])
     return found
+
+
+def fact_names(columns: Sequence[Mapping[str, str]]) -> list[str]:
+    """The names in the ``facts`` of several runs, what is best first."""
+    return sorted(dict.fromkeys(name for column in columns for name in column), key=lambda name: not name.startswith("best "))
 
 
 def circumstances(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from config import ConfigError
 from data.messages import Caution
+from utils.evaluation.dense_predictions_file import DenseFile
 from utils.evaluation.predictions_file import PredictionsFile
 from utils.reporting.run_reader import Run
 from utils.runtime.files import replace_file
@@ -37,10 +38,13 @@ def write_report(runs: Sequence[Run], path: str = "") -> str:
 
 def write_plots(runs: Sequence[Run], beside: str) -> str:
     """The charts of ``runs``, and of a single one's predictions, as PNG files in a folder of the folder ``beside``; a line that says so."""
-    from utils.reporting import plots
+    from utils.reporting import dense_plots, plots
     folder = os.path.join(beside, "plots" if len(runs) == 1 else "comparison-plots")
-    predictions = runs[0].predictions if len(runs) == 1 and isinstance(runs[0].predictions, PredictionsFile) else None
-    drawn = plots.curves(runs) + (plots.of_predictions(predictions) if predictions is not None and len(predictions.target) else [])
+    predictions, drawn = runs[0].predictions if len(runs) == 1 else None, plots.curves(runs)
+    if isinstance(predictions, PredictionsFile) and len(predictions.target):
+        drawn += plots.of_predictions(predictions)
+    elif isinstance(predictions, DenseFile) and predictions.paths:
+        drawn += dense_plots.of_dense(predictions)
     try:
         os.makedirs(folder, exist_ok=True)
         names = [plot.png(folder) for plot in drawn]

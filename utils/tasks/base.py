@@ -152,6 +152,9 @@ class Task(Protocol):
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
         return tuple(part.to(device, non_blocking=True) for part in batch)
 
+    def begin_step(self, batch: Batch, world_size: int) -> None:
+        """Called with the batch of a step before its micro-batches, by each of the ``world_size`` processes that share the step."""
+
     def split(self, batch: Batch, parts: int) -> list[Batch]:
         """A step's batch as micro-batches; the same number of them on every rank."""
         return list(zip(*(part.tensor_split(parts) for part in batch), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -20,10 +21,12 @@ from data.dense.synthetic import synthetic_batch
 from data.layouts.input_paths import InputImages
 from data.loading.loader import ImageLoader
 from data.transforms.build import preprocessing
-from models.build_dense import build_dense_model
+from models.build_dense import build_dense_model, coarsest_stride
 from utils.tasks.base import Task
 from utils.visualization.drawing import to_image
 from utils.visualization.overlays import draw_map, draw_objects
+
+_MOST_LINES = 4  # classes told below a picture of a batch
 
 
 class DenseTask(Task):
@@ -31,8 +34,8 @@ class DenseTask(Task):
     they are computed inside the model that DDP wraps; in evaluation they are what the task makes of the model's answer, an item an image,
     in the pixels of the image's file.
 
-    A loss whose mean is over something else than images (pixels that are not ignored, sampled proposals) hangs a little on how a batch is
-    cut into micro-batches; the images of each weigh alike.
+    The losses of R-CNN, means over proposals sampled of all images together, hang a little on how a batch is cut into micro-batches, and so
+    do batch norm and padding; the images of each weigh alike.
 
     Attributes:
         source: of the validation images, once the loaders are there.
@@ -52,8 +55,14 @@ class DenseTask(Task):
             if not usual:
                 raise ConfigError(f"{key} is not supported for TASK {config.TASK}; {remedy}")
 
+    @functools.cached_property
+    def stride(self) -> int:
+        """Pixels that the sides of padded images are multiples of: ``STRIDE``, or the model's stride where that does not divide it."""
+        coarsest = coarsest_stride(self.config)
+        return coarsest if STRIDE % coarsest else STRIDE
+
     def build_loaders(self, config: CfgNode, rank: int = 0, world_size: int = 1, **options: Any) -> Loaders:
-        loaders = build_dense_loaders(config, rank, world_size, **options)
+        loaders = build_dense_loaders(config, rank, world_size, stride=self.stride, **options)
         loader = loaders.val or loaders.train
         self.source = loader.dataset.source if loader is not None else None
         return loaders
@@ -65,7 +74,7 @@ class DenseTask(Task):
         """Any size will do: images are padded to what the model takes."""
 
     def input_size(self, config: CfgNode) -> tuple[int, int]:
-        return input_size(config)
+        return input_size(config, self.stride)
 
     def preprocessing(self, config: CfgNode) -> dict[str, Any]:
         prepare, dense = preprocessing(config), config.DATA.DENSE
@@ -75,7 +84,7 @@ class DenseTask(Task):
         return batch  # its loader has brought it there
 
     def split(self, batch: DenseBatch, parts: int) -> list[DenseBatch]:
-        return batch.split(parts, 0 if self.config.DATA.DENSE.CROP else STRIDE)  # crops are of one size anyway
+        return batch.split(parts, 0 if self.config.DATA.DENSE.CROP else self.stride)  # crops are of one size anyway
 
     def images(self, batch: DenseBatch) -> Tensor:
         return batch.images
@@ -85,7 +94,7 @@ class DenseTask(Task):
 
     def synthetic_batch(self, config: CfgNode, images: int, num_classes: int, device: torch.device,
                         generator: torch.Generator) -> DenseBatch:
-        return synthetic_batch(config, images, num_classes, device, generator)
+        return synthetic_batch(config, images, num_classes, device, generator, self.stride)
 
     def forward(self, model: nn.Module, batch: DenseBatch) -> Any:
         if model.training:
@@ -105,7 +114,7 @@ class DenseTask(Task):
 
     def prediction_loader(self, config: CfgNode, images: InputImages, device: torch.device,
                           published: bool) -> tuple[ImageLoader, list[str]]:
-        return build_dense_prediction_loader(config, images, device, published)
+        return build_dense_prediction_loader(config, images, device, published, self.stride)
 
     def shown_batch(self, config: CfgNode, batch: DenseBatch, classes: Sequence[str],
                     most: int) -> tuple[list[Image.Image], list[list[tuple[str, str]]], str]:
@@ -125,6 +134,3 @@ class DenseTask(Task):
         sides = ", ".join(map(str, dense.SHORT_SIDE))
         return tiles, lines, (f"shorter side {sides}, longer at most {dense.LONG_SIDE}; scale {dense.SCALE[0]:g} to "
                               f"{dense.SCALE[1]:g}; crop {dense.CROP or 'none'}; flip {config.AUG.HFLIP:g}; seed {config.SEED}")
-
-
-_MOST_LINES = 4  # classes told below a picture of a batch

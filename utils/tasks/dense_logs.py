@@ -20,9 +20,10 @@ from torch import Tensor
 from data import DataError, Loaders
 from data.dense.base import DenseSource, Objects
 from data.dense.batch import DenseBatch
+from utils.evaluation.dense_figures import MapFigures
 from utils.evaluation.dense_predictions_file import MOST_PICTURES, SURE, DenseFile, DetectionsFile, MapsFile, PanopticFile, f1
 from utils.evaluation.detection_metrics import DetectionEvaluator
-from utils.evaluation.map_metrics import MapFigures, confusion
+from utils.evaluation.map_metrics import confusion
 from utils.evaluation.panoptic_metrics import PanopticEvaluator
 from utils.evaluation.predictions_file import FILE, MOST_IMAGES, names_of
 from utils.inference.found import Found, Panoptic

@@ -18,6 +18,7 @@ from utils.loggers.console import plain
 from utils.visualization.overlays import decode_mask, draw_map, draw_objects
 
 _SHOWN = 5  # in the line of an image
+_SMALL = 250  # pixels: scores would cover what they are about
 
 
 class FoundObjects:
@@ -41,7 +42,7 @@ class FoundObjects:
         labels, scores, boxes = found.labels.tolist(), found.scores.tolist(), found.boxes.round(2).tolist()
         names = [self.classes[label] for label in labels]
         told = [f"{plain(name)} {100 * score:.1f} %" for name, score in zip(names, scores, strict=True)]
-        counted = ", ".join(f"{count} {plain(name)}" for name, count in Counter(names).most_common())
+        counted = ", ".join(f"{plain(name)}{f' x {count}' * (count > 1)}" for name, count in Counter(names).most_common())
         objects = [{"class": name, "number": label, "score": rounded(score), "box": [rounded(side) for side in box]}
                    for name, label, score, box in zip(names, labels, scores, boxes, strict=True)]
         for entry, mask in zip(objects, found.masks or (), strict=False):
@@ -55,7 +56,8 @@ class FoundObjects:
 
     @staticmethod
     def _drawn(found: Found, names: Sequence[str], picture: Image.Image, scale: float) -> Image.Image:
-        captions = [f"{name} {100 * score:.0f} %" for name, score in zip(names, found.scores.tolist(), strict=True)]
+        small = min(picture.size) < _SMALL
+        captions = [name if small else f"{name} {100 * score:.0f} %" for name, score in zip(names, found.scores.tolist(), strict=True)]
         masks = None if found.masks is None else [decode_mask(mask) for mask in found.masks]
         return draw_objects(picture, found.boxes * scale, captions, found.labels.tolist(), masks)
 

@@ -47,7 +47,9 @@ class DetectionReport(EvaluationReport):
             order = [int(i) for i in np.argsort(ap, kind="stable") if not math.isnan(ap[i])][:_WEAKEST]
             if len(classes) > 1 and order:
                 lines.append(f"lowest {kind} AP: " + "; ".join(
-                    f"{plain(classes[i])} {100 * ap[i]:.2f} ({_objects(int(curves.objects[i, 0]))})" for i in order))
+                    f"{plain(classes[i])}: {100 * ap[i]:.2f} ({_objects(int(curves.objects[i, 0]))})" for i in order))
+        if len(classes) > _WEAKEST and result.curves and not self.config.TEST.PER_CLASS:
+            lines.append(f"figures of all {len(classes)} classes: --per-class FILE.csv")
         return [*lines, *(f"raw {other.line}" for other in raw), result.line]
 
     def write(self) -> list[str]:

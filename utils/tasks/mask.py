@@ -62,12 +62,11 @@ class Mask(DenseTask):
             self._take(self.source.kind, decide=True)
         return loaders
 
-    def split(self, batch: DenseBatch, parts: int) -> list[DenseBatch]:
-        """As of every dense task; what the losses are divided by is the mean over the step's images on all ranks, so that they add up."""
+    def begin_step(self, batch: DenseBatch, world_size: int) -> None:
+        """Find what the losses are divided by: the mean over the step's images, on all the processes that share it."""
         totals = torch.tensor([float(batch.counts.sum()), len(batch.images)]).to(batch.images.device, non_blocking=True)
-        objects, images = all_reduce_sum(totals)
+        objects, images = all_reduce_sum(totals) if world_size > 1 else totals
         self.masks_per_image = objects / images
-        return super().split(batch, parts)
 
     def forward(self, model: nn.Module, batch: DenseBatch) -> Any:
         if not model.training:

@@ -192,6 +192,7 @@ def backward(model: nn.Module, batch: Batch, plan: StepPlan, step: int) -> Tenso
     total = torch.zeros((), device=plan.device)
     # The same number on every rank, also where a short batch gives one rank a sample more.
     number = max(1, math.ceil(math.ceil(plan.images / plan.world_size) / plan.micro_batch))
+    plan.task.begin_step(batch, plan.world_size)
     for micro, part in enumerate(plan.task.split(batch, number)):
         seed_micro_batch(plan.seed, step, micro, plan.rank, plan.device)
         with distributed.no_sync(model, skip=micro < number - 1):

@@ -93,7 +93,9 @@ class StepLog:
         """The live line after ``done`` steps of the epoch, at ``pace`` steps a second. The loss is that of the last line."""
         step = max(0, self.state.step - 1)
         steps_of_epoch = self._steps_of(step)
-        parts = [f"loss {self._loss:.4f}"] if math.isfinite(self._loss) else []
+        parts, deciding = [f"loss {self._loss:.4f}"] if math.isfinite(self._loss) else [], self.plan.task.best
+        if deciding.name in self.state.best:
+            parts.append(f"best {deciding.shown(self.state.best[deciding.name])}")
         if pace:
             parts += [f"{clock((self.total_steps - self.state.step) / pace)} left", f"{pace * self.plan.images:.0f} images/s",
                       f"{clock((steps_of_epoch - done) / pace)} in this epoch"]

@@ -99,7 +99,10 @@ class Sheet:
         except UnreadableImage:  # it could be a moment ago
             return None
         width = image.width
+        if prediction.draw is not None:  # as large as there is room, so that what is drawn can be told apart
+            image = ImageOps.contain(image, (_SIDE, _SIDE), Image.Resampling.BICUBIC)
+            return prediction.draw(image, image.width / width)
         image.thumbnail((_SIDE, _SIDE), reducing_gap=3.0)
         if _SIDE // max(image.size) >= 2:  # small images in whole multiples, their pixels sharp
             image = ImageOps.scale(image, _SIDE // max(image.size), Image.Resampling.NEAREST)
-        return image if prediction.draw is None else prediction.draw(image, image.width / width)
+        return image
