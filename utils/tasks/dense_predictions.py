@@ -27,13 +27,14 @@ class FoundObjects:
     Args:
         classes: names, in the order of the labels.
         least: objects of a lower score are not told.
+        masks: whether objects have masks.
     """
 
     columns = ("objects", "found")
-    gives = ("PREDICT.COCO", "PREDICT.PICTURES", "PREDICT.MASKS")
 
-    def __init__(self, classes: Sequence[str], least: float):
+    def __init__(self, classes: Sequence[str], least: float, masks: bool = True):
         self.classes, self.least = classes, least
+        self.gives = ("PREDICT.COCO", "PREDICT.PICTURES", *["PREDICT.MASKS"] * masks)
 
     def tell(self, outputs: Sequence[Found]) -> list[dict[str, Any]]:
         return [self._of_image(found.above(self.least)) for found in outputs]
