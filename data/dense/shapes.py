@@ -28,6 +28,11 @@ def mask_library() -> Any:
     return mask
 
 
+def decode_mask(mask: Mapping[str, Any]) -> np.ndarray:
+    """(H, W) bool of run lengths as pycocotools has them; raises as ``mask_library``."""
+    return mask_library().decode(dict(mask)).astype(bool)
+
+
 class ShapeList:
     """Shapes as they come from a file, one object after another."""
 

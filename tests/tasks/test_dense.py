@@ -89,7 +89,7 @@ def test_resumed_at_any_step_the_run_ends_in_the_same_bits(trained: Path, head: 
 def test_images_are_predicted_and_drawn(head: str, trained: Path, canvases: Path, program) -> None:
     images = sorted((canvases / "images/val").iterdir())[:3]
     done = program("--predict", *images, "--resume", trained / "best.pth", "--score", 0, "--sheet", "found.png", "--json", "found.jsonl",
-                   "--csv", "found.csv", "--pictures", "drawn", "--masks", "masks",
+                   "--csv", "found.csv", "--pictures", "drawn", *(("--masks", "masks") if head != "retinanet" else ()),
                    *(("--coco", "coco.json") if head != "semantic_fpn" else ()))
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (program.folder / "found.jsonl").read_text().splitlines()]
@@ -112,6 +112,16 @@ def test_images_are_predicted_and_drawn(head: str, trained: Path, canvases: Path
     if head != "semantic_fpn":
         coco = json.loads((program.folder / "coco.json").read_text())
         assert len(coco["images"]) == 3 and len(coco["annotations"]) == sum(len(record["objects"]) for record in records)
+
+
+def test_masks_of_images_without_an_object_are_black_and_boxes_have_none(head: str, trained: Path, canvases: Path, program) -> None:
+    image = canvases / "images/val/0000.png"
+    done = program("--predict", image, "--resume", trained / "best.pth", "--score", 1, "--masks", "masks")
+    if head == "retinanet":
+        assert done.returncode == 2 and "PREDICT.MASKS" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert head != "mask_rcnn" or Image.open(program.folder / "masks/0000.png").convert("L").getextrema() == (0, 0)
 
 
 def test_the_first_batch_is_shown(head: str, canvases: Path, program) -> None:
