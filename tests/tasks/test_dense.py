@@ -203,3 +203,11 @@ def test_images_are_padded_to_the_stride_of_the_model(canvases: Path) -> None:
 def test_a_folder_of_classes_is_no_data_of_objects(trained: Path, images: Path, program) -> None:
     done = program("--eval", "--resume", trained / "best.pth", "--data-path", images)
     assert done.returncode == 3 and done.stderr.count("\n") == 1 and str(images) in done.stderr, done.stderr
+
+
+def test_upernet_is_planned_with_the_images_that_its_batch_norm_needs(canvases: Path, tmp_path: Path, program) -> None:
+    pytest.importorskip("transformers")
+    path = recipe(tmp_path, canvases, "semantic_fpn")
+    words = ["--cfg", str(path), "--output", str(tmp_path), "--opts", "MODEL.DENSE.HEAD", "upernet"]
+    assert program(*words, "--plan").returncode == 0
+    assert program(*words, "DATA.BATCH_SIZE", "1").returncode == 2 and not (tmp_path / "tiny").exists()

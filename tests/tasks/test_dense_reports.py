@@ -186,7 +186,9 @@ def test_segments_are_written_as_coco_has_them_and_kept(canvases: Path, tmp_path
     report.record(answers, batch)
     log(answers, batch)
     result = evaluator.result()
-    assert 20 < result.values["pq"] < 100 and report.lines(result, [])[-1] == result.line
+    *_, things, stuff, last = report.lines(result, [])
+    assert 20 < result.values["pq"] < 100 and last == result.line and float(things.split()[0]) == round(result.values["pq_things"], 2)
+    assert things.endswith("all things") and stuff.split()[0] == "-"
     report.write()
     log.write(str(tmp_path))
     with zipfile.ZipFile(tmp_path / "found.zip") as archive:

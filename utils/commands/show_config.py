@@ -10,7 +10,7 @@ import yaml
 from yacs.config import CfgNode
 
 from config import KEYS, ConfigError, get_config, history, lookup
-from utils.reporting.run_reader import Run, circumstances, config_differences, facts, flatten, read_run, shown
+from utils.reporting.run_reader import Run, circumstances, config_differences, fact_names, facts, flatten, read_run, shown
 
 
 def print_config(config: CfgNode, logger: logging.Logger) -> int:
@@ -92,7 +92,7 @@ def differences(runs: Sequence[Run], names: Sequence[str]) -> Iterator[str]:
     }
     if any(run.rows for run in runs):
         results = [facts(run) for run in runs]
-        parts["results"] = [(name, [result.get(name, "–") for result in results]) for name in dict.fromkeys((*results[0], *results[1]))]
+        parts["results"] = [(name, [result.get(name, "–") for result in results]) for name in fact_names(results)]
     rows = [row for part in parts.values() for row in part]
     widths = [max((len(text) for text in column), default=0) for column in
               ([name for name, _ in rows] + ["circumstances"], [values[0] for _, values in rows] + [names[0]])]

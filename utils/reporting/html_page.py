@@ -25,7 +25,7 @@ from utils.loggers.console import printable
 from utils.reporting import dense_plots, dense_sections, plots
 from utils.reporting.charts import letters, marks
 from utils.reporting.repeats import Repeats, repeats
-from utils.reporting.run_reader import Run, beside_preset, circumstances, config_differences, facts, shown, source_of
+from utils.reporting.run_reader import Run, beside_preset, circumstances, config_differences, fact_names, facts, shown, source_of
 from utils.reporting.tables import MOST_ROWS, Table, percent
 
 MISTAKES = 24
@@ -64,7 +64,7 @@ def _placed(plot: plots.Plot, wide: bool = False) -> dict[str, Any]:
 
 def _results(runs: Sequence[Run], names: Sequence[str]) -> Table:
     columns = [facts(run) for run in runs]
-    rows = [[name, *(column.get(name, "–") for column in columns)] for name in dict.fromkeys(n for c in columns for n in c)]
+    rows = [[name, *(column.get(name, "–") for column in columns)] for name in fact_names(columns)]
     return Table(["", *(f"{letter} {run.name}" for letter, run in zip(names, runs, strict=True))], rows)
 
 

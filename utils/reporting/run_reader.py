@@ -319,6 +319,11 @@ def facts(run: Run, brief: bool = False) -> dict[str, str]:
     return found
 
 
+def fact_names(columns: Sequence[Mapping[str, str]]) -> list[str]:
+    """The names in the ``facts`` of several runs, what is best first."""
+    return sorted(dict.fromkeys(name for column in columns for name in column), key=lambda name: not name.startswith("best "))
+
+
 def circumstances(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """(name, value in each run) of what a run does not choose by its config: versions, device, commit, data."""
     columns = [_surroundings(run) for run in runs]

@@ -20,8 +20,8 @@ from data.dense.base import DenseSource
 from data.dense.batch import DenseBatch
 from utils.evaluation.dense_figures import MapFigures, class_quality
 from utils.evaluation.map_metrics import MAP_METRICS, MapEvaluation
-from utils.evaluation.metrics import Evaluation, Metric
-from utils.evaluation.panoptic_metrics import PANOPTIC_METRICS, PanopticEvaluation
+from utils.evaluation.metrics import Evaluation
+from utils.evaluation.panoptic_metrics import PanopticEvaluation
 from utils.evaluation.predictions_file import names_of
 from utils.inference.found import Panoptic
 from utils.loggers.console import plain
@@ -37,7 +37,6 @@ _MOST_CLASSES = 40  # that are told a line each
 class _PictureReport(EvaluationReport):
     """TEST.PREDICTIONS is a ZIP file with a PNG an image, named as it is, TEST.PER_CLASS a table."""
 
-    metrics: Sequence[Metric]
     head: str  # above ``class_lines``
     loaders: Loaders
     evaluation: Any
@@ -69,8 +68,7 @@ class _PictureReport(EvaluationReport):
                     f"(the weakest of {len(rows)} classes; --per-class FILE.csv has them all)"]
         else:
             rows = [row for _, row in rows]
-        rest = [metric.shown(result.values[metric.name]) for metric in self.metrics if metric.label not in result.line]
-        return [*([self.head] if rows else []), *rows, " ".join(rest), *(f"raw {other.line}" for other in raw), result.line]
+        return [*([self.head] if rows else []), *rows, *self.other_lines(), *(f"raw {other.line}" for other in raw), result.line]
 
     def write(self) -> list[str]:
         lines, test = [], self.config.TEST
@@ -106,6 +104,10 @@ class _PictureReport(EvaluationReport):
         """(the figure by which classes are ordered, the line) of each class."""
         raise NotImplementedError
 
+    def other_lines(self) -> list[str]:
+        """Figures over all classes that the last line leaves out."""
+        raise NotImplementedError
+
     def class_table(self) -> str:
         """The CSV table."""
         raise NotImplementedError
@@ -114,7 +116,7 @@ class _PictureReport(EvaluationReport):
 class MapReport(_PictureReport):
     """The PNGs have a palette, and each pixel the value that the data's own masks have for its class."""
 
-    metrics, head = MAP_METRICS, "   IoU  accuracy        pixels  class"
+    head = "   IoU  accuracy        pixels  class"
     evaluation: MapEvaluation
 
     def picture(self, output: Tensor) -> bytes:
@@ -128,6 +130,9 @@ class MapReport(_PictureReport):
         for name, iou, accuracy, pixels in rows:
             yield iou, f"{_percent(iou)}    {_percent(accuracy)}  {pixels:>12,}  {name}"
 
+    def other_lines(self) -> list[str]:
+        return [metric.shown(self.evaluation.values[metric.name]) for metric in MAP_METRICS if metric.label not in self.evaluation.line]
+
     def class_table(self) -> str:
         return MapFigures(self.evaluation.counts).csv(self.loaders.classes)
 
@@ -135,7 +140,7 @@ class MapReport(_PictureReport):
 class PanopticReport(_PictureReport):
     """The archive is as COCO has panoptic results: ``panoptic.json`` and PNGs whose pixels are numbers of segments, R + 256 G + 65536 B."""
 
-    metrics, head = PANOPTIC_METRICS, "    PQ      SQ      RQ  class"
+    head = "    PQ      SQ      RQ  class"
     evaluation: PanopticEvaluation
 
     def picture(self, output: Panoptic) -> tuple[bytes, list[int]]:
@@ -155,6 +160,11 @@ class PanopticReport(_PictureReport):
     def class_lines(self) -> Iterator[tuple[float, str]]:
         for name, (pq, sq, rq) in zip(map(plain, self.loaders.classes), class_quality(self.evaluation.sums), strict=True):
             yield pq, f"{_percent(pq)}  {_percent(sq)}  {_percent(rq)}  {name}"
+
+    def other_lines(self) -> list[str]:
+        values = self.evaluation.values
+        return ["  ".join(_percent(values[f"{figure}_{group}"] / 100) for figure in ("pq", "sq", "rq")) + f"  all {group}"
+                for group in ("things", "stuff")]
 
     def class_table(self) -> str:
         text = io.StringIO()
