@@ -291,10 +291,10 @@ def between(low: float, high: float) -> Rule:
     return Rule(lambda number: low <= number <= high, f"it must {least}, and at most {high:,}")
 
 
-def each(low: float, high: float) -> Rule:
-    """Of a number a stage."""
+def each(low: float, high: float, words: str = "a number a stage") -> Rule:
+    """Of a number a stage, or what else ``words`` say."""
     return Rule(lambda numbers: 1 <= len(numbers) <= MOST_STAGES and all(low <= number <= high for number in numbers),
-                f"it takes a number a stage (1 to {MOST_STAGES} of them), each between {low:,} and {high:,}")
+                f"it takes {words} (1 to {MOST_STAGES} of them), each between {low:,} and {high:,}")
 
 
 def one_or_each(low: float, high: float) -> Rule:
@@ -646,7 +646,7 @@ KEYS: tuple[Key, ...] = (
         Rule(lambda share: 0 < share < 1, "it must lie between 0 and 1")),
     Key("DATA.DENSE.SHORT_SIDE", [800], _ints,
         "dense tasks: sides in pixels that the shorter side of an image is resized to; several: one of them at random in training, the "
-        "largest in evaluation", each(8, LARGEST_SIDE)),
+        "largest in evaluation", each(8, LARGEST_SIDE, "sides in pixels")),
     Key("DATA.DENSE.LONG_SIDE", 1333, _int, "dense tasks: the longer side is at most this, the shorter one following",
         between(8, LARGEST_SIDE)),
     Key("DATA.DENSE.SCALE", [1.0, 1.0], _floats,
@@ -661,7 +661,7 @@ KEYS: tuple[Key, ...] = (
         "dense tasks, training: half of the images are resized, cropped and resized again, as DETR's and Swin's detectors have it"),
     Key("DATA.DENSE.PHOTOMETRIC", False, _bool, "dense tasks, training: brightness, contrast, saturation and hue at random (SSD's)"),
     Key("DATA.DENSE.COPY_PASTE", 0.0, _float,
-        "instance and mask, training: probability that objects of another image are pasted in (simple copy-paste)", PROBABILITY),
+        "objects with masks, training: probability that objects of another image are pasted in (simple copy-paste)", PROBABILITY),
     Key("DATA.DENSE.EMPTY", False, _bool, "dense tasks: train on images without an object too"),
     Key("DATA.DENSE.ASPECT_GROUPS", True, _bool, "detection and instance: wide and tall images in batches of their own, which pads less"),
     Key("DATA.DENSE.REDUCE_ZERO_LABEL", None, _optional(_bool),

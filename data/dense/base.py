@@ -96,6 +96,11 @@ class DenseSource(Source):
         """
         raise NotImplementedError
 
+    def shown(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """(image, class) of whatever the images show, (n,) int64 each, images rising; without crowds. None where files would have to be
+        read."""
+        return None
+
     def index_map(self, index: int) -> np.ndarray:
         """The class of each pixel (H, W) uint8, ``IGNORED`` where none; of objects, the smaller ones lie on top.
 

@@ -15,7 +15,6 @@ from yacs.config import CfgNode
 from config import ConfigError
 from data.dense import canvases, coco, map_layouts, maps, panoptic, voc, yolo
 from data.dense.base import DenseOptions, DenseSource
-from data.dense.objects import ObjectSource
 from data.dense.painting import WithBackground
 from data.dense.view import DenseView
 from data.errors import DataError
@@ -126,6 +125,8 @@ def _what_lies_there(root: str) -> str:
     """What was found instead, for a message."""
     if os.path.isfile(root):
         return "this is a file of another kind"
+    if other := next((layout for layout in LAYOUTS if layout.splits(root)), None):
+        return f"there are data in the layout {other.name}, which are found without --data-set"
     entries = visible_entries(root)
     if not entries:
         return "the folder is empty"
@@ -197,7 +198,8 @@ def match_dense(source: DenseSource, classes: Sequence[str] | None) -> DenseSour
     absent = [name for name in classes if name not in set(source.classes)]
     notices = [*source.notices]
     if absent:
-        notices.append(Caution(f"{source.root}: {len(absent)} classes are not among its own ({first_few(absent)})", "missing-classes"))
+        notices.append(Caution(f"{source.root}: {len(absent)} of the {len(classes)} classes are not among its own ({first_few(absent)})",
+                               "missing-classes"))
     return _with_table(source, list(classes), table, notices)
 
 
@@ -239,17 +241,21 @@ def object_counts(source: Source) -> np.ndarray | None:
 
 
 def flat_objects(source: Source) -> tuple[np.ndarray, np.ndarray] | None:
-    """(image, class) of all objects of a source, without crowds, (objects,) int64 each; None where files would have to be read."""
-    indices, table = np.arange(len(source)), np.arange(len(source.classes))
-    while type(source) is DenseView:
-        indices = source.indices[indices]
-        if source.table is not None:
-            table = np.where(source.table >= 0, np.append(table, -1)[source.table], -1)
-        source = source.source
-    if not isinstance(source, ObjectSource):
+    """(image, class) of all objects of a source, or of the classes of its maps, (objects,) int64 each, images rising; without crowds. None
+    where files would have to be read."""
+    if not isinstance(source, DenseView):
+        return source.shown() if isinstance(source, DenseSource) else None
+    if (found := flat_objects(source.source)) is None:
         return None
-    own = [np.arange(source.bounds[i], source.bounds[i + 1]) for i in indices.tolist()] or [np.zeros(0, dtype=np.int64)]
-    images, objects = np.repeat(np.arange(len(indices)), [len(part) for part in own]), np.concatenate(own)
-    labels = table[source.label_of[objects]]
-    keep = ~source.crowd[objects] & (labels >= 0)
+    bounds = np.searchsorted(found[0], np.arange(len(source.source) + 1))
+    own = [np.arange(bounds[i], bounds[i + 1]) for i in source.indices.tolist()] or [np.zeros(0, dtype=np.int64)]
+    images, labels = np.repeat(np.arange(len(own)), [len(part) for part in own]), found[1][np.concatenate(own)]
+    if source.table is not None:
+        labels = source.table[labels]
+    if isinstance(source, WithBackground):  # which all but a few images show
+        every = np.arange(len(source))
+        order = np.argsort(np.concatenate([images, every]), kind="stable")
+        images = np.concatenate([images, every])[order]
+        labels = np.concatenate([labels + 1, np.zeros_like(every)])[order]
+    keep = labels >= 0
     return images[keep], labels[keep]

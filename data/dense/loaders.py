@@ -109,6 +109,8 @@ class _Training:
 
     def __init__(self, config: CfgNode, source: DenseSource, stride: int):
         self.config, self.source, self.stride, self.transform = config, source, stride, TrainTransform(config)
+        if config.DATA.DENSE.COPY_PASTE and config.TASK == "semantic":
+            raise ConfigError("DATA.DENSE.COPY_PASTE pastes objects, and TASK semantic trains on maps of classes; set it to 0")
         if config.DATA.DENSE.COPY_PASTE and not (source.has_masks and any(source.things)):
             raise ConfigError(f"DATA.DENSE.COPY_PASTE needs objects with masks, which {source.root} does not have; set it to 0")
         if config.DATA.REPEATED_AUG > 1:

@@ -6,7 +6,7 @@ What the masks hold is found once, over all of them: values that no class has en
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -38,19 +38,22 @@ class MapFolder(ImageFolder, DenseSource):
         pairs: (image, mask) paths below ``root``.
         legend: what the values of the masks stand for.
         sizes: (images, 2) int32: height and width.
+        values: of each mask, which values it has.
     """
 
     kind = "maps"
     has_masks = True
 
-    def __init__(self, root: str, pairs: Sequence[tuple[str, str]], legend: Legend, sizes: np.ndarray, faults: Sequence[Fault],
-                 notices: Sequence[str]):
+    def __init__(self, root: str, pairs: Sequence[tuple[str, str]], legend: Legend, sizes: np.ndarray,
+                 values: Sequence[Collection[int]], faults: Sequence[Fault], notices: Sequence[str]):
         targets = np.zeros(len(pairs), dtype=np.int64)
         below = [[os.path.relpath(path, root) for path in paths] for paths in zip(*pairs, strict=True)]
         super().__init__(root, list(legend.names), PackedNames.of(below[0]), targets, notices)
         self.masks = ImageFolder(root, self.classes, PackedNames.of(below[1]), targets)
         self.legend, self.table, self.sizes, self.faults = legend, legend.table(), sizes, list(faults)
         self.image_ids = np.arange(1, len(pairs) + 1)
+        of_values = [np.setdiff1d(self.table[sorted(there)], [IGNORED]) for there in values]
+        self.there = np.repeat(np.arange(len(pairs)), [len(part) for part in of_values]), np.concatenate(of_values).astype(np.int64)
         self.category_ids, self.things = list(legend.values), list(legend.things or [True] * len(legend.names))
 
     def configure(self, reading: Reading, patience: float) -> None:
@@ -71,6 +74,9 @@ class MapFolder(ImageFolder, DenseSource):
         if values.shape != tuple(self.sizes[index].tolist()):
             raise UnreadableImage.of(name, f"{_size(values.shape)} pixels, its image {_size(self.sizes[index])}")
         return self.table[values]
+
+    def shown(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.there
 
     def objects(self, index: int) -> Objects:
         return objects_of_map(self.index_map(index))
@@ -113,7 +119,8 @@ def open_maps(root: str, split: str, options: DenseOptions) -> MapFolder:
     for i in usable:
         _check_values(pairs, pairs.files[i][1], looks[i].values, legend)
     sizes = np.array([looks[i].size for i in usable], dtype=np.int32)
-    return MapFolder(root, [pairs.files[i] for i in usable], legend, sizes, book.faults, notices)
+    return MapFolder(root, [pairs.files[i] for i in usable], legend, sizes, [looks[i].values for i in usable], book.faults,
+                     notices)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -205,6 +205,10 @@ class ObjectSource(ImageFolder, DenseSource):
         areas[untold] = (boxes[untold, 2:] - boxes[untold, :2]).prod(axis=1) if masks is None else areas[untold]
         return Objects(boxes, self.label_of[part].astype(np.int64), self.crowd[part].copy(), areas, self.ids[part].copy(), masks)
 
+    def shown(self) -> tuple[np.ndarray, np.ndarray]:
+        images = np.repeat(np.arange(len(self)), np.diff(self.bounds))
+        return images[~self.crowd], self.label_of[~self.crowd].astype(np.int64)
+
     def index_map(self, index: int) -> np.ndarray:
         if self.shapes is None or len(self.classes) > IGNORED:
             raise DataError(f"{self.root}: makes no map of classes; that needs masks, of at most {IGNORED} classes")

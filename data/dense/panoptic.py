@@ -166,6 +166,10 @@ class PanopticFolder(ImageFolder, DenseSource):
         found.areas = np.where(np.isnan(told), found.areas, told).astype(np.float32)
         return found
 
+    def shown(self) -> tuple[np.ndarray, np.ndarray]:
+        images = np.repeat(np.arange(len(self)), np.diff(self.bounds))
+        return images[~self.crowd], self.label_of[~self.crowd].astype(np.int64)
+
     def index_map(self, index: int) -> np.ndarray:
         if len(self.classes) > IGNORED:
             raise DataError(f"{self.root}: has {len(self.classes)} classes, and a map of classes at most {IGNORED}")

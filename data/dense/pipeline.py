@@ -75,6 +75,7 @@ class TrainDensePipeline(DensePipeline):
     def __init__(self, config: CfgNode, shape: tuple[int, ...], transform: TrainTransform):
         super().__init__(config, shape, config.DATA.DECODER == "pillow")
         self.transform = transform
+        self.masks = self.task != "detection" or config.DATA.DENSE.COPY_PASTE > 0  # what is pasted is cut out by its mask
 
     def placed(self, source: DenseSource, index: int) -> Sample:
         """Image ``index`` and what it shows, resized, cropped and flipped."""
@@ -83,7 +84,7 @@ class TrainDensePipeline(DensePipeline):
         if self.task == "semantic" or source.kind == "maps":
             sample["map"] = _map(source, index, size)
         else:
-            sample |= _shown(source.objects(index), size, source.path(index), masks=self.task != "detection")
+            sample |= _shown(source.objects(index), size, source.path(index), masks=self.masks)
         sample = self.transform.place(sample)
         return sample if self.task == "semantic" or source.kind != "maps" else _segments(sample)
 
@@ -91,7 +92,8 @@ class TrainDensePipeline(DensePipeline):
         """What is packed of a placed sample."""
         plain = {name: value.as_subclass(Tensor) for name, value in self.transform.finish(sample).items() if isinstance(value, Tensor)}
         return Prepared(plain["image"], tuple(source.sizes[index].tolist()), index, plain.get("boxes", torch.zeros(0, 4)),
-                        plain.get("labels", torch.zeros(0, dtype=torch.int64)), plain.get("masks"), plain.get("map"))
+                        plain.get("labels", torch.zeros(0, dtype=torch.int64)), None if self.task == "detection" else plain.get("masks"),
+                        plain.get("map"))
 
     def pasted(self, sample: Sample, other: Sample, source: DenseSource) -> Sample:
         """``sample`` with some of the countable things of ``other``; both placed."""

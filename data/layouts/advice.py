@@ -11,6 +11,7 @@ from data.layouts.options import SPLIT_NAMES, Options, find_entry, names_of, spl
 from data.sources.folder import EXPECTED, visible_entries
 from data.sources.packed_names import is_image
 
+_PANOPTIC = re.compile(r"(\w+_)?panoptic_\w+\.json")
 _INSTANCES = re.compile(r"instances_\w+\.json|_annotations\.coco\.json")
 _SPLIT_FOLDERS = {name for names in SPLIT_NAMES.values() for name in names}
 
@@ -67,6 +68,9 @@ def dense_hint(root: str) -> str:
         return [e.name.lower() for e in visible_entries(there[name].path)[:1000]] if name in there and there[name].is_dir() else []
 
     splits = [name for name in there if name in (*names_of("train"), *names_of("val"))]
+    if any(_PANOPTIC.fullmatch(name) for folder in (there, inside("annotations")) for name in folder) and not any(
+            name.startswith("instances_") for name in inside("annotations")):
+        return "holds panoptic segments in COCO's format, which TASK mask reads (semantic: classes of pixels); give --opts TASK mask"
     if any(_INSTANCES.fullmatch(name) for folder in ("annotations", *splits) for name in inside(folder)):
         return "holds boxes in COCO's format, which TASK detection reads (instance: their masks too); give --opts TASK detection"
     years = [inside(name) for name in there if re.fullmatch(r"voc\d{4}|vocdevkit", name)]

@@ -90,7 +90,7 @@ def test_resumed_at_any_step_the_run_ends_in_the_same_bits(trained: Path, head: 
 def test_images_are_predicted_and_drawn(head: str, trained: Path, canvases: Path, program) -> None:
     images = sorted((canvases / "images/val").iterdir())[:3]
     done = program("--predict", *images, "--resume", trained / "best.pth", "--score", 0, "--sheet", "found.png", "--json", "found.jsonl",
-                   "--csv", "found.csv", "--pictures", "drawn", "--masks", "masks",
+                   "--csv", "found.csv", "--pictures", "drawn", *(("--masks", "masks") if head != "retinanet" else ()),
                    *(("--coco", "coco.json") if head != "semantic_fpn" else ()))
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (program.folder / "found.jsonl").read_text().splitlines()]
@@ -113,6 +113,16 @@ def test_images_are_predicted_and_drawn(head: str, trained: Path, canvases: Path
     if head != "semantic_fpn":
         coco = json.loads((program.folder / "coco.json").read_text())
         assert len(coco["images"]) == 3 and len(coco["annotations"]) == sum(len(record["objects"]) for record in records)
+
+
+def test_masks_of_images_without_an_object_are_black_and_boxes_have_none(head: str, trained: Path, canvases: Path, program) -> None:
+    image = canvases / "images/val/0000.png"
+    done = program("--predict", image, "--resume", trained / "best.pth", "--score", 1, "--masks", "masks")
+    if head == "retinanet":
+        assert done.returncode == 2 and "PREDICT.MASKS" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert head != "mask_rcnn" or Image.open(program.folder / "masks/0000.png").convert("L").getextrema() == (0, 0)
 
 
 def test_the_first_batch_is_shown(head: str, canvases: Path, program) -> None:
@@ -202,3 +212,11 @@ def test_images_are_padded_to_the_stride_of_the_model(canvases: Path) -> None:
 def test_a_folder_of_classes_is_no_data_of_objects(trained: Path, images: Path, program) -> None:
     done = program("--eval", "--resume", trained / "best.pth", "--data-path", images)
     assert done.returncode == 3 and done.stderr.count("\n") == 1 and str(images) in done.stderr, done.stderr
+
+
+def test_upernet_is_planned_with_the_images_that_its_batch_norm_needs(canvases: Path, tmp_path: Path, program) -> None:
+    pytest.importorskip("transformers")
+    path = recipe(tmp_path, canvases, "semantic_fpn")
+    words = ["--cfg", str(path), "--output", str(tmp_path), "--opts", "MODEL.DENSE.HEAD", "upernet"]
+    assert program(*words, "--plan").returncode == 0
+    assert program(*words, "DATA.BATCH_SIZE", "1").returncode == 2 and not (tmp_path / "tiny").exists()

@@ -125,7 +125,8 @@ def _require_memory(ready: Prepared) -> None:
     most = memory.available(ready.device, config.PLAN.MEMORY)
     sizes = [config.DATA.BATCH_SIZE]
     if ready.device.type == "cpu":  # a process that takes too much is killed: small ones foretell what the whole takes
-        sizes = sorted({max(1, config.DATA.BATCH_SIZE // 8), max(1, config.DATA.BATCH_SIZE // 4), config.DATA.BATCH_SIZE})
+        least, whole = min(ready.plan.task.least_images(config), config.DATA.BATCH_SIZE), config.DATA.BATCH_SIZE
+        sizes = sorted({max(least, whole // 8), max(least, whole // 4), whole})
     peak: int | None = 0
     measured: dict[int, int] = {}
     for micro in sizes:

@@ -159,6 +159,10 @@ class Task(Protocol):
         """A step's batch as micro-batches; the same number of them on every rank."""
         return list(zip(*(part.tensor_split(parts) for part in batch), strict=True))
 
+    def least_images(self, config: CfgNode) -> int:
+        """The fewest images that a micro-batch of training can have."""
+        return 1
+
     def images(self, batch: Batch) -> Tensor:
         """The images (B, 3, H, W) of a batch."""
         return batch[0]

@@ -39,8 +39,15 @@ class Semantic(DenseTask):
         if len(loaders.classes) < 2:
             raise ConfigError(f"{config.DATA.DATA_PATH}: has one class ({', '.join(loaders.classes)}), and TASK semantic tells classes of "
                               "pixels apart; give the background a value of its own in the masks")
+        if loaders.train is not None and self.least_images(config) > config.DATA.BATCH_SIZE:
+            raise ConfigError(f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} is too small for UPerNet's batch norm; raise it to 2 or more, or "
+                              "give --opts MODEL.DENSE.HEAD semantic_fpn")
         self.classes = loaders.classes
         return loaders
+
+    def least_images(self, config: CfgNode) -> int:
+        """UPerNet pools a map to one pixel, and batch norm there needs another image."""
+        return 1 if config.MODEL.DENSE.HEAD == "semantic_fpn" or config.TRAIN.SYNC_BN else 2
 
     def training_targets(self, batch: DenseBatch) -> list[dict[str, Tensor]]:
         return [{"map": one} for one in batch.maps]

@@ -71,16 +71,20 @@ def largest_micro_batch(config: CfgNode, task: Task, local: int, num_classes: in
         num_classes: classes of the data.
 
     Raises:
-        DoesNotFit: a micro-batch of one image does not fit.
+        DoesNotFit: the smallest micro-batch does not fit.
     """
-    sizes = divisors(local)
+    least = task.least_images(config)
+    sizes = [size for size in divisors(local) if size >= least]
+    if not sizes:
+        raise ConfigError(f"a process has {local} image a step, and TASK {config.TASK} trains on {least} or more; start fewer processes")
     most = int(memory.HEADROOM * memory.available(device, config.PLAN.MEMORY)) - _of_loading(config, task, local, device)
     with memory.limited_to(device, config.PLAN.MEMORY):
         found, measured = _try_sizes(Trial(config, task, local, num_classes, device), sizes, most)
     memory.reset_peak(device)  # gives back what the trial had
     found = min(distributed.gather_objects(found))
     if not found:
-        raise DoesNotFit(f"a micro-batch of one image does not fit into {format_size(max(0, most))}; add --use-checkpoint, or take a "
+        raise DoesNotFit(f"a micro-batch of {'one image' if sizes[0] == 1 else f'{sizes[0]} images'} does not fit into "
+                         f"{format_size(max(0, most))}; add --use-checkpoint, or take a "
                          "smaller model or --img-size")
     peak, beyond = measured.get(found), next((n for n in sizes if n > found), None)
     return found, (f"{format_size(peak)} of " if peak else "") + format_size(most) + " are taken at the peak" + (

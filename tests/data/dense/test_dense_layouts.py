@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_images
+from miniatures import coco_panoptic, voc_segmentation
 from PIL import Image
 from test_coco import SOUND, annotated, opened, write_coco
 from test_voc import item, write_pair
@@ -15,6 +16,7 @@ from test_yolo import BOX, write_yolo
 
 import main
 from config import get_config
+from data.dense.doctor import open_dense_survey
 from data.errors import DataError
 from data.layouts.detect import detect_layout
 from data.layouts.options import Options
@@ -37,7 +39,8 @@ def _maps(root: Path) -> None:
 
 
 @pytest.mark.parametrize(("make", "task"), [(lambda root: write_coco(root, SOUND), "detection"), (_yolo, "detection"), (_voc, "detection"),
-                                            (lambda root: write_coco(root, SOUND, layout="roboflow"), "detection"), (_maps, "semantic")])
+                                            (lambda root: write_coco(root, SOUND, layout="roboflow"), "detection"), (_maps, "semantic"),
+                                            (coco_panoptic, "mask")])
 @pytest.mark.parametrize("alone", [False, True])
 def test_classification_names_the_task_that_the_data_are_for(tmp_path: Path, make: Callable[[Path], None], task: str, alone: bool) -> None:
     make(tmp_path)
@@ -56,6 +59,8 @@ def test_other_data_are_named(tmp_path: Path) -> None:
     assert len(opened(tmp_path / "boxes", task="detection")["train"]) == 1
     with pytest.raises(DataError, match="TASK detection"):
         opened(tmp_path / "boxes", task="instance")
+    with pytest.raises(DataError, match="layout coco"):
+        opened(tmp_path / "boxes", "DATA.DATASET", "yolo", task="detection")
     for path in ("", str(tmp_path / "gone")):
         with pytest.raises((DataError, SystemExit, Exception), match=r"data-path|DATA_PATH"):
             opened(path, task="detection")
@@ -90,3 +95,15 @@ def test_doctor_tells_faults(tmp_path: Path) -> None:
     assert main.main(["--doctor", "--doctor-json", str(out), "--opts", *words]) == 3
     (tmp_path / "annotations" / "instances_train2017.json").write_text("{")
     assert main.main(["--doctor", "--doctor-json", str(out), "--opts", *words]) == 3
+
+
+@pytest.mark.parametrize(("make", "task", "counts"), [
+    (voc_segmentation, "semantic", {"background": 2, "aeroplane": 1, "tvmonitor": 1, "person": 0}),
+    (coco_panoptic, "mask", {"person": 1, "car": 1, "tree-merged": 1}),
+    (lambda root: write_coco(root, SOUND), "semantic", {"background": 3, "car": 2, "hund ü": 1, "toothbrush": 0})])
+def test_doctor_counts_the_classes_that_masks_show(tmp_path: Path, make: Callable[[Path], object], task: str,
+                                                   counts: dict[str, int]) -> None:
+    make(tmp_path)
+    survey = open_dense_survey(get_config(None, ["DATA.DATA_PATH", str(tmp_path), "TASK", task]))
+    found = dict(zip(survey.classes, survey.counts("train").tolist(), strict=True))
+    assert {name: found[name] for name in counts} == counts

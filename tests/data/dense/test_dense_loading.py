@@ -186,6 +186,15 @@ def test_copy_paste_needs_masks(tmp_path: Path) -> None:
         loaders_of("detection", source, None, "DATA.DENSE.COPY_PASTE", 0.5)
 
 
+def test_detection_pastes_objects_by_their_masks_and_keeps_boxes_alone(source: Rectangles, maps: Rectangles) -> None:
+    plain, pasted = (batches(source, "DATA.DENSE.COPY_PASTE", chance, task="detection") for chance in (0.0, 1.0))
+    assert sum(len(found["boxes"]) for batch in pasted for found in batch.objects()) > sum(
+        len(found["boxes"]) for batch in plain for found in batch.objects())
+    assert all(set(found) == {"boxes", "labels"} for batch in pasted for found in batch.objects())
+    with pytest.raises(ConfigError, match="COPY_PASTE"):
+        batches(maps, "DATA.DENSE.COPY_PASTE", 1.0, task="semantic")
+
+
 def test_sizes_beyond_all_memory_are_one_sentence(source: Rectangles) -> None:
     with pytest.raises(ConfigError, match=r"SCALE make images of .* million pixels"):
         loaders_of("detection", source, None, "DATA.DENSE.SCALE", "[1, 100]", "DATA.DENSE.SHORT_SIDE", "[4096]", "DATA.DENSE.CROP", 32,
