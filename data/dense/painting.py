@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from data.dense.base import IGNORED, DenseSource, Objects
-from data.dense.shapes import mask_library
+from data.dense.shapes import decode_mask, mask_library
 from data.dense.view import DenseView
 
 BACKGROUND = "background"
@@ -27,8 +27,7 @@ def painted(objects: Objects, height: int, width: int, background: int = IGNORED
         raise ValueError("objects without masks")
     classes = np.full((height, width), background, dtype=np.uint8)
     for index in sorted(range(len(objects)), key=lambda i: (not objects.crowd[i], -objects.areas[i])):
-        mask = mask_library().decode(dict(objects.masks[index])).astype(bool)
-        classes[mask] = IGNORED if objects.crowd[index] else objects.labels[index]
+        classes[decode_mask(objects.masks[index])] = IGNORED if objects.crowd[index] else objects.labels[index]
     return classes
 
 
@@ -63,7 +62,8 @@ class WithBackground(DenseView):
     def __init__(self, source: DenseSource):
         super().__init__(source, np.arange(len(source)), source.targets, source.notices)
         self.kind, self.classes = "maps", [BACKGROUND if BACKGROUND not in source.classes else f"no {BACKGROUND}", *source.classes]
-        self.category_ids, self.things = [0, *source.category_ids], [False, *source.things]
+        taken = int(0 in source.category_ids)  # as YOLO's, which count from 0
+        self.category_ids, self.things = [0, *(number + taken for number in source.category_ids)], [False, *source.things]
 
     def index_map(self, index: int) -> np.ndarray:
         found = self.source.objects(index)

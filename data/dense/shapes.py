@@ -12,7 +12,6 @@ from config import ConfigError
 
 _STEP = 1 << 20  # coordinates that are looked at together
 _FAR = 2  # an outline that lies further outside than this many sides of its image is none
-_NEEDS = "masks need pycocotools; install it with pip install -r requirements-extras.txt"
 
 
 def mask_library() -> Any:
@@ -24,8 +23,14 @@ def mask_library() -> Any:
     try:
         from pycocotools import mask
     except ImportError:
-        raise ConfigError(_NEEDS) from None
+        raise ConfigError("masks and COCO's figures need pycocotools, which is not installed; pip install -r requirements-extras.txt"
+                          ) from None
     return mask
+
+
+def decode_mask(mask: Mapping[str, Any]) -> np.ndarray:
+    """(H, W) bool of run lengths as pycocotools has them; raises as ``mask_library``."""
+    return mask_library().decode(dict(mask)).astype(bool)
 
 
 class ShapeList:

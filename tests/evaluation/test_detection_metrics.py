@@ -170,6 +170,6 @@ def test_nothing_found_is_zero_with_a_caution_and_no_image_is_no_figure(source: 
 
 
 def test_without_pycocotools_a_sentence_names_it(source: Annotated, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(ConfigError, match="requirements-extras.txt"):
         DetectionEvaluator(source, ("box",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from config import ConfigError
 from data.dense.base import DenseSource
+from data.dense.shapes import mask_library
 from utils.evaluation.dense_predictions_file import SIZES, SURE, Curves
 from utils.evaluation.metrics import Evaluation, Metric, line
 from utils.inference.found import Found
@@ -87,6 +88,8 @@ def evaluate_found(found: Mapping[int, Found], source: DenseSource, kinds: Seque
     if found and not any(map(len, found.values())):
         caution = ("nothing was found in any image with a score of MODEL.DENSE.MIN_SCORE or more; where that stays so, train longer or "
                    "with another --lr")
+    elif found and all(map(math.isnan, values.values())):
+        caution = "no image shows an object that counts (crowds do not), so there is nothing to measure"
     return DetectionEvaluation(values, len(found), line(told, values, f"({len(found)} images)"), caution, found, curves)
 
 
@@ -129,16 +132,10 @@ def _rows(found: Found, image_id: int, category_ids: Sequence[int], kinds: Seque
 # --------------------------------------------------------------------------------------------------
 
 def coco_library() -> tuple[Any, Any]:
-    """(``COCO``, ``COCOeval``) of pycocotools.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError:
-        raise ConfigError("COCO's figures need pycocotools, which is not installed: pip install -r requirements-extras.txt") from None
+    """(``COCO``, ``COCOeval``) of pycocotools; raises as ``mask_library``."""
+    mask_library()
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
     return COCO, COCOeval
 
 

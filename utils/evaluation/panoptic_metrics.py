@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from data.dense.base import DenseSource, Objects
-from data.dense.shapes import mask_library
+from data.dense.shapes import decode_mask, mask_library
 from utils.evaluation.dense_figures import class_quality
 from utils.evaluation.metrics import Evaluation, Metric, line
 from utils.inference.found import Panoptic
@@ -114,7 +114,7 @@ def _numbered(truth: Objects, size: Sequence[int]) -> np.ndarray:
     """(H, W) int32: of each pixel the number of its true segment from 1, 0 where there is none."""
     numbers = np.zeros(tuple(size), dtype=np.int32)
     for i, mask in enumerate(truth.masks or ()):
-        numbers[mask_library().decode(dict(mask)).astype(bool)] = i + 1
+        numbers[decode_mask(mask)] = i + 1
     return numbers
 
 

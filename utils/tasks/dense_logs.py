@@ -20,6 +20,7 @@ from torch import Tensor
 from data import DataError, Loaders
 from data.dense.base import DenseSource, Objects
 from data.dense.batch import DenseBatch
+from data.dense.shapes import decode_mask
 from utils.evaluation.dense_figures import MapFigures
 from utils.evaluation.dense_predictions_file import MOST_PICTURES, SURE, DenseFile, DetectionsFile, MapsFile, PanopticFile, f1
 from utils.evaluation.detection_metrics import DetectionEvaluator
@@ -31,7 +32,7 @@ from utils.runtime import distributed
 from utils.tasks.base import PredictionLog
 from utils.tasks.dense_predictions import segments_as_objects
 from utils.visualization.drawing import magnification
-from utils.visualization.overlays import decode_mask, draw_map, draw_objects
+from utils.visualization.overlays import draw_map, draw_objects
 
 _SIDE = 320  # pixels of the longer side of a picture's halves
 

@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from data.dense.base import IGNORED
+from data.dense.shapes import decode_mask
 from utils.inference.found import Found, Panoptic, boxes_of, encode
 from utils.inference.outputs import rounded
 from utils.loggers.console import plain
-from utils.visualization.overlays import decode_mask, draw_map, draw_objects
+from utils.visualization.overlays import draw_map, draw_objects
 
 _SHOWN = 5  # in the line of an image
 _SMALL = 250  # pixels: scores would cover what they are about
@@ -27,14 +28,14 @@ class FoundObjects:
     Args:
         classes: names, in the order of the labels.
         least: objects of a lower score are not told.
-        masks: whether objects have masks.
+        masks: whether they have some.
     """
 
     columns = ("objects", "found")
 
     def __init__(self, classes: Sequence[str], least: float, masks: bool = True):
         self.classes, self.least = classes, least
-        self.gives = ("PREDICT.COCO", "PREDICT.PICTURES", *["PREDICT.MASKS"] * masks)
+        self.gives = ("PREDICT.COCO", "PREDICT.PICTURES", *(["PREDICT.MASKS"] if masks else []))
 
     def tell(self, outputs: Sequence[Found]) -> list[dict[str, Any]]:
         return [self._of_image(found.above(self.least)) for found in outputs]
@@ -100,10 +101,11 @@ class FoundSegments:
         classes: names, in the order of the labels.
     """
 
-    columns, gives = FoundObjects.columns, FoundObjects.gives
+    columns = FoundObjects.columns
 
     def __init__(self, classes: Sequence[str]):
         self.objects = FoundObjects(classes, 0.0)
+        self.gives = self.objects.gives
 
     def tell(self, outputs: Sequence[Panoptic]) -> list[dict[str, Any]]:
         return self.objects.tell([segments_as_objects(one) for one in outputs])

@@ -62,7 +62,7 @@ class Detection(DenseTask):
         return model
 
     def prediction_format(self, config: CfgNode, trained: Trained) -> FoundObjects:
-        return FoundObjects(trained.classes, config.PREDICT.SCORE, masks=self.name != "detection")
+        return FoundObjects(trained.classes, config.PREDICT.SCORE, masks="mask" in self.kinds)
 
 
 class Instance(Detection):

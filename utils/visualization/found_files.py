@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from config import ConfigError
+from data.dense.shapes import decode_mask
 from data.errors import UnreadableImage
 from data.layouts.input_paths import InputImages
+from utils.inference.found import Found
 from utils.inference.outputs import Prediction
 from utils.runtime.files import write_atomically
 from utils.visualization.drawing import save
-from utils.visualization.overlays import decode_mask, palette
+from utils.visualization.overlays import palette
 
 _SMALL = 480  # pixels: pictures of a longer side below are enlarged by a whole number, so that words can be read on them
 
@@ -74,21 +76,17 @@ class Masks:
     def add(self, prediction: Prediction) -> None:
         if prediction.fault:
             return
-        numbers = prediction.found if isinstance(prediction.found, np.ndarray) else _numbered(prediction.found.masks or ())
-        if numbers is None:
-            return
+        numbers = prediction.found if isinstance(prediction.found, np.ndarray) else _numbered(prediction.found)
         image = Image.fromarray(numbers)
         if numbers.dtype == np.uint8:
             image.putpalette(palette() if isinstance(prediction.found, np.ndarray) else [0, 0, 0, *palette()[:-3]])
         write_atomically(self.paths[prediction.number], lambda file: image.save(file, format="PNG"))
 
 
-def _numbered(masks: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
-    """(H, W) numbers of the objects; None where there is none to give the size."""
-    if not masks:
-        return None
-    numbers = np.zeros(tuple(masks[0]["size"]), dtype=np.uint8 if len(masks) < 256 else np.uint16)
-    for number, mask in reversed(list(enumerate(masks, 1))):
+def _numbered(found: Found) -> np.ndarray:
+    """(H, W) numbers of the objects."""
+    numbers = np.zeros(found.size, dtype=np.uint8 if len(found) < 256 else np.uint16)
+    for number, mask in reversed(list(enumerate(found.masks, 1))):
         numbers[decode_mask(mask)] = number
     return numbers
 

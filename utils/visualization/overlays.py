@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -74,12 +73,6 @@ def draw_map(picture: Image.Image, classes: np.ndarray, ignored: int = 255) -> I
     known = numbers != ignored
     pixels[known] += (_OPACITY + 0.15) * (colours[numbers[known]] - pixels[known])
     return Image.fromarray(pixels.round().astype(np.uint8))
-
-
-def decode_mask(mask: Mapping[str, Any]) -> np.ndarray:
-    """(H, W) bool of run lengths as pycocotools has them."""
-    from pycocotools import mask as coco
-    return coco.decode(dict(mask)).astype(bool)
 
 
 def _stretched(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -99,3 +99,12 @@ def test_unusable_data_yaml(tmp_path: Path, text: str) -> None:
     (tmp_path / "data.yaml").write_text(text)
     with pytest.raises(DataError, match=r"data\.yaml"):
         opened(tmp_path, splits=("train",))
+
+
+def test_as_maps_the_background_has_a_value_of_its_own(tmp_path: Path) -> None:
+    write_yolo(tmp_path, {"a.png": OUTLINE}, inside="images/{split}")
+    write_yolo(tmp_path, {"b.png": OUTLINE}, "val", inside="images/{split}")
+    (tmp_path / "data.yaml").write_text(f"path: {tmp_path}\ntrain: images/train\nval: images/val\nnames: [cat, dog]\n")
+    source = opened(tmp_path, task="semantic")["train"]
+    assert source.classes == ["background", "cat", "dog"] and source.category_ids == [0, 1, 2]
+    assert np.unique(source.index_map(0)).tolist() == [0, 1]
