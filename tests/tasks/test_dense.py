@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 from pathlib import Path
@@ -14,7 +15,7 @@ from conftest import differences, load, run_main, torchrun
 from faults import ends, start, wait_for
 from PIL import Image
 
-from config import get_config
+from config import ConfigError, get_config
 from data.dense.canvases import write_canvases
 from data.layouts.input_paths import find_input_images
 from utils.tasks.build import build_task
@@ -146,6 +147,14 @@ def test_a_run_is_told_and_drawn(head: str, trained: Path, canvases: Path, progr
                  ["--eval", "--resume", best, "--csv", "a.csv"], ["--predict", image, "--resume", best, "--features", "a.npy"]):
         done = program(*line)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, (line, done.stderr)
+
+
+def test_a_classifier_and_a_dense_model_are_not_compared(trained: Path) -> None:
+    from utils.commands.compare import compare_run
+    content, config = load(trained / "best.pth"), get_config(None, ["COMPARE.FILES", "['a.pth', 'b.pth']"])
+    with pytest.raises(ConfigError, match="b.pth was trained for TASK"):
+        compare_run(config, [(config, content | dict(config="TAG: a")), (config, content)], torch.device("cpu"),
+                    logging.getLogger("test"))
 
 
 def test_iterations_count(canvases: Path, program) -> None:
