@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from config import ConfigError, config_from_text, get_config
 from models.crossformer import CrossFormer
+from models.dense import DenseModel
+from models.pyramid import Pyramid
 from utils.checkpoints.state import TrainState
 from utils.commands.show_config import annotated
 from utils.optim import optimizer as optim
@@ -99,13 +101,12 @@ def test_groups_without_decay() -> None:
         optim.parameter_groups(get_config(None, ["TRAIN.NO_DECAY", "[no_such]"]), model)
 
 
-class Dense(nn.Module):
-    """As the models of dense tasks are made: a classifier without its head in ``backbone.model``, and what stands on it."""
+class Dense(DenseModel):
+    """A classifier without its head as the backbone, with norms of its own, and what stands on it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone, self.fpn = nn.Module(), nn.Linear(4, 4)
-        self.backbone.model, self.backbone.norms = CrossFormer(**{**TINY, "num_classes": 0}), nn.LayerNorm(4)
+        self.backbone, self.fpn = Pyramid(CrossFormer(**{**TINY, "num_classes": 0}), out_norm=True), nn.Linear(4, 4)
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.5])
@@ -117,7 +118,7 @@ def test_the_backbones_share_of_the_rate(decay: float) -> None:
     set_lr(optimizer, 2.0)
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     assert sorted(rates) == sorted(map(id, model.parameters()))
-    assert rates[id(model.fpn.weight)] == 2.0 and rates[id(model.backbone.norms.weight)] == pytest.approx(0.2)
+    assert rates[id(model.fpn.weight)] == 2.0 and rates[id(model.backbone.norms[0].weight)] == pytest.approx(0.2)
     inner = model.backbone.model
     first, last = inner.patch_embed.projs[0].weight, inner.layers[1].blocks[1].mlp.fc1.weight
     assert rates[id(last)] == pytest.approx(0.2 * decay)

@@ -17,6 +17,7 @@ from yacs.config import CfgNode
 
 from config import ConfigError
 from data.messages import Notice
+from models.dense import BACKBONE
 from models.weights import classifier_prefixes
 from utils.optim.freeze import matching_names
 
@@ -72,47 +73,26 @@ def parameter_groups(config: CfgNode, model: nn.Module) -> list[dict]:
         ConfigError: TRAIN.NO_DECAY fits no parameter, or TRAIN.BACKBONE_LR is set and the model has no part of that name.
     """
     train, backbone = config.TRAIN, getattr(model, "backbone", None)
-    common = dict(weight_decay=train.WEIGHT_DECAY, fallback_list=fallback_list(config, model),
-                  no_weight_decay_list=_without_decay(config, model))
-    if isinstance(backbone, nn.Module):
-        return _with_rates(timm.optim.param_groups_weight_decay(model, **common), _backbone_rates(config, backbone))
-    if train.BACKBONE_LR < 1:
+    if train.BACKBONE_LR < 1 and not isinstance(backbone, nn.Module):
         raise ConfigError(f"TRAIN.BACKBONE_LR is {train.BACKBONE_LR:g}, but {config.MODEL.NAME} has no part called backbone, as the models "
                           "of dense tasks have; leave it at 1 (TRAIN.LAYER_DECAY lowers the rates of a classifier's layers)")
+    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    exempt |= matching_names(config, "TRAIN.NO_DECAY", [name for name, _ in model.named_parameters()])
+    common = dict(weight_decay=train.WEIGHT_DECAY, fallback_list=fallback_list(config, model), no_weight_decay_list=exempt)
     if train.LAYER_DECAY < 1:
-        return timm.optim.param_groups_layer_decay(model, layer_decay=train.LAYER_DECAY, **common)
-    return timm.optim.param_groups_weight_decay(model, **common)
+        groups = timm.optim.param_groups_layer_decay(model, layer_decay=train.LAYER_DECAY, **common)
+    else:
+        groups = timm.optim.param_groups_weight_decay(model, **common)
+    return _slowed(groups, backbone, train.BACKBONE_LR) if train.BACKBONE_LR < 1 else groups
 
 
-_INNER = "backbone.model."  # before the classifier's own names in a dense model's
-
-
-def _without_decay(config: CfgNode, model: nn.Module) -> set[str]:
-    """Parameters, or patterns of their names, that are exempt from weight decay beside the 1-D ones."""
-    inner = getattr(getattr(model, "backbone", None), "model", None)
-    own = {prefix + name for prefix, part in (("", model), (_INNER, inner)) if hasattr(part, "no_weight_decay")
-           for name in part.no_weight_decay()}
-    return own | matching_names(config, "TRAIN.NO_DECAY", [name for name, _ in model.named_parameters()])
-
-
-def _backbone_rates(config: CfgNode, backbone: nn.Module) -> dict[int, float]:
-    """``id`` -> factor on the learning rate of each parameter of a dense model's backbone. The head is one layer above its last."""
-    train, inner = config.TRAIN, getattr(backbone, "model", backbone)
-    rates = {id(p): train.BACKBONE_LR for p in backbone.parameters()}
-    if train.LAYER_DECAY < 1:
-        for group in timm.optim.param_groups_layer_decay(inner, layer_decay=train.LAYER_DECAY):
-            rates |= {id(p): train.BACKBONE_LR * train.LAYER_DECAY * group["lr_scale"] for p in group["params"]}
-    return rates
-
-
-def _with_rates(groups: list[dict], rates: dict[int, float]) -> list[dict]:
-    """``groups``, parted by the factor that ``rates`` gives their parameters."""
-    parted: list[dict] = []
+def _slowed(groups: list[dict], part: nn.Module, factor: float) -> list[dict]:
+    """``groups`` with the parameters of ``part`` apart, at ``factor`` times the rates that they had."""
+    own, parted = {id(p) for p in part.parameters()}, []
     for group in groups:
-        of_scale: dict[float, list[nn.Parameter]] = {}
-        for parameter in group["params"]:
-            of_scale.setdefault(rates.get(id(parameter), 1.0), []).append(parameter)
-        parted += [{**group, "params": parameters, "lr_scale": scale} for scale, parameters in of_scale.items()]
+        for inside, scale in ((True, factor), (False, 1.0)):
+            if chosen := [p for p in group["params"] if (id(p) in own) == inside]:
+                parted.append({**group, "params": chosen, "lr_scale": scale * group.get("lr_scale", 1.0)})
     return parted
 
 
@@ -125,7 +105,7 @@ def layer_rates(optimizer: torch.optim.Optimizer, model: nn.Module, peak: float)
         return []
     parts = {scale: {name.split(".")[0] for name in of_scale} for scale, of_scale in scales.items()}
     if len(set().union(*parts.values())) < sum(map(len, parts.values())):  # parts of several rates: their layers
-        parts = {scale: {re.match(_LAYER, name.removeprefix(_INNER))[0] for name in of_scale} for scale, of_scale in scales.items()}
+        parts = {scale: {re.match(_LAYER, name.removeprefix(BACKBONE))[0] for name in of_scale} for scale, of_scale in scales.items()}
     return [f"learning rate {peak * scale:.3g} (x {scale:.3g}): {', '.join(sorted(of_scale, key=_by_number))}"
             for scale, of_scale in sorted(parts.items())]
 
