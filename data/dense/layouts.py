@@ -191,12 +191,17 @@ def match_dense(source: DenseSource, classes: Sequence[str] | None) -> DenseSour
         return source
     position = {name: i for i, name in enumerate(classes)}
     unknown = [name for name in source.classes if name not in position]
+    notices = [*source.notices]
+    if unknown and (found := flat_objects(source)) is not None:  # Roboflow names a class above its own, which no image shows
+        there = {source.classes[label] for label in np.unique(found[1]).tolist()}
+        unused, unknown = [name for name in unknown if name not in there], [name for name in unknown if name in there]
+        if unused:
+            notices.append(Notice(f"{source.root}: no image shows {first_few(unused)}, unknown to the training classes: left out"))
     if unknown:
         raise DataError(f"{source.root}: class {unknown[0]!r} is unknown to the training classes ({len(unknown)} such: "
                         f"{first_few(unknown, 3)}; those are {first_few(list(classes), 3)}); rename it, or train with it")
-    table = np.array([position[name] for name in source.classes], dtype=np.int64)
+    table = np.array([position.get(name, -1) for name in source.classes], dtype=np.int64)
     absent = [name for name in classes if name not in set(source.classes)]
-    notices = [*source.notices]
     if absent:
         notices.append(Caution(f"{source.root}: {len(absent)} of the {len(classes)} classes are not among its own ({first_few(absent)})",
                                "missing-classes"))

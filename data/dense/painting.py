@@ -57,9 +57,14 @@ def objects_of_masks(masks: Sequence[np.ndarray], labels: np.ndarray, ids: np.nd
 
 
 class WithBackground(DenseView):
-    """A source of objects as one of maps: what no object covers is class 0, background; crowds are ignored."""
+    """A source of objects as one of maps: what no object covers is class 0, background; crowds are ignored.
+
+    Raises:
+        ConfigError: pycocotools is not installed.
+    """
 
     def __init__(self, source: DenseSource):
+        mask_library()  # not only when the first image is read
         super().__init__(source, np.arange(len(source)), source.targets, source.notices)
         self.kind, self.classes = "maps", [BACKGROUND if BACKGROUND not in source.classes else f"no {BACKGROUND}", *source.classes]
         taken = int(0 in source.category_ids)  # as YOLO's, which count from 0

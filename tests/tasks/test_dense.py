@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -224,3 +225,11 @@ def test_upernet_is_planned_with_the_images_that_its_batch_norm_needs(canvases: 
     words = ["--cfg", str(path), "--output", str(tmp_path), "--opts", "MODEL.DENSE.HEAD", "upernet"]
     assert program(*words, "--plan").returncode == 0
     assert program(*words, "DATA.BATCH_SIZE", "1").returncode == 2 and not (tmp_path / "tiny").exists()
+
+
+def test_a_missing_package_is_told_before_the_run_has_a_folder(head: str, canvases: Path, program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
+    task = HEADS[head][0] if head != "semantic_fpn" else "instance"
+    done = program("--cfg", recipe(program.folder, canvases, "mask_rcnn" if task == "instance" else head))
+    assert done.returncode == 2 and "requirements-extras" in done.stderr and not (program.folder / "output").exists()

@@ -17,6 +17,7 @@ from data import Loaders
 from data.dense.base import IGNORED, DenseSource
 from data.dense.batch import DenseBatch
 from data.dense.loaders import STRIDE, build_dense_loaders, build_dense_prediction_loader, input_size
+from data.dense.shapes import mask_library
 from data.dense.synthetic import synthetic_batch
 from data.layouts.input_paths import InputImages
 from data.loading.loader import ImageLoader
@@ -63,6 +64,8 @@ class DenseTask(Task):
 
     def build_loaders(self, config: CfgNode, rank: int = 0, world_size: int = 1, **options: Any) -> Loaders:
         loaders = build_dense_loaders(config, rank, world_size, stride=self.stride, **options)
+        if self.name in ("instance", "mask") or self.name == "detection" and loaders.val is not None:
+            mask_library()  # whose absence is told now, not when the first masks are read or the first epoch is evaluated
         loader = loaders.val or loaders.train
         self.source = loader.dataset.source if loader is not None else None
         return loaders

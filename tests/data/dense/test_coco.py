@@ -149,6 +149,8 @@ def test_splits_and_classes(tmp_path: Path) -> None:
     assert val.classes == ["car", "hund ü", "toothbrush"] and [val.objects(i).labels.tolist() for i in range(3)] == [[1], [0], []]
     with pytest.raises(DataError, match=r"'hund ü' is unknown"):
         opened(tmp_path, splits=("val",), classes=["car", "tree"])
+    chosen = opened(tmp_path, splits=("val",), classes=["hund ü", "car", "tree"])["val"]  # toothbrush is on no image
+    assert [chosen.objects(i).labels.tolist() for i in range(3)] == [[0], [1], []]
     (tmp_path / "names.txt").write_text("hund ü\n", encoding="utf-8")
     chosen = opened(tmp_path, "DATA.CLASS_NAMES", str(tmp_path / "names.txt"), splits=("train", "val"))
     assert len(chosen["train"]) == 10 and chosen["train"].category_ids == [18]
