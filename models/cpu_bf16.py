@@ -7,6 +7,7 @@ A GPU computes all of it well, and so does the code that ``torch.compile`` makes
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -19,7 +20,7 @@ def replace_layers(model: nn.Module) -> nn.Module:
     """Turn the layer norms, linears and doubtful convolutions of ``model`` into the classes below; names and weights stay."""
     for module in model.modules():
         kind = _REPLACEMENTS.get(type(module))
-        if kind is not None and (kind is not Conv2d or onednn_may_fail(module.weight)):
+        if kind is not None and (kind is not Conv2d or onednn_may_fail(module.weight) or module.stride[1] > 1):
             module.__class__ = kind
     return model
 
@@ -159,13 +160,15 @@ class Conv2d(nn.Conv2d):
         return conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-    """``F.conv2d`` of the same arguments, on a CPU in bf16 computed in fp32 where ``onednn_may_fail``."""
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int | Sequence[int] = 1, *args: Any, **kwargs: Any) -> Tensor:
+    """``F.conv2d`` of the same arguments, on a CPU in bf16 computed in fp32 where ``onednn_may_fail``, and for maps narrower than the
+    stride: there oneDNN adds memory that nobody has written to the gradient of the weight."""
     dtype = compute_dtype(x)
-    if x.device.type != "cpu" or dtype != torch.bfloat16 or not onednn_may_fail(weight):
-        return F.conv2d(x, weight, bias, *args, **kwargs)
+    if x.device.type != "cpu" or dtype != torch.bfloat16 or not (
+            onednn_may_fail(weight) or x.shape[-1] < (stride if isinstance(stride, int) else stride[-1])):
+        return F.conv2d(x, weight, bias, stride, *args, **kwargs)
     with torch.autocast("cpu", enabled=False):
-        return F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), *args, **kwargs).to(dtype)
+        return F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), stride, *args, **kwargs).to(dtype)
 
 
 def onednn_may_fail(weight: Tensor) -> bool:

@@ -32,6 +32,18 @@ def test_convolutions_are_right_in_bf16(channels: int, kernel: int) -> None:
         assert close(gradients(in_bf16(conv), x, weight, bias), gradients(conv, x, weight, bias), 0.02), padding
 
 
+@pytest.mark.parametrize(("kernel", "stride", "width"), [(3, 2, 1), (7, 4, 3)])
+def test_maps_narrower_than_the_stride_give_no_stray_gradients(kernel: int, stride: int, width: int) -> None:
+    torch.manual_seed(0)
+    conv = cpu_bf16.replace_layers(nn.Sequential(nn.Conv2d(32, 32, kernel, stride, kernel // 2)))
+    for _ in range(3):
+        left = [torch.full((2 ** power,), 3e38) for power in range(4, 20) for _ in range(2)]
+        del left  # memory to be had again
+        conv.zero_grad()
+        in_bf16(conv)(torch.ones(2, 32, 3, width)).float().sum().backward()
+        assert conv[0].weight.grad.abs().max() <= 2 * 3
+
+
 @pytest.mark.parametrize(("rows", "shape"), [
     (6, (32, 16)), (6, (16, 16)),
     *((cpu_bf16.VERY_FEW_ROWS + 1, shape) for shape in ((32, 16), (16, 32), (16, 16))), (cpu_bf16.FEW_ROWS + 1, (16, 32))])

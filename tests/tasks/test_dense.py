@@ -93,6 +93,10 @@ def test_images_are_predicted_and_drawn(head: str, trained: Path, canvases: Path
                    "--csv", "found.csv", "--pictures", "drawn", *(("--masks", "masks") if head != "retinanet" else ()),
                    *(("--coco", "coco.json") if head != "semantic_fpn" else ()))
     assert done.returncode == 0, done.stderr
+    if head != "mask_rcnn":
+        wrong = {"retinanet": "--masks", "semantic_fpn": "--coco"}[head]
+        done = program("--predict", *images, "--resume", trained / "best.pth", "--pictures", "more", wrong, "wrong")
+        assert done.returncode == 2 and not (program.folder / "more").exists() and not (program.folder / "wrong").exists()
     records = [json.loads(line) for line in (program.folder / "found.jsonl").read_text().splitlines()]
     assert [record["path"] for record in records] == [str(image) for image in images]
     for record, image in zip(records, images, strict=True):

@@ -44,8 +44,6 @@ def predict_run(config: CfgNode, content: Any, device: torch.device, logger: log
     outputs = [(f"PREDICT.{key}", wanted[key]) for key in ("CSV", "JSON", "FEATURES", "SHEET", "COCO") if wanted[key]]
     beside = [("PREDICT.FEATURES", listing_of(wanted.FEATURES))] if wanted.FEATURES else []
     beside += [("PREDICT.SHEET", page) for page in pages_of(wanted.SHEET)[1:]] if wanted.SHEET else []
-    beside += [(f"PREDICT.{key}", path) for key in ("PICTURES", "MASKS") if wanted[key]
-               for path in files_in(make_folder(wanted[key], f"PREDICT.{key}"), given)]
     check_outputs(config, [*outputs, *beside], map(given.path, range(len(given))))
     files = [os.path.expanduser(path) for _, path in outputs if path != STANDARD]
     task = build_task(config)
@@ -55,6 +53,9 @@ def predict_run(config: CfgNode, content: Any, device: torch.device, logger: log
     for key in ("PREDICT.COCO", "PREDICT.PICTURES", "PREDICT.MASKS"):
         if lookup(config, key) and key not in getattr(form, "gives", ()):
             raise ConfigError(f"{key}: there is no such output for TASK {task.name}; leave it out")
+    beside += [(f"PREDICT.{key}", path) for key in ("PICTURES", "MASKS") if wanted[key]
+               for path in files_in(make_folder(wanted[key], f"PREDICT.{key}"), given)]
+    check_outputs(config, [*outputs, *beside], map(given.path, range(len(given))))
     if wanted.FEATURES:
         require_features(trained.model, config)
     precision = prepare(config, device, logger)
