@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,3 +59,8 @@ def image_sizes(images: Tensor, sizes: Tensor | None) -> list[tuple[int, int]]:
     if sizes is None:
         return [tuple(images.shape[-2:])] * len(images)
     return [(int(height), int(width)) for height, width in sizes.tolist()]
+
+
+def named(maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """A backbone's maps as torchvision's pyramid takes them."""
+    return {str(level): x for level, x in enumerate(maps)}

@@ -26,7 +26,7 @@ from torchvision.ops import FeaturePyramidNetwork, box_area
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from yacs.config import CfgNode
 
-from models.dense import DenseModel, image_sizes
+from models.dense import DenseModel, image_sizes, named
 from models.pyramid import Pyramid
 
 WIDTH = 256  # channels of the published pyramids
@@ -75,11 +75,6 @@ class FromLastMap(ExtraFPNBlock):
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         p6 = self.p6(x[-1])
         return [*results, p6, self.p7(p6)], [*names, "p6", "p7"]
-
-
-def named(maps: Sequence[Tensor]) -> dict[str, Tensor]:
-    """As torchvision's pyramid takes them."""
-    return {str(level): x for level, x in enumerate(maps)}
 
 
 def head_options(config: CfgNode, anchor_scale: float) -> dict[str, float]:

@@ -28,8 +28,8 @@ from torchvision.ops import FeaturePyramidNetwork, box_area, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from yacs.config import CfgNode
 
-from models.dense import DenseModel, image_sizes
-from models.detectors import RATIOS, WIDTH, Anchors, Targets, head_options, named
+from models.dense import DenseModel, image_sizes, named
+from models.detectors import RATIOS, WIDTH, Anchors, Targets, head_options
 from models.pyramid import Pyramid
 
 _HIDDEN = 4  # hidden width of the box head over the pyramid's

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 from yacs.config import CfgNode
 
-from models.dense import DenseModel
+from models.dense import DenseModel, named
 from models.pyramid import Pyramid
 from models.semantic import enlarged_logits, semantic_loss, stacked_maps
 
@@ -50,7 +50,7 @@ class SemanticFPN(DenseModel):
 
     def forward(self, images: Tensor, sizes: Tensor | None = None,
                 targets: Sequence[Mapping[str, Tensor]] | None = None) -> Tensor | dict[str, Tensor]:
-        maps = self.fpn({str(level): x for level, x in enumerate(self.backbone(images))}).values()
+        maps = self.fpn(named(self.backbone(images))).values()
         logits = self.classifier(self.dropout(torch.stack([branch(x) for branch, x in zip(self.branches, maps, strict=True)]).sum(0)))
         if self.training and targets is not None:
             return dict(loss_semantic=semantic_loss(logits, stacked_maps(targets)))

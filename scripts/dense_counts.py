@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from config import get_config  # noqa: E402
 from models.build_dense import build_dense_model  # noqa: E402
-from models.dense import DenseModel  # noqa: E402
-from models.detectors import RetinaNet, named  # noqa: E402
+from models.dense import DenseModel, named  # noqa: E402
+from models.detectors import RetinaNet  # noqa: E402
 from models.region_cnn import RegionCNN  # noqa: E402
 
 TASKS = {"retinanet": "detection", "mask_rcnn": "instance", "semantic_fpn": "semantic", "upernet": "semantic"}

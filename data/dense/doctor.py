@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 
@@ -10,7 +9,6 @@ import numpy as np
 from yacs.config import CfgNode
 
 from config import with_values
-from data.decoding.pillow import Reading
 from data.dense.base import Fault
 from data.dense.layouts import flat_objects, open_dense_sources
 from data.dense.objects import ObjectSource
@@ -20,7 +18,6 @@ from data.doctor.image_record import EXIF_ROTATED
 from data.doctor.survey import Split, Survey, base_of
 from data.errors import DataError
 from data.sources.base import Source
-from data.sources.deep_levels import settle_reading
 from data.sources.label_sets import LabelSets
 
 # What matters to classification alone: one class can be found, images are resized whole, and classes are not balanced image by image.
@@ -43,12 +40,9 @@ def open_dense_survey(config: CfgNode) -> Survey:
         except DataError as error:
             survey.failures[name] = str(error)
             continue
-        if survey.splits:
-            source.configure(next(iter(survey.splits.values())).source.reading, config.DATA.READ_PATIENCE)
-        else:
+        if not survey.splits:
             survey.classes, survey.known = list(source.classes), len(source.classes)
-            with contextlib.suppress(DataError):  # a file hangs, which is told when all are read
-                survey.levels = settle_reading(source, Reading.of(config), config.DATA.READ_PATIENCE, config.DATA.TIMEOUT)
+        survey.configure(source)
         source.labels = _class_sets(source)
         survey.splits[name] = Split(name, layout, source, list(source.classes), source.targets, np.zeros(0))
     return survey

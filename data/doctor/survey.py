@@ -93,6 +93,15 @@ class Survey:
     processes: int = 0
     levels: DeepLevels | None = None
 
+    def configure(self, source: Source) -> None:
+        """Have the pixels of ``source``, the next split, read as those of the first one; of the first it is found out how."""
+        data = self.config.DATA
+        if self.splits:
+            source.configure(next(iter(self.splits.values())).source.reading, data.READ_PATIENCE)
+            return
+        with contextlib.suppress(DataError):  # a file hangs, which is told when all are read
+            self.levels = settle_reading(source, Reading.of(self.config), data.READ_PATIENCE, data.TIMEOUT)
+
     def counts(self, split: str, readable: bool = False) -> np.ndarray:
         """(classes,) numbers of images, all or the readable ones, an image with several labels counting for each; zeros for a split that
         could not be opened."""
@@ -147,11 +156,7 @@ def open_survey(config: CfgNode) -> Survey:
         except DataError as error:
             survey.failures[name] = str(error)
             continue
-        if survey.splits:
-            source.configure(next(iter(survey.splits.values())).source.reading, config.DATA.READ_PATIENCE)
-        else:
-            with contextlib.suppress(DataError):  # a file hangs, which is told when all are read
-                survey.levels = settle_reading(source, Reading.of(config), config.DATA.READ_PATIENCE, config.DATA.TIMEOUT)
+        survey.configure(source)
         base = base_of(source)[0]
         entry = entries[0] if len(entries) == 1 and len(entries[0].index["targets"]) == len(base) else None
         survey.splits[name] = Split(name, layout.name, source, own, source.targets, np.zeros(0), entry=entry)

@@ -15,8 +15,8 @@ from yacs.config import CfgNode
 from config import ConfigError, get_config
 from models import region_cnn
 from models.build_dense import build_dense_model
-from models.dense import DenseModel
-from models.detectors import Anchors, FromLastMap, named
+from models.dense import DenseModel, named
+from models.detectors import Anchors, FromLastMap
 from models.region_cnn import RegionPooler, mask_loss
 
 HEADS = {"retinanet": "detection", "faster_rcnn": "detection", "mask_rcnn": "instance"}
