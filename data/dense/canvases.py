@@ -22,7 +22,7 @@ CLASSES = ("background", *map(str, range(10)))  # of the masks; objects have the
 SIDES = (96, 128)  # pixels of a canvas, each side by itself
 DIGITS = (2, 4)  # on a canvas
 SCALES = (0.3, 0.5)  # side of a digit's square, as a share of the canvas's shorter side
-HIDDEN = 0.7  # a digit is never covered by more than this share of its pixels
+HIDDEN = 0.4  # a digit is never covered by more than this share of its pixels: people recognise it still
 EDGE, CONTRAST = 0.35, 2.5  # where a digit ends, as a share of full ink, and how steeply: eight pixels made forty are blurred
 PALETTE = (0, 0, 0, *(230, 25, 75), *(60, 180, 75), *(255, 225, 25), *(0, 130, 200), *(245, 130, 48), *(145, 30, 180), *(70, 240, 240),
            *(240, 50, 230), *(210, 245, 60), *(250, 190, 212))
