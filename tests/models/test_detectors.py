@@ -52,7 +52,7 @@ TRUTH = [targets([[8.0, 8, 40, 32], [50, 20, 90, 60]], [0, 2]), targets([], []),
     ("mask_rcnn", "crossformer_small", 50_165_119), ("mask_rcnn", "crossformer_base", 71_479_279), ("mask_rcnn", "swin_tiny", 47_796_079),
     ("mask_rcnn", "pvt_large", 81_027_061), ("mask_rcnn", "mpvit_small", 42_748_541)])
 def test_parameters_are_as_many_as_the_papers_have(head: str, name: str, count: int) -> None:
-    """/work/shared/dense/README.md has the tables; a head is published for COCO's 80 classes."""
+    """Counted on the papers' models, whose tables they equal; a head is published for COCO's 80 classes."""
     config = get_config(None, ["TASK", HEADS[head], "MODEL.DENSE.HEAD", head, "MODEL.TYPE", name.split("_")[0], "MODEL.NAME", name])
     with torch.device("meta"):
         assert sum(p.numel() for p in build_dense_model(config, 80).parameters()) == count
