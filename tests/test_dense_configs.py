@@ -43,7 +43,7 @@ def test_each_file_of_the_canvases_makes_a_small_model(path) -> None:
     config, head = get_config(str(path)), path.read_text(encoding="utf-8").split("TASK")[0]
     assert config.DATA.DATASET == "canvases" and without_effect(config) == [] and config.TAG != "default" and config.AUG.HFLIP == 0
     assert f"main.py --cfg configs/dense/{path.stem}.yaml --pretrained" in head
-    assert 2e6 < sum(p.numel() for p in build_dense_model(config, 11).parameters()) < 4e6
+    assert 2e6 < sum(p.numel() for p in build_dense_model(config, 11).parameters()) < 7e6
 
 
 RATES = {
@@ -76,7 +76,7 @@ def test_the_models_are_of_the_published_sizes(name: str) -> None:
     count = sum(p.numel() for p in model.parameters())
     assert count == PARAMETERS[name] and f": {count / 1e6:.1f} M parameters" in path.read_text(encoding="utf-8")
     groups = parameter_groups(config, model)
-    assert {group["lr_scale"] for group in groups} == ({0.1, 1.0} if name.startswith("mask2former") else {1.0})
+    assert {group.get("lr_scale", 1.0) for group in groups} == ({0.1, 1.0} if name.startswith("mask2former") else {1.0})
     exempt = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
     tables = [p for part in model.modules() if isinstance(part, nn.Embedding) for p in part.parameters()]
     tables += [p for name, p in model.named_parameters() if "table" in name or "level_embed" in name]

@@ -226,6 +226,6 @@ def test_a_number_of_steps_in_place_of_epochs() -> None:
     """The last epoch may be cut short; what its steps see is as ever."""
     wide = np.arange(50) % 3 == 0
     for whole, cut in ((StepSampler(50, 12, 3, 5), StepSampler(50, 12, 9, 5, iterations=10)),
-                       (AspectStepSampler(wide, 6, 12, 3, 5), AspectStepSampler(wide, 6, 12, 9, 5, iterations=10))):
+                       (AspectStepSampler(wide, 12, 3, 5), AspectStepSampler(wide, 12, 9, 5, iterations=10))):
         assert (cut.total_steps, cut.steps_per_epoch, cut.epochs, len(cut)) == (10, 4, 3, 10)
         assert list(cut) == list(whole)[:10]

@@ -67,8 +67,9 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 def _sequence_members(root: nn.Module) -> Iterator[nn.Module]:
     for child in root.children():
-        # torch's own layers are no blocks
-        if not isinstance(root, (nn.Sequential, nn.ModuleList)) or type(child).__module__.startswith("torch.nn"):
+        # Single layers are no blocks, nor are torch's own containers.
+        single = next(child.children(), None) is None or type(child).__module__.startswith("torch.nn")
+        if not isinstance(root, (nn.Sequential, nn.ModuleList)) or single:
             yield from _sequence_members(child)
             continue
         inner = list(_sequence_members(child))
