@@ -45,7 +45,7 @@ def write_data(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of a step of 8 images")
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of a step of 8 images")
     parser.add_argument("--folder", type=Path, help="where data and run are kept (a temporary folder)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
