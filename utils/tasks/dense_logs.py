@@ -20,7 +20,6 @@ from torch import Tensor
 from data import DataError, Loaders
 from data.dense.base import DenseSource, Objects
 from data.dense.batch import DenseBatch
-from data.dense.shapes import decode_mask
 from utils.evaluation.dense_figures import MapFigures
 from utils.evaluation.dense_predictions_file import MOST_PICTURES, SURE, DenseFile, DetectionsFile, MapsFile, PanopticFile, f1
 from utils.evaluation.detection_metrics import DetectionEvaluator
@@ -30,9 +29,9 @@ from utils.evaluation.predictions_file import FILE, MOST_IMAGES, names_of
 from utils.inference.found import Found, Panoptic
 from utils.runtime import distributed
 from utils.tasks.base import PredictionLog
-from utils.tasks.dense_predictions import segments_as_objects
+from utils.tasks.dense_predictions import objects_drawn, segments_as_objects
 from utils.visualization.drawing import magnification
-from utils.visualization.overlays import draw_map, draw_objects
+from utils.visualization.overlays import draw_map
 
 _SIDE = 320  # pixels of the longer side of a picture's halves
 
@@ -63,7 +62,7 @@ class DetectionLog(PredictionLog):
         index, figures = np.array(numbers, np.int64), curves["mask" if "mask" in curves else "box"]
         made = DetectionsFile(index, f1(figures.images), names_of(source, numbers), list(self.loaders.classes), {}, curves)
         answers = {number: evaluation.found[number].above(SURE) for number in index[made.worst(MOST_PICTURES)].tolist()}
-        _finish(made, source, folder, lambda number, picture, scale: _objects_drawn(picture, answers[number], made.classes, scale))
+        _finish(made, source, folder, lambda number, picture, scale: objects_drawn(picture, answers[number], made.classes, scale))
 
 
 class MapLog(PredictionLog):
@@ -116,7 +115,7 @@ class PanopticLog(PredictionLog):
             numbers = sorted(scores)
             made = PanopticFile(np.array(numbers, np.int64), np.array([scores[n] for n in numbers], np.float32), names_of(source, numbers),
                                 list(self.loaders.classes), {}, evaluation.sums, np.array(source.things, dtype=bool))
-            _finish(made, source, folder, lambda number, picture, scale: _objects_drawn(picture, answers[number], made.classes, scale))
+            _finish(made, source, folder, lambda number, picture, scale: objects_drawn(picture, answers[number], made.classes, scale))
 
 
 class _Worst:
@@ -171,11 +170,4 @@ def _truth_drawn(picture: Image.Image, source: DenseSource, number: int, classes
     if source.kind == "maps":
         return draw_map(picture, source.index_map(number))
     truth: Objects = source.objects(number)
-    return _objects_drawn(picture, Found(truth.boxes, np.ones(len(truth), np.float32), truth.labels, truth.masks), classes, scale, False)
-
-
-def _objects_drawn(picture: Image.Image, found: Found, classes: Sequence[str], scale: float, scores: bool = True) -> Image.Image:
-    captions = [classes[label] + (f" {100 * score:.0f} %" if scores else "")
-                for label, score in zip(found.labels.tolist(), found.scores.tolist(), strict=True)]
-    masks = None if found.masks is None else [decode_mask(mask) for mask in found.masks]
-    return draw_objects(picture, found.boxes * scale, captions, found.labels.tolist(), masks)
+    return objects_drawn(picture, Found(truth.boxes, np.ones(len(truth), np.float32), truth.labels, truth.masks), classes, scale, False)

@@ -22,6 +22,14 @@ _SHOWN = 5  # in the line of an image
 _SMALL = 250  # pixels: scores would cover what they are about
 
 
+def objects_drawn(picture: Image.Image, found: Found, classes: Sequence[str], scale: float, scores: bool = True) -> Image.Image:
+    """``picture``, ``scale`` times as large as the image's file, with what was found in it; ``scores`` behind the names of classes."""
+    captions = [classes[label] + (f" {100 * score:.0f} %" if scores else "")
+                for label, score in zip(found.labels.tolist(), found.scores.tolist(), strict=True)]
+    masks = None if found.masks is None else [decode_mask(mask) for mask in found.masks]
+    return draw_objects(picture, found.boxes * scale, captions, found.labels.tolist(), masks)
+
+
 class FoundObjects:
     """``3 objects: tabby 93.1 %, dog 81.0 %, ...``; a record holds each object's class, score, box and mask.
 
@@ -54,14 +62,7 @@ class FoundObjects:
         text = f"{len(names)} object{'s' * (len(names) != 1)}: {', '.join(told[:_SHOWN])}" + ", ..." * (len(told) > _SHOWN)
         return dict(text=text if names else "nothing", cells=[len(names), *cells], record=dict(objects=objects),
                     caption=counted or "nothing", confidence=None, found=found,
-                    draw=lambda picture, scale: self._drawn(found, names, picture, scale))
-
-    @staticmethod
-    def _drawn(found: Found, names: Sequence[str], picture: Image.Image, scale: float) -> Image.Image:
-        small = min(picture.size) < _SMALL
-        captions = [name if small else f"{name} {100 * score:.0f} %" for name, score in zip(names, found.scores.tolist(), strict=True)]
-        masks = None if found.masks is None else [decode_mask(mask) for mask in found.masks]
-        return draw_objects(picture, found.boxes * scale, captions, found.labels.tolist(), masks)
+                    draw=lambda picture, scale: objects_drawn(picture, found, self.classes, scale, min(picture.size) >= _SMALL))
 
 
 def _text(counts: bytes | str) -> str:
