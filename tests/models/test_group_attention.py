@@ -69,7 +69,7 @@ print(json.dumps(errors))
 def test_kernels_have_the_formulas_numbers():
     """Interpreted by Triton on the CPU: padding, long distances, no bias, more samples than programs, groups that fill no tile."""
     pytest.importorskip("triton")
-    cases = [(3, 5, 4, 2, 16, 2, 2, True), (5, 9, 7, 1, 32, 7, 1, True), (2, 6, 6, 1, 16, 3, 2, False)]
+    cases = [(3, 5, 6, 2, 16, 2, 2, True), (5, 6, 9, 1, 32, 7, 1, True), (2, 6, 6, 1, 16, 3, 2, False)]
     done = subprocess.run([sys.executable, "-c", KERNELS, json.dumps(cases)], cwd=ROOT, capture_output=True, text=True,
                           env=dict(os.environ, TRITON_INTERPRET="1"), check=True)
     errors = json.loads(done.stdout.splitlines()[-1])
