@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -92,6 +93,17 @@ def test_a_step_does_not_wait_for_the_device(name: str, waits: int) -> None:
         if DEVICE.type == "cuda":
             torch.cuda.set_sync_debug_mode(mode)
     assert sum(seen.seen.values()) == 8 * waits, seen.seen
+
+
+def test_waiting_for_data_is_counted() -> None:
+    state, plan = training()
+
+    def slow() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches():
+            time.sleep(0.1)
+            yield batch
+
+    assert steps(state, plan, 1, slow()).data_wait.seconds() > 0.09
 
 
 def test_the_counting_sees_what_waits() -> None:
