@@ -27,13 +27,14 @@ class RelativePositionBias(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._cached: tuple[Any, Tensor, Tensor] | None = None  # see cached_bias
+        self._pairs: dict[Any, tuple[Tensor, Tensor]] = {}  # see pairs
 
     def train(self, mode: bool = True) -> RelativePositionBias:
         self._cached = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__, _cached=None)  # neither copied nor pickled
+        return dict(self.__dict__, _cached=None, _pairs={})  # neither copied nor pickled
 
     def cached_bias(self, group: int, device: torch.device) -> Tensor:
         """``bias``, computed once for as long as evaluation goes on, the weights stay and the group is the same.
@@ -54,19 +55,36 @@ class RelativePositionBias(nn.Module):
 
     def bias(self, group: int, device: torch.device) -> Tensor:
         """(h, N, N), queries before keys, in the type that products are computed in."""
+        weight = next(self.parameters())
+        plain = device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        offsets, index = (relative_offsets(group, device).to(weight.dtype), None) if plain else self.pairs(group, device, weight)
         # Without autocast: of so few numbers the conversions would take most of the time.
         with contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
-            table = self(relative_offsets(group, device).to(next(self.parameters()).dtype))
-        if device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            table = self(offsets)
+        if index is None:
             return _BiasOfPairs.apply(table, group, compute_dtype(table))
-        tokens, index = group * group, relative_index(group, device).view(group * group, -1)
-        if device.type == "cuda":  # its fused kernel copies a bias whose rows do not begin at multiples of 8
-            index = F.pad(index, (0, (8 - tokens % 8) % 8))
         # index_select: the backward of table[index] is not repeatable on two threads.
         bias = table.index_select(0, index.flatten()).unflatten(0, index.shape)
         # Contiguous: CUDA's fused kernels take no bias whose keys do not lie side by side. Converted while whole, it stays aligned, and
         # what is cached is not converted again.
-        return bias.permute(2, 0, 1).contiguous().to(compute_dtype(bias))[..., :tokens]
+        return bias.permute(2, 0, 1).contiguous().to(compute_dtype(bias))[..., :group * group]
+
+    def pairs(self, group: int, device: torch.device, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """``relative_offsets`` in the type of ``weight``, and which of them each pair of tokens has, (N, N); on CUDA with rows filled up
+        to a multiple of 8, since its fused kernel copies a bias whose rows do not begin at such. Made once: on a GPU it is 14 launches.
+        """
+        key = (group, device, weight.dtype, getattr(weight, "fake_mode", None))  # a fake tensor belongs to its mode
+        kept = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        if kept and key in self._pairs:
+            return self._pairs[key]
+        with torch.inference_mode(False) if kept else contextlib.nullcontext():  # training must be able to use it
+            index = relative_index(group, device).view(group * group, -1)
+            if device.type == "cuda":
+                index = F.pad(index, (0, -len(index) % 8))
+            made = relative_offsets(group, device).to(weight.dtype), index
+        if kept:
+            self._pairs[key] = made
+        return made
 
 
 class DynamicPositionBias(RelativePositionBias):
