@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from models.cpu_bf16 import compute_dtype, linear
 
 LARGE_MAP = 2 ** 19  # numbers of one sample, 1 MiB in bfloat16: two such maps leave a core's cache no room
+_WIDE = {8: torch.int64, 16: torch.complex128}  # types by bytes, to move several numbers as one
 _FEW_CHANNELS = 64  # 128 bytes in bfloat16, two cache lines
 
 
@@ -47,10 +48,12 @@ def windows(x: Tensor, size: int, step: int, unit: int) -> Tensor:
 
     ``unit`` divides ``size``, ``step`` and the width: pixels that may be moved as one number, which is four times as fast.
     """
-    wide = {8: torch.int64, 16: torch.complex128}.get(unit * x.element_size())
+    wide = _WIDE.get(unit * x.element_size())
     if wide is None or x.requires_grad or x.device.type == "mps" or torch.compiler.is_compiling():
         return _cut(x, (size, size), (step, step)).flatten(3)
-    return _cut(x.contiguous().view(wide), (size, size // unit), (step, step // unit)).contiguous().view(x.dtype).flatten(3)
+    if x.stride(3) != 1 or any(place % unit for place in (x.storage_offset(), *x.stride()[:3])):
+        x = x.contiguous()
+    return _cut(x.view(wide), (size, size // unit), (step, step // unit)).contiguous().view(x.dtype).flatten(3)
 
 
 def _cut(x: Tensor, size: tuple[int, int], step: tuple[int, int]) -> Tensor:
@@ -58,6 +61,51 @@ def _cut(x: Tensor, size: tuple[int, int], step: tuple[int, int]) -> Tensor:
     if size == step:  # whole blocks, whose gradient is a permutation
         return x.unflatten(3, (-1, size[1])).unflatten(2, (-1, size[0])).permute(0, 2, 4, 1, 3, 5)
     return x.unfold(2, size[0], step[0]).unfold(3, size[1], step[1]).permute(0, 2, 3, 1, 4, 5)
+
+
+def join_squares(maps: Sequence[Tensor], sides: Sequence[int]) -> Tensor:
+    """Maps of squares, (B, H/side, W/side, side*side*C_i) with a side each, as one map of pixels, (B, H, W, C), in one copy."""
+    if torch.compiler.is_compiling():
+        return torch.cat([_swap_inner(x.unflatten(3, (side, side, -1))).flatten(3, 4).flatten(1, 2)
+                          for x, side in zip(maps, sides, strict=True)], dim=3)
+    return _JoinSquares.apply(*maps, sides)
+
+
+class _JoinSquares(torch.autograd.Function):
+    """Several channels are moved as one number where widths allow, as pixels by ``windows``; both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, *maps_and_sides: Any) -> Tensor:
+        *maps, sides = maps_and_sides
+        widths = [x.shape[3] // side ** 2 for x, side in zip(maps, sides, strict=True)]
+        size = maps[0].element_size()
+        ctx.unit = next((bytes_ // size for bytes_ in (16, 8) if not any(width * size % bytes_ for width in widths)), 1)
+        ctx.sides, ctx.widths = sides, [width // ctx.unit for width in widths]
+        joined = maps[0].new_empty(len(maps[0]), *(length * sides[0] for length in maps[0].shape[1:3]), sum(widths))
+        for part, x, side in zip(_by_units(joined, ctx.unit).split(ctx.widths, dim=3), maps, sides, strict=True):
+            _in_squares(part, side).copy_(_swap_inner(_by_units(x, ctx.unit).unflatten(3, (side, side, -1))))
+        return joined
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parts = zip(_by_units(grad.contiguous(), ctx.unit).split(ctx.widths, dim=3), ctx.sides, strict=True)
+        return *(_swap_inner(_in_squares(part, side)).flatten(3).view(grad.dtype) for part, side in parts), None
+
+
+def _by_units(x: Tensor, unit: int) -> Tensor:
+    """A view of dense ``x`` whose last axis counts ``unit`` numbers as one."""
+    return x.contiguous().view(_WIDE[unit * x.element_size()]) if unit > 1 else x
+
+
+def _in_squares(x: Tensor, side: int) -> Tensor:
+    """A view (B, H/side, side, W/side, side, C) of (B, H, W, C)."""
+    return x.unflatten(2, (-1, side)).unflatten(1, (-1, side))
+
+
+def _swap_inner(x: Tensor) -> Tensor:
+    """(B, h, w, row, column, C) to (B, h, row, w, column, C), or back."""
+    return x.permute(0, 1, 3, 2, 4, 5)
 
 
 class DepthwiseConv2d(nn.Conv2d):
