@@ -96,7 +96,8 @@ def _convolve(out: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, addend:
     """Writes ``out``: the convolution of ``x``, or (``transposed``) the gradient of the input that ``x`` is the output's gradient of."""
     if (kernels := _kernels_for(x)) is not None:
         try:
-            return kernels.convolve(out, x, taps, bias, addend, reaches, stride, transposed)
+            kernels.convolve(out, x, taps, bias, addend, reaches, stride, transposed)
+            return
         except Exception as error:  # Triton compiles at the first call, and raises what its tools do
             _give_up(error)
     weight = _weight_of(taps, x)

@@ -127,13 +127,14 @@ def _weight_gradient(x, grad, sums, reaches, rows, chunk, height, width, out_hei
     for tap in tl.static_range(KERNEL_ROWS * KERNEL):
         tl.store(sums + c * area + first_ky * KERNEL + tap, tl.sum(total[tap], axis=0), mask=c < C)
     if HAS_BIAS:
-        tl.store(sums + C * area + c, tl.sum(bias_total, axis=0), mask=(c < C) & (first_ky <= KERNEL // 2) & (first_ky + KERNEL_ROWS > KERNEL // 2))
+        middle = (first_ky <= KERNEL // 2) & (first_ky + KERNEL_ROWS > KERNEL // 2)
+        tl.store(sums + C * area + c, tl.sum(bias_total, axis=0), mask=(c < C) & middle)
 
 
 def convolve(out: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, addend: Tensor | None, reaches: Tensor | None, stride: int,
              transposed: bool) -> None:
-    """Write the convolution of ``x``, padded by half of the kernel, plus bias and ``addend``, to ``out``; or (``transposed``) the gradient of
-    its input, ``x`` being that of its output.
+    """Write the convolution of ``x``, padded by half of the kernel, plus bias and ``addend``, to ``out``; or (``transposed``) the gradient
+    of its input, ``x`` being that of its output.
 
     Args:
         taps: the weights, (K*K, C), K odd.
@@ -148,7 +149,8 @@ def convolve(out: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, addend: 
     _convolve[(batch * tiles_y * tiles_x * triton.cdiv(channels, block),)](
         x, taps, bias, addend, out, reaches, height, width, out_height, out_width, tiles_y, tiles_x, *steps,
         C=channels, KERNEL=math.isqrt(len(taps)), STRIDE=stride, TRANSPOSED=transposed, HAS_BIAS=bias is not None,
-        HAS_ADDEND=addend is not None, HAS_REACHES=reaches is not None, ALIGN=align, SUM=_sum_type(x), SIDE=TILE, BLOCK_C=block, num_warps=8)
+        HAS_ADDEND=addend is not None, HAS_REACHES=reaches is not None, ALIGN=align, SUM=_sum_type(x), SIDE=TILE, BLOCK_C=block,
+        num_warps=8)
 
 
 def weight_sums(x: Tensor, grad: Tensor, reaches: Tensor | None, kernel: int, stride: int, has_bias: bool) -> Tensor:

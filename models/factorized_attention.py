@@ -1,6 +1,7 @@
 """Factorised attention with convolutional relative position encoding (CoaT, ICCV 2021), and its form for a GPU.
 
-What MPViT attends by. Softmax over the tokens of the keys, then two products of the size of a head: no N x N matrix arises, so there is no fused kernel to prefer.
+What MPViT attends by: softmax over the tokens of the keys, then two products of the size of a head. No N x N matrix arises, so there is no
+fused kernel to prefer.
 
 Shapes: B batch, N tokens = H*W, C channels, h heads, d head width.
 """
@@ -29,7 +30,7 @@ class RelativePositionEncoding(nn.Module):
         self.conv_list = nn.ModuleList(
             DepthwiseConv2d(width, kernel)
             for (kernel, _), width in zip(windows, self.widths, strict=True))
-        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}  # see joined
+        self._constants: dict[Any, tuple[Tensor, Tensor]] = {}  # see joined
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__, _constants={})  # neither copied nor pickled
@@ -43,13 +44,14 @@ class RelativePositionEncoding(nn.Module):
         and values."""
         weight = torch.cat([F.pad(conv.weight, ((max(self.kernels) - kernel) // 2,) * 4)
                             for conv, kernel in zip(self.conv_list, self.kernels, strict=True)])
-        constants = self._constants.get(device)
+        key = device, torch.promote_types(weight.dtype, torch.float32)
+        constants = self._constants.get(key)
         if constants is None:
             reaches = [kernel // 2 for kernel, width in zip(self.kernels, self.widths, strict=True) for _ in range(width)]
             constants = (torch.tensor(reaches, dtype=torch.int32).to(device),
-                         head_mask(len(weight), len(weight) // self.head_dim, self.head_dim ** -0.5, device))
+                         head_mask(len(weight), len(weight) // self.head_dim, self.head_dim ** -0.5, *key))
             if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):  # without values before the graph's first run
-                self._constants[device] = constants
+                self._constants[key] = constants
         return weight, torch.cat([conv.bias for conv in self.conv_list]), *constants
 
 
@@ -138,7 +140,7 @@ class _FactorizedAttention(torch.autograd.Function):
         return to_qkv, to_weight, to_bias, None, None
 
 
-def head_mask(channels: int, heads: int, scale: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+def head_mask(channels: int, heads: int, scale: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(C, C): the scale where two channels belong to one head, else 0."""
     head = torch.arange(channels, device=device) // (channels // heads)
     return (head[:, None] == head).to(dtype) * scale

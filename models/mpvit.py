@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from models import cuda_depthwise
 from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
-from models.cpu_bf16 import Linear, compute_dtype
+from models.cpu_bf16 import compute_dtype
 from models.factorized_attention import FactorizedAttention, RelativePositionEncoding
 from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
 from models.ops import DepthwiseConv2d, channels_last, concatenate, conv_norm
