@@ -668,7 +668,7 @@ KEYS: tuple[Key, ...] = (
         "maps of classes: value 0 is no class and the others count from 0 (ADE20K); None finds it by the layout"),
     Key("DATA.REPEATED_AUG", 1, _int, "copies of an image in an epoch, each augmented differently (DeiT uses 3)", between(1, 1000)),
     Key("DATA.NUM_WORKERS", -1, _int,
-        "DataLoader workers of each process; -1 chooses from the CPUs this process may use",
+        "DataLoader workers of each process; -1: its share of the CPUs that may be used, but one (32 at most)",
         Rule(lambda number: -1 <= number <= 1024, "it is a number of workers up to 1,024, or -1 to choose it"), scope=PROCESS),
     Key("DATA.PIN_MEMORY", True, _bool, "page-locked batches for faster copies to a GPU", scope=RUN),
     Key("DATA.DECODER", "auto", _str,

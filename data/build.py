@@ -92,8 +92,9 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
         batch = _val_batch(config)
         if layout != "stream":  # whose length is not known; every batch is filled up to this size, which takes memory
             batch = min(batch, max(1, -(-len(source) // world_size)))
-        dataset = kind(source, pipelines["val"], batch, workers, pipe)
         sampler = _val_sampler(config, source, batch, rank, world_size, workers > 0)
+        options["workers"] = workers = workers if layout == "stream" else min(workers, len(sampler))
+        dataset = kind(source, pipelines["val"], batch, workers, pipe)
         val = ImageLoader(dataset, batch_sampler=sampler, persistent_workers=workers > 0, **options)  # it is used after every epoch
     return Loaders(train, val, names, list(dict.fromkeys(notices)), layout, found)
 

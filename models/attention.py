@@ -16,6 +16,9 @@ from models.cpu_bf16 import sum_rows
 
 FEW_TOKENS = 32  # below, torch's bf16 softmax and its gradient on a CPU go number by number
 MANY_KEYS = 512  # from here on the fused attention is no slower in any form, and holds no N*M logits
+# CUDA's grids take no more in their second and third dimension. Beyond, flash attention fails to launch; torch 2.14's memory-efficient
+# kernel splits the batch by itself, but then fails at the gradient of a bias and with dropout.
+MAX_CUDA_BATCH = 65_535
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: nn.Dropout) -> Tensor:
@@ -58,12 +61,18 @@ def biased_self_attention(qkv: Tensor, bias: Tensor | None, scale: float, drop: 
 
 
 def cuda_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, rate: float) -> Tensor:
-    """By CUDA's fused kernels, (B, h, N, d) each. cuDNN's with a bias has given wrong results and is left out (pytorch issues 191612,
-    196678).
+    """By CUDA's fused kernels, (B, h, N, d) each, in parts of at most ``MAX_CUDA_BATCH``. cuDNN's with a bias has given wrong results and
+    is left out (pytorch issues 191612, 196678).
 
     Args:
+        bias: (h, N, N), (B, h, N, N) or none.
         rate: dropout of the attention's weights.
     """
+    parts = -(-len(q) // MAX_CUDA_BATCH)
+    if parts > 1:
+        biases = bias.chunk(parts) if bias is not None and bias.ndim == 4 else [bias] * parts
+        whole = zip(q.chunk(parts), k.chunk(parts), v.chunk(parts), biases, strict=True)
+        return torch.cat([cuda_attention(*part, scale, rate) for part in whole])
     if bias is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=rate, scale=scale)
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):

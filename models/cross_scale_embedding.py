@@ -7,14 +7,17 @@ Shapes: B batch, H W image or map, C channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.cpu_bf16 import compute_dtype, conv2d
-from models.ops import merge_patches, pad_to_even, pad_to_multiple, space_to_depth
+from models.cpu_bf16 import compute_dtype, conv2d, linear
+from models.ops import merge_patches, pad_to_even, pad_to_multiple, space_to_depth, windows
+
+_SIDE = 4  # tokens of a square that ``sample_by_products`` computes at once
 
 
 class CrossScaleEmbedding(nn.Module):
@@ -32,10 +35,21 @@ class CrossScaleEmbedding(nn.Module):
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.pays_as_products(x):
+            return self.norm(self.sample_by_products(x))
         x = pad_to_multiple(x, self.stride)
         # The gradient of a large kernel over three channels is slow; the forward pass alone gains nothing.
         sample = self.sample_in_blocks if self.training and self.stride % 2 == 0 else self.sample
         return self.norm(torch.cat(sample(x), dim=-1))
+
+    def pays_as_products(self, x: Tensor) -> bool:
+        """Whether ``sample_by_products`` is the fastest: on tensor cores in 16 bits, which make up for four times the arithmetic.
+
+        In crossformer_small at batch 256 on an H200 one weight gradient, of 12 channels under the largest kernel, takes 5.4 ms of the
+        step as a convolution, all of the embedding's products 1.0 ms by their sizes. An exported model keeps its convolutions.
+        """
+        exports = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        return x.is_cuda and compute_dtype(x).itemsize == 2 and len(self.projs) > 1 and not exports
 
     def sample(self, x: Tensor) -> list[Tensor]:
         """Each kernel's tokens, (B, H/4, W/4, width)."""
@@ -60,6 +74,30 @@ class CrossScaleEmbedding(nn.Module):
             weight = space_to_depth(kernel, self.stride).permute(0, 3, 1, 2)
             tokens.append(conv2d(blocks, weight, proj.bias, padding=weight.shape[2] // 2 - 1))
         return [token.permute(0, 2, 3, 1) for token in tokens]
+
+    def sample_by_products(self, x: Tensor) -> Tensor:
+        """All kernels' tokens side by side, (B, H/4, W/4, C), as products of large matrices, of the kernels two by two.
+
+        A row holds the pixels that a square of 4x4 tokens sees; the weights are those of 16 tokens, zero where a token does not look.
+        Such tokens share most of what they see: the rows take an eighth of the memory that a row for each token would.
+        """
+        height, width = (-(-size // self.stride) for size in x.shape[2:])
+        x = pad_to_multiple(x.to(compute_dtype(x)), self.stride * _SIDE)
+        pairs = [list(self.projs[i:i + 2]) for i in range(0, len(self.projs), 2)]
+        tokens = torch.cat([self.sample_squares(x, pair) for pair in pairs], dim=-1)  # (B, H/16, 4, W/16, 4, C)
+        return tokens.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+
+    def sample_squares(self, x: Tensor, projs: Sequence[nn.Conv2d]) -> Tensor:
+        """Some kernels' tokens square by square, (B, H/16, 4, W/16, 4, their channels), of an image of whole squares."""
+        largest, beyond = max(proj.kernel_size[0] for proj in projs), self.stride * (_SIDE - 1)
+        seen = largest + beyond
+        rows = windows(F.pad(x, ((largest - self.stride) // 2,) * 4), seen, self.stride * _SIDE, math.gcd(self.stride, seen))
+        # With zeros around it, a kernel seen through a window at the last possible place is the first token's, and so on.
+        kernels = torch.cat([F.pad(proj.weight, (beyond + (largest - proj.kernel_size[0]) // 2,) * 4) for proj in projs])
+        weight = kernels.unfold(2, seen, self.stride).unfold(3, seen, self.stride).flip(2, 3).permute(2, 3, 0, 1, 4, 5)
+        bias = torch.cat([proj.bias for proj in projs]).repeat(_SIDE * _SIDE)
+        tokens = linear(rows, weight.flatten(3).flatten(0, 2), bias)
+        return tokens.unflatten(3, (_SIDE, _SIDE, -1)).permute(0, 1, 3, 2, 4, 5)
 
 
 def split_channels(dim: int, parts: int) -> list[int]:

@@ -39,12 +39,25 @@ def pad_to_even(x: Tensor) -> Tensor:
 
 def space_to_depth(x: Tensor, side: int) -> Tensor:
     """(B, C, H, W) -> (B, H/side, W/side, C*side*side), a block's pixels in the order channel, row, column."""
-    wide = {8: torch.int64, 16: torch.complex128}.get(side * x.element_size())
+    return windows(x, side, side, side)
+
+
+def windows(x: Tensor, size: int, step: int, unit: int) -> Tensor:
+    """Square windows of ``size`` pixels at every ``step``, (B, C, H, W) -> (B, H', W', C*size*size), as ``space_to_depth`` orders them.
+
+    ``unit`` divides ``size``, ``step`` and the width: pixels that may be moved as one number, which is four times as fast.
+    """
+    wide = {8: torch.int64, 16: torch.complex128}.get(unit * x.element_size())
     if wide is None or x.requires_grad or x.device.type == "mps" or torch.compiler.is_compiling():
-        return x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(3)
-    # A block's row moved as one number: four times as fast.
-    x, dtype = x.contiguous(), x.dtype
-    return x.view(wide).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3).contiguous().view(dtype).flatten(3)
+        return _cut(x, (size, size), (step, step)).flatten(3)
+    return _cut(x.contiguous().view(wide), (size, size // unit), (step, step // unit)).contiguous().view(x.dtype).flatten(3)
+
+
+def _cut(x: Tensor, size: tuple[int, int], step: tuple[int, int]) -> Tensor:
+    """A view (B, H', W', C, height, width) of windows of that size at every step, both (vertical, horizontal)."""
+    if size == step:  # whole blocks, whose gradient is a permutation
+        return x.unflatten(3, (-1, size[1])).unflatten(2, (-1, size[0])).permute(0, 2, 4, 1, 3, 5)
+    return x.unfold(2, size[0], step[0]).unfold(3, size[1], step[1]).permute(0, 2, 3, 1, 4, 5)
 
 
 class DepthwiseConv2d(nn.Conv2d):

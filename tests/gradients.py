@@ -11,7 +11,7 @@ from torch import Tensor
 def gradients(f: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
     """The output of ``f``, and the gradients of its inputs for a fixed gradient of the output."""
     y = f(*inputs)
-    pull = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y.dtype)
+    pull = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y)
     return [y.detach(), *torch.autograd.grad(y, inputs, pull)]
 
 

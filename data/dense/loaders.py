@@ -70,6 +70,7 @@ def build_dense_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, spl
         train = training.loader(rank, world_size, pipe, options, notices)
     if evaluation is not None:
         sampler = SizeSampler(evaluation.padded, evaluation.batch_size, rank, world_size)
+        options["workers"] = min(options["workers"], len(sampler))
         val = evaluation.loader(sampler, pipe, options, persistent_workers=options["workers"] > 0)  # it is used after every epoch
     return Loaders(train, val, names, list(dict.fromkeys(notices)), layout, found)
 

@@ -81,7 +81,7 @@ def loader_options(config: CfgNode, batch_bytes: int, device: torch.device, loca
         notices.append(Notice(f"/dev/shm can take {free >> 10} KiB, too little for DataLoader workers; images are loaded without them "
                               "(docker: --shm-size=8g, and not read-only)"))
         workers = 0
-    reason = pipe_reason(batch_bytes, workers * local_world_size)
+    reason = pipe_reason(batch_bytes, workers, local_world_size)
     notices += [reason] if reason else []
     return dict(workers=workers, timeout=config.DATA.TIMEOUT, device=device, pin_memory=config.DATA.PIN_MEMORY,
                 worker_init_fn=ignore_signals), bool(reason)

@@ -11,6 +11,9 @@ from data.messages import Notice
 
 MIN_SHARED_MEMORY = 1 << 20  # bytes; the locks of the workers lie there too
 PREFETCH = 2  # batches that each worker holds ready
+# Of a process, where their number is chosen. One core prepares 300 to 900 ImageNet crops a second for a GPU (scripts/bench_data.py, path
+# device), so 32 of them feed 9,600 or more, which no model here trains at on one GPU: more would only take memory and time to start.
+MOST_WORKERS = 32
 _FILES_PER_WORKER, _OTHER_FILES = 24, 96  # open at a time
 
 
@@ -44,28 +47,34 @@ def usable_cpus() -> int:
 
 
 def worker_count(requested: int, local_world_size: int = 1) -> int:
-    """DataLoader workers of this process: ``requested`` (DATA.NUM_WORKERS), or for -1 its share of the CPUs, 8 at most.
+    """DataLoader workers of this process: ``requested`` (DATA.NUM_WORKERS), or for -1 its share of the CPUs but one, which the process
+    itself needs; of one or two CPUs all, since it mostly waits there, and ``MOST_WORKERS`` at most.
 
     Args:
         local_world_size: processes of the run on this machine, which share its CPUs.
     """
-    return requested if requested >= 0 else max(1, min(8, usable_cpus() // local_world_size))
+    if requested >= 0:
+        return requested
+    share = usable_cpus() // local_world_size
+    return min(MOST_WORKERS, share - 1 if share > 2 else max(1, share))
 
 
-def pipe_reason(batch_bytes: int, workers: int) -> str:
+def pipe_reason(batch_bytes: int, workers: int, local_world_size: int = 1) -> str:
     """Why batches must travel through pipes instead of shared memory, as a notice; "" where shared memory will do.
 
     Looks at /dev/shm (docker gives 64 MB) and at the limit of open files, which it raises as far as the hard limit first.
 
     Args:
         batch_bytes: size of a batch as a worker hands it over.
-        workers: those of all processes of the run on this machine.
+        workers: of this process.
+        local_world_size: processes of the run on this machine, which share /dev/shm; each has a limit of files of its own.
     """
     if not workers:
         return ""
-    free, needed = free_shared_memory(), batch_bytes * (PREFETCH + 1) * workers
+    of_all = workers * local_world_size
+    free, needed = free_shared_memory(), batch_bytes * (PREFETCH + 1) * of_all
     if free is not None and free < needed:
-        return Notice(f"/dev/shm has {free / 2**20:.1f} MiB free and {workers} DataLoader workers may need {needed / 2**20:.1f} MiB; "
+        return Notice(f"/dev/shm has {free / 2**20:.1f} MiB free and {of_all} DataLoader workers may need {needed / 2**20:.1f} MiB; "
                       "batches go through pipes, which is slower (docker: --shm-size=8g, or fewer --num-workers)")
     limit = _raise_file_limit(needed := _OTHER_FILES + _FILES_PER_WORKER * workers)
     if limit < needed:

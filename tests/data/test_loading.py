@@ -19,7 +19,7 @@ from config import ConfigError
 from data import build_loaders
 from data.dense.samplers import AspectStepSampler
 from data.loading.sampler import ShardSampler, StepSampler
-from data.loading.workers import free_shared_memory, worker_count
+from data.loading.workers import free_shared_memory, pipe_reason, worker_count
 from data.seeds import derive
 
 STATE = ("model", "ema", "optimizer", "step", "best")
@@ -155,8 +155,27 @@ def test_config_and_data_are_checked_against_each_other(images: Path) -> None:
 
 
 def test_worker_count_follows_the_machine(monkeypatch) -> None:
-    monkeypatch.setattr("data.loading.workers.usable_cpus", lambda: 6)
-    assert worker_count(-1, 2) == 3 and worker_count(5, 2) == 5 and worker_count(-1, 64) == 1
+    for cpus, chosen in {1: 1, 2: 2, 3: 2, 6: 5, 16: 15, 33: 32, 128: 32}.items():
+        monkeypatch.setattr("data.loading.workers.usable_cpus", lambda cpus=cpus: cpus)
+        assert (worker_count(-1), worker_count(5), worker_count(0)) == (chosen, 5, 0)
+    assert [worker_count(-1, processes) for processes in (2, 8, 64, 256)] == [32, 15, 2, 1]
+    assert worker_count(5, 2) == 5
+
+
+def test_what_the_workers_of_all_processes_share_and_what_they_do_not(monkeypatch) -> None:
+    """Eight processes of 15 workers: /dev/shm is there once, the limit of open files for each process."""
+    seen: list[int] = []
+    monkeypatch.setattr("data.loading.workers.free_shared_memory", lambda: 10 << 30)
+    monkeypatch.setattr("data.loading.workers._raise_file_limit", lambda needed: seen.append(needed) or needed)
+    assert pipe_reason(28 << 20, 15, 8) == "" and "120 DataLoader workers" in pipe_reason(29 << 20, 15, 8)
+    assert seen == [96 + 24 * 15]
+
+
+def test_evaluation_has_no_more_workers_than_batches(images: Path) -> None:
+    loaders = build_loaders(config_for(images, "DATA.NUM_WORKERS", 2, "TEST.BATCH_SIZE", 19))
+    assert (loaders.train.num_workers, loaders.val.num_workers, len(loaders.val)) == (2, 1, 1)
+    assert sum(int((targets >= 0).sum()) for _, targets in loaders.val) == len(loaders.val.dataset.source) == 19
+    loaders.close()
 
 
 def test_batches_of_a_worker_lie_in_shared_memory_at_once(images: Path) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from gradients import close, gradients
 from torch import Tensor, nn
 
+from models import attention as module
 from models.attention import attention, biased_self_attention, cuda_attention
 
 
@@ -67,3 +68,21 @@ def test_cuda_kernels_of_a_biased_attention(monkeypatch):
     monkeypatch.undo()
     compiled = torch.compile(lambda q: cuda_attention(q, q, q, bias, 0.3, 0.0), fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(q), cuda_attention(q, q, q, bias, 0.3, 0.0))
+
+
+@pytest.mark.parametrize("kind", ["none", "shared", "each"])
+def test_more_groups_than_a_cuda_grid_takes(kind, monkeypatch):
+    """They come in parts below the limit; values and gradients stay."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(7, 2, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    shape = dict(none=None, shared=(2, 9, 9), each=(7, 2, 9, 9))[kind]
+    inputs = [q, k, v] if shape is None else [q, k, v, torch.randn(shape, dtype=torch.float64, requires_grad=True)]
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        return cuda_attention(q, k, v, bias, 0.3, 0.0)
+
+    whole, sizes, inner = gradients(ours, *inputs), [], F.scaled_dot_product_attention
+    monkeypatch.setattr(module, "MAX_CUDA_BATCH", 3)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *args, **kwargs: sizes.append(len(q)) or inner(q, *args, **kwargs))
+    assert close(gradients(ours, *inputs), whole, 1e-12)
+    assert sum(sizes) == 7 and max(sizes) <= 3

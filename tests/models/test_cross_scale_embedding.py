@@ -9,7 +9,7 @@ from torch import nn
 
 from models import cpu_bf16
 from models.cross_scale_embedding import CrossScaleEmbedding
-from models.ops import space_to_depth
+from models.ops import space_to_depth, windows
 
 
 @torch.no_grad()
@@ -41,6 +41,49 @@ def test_embedding_in_blocks_is_the_convolutions(kernels: tuple[int, ...], image
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("kernels", [(4, 8, 16, 32), (4, 8, 10), (2, 4), (4, 16, 8), (3, 5, 9)])
+@pytest.mark.parametrize("channels", [1, 3, 13])
+@pytest.mark.parametrize("image_needs_gradient", [False, True])
+def test_embedding_by_products_is_the_convolutions(kernels: tuple[int, ...], channels: int, image_needs_gradient: bool) -> None:
+    torch.manual_seed(0)
+    embedding = CrossScaleEmbedding(32, kernels, channels, norm=False).double().eval()
+    x = torch.randn(2, channels, 45, 38, dtype=torch.float64, requires_grad=image_needs_gradient)
+    inputs = [*embedding.parameters(), *([x] if image_needs_gradient else [])]
+    plain, ours = (gradients(lambda *_, f=f: f(x), *inputs) for f in (embedding, embedding.sample_by_products))
+    assert all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(plain, ours, strict=True))
+
+
+def test_embedding_by_products_compiled_and_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    embedding, x = CrossScaleEmbedding(32, in_chans=4), torch.randn(2, 4, 45, 38)
+    plain = gradients(lambda *_: embedding(x), *embedding.parameters())
+    monkeypatch.setattr(CrossScaleEmbedding, "pays_as_products", lambda *_: True)
+    compiled = torch.compile(embedding, fullgraph=True, backend="aot_eager")
+    for run in (embedding, compiled):
+        assert close(gradients(lambda *_, f=run: f(x), *embedding.parameters()), plain, 1e-4)
+        halves = in_bf16(run)
+        assert close(gradients(lambda *_, f=halves: f(x), *embedding.parameters()), plain, 0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("pays", [True, False])
+def test_embedding_on_cuda_in_bf16(train: bool, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    embedding, x = CrossScaleEmbedding(32).train(train), torch.randn(2, 3, 45, 38)
+    plain = gradients(lambda *_: embedding(x), *embedding.parameters())
+    embedding, x = embedding.cuda(), x.cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert embedding.pays_as_products(x)
+        monkeypatch.setattr(CrossScaleEmbedding, "pays_as_products", lambda *_: pays)
+        ours = gradients(lambda *_: embedding(x), *embedding.parameters())
+    assert close([o.cpu() for o in ours], plain, 0.05)
+
+
+def test_only_a_16_bit_gpu_pays_for_products() -> None:
+    assert not CrossScaleEmbedding(32).pays_as_products(torch.randn(1, 3, 32, 32).bfloat16())
+
+
 @pytest.mark.parametrize("kernels", [(2, 4, 8, 16), (4, 8, 16, 32)])
 @pytest.mark.parametrize("channels", [3, 4])
 def test_the_embedding_is_right_in_bf16(kernels: tuple[int, ...], channels: int) -> None:
@@ -60,3 +103,11 @@ def test_space_to_depth_by_rows(dtype: torch.dtype) -> None:
     assert torch.equal(space_to_depth(x, 4), expected)
     assert torch.equal(space_to_depth(x.to(memory_format=torch.channels_last), 4), expected)
     assert torch.equal(expected[1, 1, 2], x[1, :, 4:8, 8:12].flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windows_by_several_pixels_at_once(dtype: torch.dtype) -> None:
+    x = torch.arange(2 * 3 * 20 * 28).view(2, 3, 20, 28).to(dtype)
+    found = windows(x, 12, 8, 4)
+    assert torch.equal(found, windows(x.clone().requires_grad_(), 12, 8, 4)) and found.shape == (2, 2, 3, 3 * 12 * 12)
+    assert torch.equal(found[1, 1, 2], x[1, :, 8:20, 16:28].flatten())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from gradients import gradients
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from models import position_bias
 from models.crossformer import CrossFormer
@@ -103,12 +104,49 @@ def test_cached_position_bias_is_never_stale() -> None:
     assert all(p.grad is not None for p in model.layers[0].blocks[0].attn.pos.parameters())
 
 
+def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A CPU takes the steps of a GPU when it is given as device; the list fills with the constants that are made."""
+    made = []
+    for name in ("relative_offsets", "relative_index"):
+        real = getattr(position_bias, name)
+        monkeypatch.setattr(position_bias, name,
+                            lambda group, _, real=real, name=name: made.append(name) or real(group, torch.device("cpu")))
+    return made
+
+
 def test_rows_of_a_bias_are_aligned_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """They begin at multiples of 8 numbers."""
     dpb = DynamicPositionBias(2, 2)
     plain = dpb.bias(7, torch.device("cpu"))
-    for name in ("relative_offsets", "relative_index"):
-        real = getattr(position_bias, name)
-        monkeypatch.setattr(position_bias, name, lambda group, _, real=real: real(group, torch.device("cpu")))
+    as_if_on_cuda(monkeypatch)
     aligned = dpb.bias(7, torch.device("cuda"))
     assert torch.equal(aligned, plain) and aligned.stride() == (49 * 56, 56, 1)
+
+
+def test_constants_are_made_once_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a group and type, usable in training though evaluation made them, and never mixed with those of a fake or traced model."""
+    cuda, dpb = torch.device("cuda"), DynamicPositionBias(2, 2)
+    plain = {group: dpb.bias(group, torch.device("cpu")) for group in (4, 7)}
+    made = as_if_on_cuda(monkeypatch)
+    with torch.inference_mode():
+        dpb.bias(7, cuda)
+    for group in (7, 4, 7, 4):
+        assert torch.equal(dpb.bias(group, cuda), plain[group])
+    assert len(made) == 4
+    dpb.bias(7, cuda).sum().backward()
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = {f"dpb.{name}": mode.from_tensor(p) for name, p in dpb.named_parameters()}
+        assert isinstance(torch.func.functional_call(BiasOf(dpb), fake, (7,)), FakeTensor)
+    assert type(dpb.bias(7, cuda)) is Tensor
+    assert torch.equal(torch.compile(BiasOf(dpb), fullgraph=True, backend="aot_eager")(7), plain[7])
+    assert torch.allclose(dpb.double().bias(7, cuda).float(), plain[7])
+    assert not copy.deepcopy(dpb)._pairs
+
+
+class BiasOf(nn.Module):
+    def __init__(self, dpb: DynamicPositionBias) -> None:
+        super().__init__()
+        self.dpb = dpb
+
+    def forward(self, group: int) -> Tensor:
+        return self.dpb.bias(group, torch.device("cuda"))

@@ -18,6 +18,7 @@ from utils.runtime import distributed
 from utils.runtime.precision import Precision
 from utils.runtime.seed import seed_micro_batch
 from utils.tasks.base import Batch, Task
+from utils.training.data_wait import DataWait, DeviceDataWait, data_wait
 
 
 class NumericError(ProgramError, ArithmeticError):
@@ -64,19 +65,21 @@ class Progress:
         loss_sum: sum of the losses of this rank's images, those of skipped steps left out.
         steps: (step, loss sum, gradient norm) of the steps nobody has looked at yet.
         counted: steps of the epoch, of those looked at, that loss_sum holds.
+        data_wait: the time in which the device had nothing to do for want of data.
     """
 
     device: torch.device
     loss_sum: Tensor = field(init=False)
     steps: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     counted: int = 0
-    data_seconds: float = 0.0
+    data_wait: DataWait | DeviceDataWait = field(init=False)
     start: float = field(default_factory=time.perf_counter)
     first_step: int = 0
 
     def __post_init__(self) -> None:
         # double where the device has it: an epoch's sum is then the same however often it is read
         self.loss_sum = torch.zeros((), device=self.device, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
+        self.data_wait = data_wait(self.device)
 
     def add(self, step: int, loss: Tensor, norm: Tensor) -> None:
         self.loss_sum += torch.where(norm.isfinite(), loss, 0)
@@ -122,10 +125,9 @@ def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[Batch
     statistics = RunningStatistics(state.model)
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     while state.step < until:
-        waited = time.perf_counter()
         distributed.begin_phase("waiting for data", state.step)
-        batch = next(batches)
-        progress.data_seconds += time.perf_counter() - waited
+        with progress.data_wait:
+            batch = next(batches)
         distributed.begin_phase("training", state.step)
         batch = plan.transform(plan.task.to_device(batch, plan.device), state.step)
         set_lr(state.optimizer, plan.schedule.lr_at(state.step))

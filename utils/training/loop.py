@@ -249,7 +249,7 @@ def after_step(run: Run, progress: Progress, first_step: int) -> None:
     config, state, stop = run.config, run.state, run.stop
     if state.step == first_step + 1 and config.COMPILE != "off":
         run.logger.info(f"compiled {config.COMPILE}: {compiled_graphs()} graphs, the first step took "
-                        f"{time.perf_counter() - progress.start - progress.data_seconds:.1f} s")
+                        f"{time.perf_counter() - progress.start - progress.data_wait.seconds():.1f} s")
     within = state.step % run.steps_per_epoch  # 0 after the last step of a whole epoch
     last = within == 0 or state.step >= run.total_steps
     line_due = within % config.PRINT_FREQ == 0 or last

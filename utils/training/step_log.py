@@ -46,7 +46,7 @@ class StepLog:
 
     def begin_window(self, progress: Progress) -> None:
         """The next line's figures are means from here on."""
-        self._window = (time.perf_counter(), self.state.step, progress.data_seconds, progress.loss_sum.item(), progress.counted)
+        self._window = (time.perf_counter(), self.state.step, progress.data_wait.seconds(), progress.loss_sum.item(), progress.counted)
 
     def end_epoch(self) -> None:
         if self._live is not None:
@@ -69,8 +69,8 @@ class StepLog:
             last: the line is an epoch's last, which the terminal keeps, too.
         """
         state, plan = self.state, self.plan
-        then, step, data_seconds, loss_sum, counted = self._window
-        now, total = time.perf_counter(), progress.loss_sum.item()
+        then, step, waited_then, loss_sum, counted = self._window
+        now, total, waited = time.perf_counter(), progress.loss_sum.item(), progress.data_wait.seconds()
         steps, seconds = state.step - step, now - then
         if not steps:
             return
@@ -79,15 +79,15 @@ class StepLog:
         within = (state.step - 1) % self.steps_per_epoch + 1
         pace = (now - self.started) / (state.step - self._first_step)
         epoch, steps_of_epoch = (state.step - 1) // self.steps_per_epoch + 1, self._steps_of(state.step - 1)
-        lr, speed, waiting = plan.schedule.lr_at(state.step - 1), steps * plan.images / seconds, progress.data_seconds - data_seconds
+        lr, speed, waiting = plan.schedule.lr_at(state.step - 1), steps * plan.images / seconds, (waited - waited_then) / seconds
         line = (f"epoch {epoch}/{self.epochs} step {within}/{steps_of_epoch} lr {lr:.3e} loss {loss:.4f} grad {norm:.3f} "
-                f"{speed:.0f} images/s data {100 * waiting / seconds:.0f}% mem {peak_memory_mib(plan.device)} MiB "
+                f"{speed:.0f} images/s data {100 * waiting:.0f}% mem {peak_memory_mib(plan.device)} MiB "
                 f"eta {clock(pace * (steps_of_epoch - within))} epoch, {clock(pace * (self.total_steps - state.step))} run")
         self.logger.info(line) if last else log_periodic(self.logger, line)
         self._said_at = now
         if self.records is not None:
-            self.records.step(state.step, finite_or_none(loss), finite_or_none(norm), lr, speed, waiting / seconds)
-        self._window = (now, state.step, progress.data_seconds, total, progress.counted)
+            self.records.step(state.step, finite_or_none(loss), finite_or_none(norm), lr, speed, waiting)
+        self._window = (now, state.step, waited, total, progress.counted)
 
     def _live_parts(self, done: int, pace: float) -> tuple[str, list[str]]:
         """The live line after ``done`` steps of the epoch, at ``pace`` steps a second. The loss is that of the last line."""
