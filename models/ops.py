@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import cuda_depthwise
 from models.cpu_bf16 import compute_dtype, linear
 
 LARGE_MAP = 2 ** 19  # numbers of one sample, 1 MiB in bfloat16: two such maps leave a core's cache no room
@@ -112,7 +113,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution of an odd square kernel, padded by half of it. (B, C, H, W) -> (B, C, H/stride, W/stride), rounded up.
 
     Channels-last inside. In bfloat16 on a CPU its gradients are composed of what oneDNN (3.13) does fast: others of the same cost
-    take 2 to 60 times as long.
+    take 2 to 60 times as long. In 16 bits on a GPU it has kernels of its own (``models.cuda_depthwise``).
 
     ``skip`` adds the input to the output, at the price of one addition to the kernel.
     """
@@ -122,14 +123,20 @@ class DepthwiseConv2d(nn.Conv2d):
         self.skip = skip
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight, dtype = self.weight, compute_dtype(x)
+        if cuda_depthwise.applies(x, dtype):
+            return self.on_cuda(x, weight, self.bias)
         if self.skip:
             weight = weight + F.pad(weight.new_ones(1, 1, 1, 1), (self.kernel_size[0] // 2,) * 4)
-        dtype = compute_dtype(x)
         if x.device.type != "cpu" or dtype != torch.bfloat16 or not torch.is_grad_enabled():
             return self._conv_forward(x, weight, self.bias)
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
         return _Depthwise.apply(x, weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.stride[0])
+
+    def on_cuda(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Where ``cuda_depthwise.applies``, with ``weight`` and ``bias`` in place of its own."""
+        x = x.to(compute_dtype(x)).permute(0, 2, 3, 1)
+        return cuda_depthwise.depthwise(x, weight, bias, self.stride[0], self.skip).permute(0, 3, 1, 2)
 
 
 class _Depthwise(torch.autograd.Function):
@@ -188,19 +195,24 @@ def _torch_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, paddin
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The image (B, C, H, W) as the convolutions of a stem are fastest on a CPU, in memory (B, H, W, C): what follows keeps it.
+    """The image (B, C, H, W) as the convolutions of a stem are fastest, in memory (B, H, W, C): what follows keeps it.
 
-    oneDNN's convolutions of a stem, and their gradients, are 1.6 to 5 times as fast so in bfloat16, batch norm 1.3 times.
+    oneDNN's convolutions of a stem on a CPU, and their gradients, are 1.6 to 5 times as fast so in bfloat16, batch norm 1.3 times. On a
+    GPU in 16 bits cuDNN's kernels for tensor cores take this layout, to which it would copy each map, and the layers behind it take maps
+    with the channels last.
     """
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    fits = x.device.type == "cpu" or x.is_cuda and compute_dtype(x).itemsize == 2
+    return x.contiguous(memory_format=torch.channels_last) if fits else x
 
 
 def concatenate(maps: Sequence[Tensor]) -> Tensor:
-    """Maps (B, C_i, H, W) side by side, (B, C, H, W); in training on a CPU each gets a gradient of its own, dense in memory.
+    """Maps (B, C_i, H, W) side by side, (B, C, H, W); in training, channels last, each gets a gradient of its own, dense in memory.
 
-    A slice of the whole's gradient, which autograd gives, makes the batch norm behind it 15 times as slow, additions 3 times.
+    A slice of the whole's gradient, which autograd gives, makes the batch norm behind it on a CPU 15 times as slow, additions 3 times; on a
+    GPU every operation that it passes on its way reads it in short rows.
     """
-    if maps[0].device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    dense = maps[0].device.type == "cpu" or maps[0].is_cuda and maps[0].is_contiguous(memory_format=torch.channels_last)
+    if not dense or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.cat(maps, dim=1)
     return _Concatenate.apply(*maps)
 
@@ -222,20 +234,32 @@ def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     The product with the norm is computed each time, which costs next to nothing and can never be stale.
     """
     if norm.training:
-        return norm(conv(x))
+        return norm(_convolve(conv, x, conv.weight, None) if x.is_cuda else conv(x))
     assert norm.running_mean is not None and norm.running_var is not None
     factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    bias = norm.bias - norm.running_mean * factor
-    return F.conv2d(x, conv.weight * factor.view(-1, 1, 1, 1), bias, conv.stride, conv.padding, groups=conv.groups)
+    return _convolve(conv, x, conv.weight * factor.view(-1, 1, 1, 1), norm.bias - norm.running_mean * factor)
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What ``conv`` does, with ``weight`` and ``bias`` in place of its own; of one pixel on a GPU in 16 bits a product of matrices, whose
+    gradient of the weights cuBLAS sums over all pixels in parallel."""
+    if isinstance(conv, DepthwiseConv2d) and cuda_depthwise.applies(x, compute_dtype(x)):
+        return conv.on_cuda(x, weight, bias)
+    if x.is_cuda and weight.shape[1:] == (x.shape[1], 1, 1) and conv.stride == (1, 1) and compute_dtype(x).itemsize == 2:
+        return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
 
 
 def merge_patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution whose stride is its kernel. (B, H, W, C) -> (B, H/kernel, W/kernel, C'), rounded down.
 
-    In training on a CPU it is a linear layer on whole patches: oneDNN's backward of the convolution takes up to twice as long.
+    In training on a CPU it is a linear layer on whole patches: oneDNN's backward of the convolution takes up to twice as long. On a GPU
+    likewise: a convolution's gradient of weights that cover 64 pixels and 64 channels is a few tiles of output for each of which a
+    processor walks over the whole batch; cuBLAS divides the walk.
     """
     (batch, height, width, dim), side = x.shape, conv.kernel_size[0]
-    if x.device.type != "cpu" or not torch.is_grad_enabled() or height % side or width % side:
+    by_product = x.is_cuda or x.device.type == "cpu" and torch.is_grad_enabled()
+    if not by_product or height % side or width % side:
         return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     patches = x.reshape(batch, height // side, side, width // side, side, dim).transpose(2, 3).flatten(3)
     return linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)

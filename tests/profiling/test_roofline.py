@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from pathlib import Path
 
 import pytest
 import roofline as script
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import get_config
+from utils.profiling import measured_steps as measured
 from utils.profiling.fake_gpu import DEVICE, backward, fake_gpu
 from utils.profiling.kernel_costs import BANDWIDTH, LAUNCH, Kernels
 from utils.profiling.roofline import Recorder, record, step_seconds, sums, total
@@ -108,6 +111,44 @@ def test_a_step_of_a_model() -> None:
     assert {"_fused_adamw", "_foreach_norm", "_efficient_attention_backward", "native_layer_norm_backward"} <= names
     assert not {name for name in names if "backward" in name or "adam" in name} & {row.name for row in sums(forward)}
     assert step_seconds(total(small)) == total(small).launches * LAUNCH > step_seconds(total(small), graphs=True)
+
+
+CALLS = Path(__file__).with_name("crossformer_small_calls.tsv")  # times, operation, its arguments: what a step called at measured.COMMIT
+
+
+def read(value: object) -> object:
+    """An argument as ``CALLS`` has it: ``@type:shape/strides`` is a tensor, ``#`` a word of torch's."""
+    if isinstance(value, list):
+        return [read(part) for part in value]
+    if isinstance(value, dict):
+        return {name: read(part) for name, part in value.items()}
+    if not isinstance(value, str):
+        return value
+    if value.startswith("#"):
+        return DEVICE if value == "#device" else getattr(torch, value[1:])
+    kind, _, sizes = value[1:].partition(":")
+    shape, *strides = [[int(n) for n in part.split("x") if n] for part in sizes.split("/")]
+    dtype = getattr(torch, kind.replace("bf16", "bfloat16").replace("f32", "float32"))
+    return torch.empty_strided(shape, *strides, dtype=dtype, device=DEVICE) if strides else made(*shape, dtype=dtype)
+
+
+def test_the_paces_give_back_what_was_measured_of_crossformer_small() -> None:
+    """Its calls as they were then (but for the lists of tensors of clipping and AdamW), since the program has changed."""
+    kernels: list[Kernels] = []
+    with fake_gpu():
+        for line in CALLS.read_text().splitlines():
+            times, name, args, *kwargs = line.split("\t")
+            func, recorder = functools.reduce(getattr, name.split("."), torch.ops.aten), Recorder()
+            args, kwargs = read(json.loads(args)), read(json.loads(kwargs[0])) if kwargs else {}
+            with recorder:
+                func(*args, **kwargs)
+            kernels += recorder.kernels * int(times)
+    whole, rows = total(kernels), {row.name: row for row in sums(kernels)}
+    assert whole.launches == pytest.approx(measured.LAUNCHES, rel=0.05)
+    assert 1e3 * whole.expected == pytest.approx(measured.MILLISECONDS, rel=0.1)
+    for name, milliseconds in measured.BY_OPERATION.items():
+        if milliseconds > 2:
+            assert 1e3 * rows[name].expected == pytest.approx(milliseconds, rel=0.25), name
 
 
 def test_gradients_walk_through_the_graph_as_torchs_engine_does() -> None:

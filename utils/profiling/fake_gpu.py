@@ -3,7 +3,7 @@
 torch's fake tensors do most of it. What they lack without a driver is mended here, for as long as ``fake_gpu`` lasts:
 
 - the engine of autograd asks the driver about streams: ``backward`` walks the graph of the backward pass instead;
-- autocast, generators and bf16 are refused: they are let through;
+- autocast, generators, bf16, streams and events are refused: they are let through;
 - the choice of an attention kernel reads the GPU's properties: ``_attention`` chooses as torch does on one of compute capability 9.0;
 - the layout that cuDNN gives a convolution's results is not known: ``with_layout`` gives it.
 """
@@ -39,10 +39,13 @@ aten = torch.ops.aten
 def fake_gpu() -> Iterator[None]:
     """Within it tensors made on ``DEVICE`` are fake ones, and a training step on them runs as on a GPU; no kernel is ever started."""
     generator = SimpleNamespace(manual_seed=lambda seed: None, initial_seed=lambda: 0)
+    quiet = mock.MagicMock()  # streams and events: all they do is wait
+    quiet.return_value.query.return_value, quiet.return_value.elapsed_time.return_value = True, 0.0
     with contextlib.ExitStack() as stack:
         for target, name, value in (
                 (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False), (Tensor, "backward", backward),
                 (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True), (torch.cuda, "default_generators", (generator,)),
+                *((torch.cuda, name, quiet) for name in ("Event", "Stream", "stream", "current_stream", "synchronize")),
                 (torch.cuda, "get_device_capability", lambda device=None: (9, 0))):
             stack.enter_context(mock.patch.object(target, name, value))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
