@@ -78,7 +78,7 @@ def flops_of(call: Call) -> int:
 
 
 def product(call: Call) -> list[Kernels]:
-    dtype, flops = call.made[0].dtype, flops_of(call)
+    dtype, flops = call.given[-1].dtype, flops_of(call)  # of the factors: the product may be written in a wider one
     rate = RATES[dtype]
     share = PRODUCTS.get(call.name, BATCHED)
     rows, columns = call.made[0].shape[-2:]
