@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError
+from config import ConfigError, input_channels
 from data import Loaders
 from data.dense.base import IGNORED, DenseSource
 from data.dense.batch import DenseBatch
@@ -52,7 +52,7 @@ class DenseTask(Task):
                 ("TRAIN.DISTILLATION.TEACHER", not config.TRAIN.DISTILLATION.TEACHER, "leave it empty"),
                 ("TRAIN.LINEAR_PROBE", not config.TRAIN.LINEAR_PROBE, "give TRAIN.FREEZE [backbone] to train the head alone"),
                 ("DATA.SAMPLING", config.DATA.SAMPLING == "natural", "leave it natural"),
-                ("COMPILE", config.COMPILE != "model", "give --compile blocks, which compiles the backbone")):
+                ("COMPILE", not config.COMPILE.endswith("model"), "give --compile blocks, which compiles the backbone")):
             if not usual:
                 raise ConfigError(f"{key} is not supported for TASK {config.TASK}; {remedy}")
 
@@ -98,6 +98,9 @@ class DenseTask(Task):
     def synthetic_batch(self, config: CfgNode, images: int, num_classes: int, device: torch.device,
                         generator: torch.Generator) -> DenseBatch:
         return synthetic_batch(config, images, num_classes, device, generator, self.stride)
+
+    def next_images(self, config: CfgNode, images: int, device: torch.device) -> Tensor:
+        return torch.zeros(images, input_channels(config), *self.input_size(config), device=device)  # the workers augment
 
     def forward(self, model: nn.Module, batch: DenseBatch) -> Any:
         if model.training:
