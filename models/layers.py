@@ -93,9 +93,14 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if type(self.fc1) is type(self.fc2) is Linear and not (self.training and self.drop.p):
             parameters = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-            if cuda_linear.applies(x, *parameters):
+            if cuda_linear.applies(x, *parameters) and not any(map(_is_hooked, self.children())):
                 return cuda_linear.mlp(x, *parameters, compute_dtype(x))
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether somebody waits for the module to be called: pruning, activation statistics, explanations."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks)
 
 
 def init_linear(module: nn.Module) -> None:
