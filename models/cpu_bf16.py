@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import fused_norm
+from models import cuda_linear, fused_norm
 
 
 def replace_layers(model: nn.Module) -> nn.Module:
@@ -101,7 +101,8 @@ class _LayerNormInBf16(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` as oneDNN is fastest on a CPU in bf16 (``_product``, ``_LinearInBf16``). (.., C) -> (.., C')."""
+    """``nn.Linear`` as oneDNN is fastest on a CPU in bf16 (``_product``, ``_LinearInBf16``), as a GPU is in training
+    (``models.cuda_linear``). (.., C) -> (.., C')."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -109,6 +110,8 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b as ``Linear`` computes it. (.., C), (C', C), (C') -> (.., C')."""
+    if cuda_linear.applies(x, weight, bias):
+        return cuda_linear.linear(x, weight, bias, compute_dtype(x))
     in_bf16 = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     if in_bf16 and x.ndim > 1 and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         with torch.autocast("cpu", enabled=False):

@@ -31,6 +31,7 @@ from models.base import MergingModel, Stage, check_heads, check_mlps, check_stag
 from models.cpu_bf16 import LayerNormForProducts, Linear
 from models.cross_scale_embedding import CrossScaleEmbedding, CrossScaleMerging, check_kernels
 from models.fused_norm import fuses_groups, norm_in_groups
+from models.group_attention import fits, from_groups, group_attention, to_groups
 from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
 from models.ops import DepthwiseConv2d
 from models.position_bias import POSITIONS, DynamicPositionBias, PositionTable, RelativePositionBias
@@ -70,6 +71,12 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1)
         return self.proj_drop(self.proj(biased_self_attention(qkv, bias, self.scale, self.attn_drop)))
 
+    def on_map(self, x: Tensor, group: int, interval: int) -> Tensor:
+        """``forward`` for all groups of a map (B, H, W, C) in place, where ``group_attention.fits``; padding is no key."""
+        table = None if self.pos is None else self.pos.cached_table(group, x.device)
+        y = group_attention(self.qkv(x), table, self.num_heads, group, interval, self.scale)
+        return self.proj_drop(self.proj(y))
+
 
 class Block(nn.Module):
     """LSDA block: attention in groups, MLP, and in CrossFormer++ possibly an ACL. (B, H, W, C) -> the same.
@@ -102,14 +109,17 @@ class Block(nn.Module):
     def attend_groups(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """Attention among the tokens of each group, of the map ``x`` or of what ``norm`` makes of it. (B, H, W, C) -> the same."""
         batch, height, width, _ = x.shape
-        fused = norm is not None and fuses_groups(norm, x)
-        if norm is not None and not fused:
-            x = norm(x)
         group, interval = self.group_size, self.interval
         if min(height, width) <= group:
             group, interval = min(height, width), 1
         span = group * interval
         pad_h, pad_w = (span - height % span) % span, (span - width % span) % span
+        on_map = (self.mask_padding or not (pad_h or pad_w)) and fits(x, self.attn.num_heads, group, self.attn.attn_drop)
+        fused = norm is not None and not on_map and fuses_groups(norm, x)
+        if norm is not None and not fused:
+            x = norm(x)
+        if on_map:
+            return self.attn.on_map(x, group, interval)
         mask = None
         if pad_h or pad_w:
             # Zeros after the norm: the keys and values of padding are the projection's biases.
@@ -122,21 +132,6 @@ class Block(nn.Module):
         groups = self.attn(x, group, mask)
         x = from_groups(groups, batch, height + pad_h, width + pad_w, group, interval)
         return x[:, :height, :width] if pad_h or pad_w else x
-
-
-def to_groups(x: Tensor, group: int, interval: int) -> Tensor:
-    """(B, H, W, C) -> (B*groups, G*G, C). Row = r*G*I + g*I + i: tokens of equal r and i form a group, ordered by g."""
-    batch, height, width, dim = x.shape
-    rows, columns = height // (group * interval), width // (group * interval)
-    x = x.view(batch, rows, group, interval, columns, group, interval, dim)
-    return x.permute(0, 1, 4, 3, 6, 2, 5, 7).reshape(-1, group * group, dim)
-
-
-def from_groups(x: Tensor, batch: int, height: int, width: int, group: int, interval: int) -> Tensor:
-    """The inverse of ``to_groups``."""
-    rows, columns = height // (group * interval), width // (group * interval)
-    x = x.view(batch, rows, columns, interval, interval, group, group, -1)
-    return x.permute(0, 1, 5, 3, 2, 6, 4, 7).reshape(batch, height, width, -1)
 
 
 GROUP_TYPES = ("constant", "linear", "linear_div", "alter", "7_14")

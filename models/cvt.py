@@ -72,7 +72,9 @@ class Attention(nn.Module):
         """``size``: height and width of the map."""
         batch, tokens, dim = x.shape
         token, x = (x[:, :1], x[:, 1:]) if self.class_token else (None, x)
-        x = x.contiguous().transpose(1, 2).unflatten(2, size)
+        if not x.is_cuda:
+            x = x.contiguous()
+        x = x.unflatten(1, size).permute(0, 3, 1, 2)
 
         def heads(branch: nn.Sequential, linear: nn.Linear) -> Tensor:
             y = conv_norm(branch.conv, branch.bn, x).flatten(2).transpose(1, 2)

@@ -83,7 +83,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     Args:
         x: (.., C), or for groups (B, H, W, C).
         weight, bias: (C,).
-        group, interval: with a group size G the result is (B * groups, G*G, C) as ``models.crossformer.to_groups`` orders it, H and W
+        group, interval: with a group size G the result is (B * groups, G*G, C) as ``models.group_attention.to_groups`` orders it, H and W
             padded with zeros (after the norm) to multiples of G * interval. 0 leaves all in place.
     """
     x = x.contiguous()

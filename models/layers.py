@@ -11,7 +11,8 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from models.cpu_bf16 import LayerNormForProducts, Linear
+from models import cuda_linear
+from models.cpu_bf16 import LayerNormForProducts, Linear, compute_dtype
 from models.ops import pad_to_even, pad_to_multiple
 
 
@@ -90,6 +91,10 @@ class Mlp(nn.Module):
         self.act, self.drop = nn.GELU(), nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(self.fc1) is type(self.fc2) is Linear and not (self.training and self.drop.p):
+            parameters = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+            if cuda_linear.applies(x, *parameters):
+                return cuda_linear.mlp(x, *parameters, compute_dtype(x))
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 

@@ -6,6 +6,7 @@ Shapes: G side of a group, N = G*G its tokens, h heads.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,29 +38,43 @@ class RelativePositionBias(nn.Module):
         return dict(self.__dict__, _cached=None, _pairs={})  # neither copied nor pickled
 
     def cached_bias(self, group: int, device: torch.device) -> Tensor:
-        """``bias``, computed once for as long as evaluation goes on, the weights stay and the group is the same.
+        """``bias``, computed once for as long as evaluation goes on, the weights stay and the group is the same."""
+        return self._cached_result(self.bias, group, device)
 
-        Weights are compared by identity and version, and on a CPU by value: what is written to ``.data`` leaves no trace in the
-        version. (On a GPU that would be a synchronisation; there ``train()`` or ``eval()`` must come between.)
-        """
+    def cached_table(self, group: int, device: torch.device) -> Tensor:
+        """The biases of ``relative_offsets``, ((2G-1)^2, h) in the weights' type, computed once like ``cached_bias``."""
+        return self._cached_result(self.by_offset, group, device)
+
+    def _cached_result(self, function: Callable[[int, torch.device], Tensor], group: int, device: torch.device) -> Tensor:
+        # Weights are compared by identity and version, and on a CPU by value: what is written to .data leaves no trace in the version.
+        # (On a GPU that would be a synchronisation; there train() or eval() must come between.)
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self.bias(group, device)
+            return function(group, device)
         weights = list(self.parameters())
         if any(type(w.data) is not Tensor or w.is_inference() or w.is_meta for w in weights):  # traced, or without versions
-            return self.bias(group, device)
-        key = (group, device, compute_dtype(weights[0]), [(w.data_ptr(), w.dtype, w._version) for w in weights])
+            return function(group, device)
+        key = (function.__name__, group, device, compute_dtype(weights[0]), [(w.data_ptr(), w.dtype, w._version) for w in weights])
         values = torch.cat([w.flatten() for w in weights]) if device.type == "cpu" else torch.empty(0)  # two empty ones are equal
         if self._cached is None or self._cached[0] != key or not torch.equal(self._cached[1], values):
-            self._cached = (key, values, self.bias(group, device))
+            self._cached = (key, values, function(group, device))
         return self._cached[2]
+
+    def by_offset(self, group: int, device: torch.device) -> Tensor:
+        """``cached_table``, computed."""
+        with self._own_type(device):
+            return self(self.pairs(group, device, next(self.parameters()))[0]).contiguous()
+
+    @staticmethod
+    def _own_type(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """Without autocast: of so few numbers the conversions would take most of the time."""
+        return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
     def bias(self, group: int, device: torch.device) -> Tensor:
         """(h, N, N), queries before keys, in the type that products are computed in."""
         weight = next(self.parameters())
         plain = device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         offsets, index = (relative_offsets(group, device).to(weight.dtype), None) if plain else self.pairs(group, device, weight)
-        # Without autocast: of so few numbers the conversions would take most of the time.
-        with contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
+        with self._own_type(device):
             table = self(offsets)
         if index is None:
             return _BiasOfPairs.apply(table, group, compute_dtype(table))

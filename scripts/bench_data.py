@@ -14,12 +14,14 @@ the path that finishes images in the DataLoader workers.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy and torch are imported
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
@@ -34,6 +36,7 @@ from config import get_config
 from data import build_loaders
 from data.decoding.jpeg import LIBRARY
 from data.loading.dataset import EvalImages
+from data.loading.workers import usable_cpus
 from data.sources.folder import scan_folder
 from data.transforms.build import build_eval_transform, build_train_transform, preprocessing
 from data.transforms.pipeline import build_eval_pipeline
@@ -69,29 +72,44 @@ def textured_image(rng: np.random.Generator, size: tuple[int, int] | None = None
     return Image.alpha_composite(image, sheet).convert("RGB")
 
 
-def make_sets(root: str, count: int) -> None:
-    """Write ``root/{originals,352,256}/{train,val}/<class>/*.jpg``; val is a link to train."""
-    rng = np.random.default_rng(0)
-    size = pixels = 0
-    for number in range(count):
-        image = textured_image(rng)
-        for name in ("originals", "352", "256"):
-            folder = os.path.join(root, name, "train", str(number % 4))
-            os.makedirs(folder, exist_ok=True)
-            path = os.path.join(folder, f"{number:05d}.jpg")
-            if name == "originals":
-                image.save(path, quality=int(rng.integers(85, 97)), subsampling=0 if rng.random() < 0.78 else 2)
-                size, pixels = size + os.path.getsize(path), pixels + image.width * image.height
-                continue
-            scale = min(1.0, int(name) / min(image.size))
-            image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS).save(path, quality=90)
-    for name in ("originals", "352", "256"):
+def make_sets(root: str, count: int, names: Sequence[str] = ("originals", "352", "256"), distinct: int | None = None) -> None:
+    """Write ``root/{originals,352,256}/{train,val}/<class>/*.jpg``, on all cores; val is a link to train.
+
+    Args:
+        names: these sets alone.
+        distinct: images that are made; further ones are links to their files, which take a reader as long.
+    """
+    for name in names:
+        for label in range(4):
+            os.makedirs(os.path.join(root, name, "train", str(label)))
         os.symlink("train", os.path.join(root, name, "val"))
-    copies = [sum(os.path.getsize(os.path.join(folder, f)) for folder, _, files in os.walk(os.path.join(root, name)) for f in files)
-              for name in ("352", "256")]
-    print(f"{count} images: {size / count / 1000:.1f} KB and {pixels / count / 1e6:.3f} MP, copies {copies[0] / count / 1000:.1f} and "
-          f"{copies[1] / count / 1000:.1f} KB; decoder {LIBRARY}, "
-          f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
+    made = min(count, distinct or count)
+    with ProcessPoolExecutor(usable_cpus()) as pool:
+        pixels = sum(pool.map(_write_image, itertools.repeat(root, made), range(made), itertools.repeat(names), chunksize=4))
+    for number, name in itertools.product(range(made, count), names):
+        os.link(_path(root, name, number % made), _path(root, name, number))
+    sizes = {name: sum(os.path.getsize(_path(root, name, number)) for number in range(made)) / made / 1000 for name in names}
+    print(f"{count} images: {pixels / made / 1e6:.3f} MP, {', '.join(f'{name} {size:.1f} KB' for name, size in sizes.items())}; "
+          f"decoder {LIBRARY}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
+
+
+def _path(root: str, name: str, number: int) -> str:
+    return os.path.join(root, name, "train", str(number % 4), f"{number:05d}.jpg")
+
+
+def _write_image(root: str, number: int, names: Sequence[str]) -> int:
+    """Image ``number`` into each of the sets; its pixels."""
+    rng = np.random.default_rng((0, number))
+    image = textured_image(rng)
+    quality, subsampling = int(rng.integers(85, 97)), 0 if rng.random() < 0.78 else 2
+    for name in names:
+        if name == "originals":
+            image.save(_path(root, name, number), quality=quality, subsampling=subsampling)
+            continue
+        scale = min(1.0, int(name) / min(image.size))
+        smaller = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+        smaller.save(_path(root, name, number), quality=90)
+    return image.width * image.height
 
 
 def configuration(root: str, name: str, *opts: object):

@@ -59,6 +59,8 @@ def reference(options: argparse.Namespace) -> None:
     from timm.scheduler import create_scheduler_v2
     from timm.utils import dispatch_clip_grad
 
+    import models  # noqa: F401  registers ours with timm
+
     device = torch.device(options.device)
     dataset = create_dataset("", root=os.path.join(options.reference, "originals", "train"))
     loader = create_loader(
@@ -105,7 +107,7 @@ def main() -> None:
         return
     from bench_data import make_sets
     with tempfile.TemporaryDirectory(prefix="bench-program-") as root:
-        make_sets(root, options.batch * options.steps)
+        make_sets(root, options.batch * options.steps, ["originals"], distinct=1000)
         rates: dict[str, list[float]] = {"ours": [], "reference": []}
         for number in range(options.rounds):
             rates["reference"].append(theirs(options, root))

@@ -187,9 +187,9 @@ def build_side(args: argparse.Namespace, name: str, model: nn.Module, precision:
 def peak_of(work: Callable[[], None], device: torch.device) -> float:
     """MiB that ``work`` takes at its peak beside what was there before; without CUDA only Linux tells."""
     memory.reset_peak(device)
-    before = memory.peak(device)
+    before = memory.peak(device, cached=False)
     work()
-    return (memory.peak(device) - before) / 2 ** 20
+    return (memory.peak(device, cached=False) - before) / 2 ** 20
 
 
 def other_model(args: argparse.Namespace, model: nn.Module) -> nn.Module:

@@ -20,8 +20,12 @@ def to_device(batches: Iterable[HostBatch], move: Move, device: torch.device) ->
 
 
 def _prefetched(batches: Iterable[HostBatch], move: Callable[[HostBatch], Any], device: torch.device) -> Iterator[Any]:
-    """The next batch is copied and augmented while the model computes its step on this one."""
-    side, ready = torch.cuda.Stream(device), None
+    """The next batch is copied and augmented while the model computes its step on this one.
+
+    The stream has a high priority (-1; lower numbers go first, and 0 is usual): its few short kernels are started between those of the
+    step. With the usual priority they would wait behind the step's, which are always queued, and the next step would wait for them.
+    """
+    side, ready = torch.cuda.Stream(device, priority=-1), None
     for batch in batches:
         with torch.cuda.stream(side):
             following = move(batch), side.record_event()

@@ -1,11 +1,13 @@
 """RandAugment, flips, normalisation and erasing on the device: from a batch of uint8 crops and their parameters to images.
 
-The same fifteen operations as ``randaugment``, each applied at once to all samples of the batch that have it. Between operations
-pixels are whole numbers in float, as Pillow's are bytes. A sample depends only on its own pixels and parameters.
+The same fifteen operations as ``randaugment``. Between operations pixels are whole numbers, as Pillow's are bytes. A sample depends only
+on its own pixels and parameters. On CUDA all operations together are a few kernels (``device_kernels``); here, for other devices and as the
+measure of these, each is applied at once to all samples of the batch that have it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data.transforms import randaugment as ra
-from data.transforms.params import Augmentation
+from data.transforms.params import Augmentation, AugmentParams
 from data.transforms.randaugment import interpolation_weights
 
 
@@ -23,16 +25,33 @@ class DeviceAugment:
 
     def __init__(self, augmentation: Augmentation):
         self.augmentation = augmentation
+        self._kernels: Callable[[Tensor, Tensor, Augmentation], Tensor] | None = None
+
+    def compile(self, device: torch.device) -> str:
+        """Go by ``device_kernels`` from now on, compiled for a CUDA device here and now; or return why that cannot be."""
+        try:
+            from data.transforms import device_kernels
+            height, width = self.augmentation.size
+            crop = torch.zeros(1, height, width, len(self.augmentation.mean), dtype=torch.uint8, device=device)
+            row = self.augmentation.pack(AugmentParams((0, 0, height, width), False, False, [], []), noise=0)
+            with torch.cuda.device(device):
+                device_kernels.augment(crop, row[None], self.augmentation)
+        except Exception as error:  # ImportError, CompilationError, RuntimeError (no C compiler), OSError, ...: Triton's are of many kinds
+            return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        self._kernels = device_kernels.augment
+        return ""
 
     @torch.no_grad()
     def __call__(self, crops: Tensor, rows: Tensor) -> Tensor:
+        if self._kernels is not None and crops.is_cuda:
+            return self._kernels(crops, rows, self.augmentation)
         device = crops.device
         flips, operations, boxes, noise = self.augmentation.unpack(rows.numpy())
         images = _to_planes(crops)
         for column, axis in ((0, 3), (1, 2)):
             chosen = np.flatnonzero(flips[:, column])
             if len(chosen):
-                index = _to_device(chosen, device)
+                index = to_device(chosen, device)
                 images[index] = images[index].flip(axis)
         for layer in range(operations.shape[1]):
             self._apply_layer(images, operations[:, layer])
@@ -44,7 +63,7 @@ class DeviceAugment:
     def _apply_layer(self, images: Tensor, layer: np.ndarray) -> None:
         """One operation of each sample, in place; ``layer`` is (B, 2): operation and argument."""
         order = np.argsort(layer[:, 0], kind="stable")
-        index = _to_device(order, images.device)  # one copy to the device for all operations of the layer
+        index = to_device(order, images.device)  # one copy to the device for all operations of the layer
         kinds = layer[order, 0]
         for kind in np.unique(kinds[kinds >= 0]):
             low, high = np.searchsorted(kinds, kind), np.searchsorted(kinds, kind, side="right")
@@ -56,11 +75,11 @@ class DeviceAugment:
         chosen = np.flatnonzero(boxes[:, 2])
         if not len(chosen):
             return
-        index, (height, width) = _to_device(chosen, images.device), images.shape[2:]
-        top, left, h, w = (_to_device(column, images.device)[:, None] for column in boxes[chosen].astype(np.int64).T)
+        index, (height, width) = to_device(chosen, images.device), images.shape[2:]
+        top, left, h, w = (to_device(column, images.device)[:, None] for column in boxes[chosen].astype(np.int64).T)
         y, x = torch.arange(height, device=images.device)[None], torch.arange(width, device=images.device)[None]
         inside = ((y >= top) & (y < top + h))[:, None, :, None] & ((x >= left) & (x < left + w))[:, None, None, :]
-        seeds = _to_device((noise[chosen].astype(np.int64) + layer * 0x9E3779B97F4A7) & (2 ** 48 - 1), images.device)
+        seeds = to_device((noise[chosen].astype(np.int64) + layer * 0x9E3779B97F4A7) & (2 ** 48 - 1), images.device)
         channels = images.shape[1]
         shape = dict(pixel=(channels, height, width), rand=(channels, 1, 1)).get(self.augmentation.erase)
         filling = normal_noise(seeds, shape) if shape is not None else torch.zeros((), device=images.device)
@@ -83,18 +102,25 @@ def _to_planes(crops: Tensor) -> Tensor:
 
 
 def _normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    mean, std = (v.to(images.device, non_blocking=True)[:, None, None] for v in (mean, std))
+    mean, std = (constant(tuple(v.tolist()), images.device)[:, None, None] for v in (mean, std))
     return images.div_(255).sub_(mean).div_(std)
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+@functools.lru_cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Single-precision numbers on ``device``, copied there once: from pageable memory, for which the host waits."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """On CUDA a copy from pinned memory, which the host does not wait for."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _column(values: np.ndarray, device: torch.device) -> Tensor:
     """(B,) numbers as a float tensor (B, 1, 1, 1)."""
-    return _to_device(values.astype(np.float32), device)[:, None, None, None]
+    return to_device(values.astype(np.float32), device)[:, None, None, None]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -207,20 +233,20 @@ def _sharpness(images: Tensor, factors: np.ndarray, _: Augmentation) -> Tensor:
 
 
 def _fill(augmentation: Augmentation, device: torch.device) -> Tensor:
-    return torch.tensor(augmentation.fill, dtype=torch.float32, device=device)[None, :, None, None]
+    return constant(tuple(map(float, augmentation.fill)), device)[None, :, None, None]
 
 
 def _shift(images: Tensor, shifts: np.ndarray, augmentation: Augmentation) -> Tensor:
     """Row y of sample b at x is the image's row y at ``x + shifts[b, y]``; shifts (B, H) in double precision."""
     batch, channels, height, width = images.shape
     device, whole = images.device, np.floor(shifts)
-    start = _to_device(whole.astype(np.int64), device)[:, None, :, None]
+    start = to_device(whole.astype(np.int64), device)[:, None, :, None]
     x = torch.arange(width, device=device)
     points = [images.gather(3, (x + start + k).clamp_(0, width - 1).expand(batch, channels, height, width)) for k in (-1, 0, 1, 2)]
     weights = interpolation_weights(shifts - whole, augmentation.mode)
-    out = _interpolate(points, [_to_device(w.astype(np.float32), device)[:, None, :, None] for w in weights]).clamp_(0, 255).trunc_()
-    low = _to_device(np.ceil(-shifts - 0.5).astype(np.int64), device)[:, None, :, None]
-    high = _to_device(np.ceil(width - shifts - 0.5).astype(np.int64), device)[:, None, :, None]
+    out = _interpolate(points, [to_device(w.astype(np.float32), device)[:, None, :, None] for w in weights]).clamp_(0, 255).trunc_()
+    low = to_device(np.ceil(-shifts - 0.5).astype(np.int64), device)[:, None, :, None]
+    high = to_device(np.ceil(width - shifts - 0.5).astype(np.int64), device)[:, None, :, None]
     return torch.where((x >= low) & (x < high), out, _fill(augmentation, device))
 
 
@@ -247,16 +273,20 @@ def _translate_y(images: Tensor, pixels: np.ndarray, augmentation: Augmentation)
     return _translate_x(images.transpose(2, 3), pixels, augmentation).transpose(2, 3)
 
 
+def rotation(degrees: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(cos, sin, offset_x, offset_y) of degrees (B,): a point (x, y) of the result comes from ``cos x + sin y + offset_x`` and
+    ``cos y - sin x + offset_y`` of the image."""
+    angle = -np.radians(degrees % 360)
+    cos, sin = np.cos(angle).round(15), np.sin(angle).round(15)
+    return cos, sin, width / 2 - cos * width / 2 - sin * height / 2, height / 2 + sin * width / 2 - cos * height / 2
+
+
 def _rotate(images: Tensor, degrees: np.ndarray, augmentation: Augmentation) -> Tensor:
     """About the centre, counter-clockwise."""
     batch, channels, height, width = images.shape
     device = images.device
-    angle = -np.radians(degrees % 360)
-    cos, sin = np.cos(angle).round(15), np.sin(angle).round(15)
     y, x = torch.arange(height, device=device)[:, None] + 0.5, torch.arange(width, device=device) + 0.5
-    offset_x = _column(width / 2 - cos * width / 2 - sin * height / 2, device)[:, 0]
-    offset_y = _column(height / 2 + sin * width / 2 - cos * height / 2, device)[:, 0]
-    cos, sin = _column(cos, device)[:, 0], _column(sin, device)[:, 0]
+    cos, sin, offset_x, offset_y = (_column(values, device)[:, 0] for values in rotation(degrees, height, width))
     source_x, source_y = cos * x + sin * y + offset_x, -sin * x + cos * y + offset_y  # (B, H, W)
     inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
     source_x, source_y = source_x - 0.5, source_y - 0.5

@@ -55,7 +55,11 @@ def build_train_pipeline(config: CfgNode, device: torch.device) -> tuple[Pipelin
                               "set it to auto, or take a rand- policy in AUG.AUTO_AUGMENT") from None
         return PillowPipeline(transform), [Notice(f"this augmentation ({reason.args[0]}) is timm's own on Pillow, about half as fast "
                                                   "as that of a rand- policy")]
-    return TrainPipeline(augmentation, where == "device" or (where == "auto" and device.type == "cuda")), notices
+    pipeline = TrainPipeline(augmentation, where == "device" or (where == "auto" and device.type == "cuda"))
+    if pipeline.on_device and device.type == "cuda" and torch.cuda.is_available() and (reason := pipeline.finish.compile(device)):
+        notices.append(Notice(f"augmentation on the device is one operation at a time, which slows training down: it needs Triton and a C "
+                              f"compiler ({reason})"))
+    return pipeline, notices
 
 
 def build_eval_pipeline(config: CfgNode, device: torch.device, published: bool) -> tuple[Pipeline, list[str]]:

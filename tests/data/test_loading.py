@@ -19,6 +19,7 @@ from config import ConfigError
 from data import build_loaders
 from data.dense.samplers import AspectStepSampler
 from data.loading.sampler import ShardSampler, StepSampler
+from data.loading.trial_batch import trial_images
 from data.loading.workers import free_shared_memory, pipe_reason, worker_count
 from data.seeds import derive
 
@@ -227,6 +228,12 @@ def test_a_run_is_the_same_with_any_workers_and_after_a_stop(where: str, tiny_cf
     one, *others = (load(folder / tag / "last.pth") for tag in ("none", "two", "stopped"))
     for other in others:
         assert differences({k: one[k] for k in STATE}, {k: other[k] for k in STATE}) == []
+
+
+def test_images_of_a_trial_are_augmented_where_those_of_the_run_are(images: Path) -> None:
+    for where in ("device", "worker"):
+        made = trial_images(config_for(images, "DATA.AUGMENT_ON", where), 5, torch.device("cpu"))
+        assert made.shape == (5, 3, 32, 32) and made.dtype == torch.float32 and bool(made.any()) == (where == "device")
 
 
 def test_shared_memory_that_cannot_be_written_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

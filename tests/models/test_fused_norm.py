@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from models import cpu_bf16, fused_norm, swin
-from models.crossformer import Block, to_groups
+from models.crossformer import Block
+from models.group_attention import to_groups
 from models.layers import PatchMerging
 
 ROOT = Path(__file__).parents[2]
@@ -205,18 +206,20 @@ def test_types_and_cases_on_a_gpu(fake_gpu: None) -> None:
 
 def test_a_block_on_a_gpu_norms_into_groups_and_into_the_products_type(fake_gpu: None) -> None:
     with torch.device("cuda"):
-        block = Block(96, 3, 7, interval=4, position="none")
-    for size, groups in ((56, 64), (50, 64)):  # the second is padded to 56
+        block = Block(96, 3, 14, interval=2, position="none")  # groups too large for ``group_attention``
+        small = Block(96, 3, 7, interval=2, position="none")
+    for size in (56, 50):  # the second is padded to 56
         x = torch.empty(64, size, size, 96, device="cuda")
         with Operations() as operations:
             assert block(x).shape == x.shape
-        assert operations.of(OURS) == [(torch.bfloat16, (64 * groups, 49, 96)), (torch.bfloat16, (64, size, size, 96))]
+        assert operations.of(OURS) == [(torch.bfloat16, (64 * 16, 196, 96)), (torch.bfloat16, (64, size, size, 96))]
         assert not operations.of(TORCHS)
         handle = block.norm1.register_forward_hook(lambda norm, args, y: y)
         with Operations() as operations:
             block(x)
+            small(x)
         handle.remove()
-        assert operations.of(OURS) == 2 * [(torch.bfloat16, (64, size, size, 96))]  # a hook is given the map
+        assert operations.of(OURS) == 4 * [(torch.bfloat16, (64, size, size, 96))]  # a hook is given the map
 
 
 def test_a_failing_triton_is_one_notice_and_torchs_layer_norm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,21 +242,22 @@ def test_which_norms_come_in_the_products_type() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(("size", "interval", "dtype"), [(56, 8, torch.bfloat16), (50, 4, torch.bfloat16), (56, 1, torch.float16)])
-def test_on_a_gpu(size: int, interval: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("size", "group", "interval", "dtype"), [
+    (56, 14, 4, torch.bfloat16), (50, 14, 2, torch.bfloat16), (56, 14, 1, torch.float16)])
+def test_on_a_gpu(size: int, group: int, interval: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block beside the plain form: values, gradients, the same bits again, in a CUDA graph, and with activations computed again."""
     class Product(nn.Module):
         """In place of attention, whose gradients differ between repeats."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.linear = nn.Linear(96, 96)
+            self.linear, self.num_heads, self.attn_drop = nn.Linear(96, 96), 3, nn.Dropout(0.0)
 
         def forward(self, groups: Tensor, group: int, mask: Tensor | None) -> Tensor:
             return self.linear(groups)
 
     torch.manual_seed(0)
-    block = Block(96, 3, 7, interval, position="none")
+    block = Block(96, 3, group, interval, position="none")
     block.attn = Product()
     nn.init.normal_(block.cuda().norm1.weight)
     x = torch.randn(8, size, size, 96, device="cuda", requires_grad=True)

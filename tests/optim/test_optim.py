@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 import warnings
 from pathlib import Path
 
@@ -242,6 +243,52 @@ def test_arguments_of_the_optimizers_own(tmp_path: Path) -> None:
                         ("{a: 1", "takes a mapping"), ("{eps: {a: 1}}", "takes a mapping of names to numbers")):
         with pytest.raises(ConfigError, match=words):
             optim.build_optimizer(get_config(None, ["TRAIN.OPTIMIZER.NAME", "muon", "TRAIN.OPTIMIZER.ARGS", text]), Mixed())
+
+
+def test_a_fused_form_that_a_device_refuses_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Adagrad's on CUDA in torch 2.11: accepted when it is made, refused in the first step."""
+    def refuse(parameter: Tensor, **_: object) -> None:
+        raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of supported devices")
+
+    config = get_config(None, ["TRAIN.OPTIMIZER.NAME", "adagrad"])
+    assert optim.skips_on_device(optim.build_optimizer(config, Mixed()))
+    monkeypatch.setattr(sys.modules["torch.optim.adagrad"], "_device_dtype_check_for_fused", refuse)
+    optim.has_fused_form.cache_clear()
+    try:
+        model = Mixed()
+        optimizer = optim.build_optimizer(config, model)
+        before = model.head.weight.clone()
+        model(torch.randn(2, 3, 4, 4)).sum().backward()
+        optimizer.step()
+        assert not optim.skips_on_device(optimizer) and not torch.equal(before, model.head.weight)
+        assert optim.skips_on_device(optim.build_optimizer(get_config(None, []), model))  # AdamW's is
+        with pytest.raises(ConfigError, match="TRAIN.OPTIMIZER.ARGS"):
+            optim.build_optimizer(get_config(None, ["TRAIN.OPTIMIZER.NAME", "adagrad", "TRAIN.OPTIMIZER.ARGS", "{fused: true}"]), model)
+    finally:
+        optim.has_fused_form.cache_clear()
+
+
+@pytest.mark.parametrize(("there", "here"), [(None, True), (True, None)])
+def test_the_state_of_an_optimizer_goes_over_to_its_other_form(there: bool | None, here: bool | None) -> None:
+    """A checkpoint may come from a device with another form of the optimizer; each keeps its count of steps in a way of its own."""
+    def stepped(fused: bool | None, start: TrainState | None = None) -> TrainState:
+        model = Mixed()
+        optimizer = torch.optim.Adagrad(model.parameters(), fused=fused)
+        state = TrainState(model, optimizer, torch.amp.GradScaler(enabled=False))
+        if start is not None:
+            state.load_state_dict(dict(start.state_dict(), steps_per_epoch=9), "file")
+        model(torch.ones(2, 3, 4, 4)).square().sum().backward()
+        optimizer.step()
+        return state
+
+    seen, load = [], torch.optim.Adagrad.load_state_dict
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Adagrad, "load_state_dict", lambda self, kept: seen.append(kept) or load(self, kept))
+        other = stepped(here, stepped(there))
+    assert seen[0]["param_groups"][0]["fused"] is other.optimizer.param_groups[0]["fused"] is here
+    twice = stepped(here, stepped(here))
+    for one, two in zip(other.model.parameters(), twice.model.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
 
 
 def test_sgd_without_momentum_is_made() -> None:

@@ -15,6 +15,7 @@ from config import ConfigError, get_config
 from utils.commands import plan
 from utils.runtime import memory
 from utils.runtime.device import keep_freed_memory
+from utils.tasks.build import build_task
 from utils.training import batch_size as fit
 from utils.training.batch_size import local_batch, recipe_batch
 from utils.visualization import terminal_chart as curve
@@ -153,6 +154,28 @@ def test_a_real_fit_stays_within_its_memory(tiny_cfg: Path, program) -> None:
     done = program("--cfg", tiny_cfg, "--plan", "--fit", "--global-batch", 64, "--opts", "PLAN.MEMORY", here + (600 << 20), *QUICK)
     assert done.returncode == 0 and done.stdout.endswith("\nfits: yes\n"), done
     assert re.search(r"^fit: \d+ images x \d+ accumulated x 1 processes = 64, .* are taken at the peak", done.stdout, re.M), done
+
+
+@pytest.mark.parametrize("opts", [["AUG.MIXUP_PROB", "1"], ["TASK", "simmim", "DATA.MASK_PATCH_SIZE", "8"]])
+def test_a_trial_does_what_a_step_of_the_run_does(opts: list[str], tiny_cfg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole batch is mixed and then split, the next one is prepared meanwhile, and the model is compiled where the run's is."""
+    config = get_config(str(tiny_cfg), ["COMPILE", "blocks", "AUG.MIXUP", "0.8", *opts])
+    compiled, parts, prepared, forgotten = [], [], [], []
+    task = build_task(config)
+    monkeypatch.setattr(fit, "make_deterministic", lambda device: None)
+    monkeypatch.setattr(fit, "require_compiler", lambda device, how: None)
+    monkeypatch.setattr(fit, "compile_model", lambda model, how: compiled.append((model, how)))
+    monkeypatch.setattr(fit, "forget_compiled", lambda: forgotten.append(1))
+    monkeypatch.setattr(task, "next_images", lambda config, images, device: prepared.append(images))
+    real = fit.backward
+    monkeypatch.setattr(fit, "backward", lambda *all_of: parts.append((all_of[0], all_of[1], all_of[3])) or real(*all_of))
+    trial = fit.Trial(config, task, 16, 10, torch.device("cpu"))
+    assert trial.peak(4) > 0 and prepared == [16, 16] and [step for *_, step in parts] == [0, 0, 1, 1] and not forgotten
+    model = trial.state.model
+    assert compiled == [(model, "blocks")] and all(used is model and len(task.images(batch)) == 4 for used, batch, _ in parts)
+    assert task.targets(parts[0][1]).is_floating_point() == ("simmim" not in opts)
+    monkeypatch.setattr(fit, "two_steps", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    assert trial.peak(8) is None and forgotten
 
 
 def test_two_processes_plan_together(tiny_cfg: Path, tmp_path: Path) -> None:

@@ -73,16 +73,19 @@ class TrainState:
             check_fits(self.ema.module, averaged, path)
         # torch checks only how many parameters a state is for; another optimizer's would be taken and fail later.
         saved, wanted = content.get("optimizer_name"), type(self.optimizer).__name__
+        # The config's weight decay and betas hold, not the file's; and torch puts a state's count of steps where the form of the
+        # optimizer that its groups name (fused) wants it, which another device may not have.
         ours = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
         try:
             if saved not in (None, wanted):
                 raise ValueError(f"it was {saved}")
-            self.optimizer.load_state_dict(content["optimizer"])
+            kept = content["optimizer"]
+            if len(groups := kept["param_groups"]) == len(ours):  # else torch says so
+                kept = {**kept, "param_groups": [{**theirs, **values} for theirs, values in zip(groups, ours, strict=True)]}
+            self.optimizer.load_state_dict(kept)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: its optimizer state does not fit {wanted} ({error}); keep the optimizer and the "
                                   f"parameter groups of the run, or start a new run with another --tag and --pretrained {path}") from None
-        for group, values in zip(self.optimizer.param_groups, ours, strict=True):
-            group.update(values)  # the config's weight decay and betas hold, not the file's
         self.model.load_state_dict(content["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(averaged)

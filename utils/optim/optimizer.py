@@ -159,11 +159,12 @@ def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return fused(groups, lr=config.TRAIN.BASE_LR, **usual | given)
     name = _APEX[name][1] if name in _APEX else name
     try:
-        arguments = _arguments(config, name, next(model.parameters()).device)
+        device = next(model.parameters()).device
+        arguments = _arguments(config, name, device)
         create = functools.partial(timm.optim.create_optimizer_v2, opt=name, lr=config.TRAIN.BASE_LR,
                                    weight_decay=config.TRAIN.WEIGHT_DECAY, **arguments)
         if options.ARGS:
-            _take_a_step(create)
+            _take_a_step(create, device)
         optimizer = create(parameter_groups(config, model))
     except ConfigError:
         raise
@@ -190,13 +191,14 @@ def _arguments(config: CfgNode, name: str, device: torch.device) -> dict[str, An
         ConfigError: TRAIN.OPTIMIZER.ARGS holds what the optimizer does not take, or what another key says.
     """
     options = config.TRAIN.OPTIMIZER
-    accepted = inspect.signature(timm.optim.get_optimizer_class(name, bind_defaults=False)).parameters
+    kind = timm.optim.get_optimizer_class(name, bind_defaults=False)
+    accepted = inspect.signature(kind).parameters
     extra: dict[str, Any] = dict(momentum=options.MOMENTUM)
     if options.BETAS is not None and "betas" in accepted:
         extra["betas"] = tuple(options.BETAS)
     if options.EPS is not None and "eps" in accepted:
         extra["eps"] = options.EPS
-    if "fused" in accepted and device.type in ("cpu", "cuda"):
+    if "fused" in accepted and device.type in ("cpu", "cuda") and has_fused_form(kind, device):
         extra["fused"] = True
     if "deterministic" in accepted:
         extra["deterministic"] = True  # Kron's noise: alike on all processes, and after a restart
@@ -214,10 +216,23 @@ def _arguments(config: CfgNode, name: str, device: torch.device) -> dict[str, An
     return extra
 
 
-def _take_a_step(create: Callable[..., torch.optim.Optimizer]) -> None:
+@functools.cache
+def has_fused_form(kind: type[torch.optim.Optimizer], device: torch.device) -> bool:
+    """Whether torch's optimizer ``kind`` has a fused form on ``device``. Some accept ``fused=True`` and refuse it in their first step
+    (Adagrad on CUDA, up to torch 2.11 at least), so one is taken, of a single number."""
+    number = nn.Parameter(torch.zeros(1, device=device))
+    number.grad = torch.zeros_like(number)
+    try:
+        kind([number], lr=0.1, fused=True).step()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _take_a_step(create: Callable[..., torch.optim.Optimizer], device: torch.device) -> None:
     """Raise what the optimizer raises for its arguments, some of which it looks at in its first step only."""
-    matrix = nn.Parameter(torch.eye(8))
-    matrix.grad = torch.eye(8)
+    matrix = nn.Parameter(torch.eye(8, device=device))
+    matrix.grad = torch.eye(8, device=device)
     optimizer = create([matrix])
     if not isinstance(optimizer, kron.Kron):
         optimizer.step()

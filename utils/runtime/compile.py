@@ -128,3 +128,10 @@ def compiled_graphs() -> int:
     """Graphs that torch.compile has made in this process so far."""
     from torch._dynamo.utils import counters
     return counters["stats"]["unique_graphs"]
+
+
+def forget_compiled() -> None:
+    """Let go of all that was compiled in this process, the count of its graphs included; modules are compiled again at their next call."""
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()

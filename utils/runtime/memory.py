@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import psutil
@@ -29,14 +30,35 @@ def out_of_memory(error: Exception, remedy: str = "free some, or go where there 
 
 
 # As torch, its libraries and its workers say it where they raise no error of their own for it.
-_WORDS = ("not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "caught memoryerror", "out of memory",
-          "storage size calculation overflowed")
+_WORDS = (
+    "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "caught memoryerror", "out of memory",
+    "storage size calculation overflowed",
+    "_alloc_failed", "_allocation_failed",  # cuBLAS, cuDNN, cuFFT, cuSOLVER, cuSPARSE; cuRAND: CUBLAS_STATUS_ALLOC_FAILED and the like
+    # cuDNN's algorithms whose work space finds no room are passed over without a word; these are said when none is left.
+    "unable to find an engine to execute this computation", "unable to find a valid cudnn algorithm",
+    "mtlbuffer", "invalid buffer size")  # Apple's
+_NVJPEG = re.compile(r"jpeg[^:]*: 5\b")  # torchvision tells nvJPEG's status by its number: NVJPEG_STATUS_ALLOCATOR_FAILURE
+# What else the libraries say where they find no room for what they set up at first use, and what means something else where there is.
+_WORDS_WHEN_FULL = ("_status_not_initialized", "_status_internal_error", "cufft_internal_error", "cudnn_status_not_supported")
+_FULL = 512 << 20  # bytes left on a GPU, beyond what the libraries take
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory did not suffice: a GPU's or the machine's. A kernel that wants more of a multiprocessor's own
+    memory than there is (Triton's OutOfResources) does not."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    return isinstance(error, RuntimeError) and not isinstance(error, ProgramError) and any(words in str(error).lower() for words in _WORDS)
+    if not isinstance(error, RuntimeError) or isinstance(error, ProgramError):
+        return False
+    text = str(error).lower()
+    return (any(words in text for words in _WORDS) or _NVJPEG.search(text) is not None
+            or any(words in text for words in _WORDS_WHEN_FULL) and _gpu_is_full())
+
+
+def _gpu_is_full() -> bool:
+    with contextlib.suppress(RuntimeError):  # an error before has left the GPU unusable
+        return torch.cuda.is_initialized() and torch.cuda.mem_get_info()[0] < _FULL
+    return False
 
 
 def available(device: torch.device, budget: int) -> int:
@@ -73,10 +95,15 @@ def _peak_since_reset() -> int:
     return 0
 
 
-def peak(device: torch.device) -> int:
-    """Most bytes in use since ``reset_peak``: of the GPU's allocator, or of this process."""
+def peak(device: torch.device, cached: bool = True) -> int:
+    """Most bytes taken since ``reset_peak``: by the GPU's allocator, or by this process.
+
+    Args:
+        cached: of a GPU, with what the allocator keeps for later and loses between its blocks, which is what must be there; without it,
+            those of tensors alone.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device) if cached else torch.cuda.max_memory_allocated(device)
     return (_peak_since_reset() if device.type == "cpu" else 0) or peak_memory_mib(device) << 20
 
 
@@ -92,18 +119,17 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_of(work: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes in use at the peak of ``work``, what lay there before included; None when memory did not suffice."""
+    """Bytes taken at the peak of ``work``, what lay there before included; None when memory did not suffice."""
     reset_peak(device)
     try:
         work()
         synchronize(device)
-    except (RuntimeError, MemoryError) as error:
+        return peak(device)
+    except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        error.__traceback__ = None  # it holds the tensors
-        reset_peak(device)
-        return None
-    return peak(device)
+    reset_peak(device)  # after the handler, in which the error and those that led to it still hold the tensors of their frames
+    return None
 
 
 def extrapolated(measured: Mapping[int, int | None], size: int) -> float:

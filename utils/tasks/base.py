@@ -15,6 +15,7 @@ from data import Loaders, build_loaders, preprocessing
 from data.build import build_prediction_loader
 from data.layouts.input_paths import InputImages
 from data.loading.loader import ImageLoader
+from data.loading.trial_batch import trial_images
 from models import build_model, check_input_size
 from utils.checkpoints.file_format import is_own
 from utils.evaluation.metrics import Evaluation, Metric
@@ -174,6 +175,10 @@ class Task(Protocol):
     def synthetic_batch(self, config: CfgNode, images: int, num_classes: int, device: torch.device, generator: torch.Generator) -> Batch:
         """Noise of the config's size with targets as training has them, for measuring speed and memory."""
         ...
+
+    def next_images(self, config: CfgNode, images: int, device: torch.device) -> Any:
+        """Noise as images of the batch after this one, prepared on ``device`` as training prepares it meanwhile: for its memory."""
+        return trial_images(config, images, device)
 
     # Training and evaluation
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError
+from config import ConfigError, input_channels
 from data import Loaders
 from data.dense.base import IGNORED, DenseSource
 from data.dense.batch import DenseBatch
@@ -98,6 +98,9 @@ class DenseTask(Task):
     def synthetic_batch(self, config: CfgNode, images: int, num_classes: int, device: torch.device,
                         generator: torch.Generator) -> DenseBatch:
         return synthetic_batch(config, images, num_classes, device, generator, self.stride)
+
+    def next_images(self, config: CfgNode, images: int, device: torch.device) -> Tensor:
+        return torch.zeros(images, input_channels(config), *self.input_size(config), device=device)  # the workers augment
 
     def forward(self, model: nn.Module, batch: DenseBatch) -> Any:
         if model.training:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +18,7 @@ from data.messages import NOTICE
 from utils.checkpoints.state import TrainState
 from utils.evaluation.setup import open_loaders
 from utils.runtime import distributed, launcher, memory
+from utils.runtime.compile import compile_model, forget_compiled, require_compiler
 from utils.runtime.memory import format_size
 from utils.runtime.precision import choose_precision
 from utils.runtime.seed import make_deterministic
@@ -77,9 +80,15 @@ def largest_micro_batch(config: CfgNode, task: Task, local: int, num_classes: in
     sizes = [size for size in divisors(local) if size >= least]
     if not sizes:
         raise ConfigError(f"a process has {local} image a step, and TASK {config.TASK} trains on {least} or more; start fewer processes")
-    most = int(memory.HEADROOM * memory.available(device, config.PLAN.MEMORY)) - _of_loading(config, task, local, device)
+
+    def room() -> int:
+        return int(memory.HEADROOM * memory.available(device, config.PLAN.MEMORY)) - _of_loading(config, task, local, device)
+
+    most = room()
     with memory.limited_to(device, config.PLAN.MEMORY):
-        found, measured = _try_sizes(Trial(config, task, local, num_classes, device), sizes, most)
+        found, measured = _try_sizes(Trial(config, task, local, num_classes, device), sizes, most, room)
+    if config.COMPILE != "off":
+        forget_compiled()
     memory.reset_peak(device)  # gives back what the trial had
     found = min(distributed.gather_objects(found))
     if not found:
@@ -91,15 +100,20 @@ def largest_micro_batch(config: CfgNode, task: Task, local: int, num_classes: in
         f", {beyond} images would not fit" if beyond is not None else "")
 
 
-def _try_sizes(trial: Trial, sizes: Sequence[int], most: int) -> tuple[int, dict[int, int | None]]:
-    """(the largest of ``sizes`` that takes no more than ``most`` bytes, bytes of those tried)."""
+def _try_sizes(trial: Trial, sizes: Sequence[int], most: int, room: Callable[[], int]) -> tuple[int, dict[int, int | None]]:
+    """(the largest of ``sizes`` that takes no more than ``most`` bytes, bytes of those tried).
+
+    Args:
+        room: ``most`` of this moment: on a GPU the libraries take memory of their own, beside the allocator, as they are first used.
+    """
     measured: dict[int, int | None] = {}
+    on_cpu = trial.plan.device.type == "cpu"
 
     def fits(micro: int) -> bool:
         measured[micro] = trial.peak(micro)
-        return measured[micro] is not None and measured[micro] <= most
+        return measured[micro] is not None and measured[micro] <= (most if on_cpu else min(most, room()))
 
-    return search(sizes, fits, measured if trial.plan.device.type == "cpu" else None, most), measured
+    return search(sizes, fits, measured if on_cpu else None, most), measured
 
 
 def search(sizes: Sequence[int], fits: Callable[[int], bool], measured: dict[int, int | None] | None, most: int) -> int:
@@ -134,38 +148,48 @@ def _of_loading(config: CfgNode, task: Task, local: int, device: torch.device) -
 
 
 class Trial:
-    """A model in training as a run has it, for steps on synthetic images."""
+    """A model in training as a run has it, compiled where the run's is, for steps on synthetic images."""
 
     def __init__(self, config: CfgNode, task: Task, local: int, num_classes: int, device: torch.device):
         precision = choose_precision(config, device)
         make_deterministic(device)
+        require_compiler(device, config.COMPILE)
         self.config, self.local, self.num_classes = config, local, num_classes
         model = build_initial_model(config, task, num_classes)
-        self.state, self.plan = assemble(config, task, model, device, precision, images=local, transform=lambda batch, step: batch)
+        transform, _ = task.taught(config, task.batch_transform(config, num_classes, rank=0), precision)
+        self.state, self.plan = assemble(config, task, model, device, precision, images=local, transform=transform)
+        compile_model(model, config.COMPILE)
 
     def peak(self, micro: int) -> int | None:
-        """Bytes in use at the peak of training in micro-batches of ``micro`` images; None when memory did not suffice."""
-        return memory.peak_of(lambda: two_steps(self.state, self.plan, self.config, self.local, micro, self.num_classes), self.plan.device)
+        """Bytes taken at the peak of training in micro-batches of ``micro`` images; None when memory did not suffice."""
+        found = memory.peak_of(lambda: two_steps(self.state, self.plan, self.config, self.local, micro, self.num_classes), self.plan.device)
+        if found is None and self.config.COMPILE != "off":
+            forget_compiled()  # it is for a size of no use, and may have been left half-made
+        return found
 
 
 def two_steps(state: TrainState, plan: StepPlan, config: CfgNode, local: int, micro: int, num_classes: int) -> None:
     """Two optimizer steps of two micro-batches at most, while a whole batch and the next one lie ready: the memory of any other step.
 
-    With TRAIN.BACKGROUND_SAVE a copy of the state lies beside it, as while a checkpoint is written.
+    The batch is transformed as in training (mixup), and a GPU prepares the next one meanwhile (augmentation). With
+    TRAIN.BACKGROUND_SAVE a copy of the state lies beside it, as while a checkpoint is written.
     """
     device, generator = plan.device, torch.Generator().manual_seed(0)
-    used = min(local, 2 * micro)
-    batch = plan.task.synthetic_batch(config, used, num_classes, device, generator)
-    lies_ready = torch.empty(2 * local - used, *plan.task.images(batch).shape[1:], device=device).zero_()
-    part = dataclasses.replace(plan, micro_batch=micro, images=used, world_size=1)
+    batch = plan.task.synthetic_batch(config, local, num_classes, device, generator)
+    part = dataclasses.replace(plan, micro_batch=micro, images=micro, world_size=1)
     state.model.train()
     for module in part.fixed:
         module.eval()
     parameters: list[nn.Parameter] = [p for p in state.model.parameters() if p.requires_grad]
     kept = state.state_dict(copy=True) if config.TRAIN.BACKGROUND_SAVE and device.type == "cpu" else None
+    following, side = None, torch.cuda.Stream(device) if device.type == "cuda" else None
     try:
         for step in range(2):
-            backward(state.model, batch, part, step)
+            with contextlib.nullcontext() if side is None else torch.cuda.stream(side):  # whose memory no other stream takes over
+                following = plan.task.next_images(config, local, device)
+            mixed = plan.transform(batch, step)
+            for micro_batch in plan.task.split(mixed, max(1, math.ceil(local / micro)))[:2]:
+                backward(state.model, micro_batch, part, step)
             nn.utils.clip_grad_norm_(parameters, plan.clip)
             for parameter in parameters:  # the step is for its memory; weights stay what they are, but for their decay
                 if parameter.grad is not None:
@@ -176,7 +200,7 @@ def two_steps(state: TrainState, plan: StepPlan, config: CfgNode, local: int, mi
                 state.ema.update(1)
     finally:
         state.optimizer.zero_grad(set_to_none=True)
-        del kept, batch, lies_ready
+        del kept, batch, following
 
 
 def keep_global_batch(config: CfgNode, wanted: int, whose: str, world_size: int, logger: logging.Logger) -> CfgNode:
@@ -202,7 +226,7 @@ def fit_micro_batch(config: CfgNode, task: Task, start: Start, device: torch.dev
     local = local_batch(wanted, whose, world_size)
     distributed.begin_phase("looking for the largest micro-batch")
     num_classes = config.MODEL.NUM_CLASSES or len((start.content or {}).get("classes", ()))
-    if not num_classes:
+    if not num_classes or config.TRAIN.DISTILLATION.TEACHER:  # which is looked for by the classes
         num_classes = len(open_loaders(task, config, device, logger, splits=("train",)).classes)
     micro, line = largest_micro_batch(config, task, local, num_classes, device)
     logger.info(f"fit: {micro} images x {local // micro} accumulated x {world_size} processes = {wanted}, {whose} global batch, so that "

@@ -1,0 +1,22 @@
+"""The device's part of preparing a training batch, on noise: for the memory that it takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+from data.loading.dataset import seed_generators
+from data.transforms.pipeline import TrainPipeline, build_train_pipeline
+
+
+def trial_images(config: CfgNode, images: int, device: torch.device) -> Tensor:
+    """``images`` training images (B, C, H, W) float on ``device``, augmented there where the config has it so."""
+    pipeline, _ = build_train_pipeline(config, device)
+    if not isinstance(pipeline, TrainPipeline) or pipeline.finish is None:
+        return torch.zeros(images, *pipeline.shape, device=device)
+    seed_generators(config.SEED, (0, 0, 0))
+    augmentation, (height, width, _) = pipeline.augmentation, pipeline.shape
+    rows = torch.stack([augmentation.pack(augmentation.sample(width, height), number) for number in range(images)])
+    crops = torch.randint(256, (images, *pipeline.shape), dtype=torch.uint8, device=device)
+    return pipeline.finish(crops, rows)
