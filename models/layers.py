@@ -12,7 +12,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from models import cuda_linear
-from models.cpu_bf16 import Linear, compute_dtype
+from models.cpu_bf16 import LayerNormForProducts, Linear, compute_dtype
 from models.ops import pad_to_even, pad_to_multiple
 
 
@@ -138,7 +138,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = LayerNormForProducts(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
