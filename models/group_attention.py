@@ -156,7 +156,7 @@ def _sum_by_offset(to_bias: Tensor, group: int) -> Tensor:
     return torch.mm(which, to_bias.flatten(1).t(), out=to_bias.new_empty(len(which), len(to_bias)))  # with ``out`` autocast stays away
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # never let go: a recorded step (COMPILE graphs) reads it where it lies
 def _offset_of_pairs(group: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """1 where a pair of tokens has an offset, ((2G-1)^2, N*N)."""
     with torch.inference_mode(False):
