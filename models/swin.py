@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from models.base import check_doubling
+from models.cpu_bf16 import norms_for_products
 
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -39,6 +40,7 @@ def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> nn.Mo
     """timm's SwinTransformer for an image of ``img_size``; windows that do not divide a map are padded by timm."""
     check_doubling(**kwargs)
     kwargs = dict(kwargs, img_size=img_size, depths=tuple(kwargs["depths"]), num_heads=tuple(kwargs["num_heads"]))
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         timm_swin.SwinTransformer, name, False, pretrained_cfg=timm_swin._cfg(), pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(flatten_sequential=True, out_indices=tuple(range(len(kwargs["depths"])))), **kwargs)
+    return norms_for_products(model, {timm_swin.SwinTransformerBlock: ("norm1", "norm2"), timm_swin.PatchMerging: ("norm",)})

@@ -11,6 +11,7 @@ import pytest
 import torch
 from gradients import close, gradients
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from models import cuda_linear
 from models.cpu_bf16 import Linear
@@ -100,6 +101,18 @@ def test_what_it_is_not_for() -> None:
     assert not cuda_linear.applies(x, layer.weight, layer.bias)
     mlp = Mlp(8, 16, drop=0.5)
     assert not torch.equal(mlp(x.float()), mlp(x.float()))  # dropout stays
+
+
+def test_hooks_within_an_mlp_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_linear, "applies", lambda *_: True)
+    mlp, x, seen = Mlp(8, 16), torch.randn(3, 8), []
+    expected = mlp(x)
+    mlp.act.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.allclose(mlp(x), expected, atol=1e-6) and seen == [1]
+    prune.l1_unstructured(mlp.fc1, "weight", 0.5)  # makes the weight anew in each call
+    for _ in range(2):
+        mlp(x).sum().backward()
+    assert int((mlp.fc1.weight_orig.grad == 0).sum()) >= 64
 
 
 def test_kernels_in_the_interpreter() -> None:
