@@ -11,7 +11,7 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from models import cuda_linear
+from models import cuda_linear, fused_norm
 from models.cpu_bf16 import LayerNormForProducts, Linear, compute_dtype
 from models.ops import pad_to_even, pad_to_multiple
 
@@ -58,6 +58,20 @@ def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
     if x.is_cuda and not torch.compiler.is_compiling():
         return AddScaled.apply(x, branch, drop_path.factor_in_fp32(branch))
     return torch.addcmul(x, branch, drop_path.factor(branch))
+
+
+def norm_and_skip(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``norm(x)`` for a residual branch, and ``x`` for the skip beside it: on CUDA one operation, so that one pass adds their gradients."""
+    return fused_norm.norm_and_skip(norm, x) if fused_norm.fuses_call(norm, x) else (norm(x), x)
+
+
+def add_branch_and_norm(x: Tensor, branch: Tensor, drop_path: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """``norm`` of ``add_branch(x, branch, drop_path)`` for the next branch, and that sum itself; on CUDA one pass each way."""
+    if fused_norm.fuses_call(norm, x) and fused_norm.adds(x, branch) and isinstance(drop_path, (DropPath, nn.Identity)):
+        drops = isinstance(drop_path, DropPath) and drop_path.training
+        return fused_norm.add_and_norm(norm, x, branch, drop_path.factor_in_fp32(branch) if drops else None)
+    x = add_branch(x, branch, drop_path)
+    return norm(x), x
 
 
 class AddScaled(torch.autograd.Function):
