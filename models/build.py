@@ -332,7 +332,7 @@ def _fuse_layer_norms(model: nn.Module) -> None:
         return  # main.py has told the user (utils.optim.apex_notices)
     for module in list(model.modules()):
         for child_name, child in list(module.named_children()):
-            if type(child) in (nn.LayerNorm, cpu_bf16.LayerNorm):
+            if type(child) in (nn.LayerNorm, cpu_bf16.LayerNorm, cpu_bf16.LayerNormForProducts):
                 fused = FusedLayerNorm(child.normalized_shape, eps=child.eps, elementwise_affine=child.elementwise_affine)
                 fused.load_state_dict(child.state_dict())
                 setattr(module, child_name, fused)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.cpu_bf16 import compute_dtype, conv2d, linear
+from models.cpu_bf16 import LayerNormForProducts, compute_dtype, conv2d, linear
 from models.ops import join_squares, merge_patches, pad_to_even, pad_to_multiple, space_to_depth, windows
 
 _SIDE = 4  # tokens along the largest square that ``sample_by_products`` computes at once
@@ -127,7 +127,7 @@ class CrossScaleMerging(nn.Module):
 
     def __init__(self, dim: int, kernels: Sequence[int] = (2, 4)):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNormForProducts(dim)
         self.reductions = nn.ModuleList(
             nn.Conv2d(dim, width, kernel, stride=2, padding=(kernel - 2) // 2)
             for kernel, width in zip(kernels, split_channels(2 * dim, len(kernels)), strict=True))

@@ -13,7 +13,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from models import cuda_linear
-from models.cpu_bf16 import Linear, compute_dtype
+from models.cpu_bf16 import LayerNormForProducts, Linear, compute_dtype
 from models.ops import pad_to_even, pad_to_multiple
 
 
@@ -95,9 +95,14 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if type(self.fc1) is type(self.fc2) is Linear and not (self.training and self.drop.p):
             parameters = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-            if cuda_linear.applies(x, *parameters):
+            if cuda_linear.applies(x, *parameters) and not any(map(is_hooked, self.children())):
                 return cuda_linear.mlp(x, *parameters, compute_dtype(x))
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody waits for the module to be called: pruning, activation statistics, explanations."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks)
 
 
 def init_linear(module: nn.Module) -> None:
@@ -135,7 +140,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = LayerNormForProducts(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from models import cuda_depthwise
 from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
-from models.cpu_bf16 import compute_dtype
+from models.cpu_bf16 import LayerNormForProducts, compute_dtype
 from models.factorized_attention import FactorizedAttention, RelativePositionEncoding
 from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
 from models.ops import DepthwiseConv2d, channels_last, concatenate, conv_norm
@@ -113,8 +113,8 @@ class EncoderLayer(nn.Module):
         self.factoratt_crpe = FactorizedAttention(dim, num_heads, crpe, qkv_bias, drop)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNormForProducts(dim, eps=1e-6)
+        self.norm2 = LayerNormForProducts(dim, eps=1e-6)
 
     def forward(self, x: Tensor, joined: tuple[Tensor, ...] | None = None) -> Tensor:
         """``joined``: as of ``FactorizedAttention``."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from models.attention import attention
 from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
-from models.cpu_bf16 import Linear
+from models.cpu_bf16 import LayerNormForProducts, Linear
 from models.layers import DropPath, add_branch, init_linear, make_head
 from models.ops import DepthwiseConv2d, channels_last, merge_patches, pad_to
 
@@ -166,11 +166,11 @@ class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, rate: int, mlp_ratio: float = 4.0, qkv_bias: bool = True, drop: float = 0.0,
                  attn_drop: float = 0.0, drop_path: float = 0.0):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = LayerNormForProducts(dim, eps=NORM_EPS)
         self.attn = (ShuntedAttention(dim, num_heads, rate, qkv_bias, attn_drop, drop) if rate > 1
                      else PlainAttention(dim, num_heads, qkv_bias, attn_drop, drop))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = LayerNormForProducts(dim, eps=NORM_EPS)
         self.mlp = DetailMlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from models.base import check_doubling
+from models.cpu_bf16 import norms_for_products
 from models.group_attention import fits, group_attention
-from models.layers import add_branch
+from models.layers import add_branch, is_hooked
 
 
 class BlockInPlace(timm_swin.SwinTransformerBlock):
@@ -33,7 +34,7 @@ class BlockInPlace(timm_swin.SwinTransformerBlock):
     def _attn(self, x: Tensor) -> Tensor:
         attn, (side, other), (shift, shift_too) = self.attn, self.window_size, self.shift_size
         square = side == other and shift == shift_too and x.shape[1] % side == x.shape[2] % side == 0
-        if not square or not fits(x, attn.num_heads, side, attn.attn_drop):
+        if not square or is_hooked(attn) or not fits(x, attn.num_heads, side, attn.attn_drop):
             return super()._attn(x)
         table = attn.relative_position_bias_table
         return attn.proj_drop(attn.proj(group_attention(attn.qkv(x), table, attn.num_heads, side, 1, attn.scale, shift)))
@@ -70,6 +71,7 @@ def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> nn.Mo
     """timm's SwinTransformer for an image of ``img_size``; windows that do not divide a map are padded by timm."""
     check_doubling(**kwargs)
     kwargs = dict(kwargs, img_size=img_size, depths=tuple(kwargs["depths"]), num_heads=tuple(kwargs["num_heads"]))
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         timm_swin.SwinTransformer, name, False, pretrained_cfg=timm_swin._cfg(), pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(flatten_sequential=True, out_indices=tuple(range(len(kwargs["depths"])))), **kwargs)
+    return norms_for_products(model, {timm_swin.SwinTransformerBlock: ("norm1", "norm2"), timm_swin.PatchMerging: ("norm",)})

@@ -11,6 +11,7 @@ import pytest
 import torch
 from gradients import close, gradients
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from models import cuda_linear
 from models.cpu_bf16 import Linear
@@ -55,6 +56,16 @@ def test_exact(image_needs_gradient: bool) -> None:
         assert all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(found, expected, strict=True))
 
 
+def test_results_may_be_changed_in_place() -> None:
+    """As timm's SwinV2 does with a ReLU behind a linear."""
+    x, first, bias = torch.randn(2, 3, 8), torch.randn(8, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    for y in (cuda_linear.linear(x, first, bias, torch.float32), cuda_linear.mlp(x, first, bias, first, bias, torch.float32)):
+        expected = torch.relu(y.detach())
+        assert torch.equal(nn.functional.relu_(y), expected)
+        y.sum().backward()
+    assert first.grad.isfinite().all()
+
+
 def test_16_bits_and_gradients_in_the_parameters_type() -> None:
     torch.manual_seed(0)
     x = torch.randn(300, 16, requires_grad=True)
@@ -90,6 +101,18 @@ def test_what_it_is_not_for() -> None:
     assert not cuda_linear.applies(x, layer.weight, layer.bias)
     mlp = Mlp(8, 16, drop=0.5)
     assert not torch.equal(mlp(x.float()), mlp(x.float()))  # dropout stays
+
+
+def test_hooks_within_an_mlp_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_linear, "applies", lambda *_: True)
+    mlp, x, seen = Mlp(8, 16), torch.randn(3, 8), []
+    expected = mlp(x)
+    mlp.act.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.allclose(mlp(x), expected, atol=1e-6) and seen == [1]
+    prune.l1_unstructured(mlp.fc1, "weight", 0.5)  # makes the weight anew in each call
+    for _ in range(2):
+        mlp(x).sum().backward()
+    assert int((mlp.fc1.weight_orig.grad == 0).sum()) >= 64
 
 
 def test_kernels_in_the_interpreter() -> None:

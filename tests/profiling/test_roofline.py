@@ -90,9 +90,14 @@ def test_an_operation_unknown_to_torch_is_one_kernel_at_four_fifths_of_the_peak(
     def twice(x: torch.Tensor) -> torch.Tensor:
         raise AssertionError("no kernel is started")
 
+    @torch.library.custom_op("roofline_test::twice_into", mutates_args=("y",))
+    def twice_into(x: torch.Tensor, y: torch.Tensor) -> None:
+        raise AssertionError("no kernel is started")
+
     twice.register_fake(torch.empty_like)
-    row = recorded(lambda: twice(made(10_000_000)))["twice"]
-    assert (row.launches, row.read, row.written) == (1, 20_000_000, 20_000_000) and row.expected == pytest.approx(4e7 / (0.8 * 4.8e12))
+    twice_into.register_fake(lambda x, y: None)
+    for row in recorded(lambda: (twice(made(10_000_000)), twice_into(made(10_000_000), made(10_000_000)))).values():
+        assert (row.launches, row.read, row.written) == (1, 20_000_000, 20_000_000) and row.expected == pytest.approx(4e7 / (0.8 * 4.8e12))
 
 
 def tiny(*opts: object):

@@ -44,6 +44,7 @@ class DenseTask(Task):
 
     source: DenseSource | None = None
     usual_classes = 80
+    one_size = False
 
     def __init__(self, config: CfgNode):
         self.config = config

@@ -14,6 +14,7 @@ from utils.optim.freeze import freeze
 from utils.optim.lr_schedule import build_schedule
 from utils.optim.optimizer import build_optimizer
 from utils.runtime.compile import compile_model
+from utils.runtime.device import measure_convolutions
 from utils.runtime.precision import Precision
 from utils.runtime.seed import seed_initialisation
 from utils.tasks.base import Batch, Task
@@ -49,6 +50,7 @@ def assemble(config: CfgNode, task: Task, model: nn.Module, device: torch.device
         say: takes what is to tell of the steps' recording (COMPILE graphs).
     """
     fixed = freeze(model, config)
+    measure_convolutions(device, task.one_size)
     model.to(device)
     state = TrainState(model, build_optimizer(config, model), precision.scaler, build_average(config, model))
     global_batch = min(images, nominal_global_batch(config, world_size))  # a rate is for the images that there are
