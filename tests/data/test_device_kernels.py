@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from data_helpers import Operations
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import get_config
 from data.messages import NOTICE
@@ -112,21 +112,6 @@ def test_the_kernels_by_tritons_interpreter() -> None:
     process = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "plain_form or neighbourhood", __file__],
                              env=os.environ | dict(TRITON_INTERPRET="1"), cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0 and "7 passed" in process.stdout, process.stdout[-4000:] + process.stderr[-2000:]
-
-
-class Operations(TorchDispatchMode):
-    """Counts what a GPU would be told to do by torch: everything but views and allocations."""
-
-    NOTHING = frozenset({"empty", "slice", "select", "view", "expand", "permute", "detach", "alias", "lift_fresh"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ not in self.NOTHING:
-            self.seen[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("opts", "launches"), [
