@@ -55,7 +55,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.wide, x, weight16 = weight.dtype, x.to(dtype), weight.to(dtype)
         ctx.save_for_backward(x, weight16)
-        return F.linear(x, weight16, bias.to(dtype))
+        return _whole(F.linear(x, weight16, bias.to(dtype)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -74,7 +74,7 @@ class _Mlp(torch.autograd.Function):
         hidden = F.linear(x, first, bias1.to(dtype))
         active = F.gelu(hidden)
         ctx.save_for_backward(x, first, hidden, active, second)
-        return F.linear(active, second, bias2.to(dtype))
+        return _whole(F.linear(active, second, bias2.to(dtype)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -85,6 +85,11 @@ class _Mlp(torch.autograd.Function):
         to_hidden, to_bias1 = torch.ops.crossformer.gelu_backward_sums(rows @ second, _rows(hidden))
         to_x = (to_hidden @ first).view(x.shape) if ctx.needs_input_grad[0] else None
         return to_x, _product(to_hidden.t(), _rows(x), ctx.wide), to_bias1, to_weight2, to_bias2, None
+
+
+def _whole(x: Tensor) -> Tensor:
+    """``x``, no longer a view in autograd's eyes: what a function of ours gives must be free to be changed in place (ReLU)."""
+    return torch.ops.aten._unsafe_view(x, x.shape)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -56,6 +56,16 @@ def test_exact(image_needs_gradient: bool) -> None:
         assert all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(found, expected, strict=True))
 
 
+def test_results_may_be_changed_in_place() -> None:
+    """As timm's SwinV2 does with a ReLU behind a linear."""
+    x, first, bias = torch.randn(2, 3, 8), torch.randn(8, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    for y in (cuda_linear.linear(x, first, bias, torch.float32), cuda_linear.mlp(x, first, bias, first, bias, torch.float32)):
+        expected = torch.relu(y.detach())
+        assert torch.equal(nn.functional.relu_(y), expected)
+        y.sum().backward()
+    assert first.grad.isfinite().all()
+
+
 def test_16_bits_and_gradients_in_the_parameters_type() -> None:
     torch.manual_seed(0)
     x = torch.randn(300, 16, requires_grad=True)
