@@ -71,7 +71,7 @@ class Call:
         self.func, self.args, self.kwargs, self.result = func, args, kwargs, result
         self.namespace, _, name = func._schema.name.partition("::")
         self.name = name.removesuffix("_")  # in place or not, the kernel is the same
-        named = {**dict(zip([argument.name for argument in func._schema.arguments], args, strict=False)), **kwargs}
+        self.named = named = {**dict(zip([argument.name for argument in func._schema.arguments], args, strict=False)), **kwargs}
         filled = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
         if self.namespace == "aten":  # its operations in place read what they change, but for what stands as ``out``
             filled = {a.name for a in func._schema.arguments if a.is_out}
