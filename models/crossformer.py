@@ -32,7 +32,7 @@ from models.cpu_bf16 import LayerNormForProducts, Linear
 from models.cross_scale_embedding import CrossScaleEmbedding, CrossScaleMerging, check_kernels
 from models.fused_norm import fuses_groups, norm_in_groups
 from models.group_attention import fits, from_groups, group_attention, to_groups
-from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
+from models.layers import DropPath, Mlp, add_branch, init_linear, is_hooked, make_head
 from models.ops import DepthwiseConv2d
 from models.position_bias import POSITIONS, DynamicPositionBias, PositionTable, RelativePositionBias
 
@@ -114,14 +114,15 @@ class Block(nn.Module):
             group, interval = min(height, width), 1
         span = group * interval
         pad_h, pad_w = (span - height % span) % span, (span - width % span) % span
-        on_map = (self.mask_padding or not (pad_h or pad_w)) and fits(x, self.attn.num_heads, group, self.attn.attn_drop)
+        attn, padded = self.attn, bool(pad_h or pad_w)
+        on_map = (self.mask_padding or not padded) and not is_hooked(attn) and fits(x, attn.num_heads, group, attn.attn_drop)
         fused = norm is not None and not on_map and fuses_groups(norm, x)
         if norm is not None and not fused:
             x = norm(x)
         if on_map:
-            return self.attn.on_map(x, group, interval)
+            return attn.on_map(x, group, interval)
         mask = None
-        if pad_h or pad_w:
+        if padded:
             # Zeros after the norm: the keys and values of padding are the projection's biases.
             x = x if fused else F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
             if self.mask_padding:
@@ -129,9 +130,9 @@ class Block(nn.Module):
                 mask = F.pad(real, (0, 0, 0, pad_w, 0, pad_h), value=PADDED_KEY)
                 mask = to_groups(mask, group, interval).view(-1, 1, 1, group * group)
         x = norm_in_groups(norm, x, group, interval) if fused else to_groups(x, group, interval)
-        groups = self.attn(x, group, mask)
+        groups = attn(x, group, mask)
         x = from_groups(groups, batch, height + pad_h, width + pad_w, group, interval)
-        return x[:, :height, :width] if pad_h or pad_w else x
+        return x[:, :height, :width] if padded else x
 
 
 GROUP_TYPES = ("constant", "linear", "linear_div", "alter", "7_14")

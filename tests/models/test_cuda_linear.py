@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,16 @@ def test_exact(image_needs_gradient: bool) -> None:
         assert all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(found, expected, strict=True))
 
 
+def test_results_may_be_changed_in_place() -> None:
+    """As timm's SwinV2 does with a ReLU behind a linear."""
+    x, first, bias = torch.randn(2, 3, 8), torch.randn(8, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    for y in (cuda_linear.linear(x, first, bias, torch.float32), cuda_linear.mlp(x, first, bias, first, bias, torch.float32)):
+        expected = torch.relu(y.detach())
+        assert torch.equal(nn.functional.relu_(y), expected)
+        y.sum().backward()
+    assert first.grad.isfinite().all()
+
+
 def test_16_bits_and_gradients_in_the_parameters_type() -> None:
     torch.manual_seed(0)
     x = torch.randn(300, 16, requires_grad=True)
@@ -84,6 +95,32 @@ def test_a_whole_model_in_this_form(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = gradients(lambda *_: model(x), *model.parameters())
     assert calls.count("mlp") == 5 and calls.count("linear") >= 10
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours, plain, strict=True))
+
+
+def test_parameters_converted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    mlp, x, sizes = Mlp(8, 20), torch.randn(6, 8), []
+    parameters, copy = [mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda a, b: sizes.append(len(b)) or copy(a, b))
+
+    def run() -> list[Tensor]:
+        return gradients(lambda *p: cuda_linear.mlp(x, *p, torch.bfloat16), *parameters)
+
+    for step in range(3):
+        plain = run()
+        with cuda_linear.converting_at_once(mlp):
+            assert all(torch.equal(a, b) for a, b in zip(run(), plain, strict=True)), step
+        with torch.no_grad():
+            torch._foreach_add_(parameters, 0.1)
+    parameters[3].requires_grad_(False)
+    with cuda_linear.converting_at_once(mlp):
+        pass
+    assert sizes == [4, 4, 3]  # the first pass finds out which
+    gone = weakref.ref(mlp)
+    del mlp
+    assert gone() is None
 
 
 def test_what_it_is_not_for() -> None:
