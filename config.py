@@ -599,8 +599,9 @@ KEYS: tuple[Key, ...] = (
     Key("PRECISION", "auto", _str,
         "auto is bf16 where GPU or CPU compute it (fp16 on older GPUs), else fp32", choices=("auto", "fp32", "bf16", "fp16")),
     Key("COMPILE", "off", _off_or,
-        "torch.compile: blocks, each kind of block once; model, the whole (longest start, most speed)",
-        choices=("off", "blocks", "model"), scope=RUN),
+        "torch.compile: blocks, each kind of block once; model, the whole (longest start, most speed); graphs, alone or before either: on "
+        "one CUDA GPU a training step is recorded once and replayed, so that the host need not launch it piece by piece",
+        choices=("off", "blocks", "model", "graphs", "graphs+blocks", "graphs+model"), scope=RUN),
     Key("SAVE_FREQ", 1, _int, "save a checkpoint every so many epochs (the last epoch is always saved)", AT_LEAST_1, scope=RUN),
     Key("PRINT_FREQ", 10, _int, "log a line every so many steps", AT_LEAST_1, scope=RUN),
     Key("AMP_ENABLE", True, _bool, "allow mixed precision; False is PRECISION fp32"),

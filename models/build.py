@@ -76,7 +76,7 @@ def build_model(config: CfgNode, num_classes: int | None = None, any_size: bool 
         _checkpoint_activations(model, config)
     if config.FUSED_LAYERNORM:
         _fuse_layer_norms(model)
-    return cpu_bf16.replace_layers(model)
+    return swin.attend_in_place(cpu_bf16.replace_layers(model))
 
 
 def _checkpoint_activations(model: nn.Module, config: CfgNode) -> None:
@@ -332,7 +332,7 @@ def _fuse_layer_norms(model: nn.Module) -> None:
         return  # main.py has told the user (utils.optim.apex_notices)
     for module in list(model.modules()):
         for child_name, child in list(module.named_children()):
-            if type(child) in (nn.LayerNorm, cpu_bf16.LayerNorm):
+            if type(child) in (nn.LayerNorm, cpu_bf16.LayerNorm, cpu_bf16.LayerNormForProducts):
                 fused = FusedLayerNorm(child.normalized_shape, eps=child.eps, elementwise_affine=child.elementwise_affine)
                 fused.load_state_dict(child.state_dict())
                 setattr(module, child_name, fused)

@@ -7,7 +7,7 @@ A GPU computes all of it well, and so does the code that ``torch.compile`` makes
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import cuda_linear
+from models import cuda_linear, fused_norm
 
 
 def replace_layers(model: nn.Module) -> nn.Module:
@@ -27,6 +27,16 @@ def replace_layers(model: nn.Module) -> nn.Module:
     return model
 
 
+def norms_for_products(model: nn.Module, names: Mapping[type[nn.Module], Sequence[str]]) -> nn.Module:
+    """Turn the layer norms ``names[kind]`` of every module of that kind in timm's ``model`` into ``LayerNormForProducts``."""
+    for module in model.modules():
+        for name in names.get(type(module), ()):
+            norm = getattr(module, name)
+            if _REPLACEMENTS.get(type(norm)) is LayerNorm:
+                norm.__class__ = LayerNormForProducts
+    return model
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type that a product with ``x`` is computed in: autocast's, or without it its own."""
     kind = x.device.type
@@ -35,7 +45,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind)
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(fused_norm.LayerNorm):
     """``nn.LayerNorm`` whose gradients of weight and bias are right on a CPU in bf16 (``_LayerNormInBf16``). (.., C) -> the same."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,6 +53,12 @@ class LayerNorm(nn.LayerNorm):
         if trains and self.elementwise_affine and len(self.normalized_shape) == 1:
             return _LayerNormInBf16.apply(x, self.weight, self.bias, self.eps)
         return super().forward(x)
+
+
+class LayerNormForProducts(LayerNorm):
+    """``LayerNorm`` whose result nothing but linears and convolutions read, in whose type it may come. (.., C) -> the same."""
+
+    for_products = True
 
 
 class LayerNorm2d(LayerNorm):

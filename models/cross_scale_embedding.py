@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.cpu_bf16 import compute_dtype, conv2d, linear
-from models.ops import merge_patches, pad_to_even, pad_to_multiple, space_to_depth, windows
+from models.cpu_bf16 import LayerNormForProducts, compute_dtype, conv2d, linear
+from models.ops import join_squares, merge_patches, pad_to_even, pad_to_multiple, space_to_depth, windows
 
-_SIDE = 4  # tokens of a square that ``sample_by_products`` computes at once
+_SIDE = 4  # tokens along the largest square that ``sample_by_products`` computes at once
 
 
 class CrossScaleEmbedding(nn.Module):
@@ -78,26 +78,32 @@ class CrossScaleEmbedding(nn.Module):
     def sample_by_products(self, x: Tensor) -> Tensor:
         """All kernels' tokens side by side, (B, H/4, W/4, C), as products of large matrices, of the kernels two by two.
 
-        A row holds the pixels that a square of 4x4 tokens sees; the weights are those of 16 tokens, zero where a token does not look.
-        Such tokens share most of what they see: the rows take an eighth of the memory that a row for each token would.
+        A row holds the pixels that a square of tokens sees; the weights are those of all its tokens, zero where one does not look.
+        Tokens in 4x4 share most of what they see: under a kernel of 32 the rows take an eighth of the memory of rows for each token.
         """
         height, width = (-(-size // self.stride) for size in x.shape[2:])
-        x = pad_to_multiple(x.to(compute_dtype(x)), self.stride * _SIDE)
+        margin = (max(proj.kernel_size[0] for proj in self.projs) - self.stride) // 2
+        x = F.pad(pad_to_multiple(x.to(compute_dtype(x)), self.stride * _SIDE), (margin,) * 4)
         pairs = [list(self.projs[i:i + 2]) for i in range(0, len(self.projs), 2)]
-        tokens = torch.cat([self.sample_squares(x, pair) for pair in pairs], dim=-1)  # (B, H/16, 4, W/16, 4, C)
-        return tokens.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+        maps, sides = zip(*(self.sample_squares(x, margin, pair) for pair in pairs), strict=True)
+        return join_squares(maps, sides)[:, :height, :width]
 
-    def sample_squares(self, x: Tensor, projs: Sequence[nn.Conv2d]) -> Tensor:
-        """Some kernels' tokens square by square, (B, H/16, 4, W/16, 4, their channels), of an image of whole squares."""
-        largest, beyond = max(proj.kernel_size[0] for proj in projs), self.stride * (_SIDE - 1)
-        seen = largest + beyond
-        rows = windows(F.pad(x, ((largest - self.stride) // 2,) * 4), seen, self.stride * _SIDE, math.gcd(self.stride, seen))
+    def sample_squares(self, x: Tensor, margin: int, projs: Sequence[nn.Conv2d]) -> tuple[Tensor, int]:
+        """Some kernels' tokens by squares of a side that is returned too, (B, H/4/side, W/4/side, side*side*channels).
+
+        ``x`` is the image with that margin around it.
+        """
+        largest, stride = max(proj.kernel_size[0] for proj in projs), self.stride
+        side = next(side for side in (_SIDE, 2, 1) if side * stride <= largest)  # larger ones hold more zeros than they save memory
+        beyond = stride * (side - 1)
+        seen, inside = largest + beyond, margin - (largest - stride) // 2
+        image = x[:, :, inside:x.shape[2] - inside, inside:x.shape[3] - inside]
+        rows = windows(image, seen, stride * side, math.gcd(stride, seen))
         # With zeros around it, a kernel seen through a window at the last possible place is the first token's, and so on.
         kernels = torch.cat([F.pad(proj.weight, (beyond + (largest - proj.kernel_size[0]) // 2,) * 4) for proj in projs])
-        weight = kernels.unfold(2, seen, self.stride).unfold(3, seen, self.stride).flip(2, 3).permute(2, 3, 0, 1, 4, 5)
-        bias = torch.cat([proj.bias for proj in projs]).repeat(_SIDE * _SIDE)
-        tokens = linear(rows, weight.flatten(3).flatten(0, 2), bias)
-        return tokens.unflatten(3, (_SIDE, _SIDE, -1)).permute(0, 1, 3, 2, 4, 5)
+        weight = kernels.unfold(2, seen, stride).unfold(3, seen, stride).flip(2, 3).permute(2, 3, 0, 1, 4, 5)
+        bias = torch.cat([proj.bias for proj in projs]).repeat(side * side)
+        return linear(rows, weight.flatten(3).flatten(0, 2), bias), side
 
 
 def split_channels(dim: int, parts: int) -> list[int]:
@@ -121,7 +127,7 @@ class CrossScaleMerging(nn.Module):
 
     def __init__(self, dim: int, kernels: Sequence[int] = (2, 4)):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNormForProducts(dim)
         self.reductions = nn.ModuleList(
             nn.Conv2d(dim, width, kernel, stride=2, padding=(kernel - 2) // 2)
             for kernel, width in zip(kernels, split_channels(2 * dim, len(kernels)), strict=True))

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 from models.attention import biased_self_attention
 from models.base import MergingModel, Stage, check_heads, check_mlps, check_stages, register_variants
-from models.cpu_bf16 import Linear
+from models.cpu_bf16 import LayerNormForProducts, Linear
 from models.cross_scale_embedding import CrossScaleEmbedding, CrossScaleMerging, check_kernels
+from models.fused_norm import fuses_groups, norm_in_groups
 from models.group_attention import fits, from_groups, group_attention, to_groups
-from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
+from models.layers import DropPath, Mlp, add_branch, init_linear, is_hooked, make_head
 from models.ops import DepthwiseConv2d
 from models.position_bias import POSITIONS, DynamicPositionBias, PositionTable, RelativePositionBias
 
@@ -89,42 +90,49 @@ class Block(nn.Module):
                  drop_path: float = 0.0, acl: bool = False, mask_padding: bool = True, position: str = "dpb"):
         super().__init__()
         self.group_size, self.interval, self.mask_padding = group_size, interval, mask_padding
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNormForProducts(dim)
         self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop, position, group_size)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNormForProducts(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         # Amplitude cooling (CrossFormer++, section 3.4): it replaces the residual stream, there is no skip around it.
         self.ex_conv = DepthwiseConv2d(dim) if acl else None
         self.ex_ln = nn.LayerNorm(dim) if acl else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = add_branch(x, self.attend_groups(self.norm1(x)), self.drop_path)
+        x = add_branch(x, self.attend_groups(x, self.norm1), self.drop_path)
         x = add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
         if self.ex_conv is not None:
             x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return x
 
-    def attend_groups(self, x: Tensor) -> Tensor:
-        batch, height, width, dim = x.shape
+    def attend_groups(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """Attention among the tokens of each group, of the map ``x`` or of what ``norm`` makes of it. (B, H, W, C) -> the same."""
+        batch, height, width, _ = x.shape
         group, interval = self.group_size, self.interval
         if min(height, width) <= group:
             group, interval = min(height, width), 1
         span = group * interval
         pad_h, pad_w = (span - height % span) % span, (span - width % span) % span
-        if (self.mask_padding or not (pad_h or pad_w)) and fits(x, self.attn.num_heads, group, self.attn.attn_drop):
-            return self.attn.on_map(x, group, interval)
+        attn, padded = self.attn, bool(pad_h or pad_w)
+        on_map = (self.mask_padding or not padded) and not is_hooked(attn) and fits(x, attn.num_heads, group, attn.attn_drop)
+        fused = norm is not None and not on_map and fuses_groups(norm, x)
+        if norm is not None and not fused:
+            x = norm(x)
+        if on_map:
+            return attn.on_map(x, group, interval)
         mask = None
-        if pad_h or pad_w:
+        if padded:
             # Zeros after the norm: the keys and values of padding are the projection's biases.
-            x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+            x = x if fused else F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
             if self.mask_padding:
                 real = torch.zeros(1, height, width, 1, device=x.device)
                 mask = F.pad(real, (0, 0, 0, pad_w, 0, pad_h), value=PADDED_KEY)
                 mask = to_groups(mask, group, interval).view(-1, 1, 1, group * group)
-        groups = self.attn(to_groups(x, group, interval), group, mask)
+        x = norm_in_groups(norm, x, group, interval) if fused else to_groups(x, group, interval)
+        groups = attn(x, group, mask)
         x = from_groups(groups, batch, height + pad_h, width + pad_w, group, interval)
-        return x[:, :height, :width] if pad_h or pad_w else x
+        return x[:, :height, :width] if padded else x
 
 
 GROUP_TYPES = ("constant", "linear", "linear_div", "alter", "7_14")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from models.attention import attention
 from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
-from models.cpu_bf16 import Linear, linear
+from models.cpu_bf16 import LayerNormForProducts, Linear, linear
 from models.layers import DropPath, add_branch, init_linear, make_head
 from models.ops import DepthwiseConv2d, channels_last, conv_norm, pad_to
 
@@ -72,7 +72,9 @@ class Attention(nn.Module):
         """``size``: height and width of the map."""
         batch, tokens, dim = x.shape
         token, x = (x[:, :1], x[:, 1:]) if self.class_token else (None, x)
-        x = x.contiguous().transpose(1, 2).unflatten(2, size)
+        if not x.is_cuda:
+            x = x.contiguous()
+        x = x.unflatten(1, size).permute(0, 3, 1, 2)
 
         def heads(branch: nn.Sequential, linear: nn.Linear) -> Tensor:
             y = conv_norm(branch.conv, branch.bn, x).flatten(2).transpose(1, 2)
@@ -113,10 +115,10 @@ class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop: float = 0.0, drop_path: float = 0.0,
                  **attention: Any):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNormForProducts(dim)
         self.attn = Attention(dim, num_heads, proj_drop=drop, **attention)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNormForProducts(dim)
         self.mlp = QuickGeluMlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -30,7 +30,7 @@ from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from models.base import MergingModel, Stage, check_heads, check_mlps, check_stages, register_variants
-from models.cpu_bf16 import Linear
+from models.cpu_bf16 import LayerNormForProducts, Linear
 from models.layers import DropPath, Mlp, PatchEmbed, PatchMerging, add_branch, init_linear, make_head
 
 
@@ -122,11 +122,11 @@ class Block(nn.Module):
                  drop_path: float = 0.0):
         super().__init__()
         self.positions = positions
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNormForProducts(dim)
         self.attn = GalerkinAttention(
             dim, num_heads, qkv_bias, eps, out_proj or positions, 2 if positions else 0, attn_drop, drop)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNormForProducts(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import DropPath as TimmDropPath
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from models import cuda_linear
-from models.cpu_bf16 import Linear, compute_dtype
+from models.cpu_bf16 import LayerNormForProducts, Linear, compute_dtype
 from models.ops import pad_to_even, pad_to_multiple
 
 
@@ -45,19 +46,20 @@ class DropPath(nn.Module):
         kept = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) < self.keep
         return (kept / self.keep).to(x.dtype)
 
-    def factor_in_fp32(self, x: Tensor) -> Tensor:
-        """``factor``, in two launches on a GPU, where it takes four."""
-        keep = 1.0 - self.drop_prob
-        return torch.empty(len(x), *(1,) * (x.ndim - 1), device=x.device).bernoulli_(keep).div_(keep)
-
 
 def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
-    """``x + drop_path(branch)``, in one pass over the maps where there is something to drop."""
-    if not isinstance(drop_path, DropPath) or not drop_path.training:
-        return x + drop_path(branch)
-    if x.is_cuda and not torch.compiler.is_compiling():
-        return AddScaled.apply(x, branch, drop_path.factor_in_fp32(branch))
-    return torch.addcmul(x, branch, drop_path.factor(branch))
+    """``x + drop_path(branch)``, in one pass over the maps where there is something to drop. ``drop_path`` may be timm's."""
+    drops = isinstance(drop_path, (DropPath, TimmDropPath)) and drop_path.training
+    if drops and x.is_cuda and not torch.compiler.is_compiling():
+        return AddScaled.apply(x, branch, kept_samples(drop_path.drop_prob, branch))
+    if drops and isinstance(drop_path, DropPath):
+        return torch.addcmul(x, branch, drop_path.factor(branch))
+    return x + drop_path(branch)
+
+
+def kept_samples(rate: float, x: Tensor) -> Tensor:
+    """``DropPath.factor`` in fp32, in two launches on a GPU, where it takes four."""
+    return torch.empty(len(x), *(1,) * (x.ndim - 1), device=x.device).bernoulli_(1.0 - rate).div_(1.0 - rate)
 
 
 class AddScaled(torch.autograd.Function):
@@ -93,9 +95,14 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if type(self.fc1) is type(self.fc2) is Linear and not (self.training and self.drop.p):
             parameters = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-            if cuda_linear.applies(x, *parameters):
+            if cuda_linear.applies(x, *parameters) and not any(map(is_hooked, self.children())):
                 return cuda_linear.mlp(x, *parameters, compute_dtype(x))
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody waits for the module to be called: pruning, activation statistics, explanations."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks)
 
 
 def init_linear(module: nn.Module) -> None:
@@ -133,7 +140,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = LayerNormForProducts(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,9 +26,11 @@ import torch
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
+from models import cuda_depthwise
 from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
-from models.cpu_bf16 import Linear
+from models.cpu_bf16 import LayerNormForProducts, compute_dtype
+from models.factorized_attention import FactorizedAttention, RelativePositionEncoding
 from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
 from models.ops import DepthwiseConv2d, channels_last, concatenate, conv_norm
 
@@ -100,52 +102,6 @@ class PositionEncoding(nn.Module):
         return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class RelativePositionEncoding(nn.Module):
-    """CRPE's part on the values: depthwise convolutions, a kernel for each group of heads. (B, H, W, C) -> the same."""
-
-    def __init__(self, head_dim: int, windows: Sequence[Sequence[int]]):
-        super().__init__()
-        self.widths = [heads * head_dim for _, heads in windows]
-        self.conv_list = nn.ModuleList(
-            DepthwiseConv2d(width, kernel)
-            for (kernel, _), width in zip(windows, self.widths, strict=True))
-
-    def forward(self, v: Tensor) -> Tensor:
-        parts = v.permute(0, 3, 1, 2).split(self.widths, dim=1)
-        return torch.cat([conv(part) for conv, part in zip(self.conv_list, parts, strict=True)], dim=1).permute(0, 2, 3, 1)
-
-
-class FactorizedAttention(nn.Module):
-    """Factorised attention with CRPE (CoaT). (B, H, W, C) -> the same."""
-
-    def __init__(self, dim: int, num_heads: int, crpe: RelativePositionEncoding, qkv_bias: bool = True, proj_drop: float = 0.0):
-        super().__init__()
-        self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
-        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-        self.crpe = crpe
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        y = factorized_attention(q, k, v, self.num_heads, self.scale)
-        # The relative term is not scaled.
-        return self.proj_drop(self.proj(y + q * self.crpe(v)))
-
-
-def factorized_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
-    """scale q (softmax(k)^T v) in each head for (B, H, W, C), the softmax over the tokens, the queries as they are.
-
-    No N x N matrix arises, so there is no fused kernel to prefer on a GPU.
-    """
-    shape = q.shape
-    # The softmax before the heads part: side by side in memory lie more numbers then.
-    weights = k.flatten(1, 2).softmax(dim=1).to(v.dtype)
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q.flatten(1, 2), weights, v.flatten(1, 2)))
-    return (q @ ((k.transpose(-2, -1) @ v) * scale)).transpose(1, 2).reshape(shape)
-
-
 class EncoderLayer(nn.Module):
     """CPE, factorised attention, MLP. (B, H, W, C) -> the same. ``cpe`` and ``crpe`` are the encoder's."""
 
@@ -157,12 +113,13 @@ class EncoderLayer(nn.Module):
         self.factoratt_crpe = FactorizedAttention(dim, num_heads, crpe, qkv_bias, drop)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNormForProducts(dim, eps=1e-6)
+        self.norm2 = LayerNormForProducts(dim, eps=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, joined: tuple[Tensor, ...] | None = None) -> Tensor:
+        """``joined``: as of ``FactorizedAttention``."""
         x = self.cpe(x)
-        x = add_branch(x, self.factoratt_crpe(self.norm1(x)), self.drop_path)
+        x = add_branch(x, self.factoratt_crpe(self.norm1(x), joined), self.drop_path)
         return add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
 
 
@@ -179,7 +136,10 @@ class Encoder(nn.Module):
             EncoderLayer(dim, num_heads, mlp_ratio, self.cpe, self.crpe, qkv_bias, drop, rate) for rate in drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        return run_blocks(self.MHCA_layers, x.permute(0, 2, 3, 1), unit=self.recomputed if self.training else "").permute(0, 3, 1, 2)
+        unit, x = self.recomputed if self.training else "", x.permute(0, 2, 3, 1)
+        # Once for all layers, whose encoding it is.
+        joined = self.crpe.joined(x.device) if cuda_depthwise.applies(x, compute_dtype(x)) else None
+        return run_blocks(self.MHCA_layers, x, joined, unit=unit).permute(0, 3, 1, 2)
 
 
 class LocalBranch(nn.Module):

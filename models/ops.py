@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import cuda_depthwise
 from models.cpu_bf16 import compute_dtype, linear
 
 LARGE_MAP = 2 ** 19  # numbers of one sample, 1 MiB in bfloat16: two such maps leave a core's cache no room
+_WIDE = {8: torch.int64, 16: torch.complex128}  # types by bytes, to move several numbers as one
 _FEW_CHANNELS = 64  # 128 bytes in bfloat16, two cache lines
 
 
@@ -47,10 +49,12 @@ def windows(x: Tensor, size: int, step: int, unit: int) -> Tensor:
 
     ``unit`` divides ``size``, ``step`` and the width: pixels that may be moved as one number, which is four times as fast.
     """
-    wide = {8: torch.int64, 16: torch.complex128}.get(unit * x.element_size())
+    wide = _WIDE.get(unit * x.element_size())
     if wide is None or x.requires_grad or x.device.type == "mps" or torch.compiler.is_compiling():
         return _cut(x, (size, size), (step, step)).flatten(3)
-    return _cut(x.contiguous().view(wide), (size, size // unit), (step, step // unit)).contiguous().view(x.dtype).flatten(3)
+    if x.stride(3) != 1 or any(place % unit for place in (x.storage_offset(), *x.stride()[:3])):
+        x = x.contiguous()
+    return _cut(x.view(wide), (size, size // unit), (step, step // unit)).contiguous().view(x.dtype).flatten(3)
 
 
 def _cut(x: Tensor, size: tuple[int, int], step: tuple[int, int]) -> Tensor:
@@ -60,11 +64,56 @@ def _cut(x: Tensor, size: tuple[int, int], step: tuple[int, int]) -> Tensor:
     return x.unfold(2, size[0], step[0]).unfold(3, size[1], step[1]).permute(0, 2, 3, 1, 4, 5)
 
 
+def join_squares(maps: Sequence[Tensor], sides: Sequence[int]) -> Tensor:
+    """Maps of squares, (B, H/side, W/side, side*side*C_i) with a side each, as one map of pixels, (B, H, W, C), in one copy."""
+    if torch.compiler.is_compiling():
+        return torch.cat([_swap_inner(x.unflatten(3, (side, side, -1))).flatten(3, 4).flatten(1, 2)
+                          for x, side in zip(maps, sides, strict=True)], dim=3)
+    return _JoinSquares.apply(*maps, sides)
+
+
+class _JoinSquares(torch.autograd.Function):
+    """Several channels are moved as one number where widths allow, as pixels by ``windows``; both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, *maps_and_sides: Any) -> Tensor:
+        *maps, sides = maps_and_sides
+        widths = [x.shape[3] // side ** 2 for x, side in zip(maps, sides, strict=True)]
+        size = maps[0].element_size()
+        ctx.unit = next((bytes_ // size for bytes_ in (16, 8) if not any(width * size % bytes_ for width in widths)), 1)
+        ctx.sides, ctx.widths = sides, [width // ctx.unit for width in widths]
+        joined = maps[0].new_empty(len(maps[0]), *(length * sides[0] for length in maps[0].shape[1:3]), sum(widths))
+        for part, x, side in zip(_by_units(joined, ctx.unit).split(ctx.widths, dim=3), maps, sides, strict=True):
+            _in_squares(part, side).copy_(_swap_inner(_by_units(x, ctx.unit).unflatten(3, (side, side, -1))))
+        return joined
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parts = zip(_by_units(grad.contiguous(), ctx.unit).split(ctx.widths, dim=3), ctx.sides, strict=True)
+        return *(_swap_inner(_in_squares(part, side)).flatten(3).view(grad.dtype) for part, side in parts), None
+
+
+def _by_units(x: Tensor, unit: int) -> Tensor:
+    """A view of dense ``x`` whose last axis counts ``unit`` numbers as one."""
+    return x.contiguous().view(_WIDE[unit * x.element_size()]) if unit > 1 else x
+
+
+def _in_squares(x: Tensor, side: int) -> Tensor:
+    """A view (B, H/side, side, W/side, side, C) of (B, H, W, C)."""
+    return x.unflatten(2, (-1, side)).unflatten(1, (-1, side))
+
+
+def _swap_inner(x: Tensor) -> Tensor:
+    """(B, h, w, row, column, C) to (B, h, row, w, column, C), or back."""
+    return x.permute(0, 1, 3, 2, 4, 5)
+
+
 class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution of an odd square kernel, padded by half of it. (B, C, H, W) -> (B, C, H/stride, W/stride), rounded up.
 
     Channels-last inside. In bfloat16 on a CPU its gradients are composed of what oneDNN (3.13) does fast: others of the same cost
-    take 2 to 60 times as long.
+    take 2 to 60 times as long. In 16 bits on a GPU it has kernels of its own (``models.cuda_depthwise``).
 
     ``skip`` adds the input to the output, at the price of one addition to the kernel.
     """
@@ -74,14 +123,20 @@ class DepthwiseConv2d(nn.Conv2d):
         self.skip = skip
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight, dtype = self.weight, compute_dtype(x)
+        if cuda_depthwise.applies(x, dtype):
+            return self.on_cuda(x, weight, self.bias)
         if self.skip:
             weight = weight + F.pad(weight.new_ones(1, 1, 1, 1), (self.kernel_size[0] // 2,) * 4)
-        dtype = compute_dtype(x)
         if x.device.type != "cpu" or dtype != torch.bfloat16 or not torch.is_grad_enabled():
             return self._conv_forward(x, weight, self.bias)
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
         return _Depthwise.apply(x, weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.stride[0])
+
+    def on_cuda(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Where ``cuda_depthwise.applies``, with ``weight`` and ``bias`` in place of its own."""
+        x = x.to(compute_dtype(x)).permute(0, 2, 3, 1)
+        return cuda_depthwise.depthwise(x, weight, bias, self.stride[0], self.skip).permute(0, 3, 1, 2)
 
 
 class _Depthwise(torch.autograd.Function):
@@ -140,19 +195,24 @@ def _torch_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, paddin
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The image (B, C, H, W) as the convolutions of a stem are fastest on a CPU, in memory (B, H, W, C): what follows keeps it.
+    """The image (B, C, H, W) as the convolutions of a stem are fastest, in memory (B, H, W, C): what follows keeps it.
 
-    oneDNN's convolutions of a stem, and their gradients, are 1.6 to 5 times as fast so in bfloat16, batch norm 1.3 times.
+    oneDNN's convolutions of a stem on a CPU, and their gradients, are 1.6 to 5 times as fast so in bfloat16, batch norm 1.3 times. On a
+    GPU in 16 bits cuDNN's kernels for tensor cores take this layout, to which it would copy each map, and the layers behind it take maps
+    with the channels last.
     """
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    fits = x.device.type == "cpu" or x.is_cuda and compute_dtype(x).itemsize == 2
+    return x.contiguous(memory_format=torch.channels_last) if fits else x
 
 
 def concatenate(maps: Sequence[Tensor]) -> Tensor:
-    """Maps (B, C_i, H, W) side by side, (B, C, H, W); in training on a CPU each gets a gradient of its own, dense in memory.
+    """Maps (B, C_i, H, W) side by side, (B, C, H, W); in training, channels last, each gets a gradient of its own, dense in memory.
 
-    A slice of the whole's gradient, which autograd gives, makes the batch norm behind it 15 times as slow, additions 3 times.
+    A slice of the whole's gradient, which autograd gives, makes the batch norm behind it on a CPU 15 times as slow, additions 3 times; on a
+    GPU every operation that it passes on its way reads it in short rows.
     """
-    if maps[0].device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    dense = maps[0].device.type == "cpu" or maps[0].is_cuda and maps[0].is_contiguous(memory_format=torch.channels_last)
+    if not dense or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.cat(maps, dim=1)
     return _Concatenate.apply(*maps)
 
@@ -174,20 +234,32 @@ def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     The product with the norm is computed each time, which costs next to nothing and can never be stale.
     """
     if norm.training:
-        return norm(conv(x))
+        return norm(_convolve(conv, x, conv.weight, None) if x.is_cuda else conv(x))
     assert norm.running_mean is not None and norm.running_var is not None
     factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    bias = norm.bias - norm.running_mean * factor
-    return F.conv2d(x, conv.weight * factor.view(-1, 1, 1, 1), bias, conv.stride, conv.padding, groups=conv.groups)
+    return _convolve(conv, x, conv.weight * factor.view(-1, 1, 1, 1), norm.bias - norm.running_mean * factor)
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What ``conv`` does, with ``weight`` and ``bias`` in place of its own; of one pixel on a GPU in 16 bits a product of matrices, whose
+    gradient of the weights cuBLAS sums over all pixels in parallel."""
+    if isinstance(conv, DepthwiseConv2d) and cuda_depthwise.applies(x, compute_dtype(x)):
+        return conv.on_cuda(x, weight, bias)
+    if x.is_cuda and weight.shape[1:] == (x.shape[1], 1, 1) and conv.stride == (1, 1) and compute_dtype(x).itemsize == 2:
+        return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
 
 
 def merge_patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution whose stride is its kernel. (B, H, W, C) -> (B, H/kernel, W/kernel, C'), rounded down.
 
-    In training on a CPU it is a linear layer on whole patches: oneDNN's backward of the convolution takes up to twice as long.
+    In training on a CPU it is a linear layer on whole patches: oneDNN's backward of the convolution takes up to twice as long. On a GPU
+    likewise: a convolution's gradient of weights that cover 64 pixels and 64 channels is a few tiles of output for each of which a
+    processor walks over the whole batch; cuBLAS divides the walk.
     """
     (batch, height, width, dim), side = x.shape, conv.kernel_size[0]
-    if x.device.type != "cpu" or not torch.is_grad_enabled() or height % side or width % side:
+    by_product = x.is_cuda or x.device.type == "cpu" and torch.is_grad_enabled()
+    if not by_product or height % side or width % side:
         return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     patches = x.reshape(batch, height // side, side, width // side, side, dim).transpose(2, 3).flatten(3)
     return linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)

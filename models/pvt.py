@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from models.attention import attention
 from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
-from models.cpu_bf16 import Linear
+from models.cpu_bf16 import LayerNormForProducts, Linear
 from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
 from models.ops import merge_patches, pad_to
 
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio)
-            self.norm = nn.LayerNorm(dim)
+            self.norm = LayerNormForProducts(dim)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``grid``: height and width of the map; with a class token among the tokens nothing can be reduced."""
@@ -82,10 +82,10 @@ class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, sr_ratio: int, qkv_bias: bool = True, drop: float = 0.0,
                  attn_drop: float = 0.0, drop_path: float = 0.0):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNormForProducts(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, sr_ratio, qkv_bias, attn_drop, drop)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNormForProducts(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -16,6 +16,7 @@ from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from models.base import check_heads, check_mlps, check_stages
+from models.cpu_bf16 import norms_for_products
 
 _STAGE_PARTS = (
     (re.compile(r"^patch_embed1\."), "patch_embed."),
@@ -67,7 +68,9 @@ def build(name: str, kwargs: dict[str, Any], img_size: tuple[int, int]) -> nn.Mo
     check_mlps(widths, mlp_ratios=ratios)
     kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()}
     # timm describes its own re-evaluation, which crops less; the published figures are of the usual crop.
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         timm_pvt_v2.PyramidVisionTransformerV2, name, False, pretrained_cfg=timm_pvt_v2._cfg(crop_pct=224 / 256),
         pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=dict(flatten_sequential=True, out_indices=tuple(range(stages))),
         **kwargs)
+    # Of linear attention a pooling reads the first norm.
+    return norms_for_products(model, {timm_pvt_v2.Block: ("norm2",) if kwargs.get("linear") else ("norm1", "norm2")})

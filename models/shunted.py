@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from models.attention import attention
 from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
-from models.cpu_bf16 import Linear
+from models.cpu_bf16 import LayerNormForProducts, Linear
 from models.layers import DropPath, add_branch, init_linear, make_head
 from models.ops import DepthwiseConv2d, channels_last, merge_patches, pad_to
 
@@ -87,15 +87,16 @@ class ShuntedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         coarse, fine = split_heads(self.q(x), self.num_heads).chunk(2, dim=1)
         y = torch.cat([self.branch(coarse, x, self.sr1, self.norm1, self.kv1, self.local_conv1),
-                       self.branch(fine, x, self.sr2, self.norm2, self.kv2, self.local_conv2)], dim=1)
-        return self.proj_drop(self.proj(join_heads(y, x)))
+                       self.branch(fine, x, self.sr2, self.norm2, self.kv2, self.local_conv2)], dim=2)
+        return self.proj_drop(self.proj(y.reshape(x.shape)))
 
     def branch(self, q: Tensor, x: Tensor, merge: nn.Conv2d, norm: nn.Module, kv: nn.Linear, local: nn.Conv2d) -> Tensor:
-        """Attention of half of the heads over one merged map. (B, h/2, H*W, d), (B, H, W, C) -> (B, h/2, H*W, d)."""
+        """Attention of half of the heads over one merged map. (B, h/2, H*W, d), (B, H, W, C) -> (B, H*W, h/2, d)."""
         merged = merge_patches(merge, pad_to(x.permute(0, 3, 1, 2), merge.stride[0]).permute(0, 2, 3, 1))
         k, v = kv(F.gelu(norm(merged))).chunk(2, dim=-1)
         v = over_map(local, v)  # its skip included
-        return attention(q, split_heads(k, self.num_heads // 2), split_heads(v, self.num_heads // 2), self.scale, self.attn_drop)
+        keys, values = (split_heads(t, self.num_heads // 2) for t in (k, v))
+        return attention(q, keys, values, self.scale, self.attn_drop).transpose(1, 2)
 
 
 class PlainAttention(nn.Module):
@@ -165,11 +166,11 @@ class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, rate: int, mlp_ratio: float = 4.0, qkv_bias: bool = True, drop: float = 0.0,
                  attn_drop: float = 0.0, drop_path: float = 0.0):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = LayerNormForProducts(dim, eps=NORM_EPS)
         self.attn = (ShuntedAttention(dim, num_heads, rate, qkv_bias, attn_drop, drop) if rate > 1
                      else PlainAttention(dim, num_heads, qkv_bias, attn_drop, drop))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = LayerNormForProducts(dim, eps=NORM_EPS)
         self.mlp = DetailMlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor) -> Tensor:

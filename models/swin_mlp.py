@@ -27,6 +27,7 @@ from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from models.base import MergingModel, Stage, check_doubling, register_variants
+from models.cpu_bf16 import LayerNormForProducts
 from models.layers import DropPath, Mlp, PatchEmbed, PatchMerging, add_branch, init_linear, make_head
 
 
@@ -40,7 +41,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.spatial_mlp = nn.Conv1d(num_heads * window ** 2, num_heads * window ** 2, 1, groups=num_heads)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNormForProducts(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor) -> Tensor:

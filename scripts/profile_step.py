@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import ConfigError, get_config
 from data import DataError
-from utils.runtime.compile import require_compiler
+from utils.runtime.compile import compiled_part, require_compiler
 from utils.runtime.device import choose_device, synchronize
 from utils.runtime.files import require_outputs
 from utils.runtime.precision import choose_precision
@@ -37,7 +37,7 @@ from utils.tasks.build import build_task
 from utils.training.assembly import synthetic_step
 from utils.training.engine import Progress, train_one_epoch
 
-WARM_UP = 3
+WARM_UP = 4  # the last of them is recorded with COMPILE graphs
 _WAITING = "waiting for data"
 
 # The first that fits an operation's name is its group.
@@ -96,14 +96,14 @@ def run(args: argparse.Namespace) -> None:
     precision = choose_precision(config, device)
     require_compiler(device, config.COMPILE)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    if config.COMPILE != "off" and device.type == "cpu":
+    if compiled_part(config.COMPILE) != "off" and device.type == "cpu":
         import torch._inductor.config as inductor
         inductor.cpp.enable_kernel_profile = True  # or its kernels have no names
     with contextlib.ExitStack() as stack:
         task, loaders = build_task(config), None
         if args.data:
             loaders = stack.enter_context(contextlib.closing(task.build_loaders(config, splits=("train",), device=device)))
-        state, plan, batch = synthetic_step(config, task, device, precision, len(loaders.classes) if loaders else None)
+        state, plan, batch = synthetic_step(config, task, device, precision, len(loaders.classes) if loaders else None, say=print)
         model, batches = state.model, loaders.batches(0) if loaders else itertools.repeat(batch)
 
         def watched() -> Iterator[Any]:
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="keys of the config, as in main.py")
     parser.add_argument("--device", help="auto, cpu or cuda")
     parser.add_argument("--precision", help="auto, fp32, bf16 or fp16")
-    parser.add_argument("--compile", help="off, blocks or model")
+    parser.add_argument("--compile", help="as main.py has it")
     parser.add_argument("--batch-size", help="images of a step")
     parser.add_argument("--data", action="store_true", help="load the images of DATA.DATA_PATH instead of synthetic ones")
     parser.add_argument("--steps", type=int, default=3, help="steps to profile")

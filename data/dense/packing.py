@@ -119,18 +119,29 @@ class Unpack:
         found = {name: _part(buffer if name in _HOST else there, start, shape, name) for name, start, shape in layout}
         kept = {name: part.clone() for name, part in found.items() if name not in ("images", "masks")}
         width = found["images"].shape[3]
-        return DenseBatch(images=self._normalised(found["images"], kept["sizes"].tolist()),
+        sizes = next(_part(there, start, shape, name) for name, start, shape in layout if name == "sizes")
+        return DenseBatch(images=self._normalised(found["images"], sizes),
                           masks=unpacked(found["masks"], width) if "masks" in found else there.new_zeros((0, 0, 0), dtype=torch.bool),
                           **{"maps": there.new_zeros((0,)), **kept})
 
-    def _normalised(self, images: Tensor, sizes: list[list[int]]) -> Tensor:
+    def _normalised(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """Both on one device."""
         device = images.device
         if device not in self._there:
             scale, shift = 1 / (255 * self.std), self.mean / self.std
             self._there[device] = tuple(values.to(device)[:, None, None] for values in (scale, shift))
         scale, shift = self._there[device]
         images = images.float().mul_(scale).sub_(shift)
-        for image, (height, width) in zip(images, sizes, strict=True):
+        if device.type != "cpu":  # one pass over all pixels, where a CPU writes the padding alone, in two steps an image
+            return images.masked_fill_(beyond(sizes, *images.shape[2:]), 0)
+        for image, (height, width) in zip(images, sizes.tolist(), strict=True):
             image[:, height:].zero_()
             image[:, :, width:].zero_()
         return images
+
+
+def beyond(sizes: Tensor, height: int, width: int) -> Tensor:
+    """Where images of ``sizes`` (B, 2) have no pixels: (B, 1, height, width) bool."""
+    rows, columns = (torch.arange(side, device=sizes.device) for side in (height, width))
+    below, behind = rows >= sizes[:, :1], columns >= sizes[:, 1:]
+    return (below[:, :, None] | behind[:, None])[:, None]

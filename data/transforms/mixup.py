@@ -6,11 +6,45 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from timm.data.mixup import Mixup, mixup_target
+from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 from torch import Tensor
 from yacs.config import CfgNode
 
 from data import seeds
+from data.transforms.device_transforms import to_device
+
+
+class DeviceMixup(Mixup):
+    """timm's Mixup, which on CUDA mixes all images of a batch at once where they are mixed by their own numbers (modes elem and pair).
+
+    timm's mixes one by one, in up to four launches an image, and waits for the device.
+    """
+
+    def _mix_elem(self, x: Tensor) -> Tensor:
+        return self.mix_rows(x, len(x)) if x.is_cuda else super()._mix_elem(x)
+
+    def _mix_pair(self, x: Tensor) -> Tensor:
+        return self.mix_rows(x, len(x) // 2) if x.is_cuda else super()._mix_pair(x)
+
+    def mix_rows(self, x: Tensor, drawn: int) -> Tensor:
+        """Mix ``x`` (B, C, H, W) in place with its mirror image along the batch, and return what is left of each image, (B, 1).
+
+        Args:
+            drawn: images that numbers are drawn for: all of them, or the first half, whose numbers hold for the other half, too.
+        """
+        shares, cut = self._params_per_elem(drawn)
+        own, boxes = shares.copy(), np.zeros((drawn, 4), np.float32)
+        for i in np.flatnonzero(cut & (shares != 1)):
+            boxes[i], shares[i] = cutmix_bbox_and_lam(x.shape, shares[i], ratio_minmax=self.cutmix_minmax, correct_lam=self.correct_lam)
+            own[i] = 1
+        numbers = np.column_stack([boxes, own, 1 - own, shares])
+        there = to_device(numbers if drawn == len(x) else np.concatenate([numbers, numbers[::-1]]), x.device)
+        top, bottom, left, right, own, others = there[:, :6, None, None, None].unbind(1)
+        rows, columns = (torch.arange(size, device=x.device) for size in x.shape[2:])
+        inside = ((rows[:, None] >= top) & (rows[:, None] < bottom)) & ((columns >= left) & (columns < right))
+        other = x.flip(0)
+        x.copy_(torch.where(inside, other, x * own + other * others))
+        return there[:, 6:]
 
 
 class BatchMixup:
@@ -69,5 +103,5 @@ def _timm_mixup(config: CfgNode, smoothing: float, num_classes: int) -> Mixup | 
     aug = config.AUG
     if aug.MIXUP_PROB == 0 or not (aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX):
         return None
-    return Mixup(mixup_alpha=aug.MIXUP, cutmix_alpha=aug.CUTMIX, cutmix_minmax=aug.CUTMIX_MINMAX, prob=aug.MIXUP_PROB,
-                 switch_prob=aug.MIXUP_SWITCH_PROB, mode=aug.MIXUP_MODE, label_smoothing=smoothing, num_classes=num_classes)
+    return DeviceMixup(mixup_alpha=aug.MIXUP, cutmix_alpha=aug.CUTMIX, cutmix_minmax=aug.CUTMIX_MINMAX, prob=aug.MIXUP_PROB,
+                       switch_prob=aug.MIXUP_SWITCH_PROB, mode=aug.MIXUP_MODE, label_smoothing=smoothing, num_classes=num_classes)

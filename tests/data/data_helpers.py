@@ -8,11 +8,13 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import get_config
 from data import build_loaders
@@ -165,3 +167,18 @@ def write_archives(kind: str, plain: Path, root: Path) -> None:
                 place.parent.mkdir(exist_ok=True)
                 write_tar(place, members)
             (root / "classes.txt").write_text("".join(c + "\n" for c in CLASSES))
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a GPU would be told to do by torch: everything but views and allocations."""
+
+    NOTHING = frozenset({"empty", "slice", "select", "view", "expand", "permute", "detach", "alias", "lift_fresh", "unbind", "unsqueeze"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ not in self.NOTHING:
+            self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))

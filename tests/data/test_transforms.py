@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, environment, load
-from data_helpers import config_for, encoded, exif, texture
+from data_helpers import Operations, config_for, encoded, exif, texture
 from PIL import Image
 
 from config import get_config
@@ -95,6 +95,25 @@ def test_mixup_is_a_function_of_seed_step_and_rank(images: Path) -> None:
         assert mix(x[:1].clone(), y[:1], 1)[1].shape == (1, 4)
     off = build_mixup(config_for(images, "AUG.MIXUP", 0, "AUG.CUTMIX", 0), 4, 0)
     assert off(x, y, 0)[1] is y
+
+
+@pytest.mark.parametrize("mode", ["elem", "pair"])
+@pytest.mark.parametrize("opts", [(), ("AUG.CUTMIX_MINMAX", "[0.2, 0.8]"), ("AUG.MIXUP_PROB", 0.5)])
+def test_images_mixed_all_at_once_are_those_of_timm(images: Path, mode: str, opts: tuple) -> None:
+    """As on CUDA, where the number of launches does not depend on that of the images."""
+    mixup = build_mixup(config_for(images, "AUG.MIXUP_MODE", mode, *opts), 4, 0).mixup
+    x, seen = torch.randn(32, 3, 12, 16), []
+    np.random.seed(3)
+    expected = x.clone()
+    shares = getattr(mixup, f"_mix_{mode}")(expected)
+    for batch in (x, x[:8]):
+        np.random.seed(3)
+        with Operations() as operations:
+            found = mixup.mix_rows(mixed := batch.clone(), len(batch) // (2 if mode == "pair" else 1))
+        seen.append(operations.seen.total())
+        if batch is x:
+            assert torch.equal(mixed, expected) and torch.equal(found, shares) and not torch.equal(mixed, x)
+    assert seen[0] == seen[1] < 20
 
 
 def folder_of(root: Path, files: dict[str, bytes]) -> Path:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from gradients import close, gradients, in_bf16
-from torch import nn
+from torch import Tensor, nn
 
 from models import cpu_bf16
 from models.cross_scale_embedding import CrossScaleEmbedding
-from models.ops import space_to_depth, windows
+from models.ops import join_squares, space_to_depth, windows
 
 
 @torch.no_grad()
@@ -111,3 +111,27 @@ def test_windows_by_several_pixels_at_once(dtype: torch.dtype) -> None:
     found = windows(x, 12, 8, 4)
     assert torch.equal(found, windows(x.clone().requires_grad_(), 12, 8, 4)) and found.shape == (2, 2, 3, 3 * 12 * 12)
     assert torch.equal(found[1, 1, 2], x[1, :, 8:20, 16:28].flatten())
+    for left, top in ((4, 3), (5, 4)):  # parts of an image, the second not on whole units
+        part = x[:, :, top:top + 12, left:left + 20]
+        assert torch.equal(windows(part, 12, 8, 4), windows(part.contiguous(), 12, 8, 4))
+
+
+@pytest.mark.parametrize("widths", [(8, 16), (4, 8), (3, 5)])
+def test_squares_joined_by_several_channels_at_once(widths: tuple[int, int]) -> None:
+    """In bf16 the first move 8 channels at once, the second 4, the last one."""
+    maps = [torch.randn(2, 8 // side, 4 // side, side * side * width).bfloat16().requires_grad_()
+            for side, width in zip((2, 4), widths, strict=True)]
+    joined = join_squares(maps, (2, 4))
+    assert joined.shape == (2, 8, 4, sum(widths))
+    assert torch.equal(joined[1, 5, 2, :widths[0]], maps[0][1, 2, 1, 2 * widths[0]:3 * widths[0]])  # row 1, column 0 of its square
+    assert torch.equal(joined[1, 5, 2, widths[0]:], maps[1][1, 1, 0, 6 * widths[1]:7 * widths[1]])  # row 1, column 2
+    pull = torch.randn(joined.shape).bfloat16()
+    expected = gradients_of_compiled(maps, pull)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(joined, maps, pull), expected, strict=True))
+
+
+def gradients_of_compiled(maps: list[Tensor], pull: Tensor) -> tuple[Tensor, ...]:
+    """By the form that ``torch.compile`` sees."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        return torch.autograd.grad(join_squares(maps, (2, 4)), maps, pull)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from gradients import close, gradients
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from models import cuda_linear
 from models.cpu_bf16 import Linear
@@ -55,6 +57,16 @@ def test_exact(image_needs_gradient: bool) -> None:
         assert all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(found, expected, strict=True))
 
 
+def test_results_may_be_changed_in_place() -> None:
+    """As timm's SwinV2 does with a ReLU behind a linear."""
+    x, first, bias = torch.randn(2, 3, 8), torch.randn(8, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    for y in (cuda_linear.linear(x, first, bias, torch.float32), cuda_linear.mlp(x, first, bias, first, bias, torch.float32)):
+        expected = torch.relu(y.detach())
+        assert torch.equal(nn.functional.relu_(y), expected)
+        y.sum().backward()
+    assert first.grad.isfinite().all()
+
+
 def test_16_bits_and_gradients_in_the_parameters_type() -> None:
     torch.manual_seed(0)
     x = torch.randn(300, 16, requires_grad=True)
@@ -85,11 +97,49 @@ def test_a_whole_model_in_this_form(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours, plain, strict=True))
 
 
+def test_parameters_converted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    mlp, x, sizes = Mlp(8, 20), torch.randn(6, 8), []
+    parameters, copy = [mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda a, b: sizes.append(len(b)) or copy(a, b))
+
+    def run() -> list[Tensor]:
+        return gradients(lambda *p: cuda_linear.mlp(x, *p, torch.bfloat16), *parameters)
+
+    for step in range(3):
+        plain = run()
+        with cuda_linear.converting_at_once(mlp):
+            assert all(torch.equal(a, b) for a, b in zip(run(), plain, strict=True)), step
+        with torch.no_grad():
+            torch._foreach_add_(parameters, 0.1)
+    parameters[3].requires_grad_(False)
+    with cuda_linear.converting_at_once(mlp):
+        pass
+    assert sizes == [4, 4, 3]  # the first pass finds out which
+    gone = weakref.ref(mlp)
+    del mlp
+    assert gone() is None
+
+
 def test_what_it_is_not_for() -> None:
     x, layer = torch.randn(4, 8).bfloat16(), Linear(8, 8)
     assert not cuda_linear.applies(x, layer.weight, layer.bias)
     mlp = Mlp(8, 16, drop=0.5)
     assert not torch.equal(mlp(x.float()), mlp(x.float()))  # dropout stays
+
+
+def test_hooks_within_an_mlp_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_linear, "applies", lambda *_: True)
+    mlp, x, seen = Mlp(8, 16), torch.randn(3, 8), []
+    expected = mlp(x)
+    mlp.act.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.allclose(mlp(x), expected, atol=1e-6) and seen == [1]
+    prune.l1_unstructured(mlp.fc1, "weight", 0.5)  # makes the weight anew in each call
+    for _ in range(2):
+        mlp(x).sum().backward()
+    assert int((mlp.fc1.weight_orig.grad == 0).sum()) >= 64
 
 
 def test_kernels_in_the_interpreter() -> None:

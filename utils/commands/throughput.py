@@ -22,4 +22,4 @@ def measure_throughput(config: CfgNode, content: Any, device: torch.device, logg
     tell(logger, (precision.notice, *optim.apex_notices(config)))
     require_compiler(device, config.COMPILE)
     for line in measure(build_task(config), config, device, precision):
-        logger.info(line)
+        tell(logger, [line])

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from utils.checkpoints.state import TrainState
 from utils.tasks.base import Batch
-from utils.training.engine import StepPlan
+from utils.training.engine import Step, StepPlan
 
 _MARK = "the forward pass has ended"
 
@@ -76,7 +76,7 @@ def _watched(plan: StepPlan, forward_done: Callable[[], None]) -> StepPlan:
 
     task = copy.copy(plan.task)
     task.loss = loss
-    return dataclasses.replace(plan, task=task)
+    return dataclasses.replace(plan, task=task, step=Step)
 
 
 def _on_cuda(plan: StepPlan, work: Callable[[StepPlan], None]) -> tuple[int, int]:

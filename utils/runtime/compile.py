@@ -18,18 +18,30 @@ from models.dense import DenseModel
 from models.layers import DropPath
 
 SMALLEST_SHARE = 0.1  # of the parameters, for a class of blocks to be worth a graph
+_RECORDED = "graphs"  # of COMPILE's words the one that is not torch.compile's
+
+
+def compiled_part(how: str) -> str:
+    """What of COMPILE, such as ``graphs+blocks``, is torch.compile's: ``off``, ``blocks`` or ``model``."""
+    return how.removeprefix(_RECORDED).removeprefix("+") or "off"
+
+
+def records_steps(how: str) -> bool:
+    """Whether COMPILE asks for training steps as CUDA graphs (``utils.training.step_graph``)."""
+    return how.startswith(_RECORDED)
 
 
 def compile_model(model: nn.Module, how: str, backend: str = "inductor", like: nn.Module | None = None) -> list[nn.Module]:
     """Have ``model`` compiled at its first call; what is compiled is returned.
 
     Args:
-        how: ``off`` leaves it as it is; ``model`` compiles the whole; ``blocks`` each repeated block, whose equals share a graph:
-            a fraction of the time before the first step. A model without repeated blocks is compiled whole. Of a model of a dense task
-            it is the backbone alone, either way: what comes behind goes by what is found in an image.
+        how: COMPILE. ``off`` and ``graphs`` leave it as it is; ``model`` compiles the whole; ``blocks`` each repeated block, whose equals
+            share a graph: a fraction of the time before the first step. A model without repeated blocks is compiled whole. Of a model of
+            a dense task it is the backbone alone, either way: what comes behind goes by what is found in an image.
         backend: of torch.compile.
         like: the model that this one is an average of: its graphs serve for both.
     """
+    how = compiled_part(how)
     if how == "off":
         return []
     if like is not None:
@@ -98,7 +110,7 @@ def require_compiler(device: torch.device, how: str) -> None:
     Raises:
         ConfigError: its compiler is missing or fails.
     """
-    if how == "off":
+    if compiled_part(how) == "off":
         return
     try:
         torch.compile(_probe, fullgraph=True, dynamic=False)(torch.ones(64, device=device))

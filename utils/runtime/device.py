@@ -43,6 +43,17 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def measure_convolutions(device: torch.device, one_size: bool) -> None:
+    """Whether cuDNN times its kernels for every shape of convolution when that first comes, and keeps the fastest.
+
+    Worth it where each step has the shapes of the last (``one_size``): seconds at the start, and what it chooses unmeasured is at its worst
+    for convolutions such as a stem's, of few channels and a stride. With images of many sizes it would time them again and again. Two runs
+    may choose two kernels, and so differ in rounding, as they may on a GPU in any case.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = one_size
+
+
 def device_name(device: torch.device) -> str:
     """What computes, as its maker calls it: ``NVIDIA H200``, or ``cpu (x86_64, 8 threads)``."""
     if device.type == "cuda":

@@ -94,6 +94,7 @@ class Task(Protocol):
         tie_break: the metric that decides between evaluations that are equal in that.
         smoothing: label smoothing that the targets of a transformed batch hold.
         usual_classes: of its best-known data, for measuring without data.
+        one_size: every batch of a run has images of the same size.
         pretrains: its models are to start others from, and answer nothing by themselves.
     """
 
@@ -103,6 +104,7 @@ class Task(Protocol):
     best: Metric
     tie_break: Metric | None = None
     usual_classes = 1000
+    one_size = True
     pretrains = False
 
     def __init__(self, config: CfgNode):

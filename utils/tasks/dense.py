@@ -44,6 +44,7 @@ class DenseTask(Task):
 
     source: DenseSource | None = None
     usual_classes = 80
+    one_size = False
 
     def __init__(self, config: CfgNode):
         self.config = config
@@ -52,7 +53,7 @@ class DenseTask(Task):
                 ("TRAIN.DISTILLATION.TEACHER", not config.TRAIN.DISTILLATION.TEACHER, "leave it empty"),
                 ("TRAIN.LINEAR_PROBE", not config.TRAIN.LINEAR_PROBE, "give TRAIN.FREEZE [backbone] to train the head alone"),
                 ("DATA.SAMPLING", config.DATA.SAMPLING == "natural", "leave it natural"),
-                ("COMPILE", config.COMPILE != "model", "give --compile blocks, which compiles the backbone")):
+                ("COMPILE", not config.COMPILE.endswith("model"), "give --compile blocks, which compiles the backbone")):
             if not usual:
                 raise ConfigError(f"{key} is not supported for TASK {config.TASK}; {remedy}")
 

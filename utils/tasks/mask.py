@@ -64,7 +64,8 @@ class Mask(DenseTask):
 
     def begin_step(self, batch: DenseBatch, world_size: int) -> None:
         """Find what the losses are divided by: the mean over the step's images, on all the processes that share it."""
-        totals = torch.tensor([float(batch.counts.sum()), len(batch.images)]).to(batch.images.device, non_blocking=True)
+        numbers, device = (float(batch.counts.sum()), float(len(batch.images))), batch.images.device
+        totals = torch.cat([torch.full((1,), number, device=device) for number in numbers])  # a copy to the device would wait for it
         objects, images = all_reduce_sum(totals) if world_size > 1 else totals
         self.masks_per_image = objects / images
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from config import ProgramError
+from models import cuda_linear
 from utils.checkpoints.state import TrainState
 from utils.optim.lr_schedule import Schedule, set_lr
 from utils.optim.optimizer import skips_on_device
@@ -41,6 +42,7 @@ class StepPlan:
         clip: largest gradient norm, infinite for none.
         seed, rank: with the step they seed dropout and drop path.
         fixed: modules that stay in evaluation mode (``utils.optim.freeze``).
+        step: makes what runs the steps of a model, from the model as it is called, its state and this plan; as it stands ``Step``.
     """
 
     task: Task
@@ -55,6 +57,12 @@ class StepPlan:
     rank: int = 0
     world_size: int = 1
     fixed: Sequence[nn.Module] = ()
+    step: Callable[[nn.Module, TrainState, StepPlan], Step] = field(default_factory=lambda: Step)
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step: the same number on every rank, also where a short batch gives one rank a sample more."""
+        return max(1, math.ceil(math.ceil(self.images / self.world_size) / self.micro_batch))
 
 
 @dataclass
@@ -93,16 +101,51 @@ class RunningStatistics:
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         self.live = [buffer.view(-1) for norm in norms for buffer in norm.buffers(recurse=False) if buffer.is_floating_point()]
         self.sizes = [len(buffer) for buffer in self.live]
-        self.kept = torch.empty(0)
+        self.kept = torch.cat(self.live) if self.live else torch.empty(0)
 
     def keep(self) -> None:
         if self.live:
-            self.kept = torch.cat(self.live)
+            torch.cat(self.live, out=self.kept)
 
     def restore(self, where: Tensor) -> None:
         """Take back what has happened since ``keep`` if ``where``, a flag on the device, says so; nobody waits for it."""
         if self.live:
             torch._foreach_copy_(self.live, list(torch.where(where, self.kept, torch.cat(self.live)).split(self.sizes)))
+
+
+class Step:
+    """The work of a training step after its batch has come and its learning rate is set.
+
+    What a GPU computes in it stands in ``forward_backward`` and ``update``, which ``utils.training.step_graph`` records and replays.
+
+    Args:
+        model: what is called: ``state.model``, possibly under DDP.
+    """
+
+    def __init__(self, model: nn.Module, state: TrainState, plan: StepPlan):
+        self.model, self.state, self.plan = model, state, plan
+        self.statistics = RunningStatistics(state.model)
+        self.parameters = [p for p in state.model.parameters() if p.requires_grad]
+
+    def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(sum of the losses of this rank's samples, norm of the gradients), after forward, backward and update; no gradients are left."""
+        self.statistics.keep()
+        while True:
+            loss = backward(self.model, batch, self.plan, self.state.step, self.forward_backward)
+            norm, again = self.update(loss)
+            self.state.optimizer.zero_grad(set_to_none=True)
+            if not again:
+                return loss, norm
+
+    def forward_backward(self, model: nn.Module, part: Batch, plan: StepPlan, micro: int) -> Tensor:
+        """As the function of that name."""
+        return forward_backward(model, part, plan, micro)
+
+    def update(self, loss: Tensor) -> tuple[Tensor, bool]:
+        """As the function of that name; the statistics of batch norms are taken back where that leaves the step out."""
+        norm, again = update(self.state, self.parameters, self.plan, loss)
+        self.statistics.restore(~norm.isfinite())
+        return norm, again
 
 
 def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[Batch], until: int, plan: StepPlan,
@@ -122,8 +165,7 @@ def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[Batch
     model.train()
     for module in plan.fixed:
         module.eval()
-    statistics = RunningStatistics(state.model)
-    parameters = [p for p in state.model.parameters() if p.requires_grad]
+    step = plan.step(model, state, plan)
     while state.step < until:
         distributed.begin_phase("waiting for data", state.step)
         with progress.data_wait:
@@ -131,14 +173,7 @@ def train_one_epoch(model: nn.Module, state: TrainState, batches: Iterator[Batch
         distributed.begin_phase("training", state.step)
         batch = plan.transform(plan.task.to_device(batch, plan.device), state.step)
         set_lr(state.optimizer, plan.schedule.lr_at(state.step))
-        statistics.keep()
-        while True:
-            loss = backward(model, batch, plan, state.step)
-            norm, again = update(state, parameters, plan, loss)
-            statistics.restore(~norm.isfinite())
-            state.optimizer.zero_grad(set_to_none=True)
-            if not again:
-                break
+        loss, norm = step.run(batch)
         progress.add(state.step, loss, norm)
         state.step += 1
         if state.ema is not None:
@@ -189,21 +224,30 @@ def _update_scaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimize
     return True
 
 
-def backward(model: nn.Module, batch: Batch, plan: StepPlan, step: int) -> Tensor:
-    """Gradients of a step's mean loss, micro-batch by micro-batch; the sum of the losses of this rank's samples."""
+def forward_backward(model: nn.Module, part: Batch, plan: StepPlan, micro: int = 0) -> Tensor:
+    """Add the gradients of micro-batch number ``micro`` to those that there are; the sum of the losses of its samples."""
+    with plan.precision.autocast(), cuda_linear.converting_at_once(model):
+        outputs = plan.task.forward(model, part)
+    loss = plan.task.loss(outputs, part)
+    # DDP averages over ranks, so a sample weighs world/images here and 1/images in the end. The second term is 0, and
+    # NaN where the loss is not finite: the gradients of every rank then say so, and all skip the step alike.
+    weight = plan.world_size / plan.images + 0.0 * loss.detach()
+    plan.precision.scaler.scale(loss * weight).backward()
+    return loss.detach()
+
+
+def backward(model: nn.Module, batch: Batch, plan: StepPlan, step: int,
+             one: Callable[[nn.Module, Batch, StepPlan, int], Tensor] = forward_backward) -> Tensor:
+    """Gradients of a step's mean loss, micro-batch by micro-batch; the sum of the losses of this rank's samples.
+
+    Args:
+        one: what is done with each: ``forward_backward``, or a recording of it.
+    """
     total = torch.zeros((), device=plan.device)
-    # The same number on every rank, also where a short batch gives one rank a sample more.
-    number = max(1, math.ceil(math.ceil(plan.images / plan.world_size) / plan.micro_batch))
+    number = plan.micro_batches
     plan.task.begin_step(batch, plan.world_size)
     for micro, part in enumerate(plan.task.split(batch, number)):
         seed_micro_batch(plan.seed, step, micro, plan.rank, plan.device)
         with distributed.no_sync(model, skip=micro < number - 1):
-            with plan.precision.autocast():
-                outputs = plan.task.forward(model, part)
-            loss = plan.task.loss(outputs, part)
-            # DDP averages over ranks, so a sample weighs world/images here and 1/images in the end. The second term is 0, and
-            # NaN where the loss is not finite: the gradients of every rank then say so, and all skip the step alike.
-            weight = plan.world_size / plan.images + 0.0 * loss.detach()
-            plan.precision.scaler.scale(loss * weight).backward()
-        total += loss.detach()
+            total += one(model, part, plan, micro)
     return total

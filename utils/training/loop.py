@@ -25,7 +25,7 @@ from utils.loggers.console import RESULT
 from utils.loggers.progress import clock, track
 from utils.loggers.run_log import Records
 from utils.runtime import distributed
-from utils.runtime.compile import compiled_graphs
+from utils.runtime.compile import compiled_graphs, compiled_part
 from utils.runtime.device import device_name
 from utils.runtime.stop_signals import Stopped, StopRequest
 from utils.tasks.base import Batch
@@ -247,8 +247,8 @@ def after_step(run: Run, progress: Progress, first_step: int) -> None:
         first_step: the step that this start of the run began with.
     """
     config, state, stop = run.config, run.state, run.stop
-    if state.step == first_step + 1 and config.COMPILE != "off":
-        run.logger.info(f"compiled {config.COMPILE}: {compiled_graphs()} graphs, the first step took "
+    if state.step == first_step + 1 and (compiled := compiled_part(config.COMPILE)) != "off":
+        run.logger.info(f"compiled {compiled}: {compiled_graphs()} graphs, the first step took "
                         f"{time.perf_counter() - progress.start - progress.data_wait.seconds():.1f} s")
     within = state.step % run.steps_per_epoch  # 0 after the last step of a whole epoch
     last = within == 0 or state.step >= run.total_steps

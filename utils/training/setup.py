@@ -120,7 +120,7 @@ def prepare(config: CfgNode, resume_content: Any, device: torch.device, logger: 
     transform, told = task.taught(config, task.batch_transform(config, len(loaders.classes), rank), precision)
     tell(logger, told)
     state, plan = assemble(config, task, model, device, precision, images=sampler.images_per_step, transform=transform,
-                           steps_per_epoch=steps_per_epoch, rank=rank, world_size=world_size)
+                           steps_per_epoch=steps_per_epoch, rank=rank, world_size=world_size, say=lambda line: tell(logger, [line]))
     if start.content is not None:
         state.load_state_dict(start.content, start.path)  # first: what cannot fit is not a change to accept
         task.load_state_dict(task_state(start.content))

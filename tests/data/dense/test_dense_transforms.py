@@ -13,6 +13,7 @@ from torchvision import tv_tensors
 
 from data.dense.base import IGNORED
 from data.dense.bit_masks import boxes_around, chosen, fitted, nearest, packed, unpacked
+from data.dense.packing import beyond
 from data.dense.transforms import EvalTransform, TrainTransform, padded_size, paste, resized_size
 
 SIZES = [(60, 80), (80, 60), (60, 80), (48, 96), (60, 80), (80, 60), (70, 70), (60, 80), (90, 50), (60, 80)]
@@ -150,3 +151,11 @@ def test_pasted_objects_hide_what_lies_below() -> None:
 def test_colours_change_and_nothing_else(source: Rectangles) -> None:
     plain, odd = (next(loaders_of("instance", source, None, "DATA.DENSE.PHOTOMETRIC", on).batches()) for on in (False, True))
     assert torch.equal(plain.boxes, odd.boxes) and torch.equal(plain.masks, odd.masks) and not torch.equal(plain.images, odd.images)
+
+
+def test_padding_is_found_all_at_once_as_on_a_gpu() -> None:
+    sizes = torch.tensor([[5, 7], [8, 3], [8, 9], [0, 9]])
+    there = torch.ones(4, 2, 8, 9, dtype=torch.bool)
+    for image, (height, width) in zip(there, sizes.tolist(), strict=True):
+        image[:, :height, :width] = False
+    assert torch.equal(beyond(sizes, 8, 9).expand(-1, 2, -1, -1), there)

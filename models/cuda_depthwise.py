@@ -1,0 +1,178 @@
+"""Depthwise convolutions on CUDA in 16 bits, of maps with the channels last: each map read once, each result written once.
+
+torch (2.11 to 2.14) sends a channels-last map to cuDNN, and any other in bfloat16 to kernels of its own, whose gradient of the weights
+walks over all pixels once for each number of a kernel: 576 walks over 803,000 pixels for 3 x 3 on (256, 56, 56, 64). The kernels in
+models/depthwise_kernels.py take that map's 103 MB in and 103 MB out at once, 0.05 ms at 4 TB/s, and their instructions no more than twice
+that by what a compilation for an H200 counts. They take the weights in fp32 and add up in it; the gradients repeat to the bit.
+
+Both are operations of torch (``crossformer::depthwise``, ``depthwise_sums``), which fake tensors, dispatch modes and torch.compile see.
+
+Shapes: B batch, H W map, C channels, K side of the kernel; maps are (B, H, W, C).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_AFFORDED = 2 ** 31  # numbers of one sample that the kernels can count
+
+
+def applies(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``depthwise`` is to compute a convolution of ``x`` in ``dtype``."""
+    if not x.is_cuda or dtype.itemsize != 2 or torch.jit.is_tracing():
+        return False
+    return x.numel() > 0 and x.numel() // len(x) < _AFFORDED and _available()
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, skip: bool = False, reaches: Tensor | None = None) -> Tensor:
+    """The convolution of (B, H, W, C) by ``weight`` (C, 1, K, K), K odd, padded by K/2, and its gradients.
+
+    Args:
+        skip: adds ``x``; for a stride of 1.
+        reaches: (C,) in int32, how far from its middle each channel's kernel has other weights than 0; beyond, gradients can be anything.
+    """
+    return _Depthwise.apply(x, weight, bias, stride, skip, reaches)
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, skip: bool, reaches: Tensor | None) -> Tensor:
+        x, taps = dense(x), taps_of(weight)
+        ctx.save_for_backward(x, taps, reaches)
+        ctx.stride, ctx.skip, ctx.weight = stride, skip, weight.dtype
+        return convolve(x, taps, bias, x if skip else None, stride, reaches)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, taps, reaches = ctx.saved_tensors
+        grad, to_x, to_weight, to_bias = dense(grad), None, None, None
+        if ctx.needs_input_grad[0]:
+            to_x = torch.empty_like(x)
+            torch.ops.crossformer.depthwise(to_x, grad, taps, None, grad if ctx.skip else None, reaches, ctx.stride, True)
+        if ctx.needs_input_grad[1]:
+            to_weight, to_bias = weight_gradient(x, grad, len(taps), ctx.stride, ctx.needs_input_grad[2], reaches, ctx.weight)
+        elif ctx.needs_input_grad[2]:
+            to_bias = grad.sum((0, 1, 2), dtype=taps.dtype).to(ctx.weight)
+        return to_x, to_weight, to_bias, None, None, None
+
+
+def dense(x: Tensor) -> Tensor:
+    """(B, H, W, C) as the kernels can read it, which may be a slice of channels."""
+    return x if x.stride(3) == 1 and x.stride(1) == x.shape[2] * x.stride(2) else x.contiguous()
+
+
+def taps_of(weight: Tensor) -> Tensor:
+    """(C, 1, K, K) -> (K*K, C), in fp32 at least."""
+    return weight.flatten(1).t().to(torch.promote_types(weight.dtype, torch.float32), memory_format=torch.contiguous_format).contiguous()
+
+
+def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, addend: Tensor | None, stride: int = 1, reaches: Tensor | None = None) -> Tensor:
+    """``depthwise`` without gradients, by ``taps_of`` its weight, plus ``addend``."""
+    batch, height, width, channels = x.shape
+    out = x.new_empty(batch, -(-height // stride), -(-width // stride), channels)
+    torch.ops.crossformer.depthwise(out, x, taps, bias, addend, reaches, stride, False)
+    return out
+
+
+def weight_gradient(x: Tensor, grad: Tensor, taps: int, stride: int, has_bias: bool, reaches: Tensor | None, dtype: torch.dtype,
+                    ) -> tuple[Tensor, Tensor | None]:
+    """Of weight (C, 1, K, K) and bias (C,), from the input and the output's gradient; ``taps`` is K*K."""
+    kernel = round(taps ** 0.5)
+    sums, weights = torch.ops.crossformer.depthwise_sums(x, grad, reaches, kernel, stride, has_bias).to(dtype), x.shape[3] * taps
+    return sums[:weights].view(-1, 1, kernel, kernel), sums[weights:] if has_bias else None
+
+
+def _convolve(out: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, addend: Tensor | None, reaches: Tensor | None, stride: int,
+              transposed: bool) -> None:
+    """Writes ``out``: the convolution of ``x``, or (``transposed``) the gradient of the input that ``x`` is the output's gradient of."""
+    if (kernels := _kernels_for(x)) is not None:
+        try:
+            kernels.convolve(out, dense(x), taps, bias, None if addend is None else dense(addend), reaches, stride, transposed)
+            return
+        except Exception as error:  # Triton compiles at the first call, and raises what its tools do
+            _give_up(error)
+    weight = _weight_of(taps, x)
+    if transposed:
+        gradients = torch.ops.aten.convolution_backward
+        y, _, _ = gradients(x.permute(0, 3, 1, 2), out.permute(0, 3, 1, 2), weight, None, *_geometry(weight, stride), [True, False, False])
+    else:
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight, None if bias is None else bias.to(x.dtype), stride, weight.shape[2] // 2,
+                     groups=weight.shape[0])
+    y = y.permute(0, 2, 3, 1)
+    out.copy_(y if addend is None else y + addend)
+
+
+def _sums(x: Tensor, grad: Tensor, reaches: Tensor | None, kernel: int, stride: int, has_bias: bool) -> Tensor:
+    """The gradients of weight and bias behind one another, (C * K * K + C,) or without the last C, in fp32 at least."""
+    if (kernels := _kernels_for(x)) is not None:
+        try:
+            return kernels.weight_sums(dense(x), dense(grad), reaches, kernel, stride, has_bias)
+        except Exception as error:
+            _give_up(error)
+    channels = x.shape[3]
+    weight = x.new_empty(channels, 1, kernel, kernel)
+    _, to_weight, to_bias = torch.ops.aten.convolution_backward(
+        grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, [channels], *_geometry(weight, stride), [False, True, has_bias])
+    return torch.cat([to_weight.flatten(), *([to_bias] if has_bias else [])]).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _weight_of(taps: Tensor, x: Tensor) -> Tensor:
+    kernel = round(len(taps) ** 0.5)
+    return taps.t().reshape(-1, 1, kernel, kernel).to(x.dtype)
+
+
+def _geometry(weight: Tensor, stride: int) -> tuple[Any, ...]:
+    """Stride, padding, dilation, transposition, its padding and groups, as torch's gradients take them."""
+    return [stride] * 2, [weight.shape[2] // 2] * 2, [1, 1], False, [0, 0], weight.shape[0]
+
+
+_library = torch.library.Library("crossformer", "FRAGMENT")
+_library.define("depthwise(Tensor(a!) out, Tensor x, Tensor taps, Tensor? bias, Tensor? addend, Tensor? reaches, int stride,"
+                " bool transposed) -> ()", tags=torch.Tag.needs_exact_strides)
+_library.define("depthwise_sums(Tensor x, Tensor grad, Tensor? reaches, int kernel, int stride, bool has_bias) -> Tensor",
+                tags=torch.Tag.needs_exact_strides)
+_library.impl("depthwise", _convolve, "CompositeExplicitAutograd")
+_library.impl("depthwise", lambda *_: None, "Meta")
+_library.impl("depthwise_sums", _sums, "CompositeExplicitAutograd")
+_library.impl("depthwise_sums", lambda x, grad, reaches, kernel, stride, has_bias: x.new_empty(
+    x.shape[3] * (kernel ** 2 + has_bias), dtype=torch.promote_types(x.dtype, torch.float32)), "Meta")
+
+
+@torch.compiler.assume_constant_result
+def _available() -> bool:
+    return not _failed and _kernels() is not None
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """The module of kernels, or none without Triton."""
+    try:
+        return importlib.import_module("models.depthwise_kernels")
+    except Exception:  # not only ImportError: a Triton that does not fit its torch raises others
+        return None
+
+
+def _kernels_for(x: Tensor) -> ModuleType | None:
+    """On a CPU only Triton's interpreter runs them."""
+    kernels = None if _failed else _kernels()
+    return kernels if kernels is not None and (x.is_cuda or kernels.INTERPRETED) else None
+
+
+_failed: list[str] = []
+
+
+def _give_up(error: Exception) -> None:
+    """The plain form from here on, with one notice."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    _failed.append(str(error))
+    warnings.warn(f"Triton fails here ({type(error).__name__}: {str(error)[:160]}); depthwise convolutions are computed by torch's own, "
+                  "slower kernels", stacklevel=2)

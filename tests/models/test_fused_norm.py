@@ -1,0 +1,288 @@
+"""The layer norm for CUDA: its kernels by Triton's interpreter and compiler, the operation and its use on tensors without numbers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from models import cpu_bf16, fused_norm, swin
+from models.crossformer import Block
+from models.group_attention import to_groups
+from models.layers import PatchMerging
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor, group: int, interval: int) -> Tensor:
+    """What the operation stands for, step by step."""
+    y = F.layer_norm(x, x.shape[-1:], weight, bias)
+    if not group:
+        return y
+    span = group * interval
+    return to_groups(F.pad(y, (0, 0, 0, -x.shape[2] % span, 0, -x.shape[1] % span)), group, interval)
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(len(shape) + shape[-1])
+    x = (3 * torch.randn(shape, dtype=torch.float64) + 1).to(dtype)
+    return x.requires_grad_(), torch.randn(shape[-1], requires_grad=True), torch.randn(shape[-1], requires_grad=True)
+
+
+def distances(shape: tuple[int, ...], group: int, interval: int, dtype: torch.dtype, result: torch.dtype) -> list[float]:
+    """Relative errors of the result and the gradients of input, weight and bias, beside the plain form in fp64."""
+    x, weight, bias = inputs(shape, dtype)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    y, expected = fused_norm.layer_norm(x, weight, bias, 1e-5, result, group, interval), plain(*exact, group, interval)
+    assert y.dtype == result and y.shape == expected.shape
+    grad = torch.randn(y.shape).to(result)
+    pairs = [(y, expected), *zip(torch.autograd.grad(y, (x, weight, bias), grad), torch.autograd.grad(expected, exact, grad.double()),
+                                 strict=True)]
+    assert [pair[0].dtype for pair in pairs[1:]] == [dtype, torch.float32, torch.float32]
+    return [float((ours.detach().double() - theirs.detach()).norm() / theirs.detach().norm()) for ours, theirs in pairs]
+
+
+@pytest.mark.parametrize(("height", "width", "group", "interval"), [(8, 8, 4, 2), (9, 13, 4, 1), (14, 28, 7, 2), (5, 3, 2, 3)])
+def test_places_are_those_of_to_groups(height: int, width: int, group: int, interval: int) -> None:
+    pixels = torch.arange(1, height * width + 1).view(1, height, width, 1)
+    span = group * interval
+    groups = to_groups(F.pad(pixels, (0, 0, 0, -width % span, 0, -height % span)), group, interval).flatten()
+    places = fused_norm.group_places(height, width, group, interval, CPU).long()
+    assert torch.equal(groups[places[:height * width]], pixels.flatten()) and not groups[places[height * width:]].any()
+    assert torch.equal(places.sort().values, torch.arange(len(groups)))
+
+
+@pytest.mark.parametrize(("group", "interval"), [(0, 1), (2, 1), (2, 2), (3, 2), (5, 1)])
+def test_the_operation_without_triton(group: int, interval: int) -> None:
+    x, weight, bias = (t.detach().double().requires_grad_() for t in inputs((2, 7, 5, 6)))
+    assert torch.autograd.gradcheck(lambda *t: fused_norm.layer_norm(*t, 1e-5, torch.float64, group, interval), (x, weight, bias))
+    with torch.inference_mode():
+        y = fused_norm.layer_norm(x, weight, bias, 1e-5, torch.float64, group, interval)
+    torch.testing.assert_close(y, plain(x, weight, bias, group, interval), rtol=1e-12, atol=1e-12)
+
+
+CASES = [
+    ((2, 8, 8, 16), 4, 2, torch.float32, torch.float32),
+    ((1, 14, 14, 48), 7, 2, torch.float32, torch.bfloat16),
+    ((1, 16, 8, 48), 1, 8, torch.float32, torch.float32),
+    ((3, 5, 7, 96), 4, 1, torch.bfloat16, torch.bfloat16),  # padded, rows that fill no tile
+    ((2, 3, 2, 100), 14, 1, torch.float16, torch.float16),
+    ((2, 3, 3, 384), 0, 1, torch.float32, torch.bfloat16),
+    ((2, 3, 3, 768), 3, 1, torch.float32, torch.float32),  # groups in order already
+    ((9, 768), 0, 1, torch.bfloat16, torch.float32),
+    ((1, 3, 3, 1536), 2, 1, torch.float32, torch.float32),
+]
+
+
+def run_kernels() -> None:
+    """In a process of its own, where Triton interprets its kernels."""
+    for shape, group, interval, dtype, result in CASES:
+        errors = distances(shape, group, interval, dtype, result)
+        # A kernel on a CPU may cut off what it rounds to bf16 on a GPU.
+        for error, kind in zip(errors, (result, dtype, torch.float32, torch.float32), strict=True):
+            assert error < (4e-7 if kind == torch.float32 else torch.finfo(kind).eps), (shape, group, interval, dtype, result, errors)
+    assert not fused_norm._failed
+    x, weight, bias = inputs((2, 9, 9, 48), torch.float32)
+    with torch.no_grad():
+        assert torch.equal(fused_norm.layer_norm(x, weight, bias, 1e-5, torch.float32, 4, 2) == 0, plain(x, weight, bias, 4, 2) == 0)
+
+
+def test_the_kernels_interpreted() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", "from tests.models.test_fused_norm import run_kernels; run_kernels()"], cwd=ROOT,
+                          env=dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"),
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("arch", "channels", "grouped", "dtype", "result"), [
+    (90, 96, True, "*fp32", "*bf16"), (90, 96, False, "*bf16", "*fp32"), (90, 768, False, "*fp32", "*bf16"),
+    (80, 100, True, "*fp32", "*fp16")])
+def test_the_kernels_compile_without_spilled_registers(arch: int, channels: int, grouped: bool, dtype: str, result: str) -> None:
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from models import fused_norm_kernels as kernels
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton has no tools for CUDA")
+    for kernel, tile in ((kernels._forward_kernel, kernels._FORWARD_TILE), (kernels._backward_kernel, kernels._BACKWARD_TILE)):
+        width = kernels._power_of_two(channels)
+        constants = dict(CHANNELS=channels, WIDTH=width, ROWS=tile // width, **({} if grouped else dict(places=None)))
+        types = dict(x=dtype, to_x=dtype, y=result, grad=result, places="*i32", eps="fp32") | dict.fromkeys(kernels._SIZES, "i32")
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
+        made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=4))
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(made.asm["cubin"])
+            said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said.stdout + said.stderr)
+        assert found is not None and (found[2], found[3]) == ("0", "0")
+        warps = kernels._RESIDENT_WARPS if kernel is kernels._backward_kernel else 20
+        assert int(found[1]) * 32 * warps <= 65536, f"{found[1]} registers"
+
+
+class Operations(TorchDispatchMode):
+    """Collects names of operations and the tensors that they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        first = made[0] if isinstance(made, (tuple, list)) and made else made
+        if isinstance(first, Tensor):
+            self.seen.append((func._schema.name, first))
+        return made
+
+    def of(self, name: str) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        return [(made.dtype, tuple(made.shape)) for seen, made in self.seen if seen == name]
+
+
+OURS, TORCHS = "crossformer::layer_norm", "aten::native_layer_norm"
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors on a GPU that is not there, under its autocast to bf16."""
+    monkeypatch.setattr(fused_norm, "_kernels", lambda: SimpleNamespace())
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with FakeTensorMode(), torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", enabled)
+        torch.set_autocast_dtype("cuda", dtype)
+
+
+def test_types_and_cases_on_a_gpu(fake_gpu: None) -> None:
+    large = torch.empty(256, 56, 56, 96, device="cuda")
+    for kind, result in ((cpu_bf16.LayerNorm, torch.float32), (cpu_bf16.LayerNormForProducts, torch.bfloat16)):
+        norm = kind(96, device="cuda")
+        for x, dtype in ((large, result), (large.bfloat16(), result)):
+            with Operations() as operations:
+                assert norm(x).dtype == dtype
+            assert operations.of(OURS) == [(dtype, (256, 56, 56, 96))] and not operations.of(TORCHS)
+        torch.set_autocast_enabled("cuda", False)
+        assert fused_norm.fuses(norm, large) and norm(large).dtype == torch.float32
+        assert not fused_norm.fuses(norm, large.bfloat16())
+        norm = kind(96, device="cuda", dtype=torch.bfloat16)
+        assert fused_norm.fuses(norm, large.bfloat16()) and norm(large.bfloat16()).dtype == torch.bfloat16
+        torch.set_autocast_enabled("cuda", True)
+    norm = cpu_bf16.LayerNorm(96, device="cuda")
+    assert not fused_norm.fuses(norm, large[:1, :7]) and not fused_norm.fuses(norm, large.double())
+    assert not fused_norm.fuses(nn.LayerNorm(96, device="cuda"), large)
+    for other in (dict(bias=False), dict(elementwise_affine=False)):
+        assert not fused_norm.fuses(cpu_bf16.LayerNorm(96, device="cuda", **other), large)
+    assert not fused_norm.fuses(cpu_bf16.LayerNorm((56, 96), device="cuda"), large)
+    fused_norm._failed.append("Triton is broken")
+    try:
+        assert not fused_norm.fuses(norm, large)
+    finally:
+        fused_norm._failed.clear()
+
+
+def test_a_block_on_a_gpu_norms_into_groups_and_into_the_products_type(fake_gpu: None) -> None:
+    with torch.device("cuda"):
+        block = Block(96, 3, 14, interval=2, position="none")  # groups too large for ``group_attention``
+        small = Block(96, 3, 7, interval=2, position="none")
+    for size in (56, 50):  # the second is padded to 56
+        x = torch.empty(64, size, size, 96, device="cuda")
+        with Operations() as operations:
+            assert block(x).shape == x.shape
+        assert operations.of(OURS) == [(torch.bfloat16, (64 * 16, 196, 96)), (torch.bfloat16, (64, size, size, 96))]
+        assert not operations.of(TORCHS)
+        handle = block.norm1.register_forward_hook(lambda norm, args, y: y)
+        with Operations() as operations:
+            block(x)
+            small(x)
+        handle.remove()
+        assert operations.of(OURS) == 4 * [(torch.bfloat16, (64, size, size, 96))]  # a hook is given the map
+
+
+def test_a_failing_triton_is_one_notice_and_torchs_layer_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("Failed to find C compiler")
+    monkeypatch.setattr(fused_norm, "_kernels", lambda: SimpleNamespace(INTERPRETED=True, forward=fail, backward=fail))
+    monkeypatch.setattr(fused_norm, "_failed", [])
+    with pytest.warns(UserWarning, match="C compiler") as notices:
+        errors = [max(distances((2, 7, 5, 12), 2, 2, torch.float32, torch.float32)) for _ in range(2)]
+    assert len(notices) == 1 and max(errors) < 1e-6
+
+
+def test_which_norms_come_in_the_products_type() -> None:
+    model = swin.build("tiny", dict(embed_dim=16, depths=(1, 1, 1), num_heads=(1, 1, 1), window_size=4, num_classes=3), (32, 32))
+    kinds = {name: type(m) for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
+    marked = {name for name, kind in kinds.items() if kind is cpu_bf16.LayerNormForProducts}
+    assert marked == {name for name in kinds if re.search(r"blocks.*norm[12]|downsample.norm", name)} and len(marked) == 8
+    assert type(PatchMerging(8).norm) is cpu_bf16.LayerNormForProducts
+    assert not any(type(m) is cpu_bf16.LayerNormForProducts for m in timm.create_model("swin_tiny_patch4_window7_224").modules())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("size", "group", "interval", "dtype"), [
+    (56, 14, 4, torch.bfloat16), (50, 14, 2, torch.bfloat16), (56, 14, 1, torch.float16)])
+def test_on_a_gpu(size: int, group: int, interval: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block beside the plain form: values, gradients, the same bits again, in a CUDA graph, and with activations computed again."""
+    class Product(nn.Module):
+        """In place of attention, whose gradients differ between repeats."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.num_heads, self.attn_drop = nn.Linear(96, 96), 3, nn.Dropout(0.0)
+
+        def forward(self, groups: Tensor, group: int, mask: Tensor | None) -> Tensor:
+            return self.linear(groups)
+
+    torch.manual_seed(0)
+    block = Block(96, 3, group, interval, position="none")
+    block.attn = Product()
+    nn.init.normal_(block.cuda().norm1.weight)
+    x = torch.randn(8, size, size, 96, device="cuda", requires_grad=True)
+    parameters = [block.norm1.weight, block.norm1.bias, block.norm2.weight, block.norm2.bias]
+
+    def run(recompute: bool = False) -> list[Tensor]:
+        with torch.autocast("cuda", dtype):
+            y = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return [y, *torch.autograd.grad(y.float().square().mean() * 1024, (x, *parameters))]
+    results = run()
+    assert not fused_norm._failed
+    assert all(torch.equal(a, b) for other in (run(), run(recompute=True)) for a, b in zip(results, other, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(results, captured, strict=True))
+    monkeypatch.setattr(fused_norm, "LEAST_NUMBERS", 2 ** 40)
+    for ours, theirs in zip(results, run(), strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 2 * torch.finfo(dtype).eps
+    x32 = torch.randn(64, 28, 28, 192, device="cuda", requires_grad=True)
+    norm = cpu_bf16.LayerNorm(192).cuda()
+    slow = [y := norm(x32), *torch.autograd.grad(y.sin().sum(), (x32, norm.weight, norm.bias))]
+    monkeypatch.setattr(fused_norm, "LEAST_NUMBERS", 0)
+    fast = [y := norm(x32), *torch.autograd.grad(y.sin().sum(), (x32, norm.weight, norm.bias))]
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
