@@ -210,7 +210,7 @@ def custom(call: Call) -> list[Kernels]:
 def group_attention(call: Call) -> Kernels:
     """CrossFormer's, of (B, H, W, 3C) in groups of ``group`` x ``group`` tokens, in whole tiles of 64 queries and keys."""
     backward = call.name.endswith("backward")
-    qkv, _, _, group, interval, _ = call.args[backward:]
+    qkv, _, _, group, interval, *_ = call.args[backward:]
     groups = qkv.shape[0] * math.prod(-(-side // (group * interval)) * interval for side in qkv.shape[1:3])
     work, channels = (2.5 if backward else 1) * 4 * groups, qkv.shape[3] // 3
     padded = work * channels * (TILE * math.ceil(group ** 2 / TILE)) ** 2
