@@ -76,7 +76,7 @@ def build_model(config: CfgNode, num_classes: int | None = None, any_size: bool 
         _checkpoint_activations(model, config)
     if config.FUSED_LAYERNORM:
         _fuse_layer_norms(model)
-    return cpu_bf16.replace_layers(model)
+    return swin.attend_in_place(cpu_bf16.replace_layers(model))
 
 
 def _checkpoint_activations(model: nn.Module, config: CfgNode) -> None:

@@ -32,7 +32,7 @@ from models.base import MergingModel, Stage, check_heads, check_mlps, check_stag
 from models.cpu_bf16 import LayerNormForProducts, Linear
 from models.cross_scale_embedding import CrossScaleEmbedding, CrossScaleMerging, check_kernels
 from models.group_attention import fits, from_groups, group_attention, to_groups
-from models.layers import DropPath, Mlp, add_branch, add_branch_and_norm, init_linear, make_head, norm_and_skip
+from models.layers import DropPath, Mlp, add_branch, add_branch_and_norm, init_linear, is_hooked, make_head, norm_and_skip
 from models.ops import DepthwiseConv2d
 from models.position_bias import POSITIONS, DynamicPositionBias, PositionTable, RelativePositionBias
 
@@ -101,7 +101,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         group, interval, on_map = self.layout(x)
-        if not on_map and fused_norm.fuses_call(self.norm1, x):
+        if not on_map and fused_norm.fuses(self.norm1, x) and not is_hooked(self.norm1):
             groups, x = fused_norm.norm_and_skip(self.norm1, x, group, interval)
             branch = self.attend_groups(x, groups)
         else:
@@ -120,7 +120,8 @@ class Block(nn.Module):
         if min(height, width) <= group:
             group, interval = min(height, width), 1
         padded = height % (group * interval) or width % (group * interval)
-        return group, interval, (self.mask_padding or not padded) and fits(x, self.attn.num_heads, group, self.attn.attn_drop)
+        attn, possible = self.attn, (self.mask_padding or not padded) and not is_hooked(self.attn)
+        return group, interval, possible and fits(x, attn.num_heads, group, attn.attn_drop)
 
     def attend_groups(self, x: Tensor, groups: Tensor | None = None) -> Tensor:
         """Attention among the tokens of each group. (B, H, W, C) -> the same.

@@ -64,16 +64,11 @@ def fuses(norm: nn.Module, x: Tensor) -> bool:
     return typed and x.numel() >= LEAST_NUMBERS and not _failed and _kernels() is not None
 
 
-def fuses_call(norm: nn.Module, x: Tensor) -> bool:
-    """Whether ``norm_and_skip`` may stand for the call ``norm(x)``: not where a hook waits for it."""
-    return fuses(norm, x) and not norm._forward_hooks and not norm._forward_pre_hooks
-
-
 def norm_and_skip(norm: LayerNorm, x: Tensor, group: int = 0, interval: int = 1) -> tuple[Tensor, Tensor]:
     """``norm(x)``, and ``x`` for the skip beside it, whose gradient is then added in the same pass.
 
     Args:
-        norm: see ``fuses_call``.
+        norm: one that ``fuses`` with ``x``.
         x: (.., C), or for groups (B, H, W, C).
         group, interval: with a group size G the norm comes as (B * groups, G*G, C) in the order of ``group_attention.to_groups``, H and W
             padded with zeros (after the norm) to multiples of G * interval. 0 leaves all in place.
@@ -85,7 +80,7 @@ def add_and_norm(norm: LayerNorm, x: Tensor, branch: Tensor, factor: Tensor | No
     """The norm of ``x + factor * branch``, and that sum.
 
     Args:
-        norm: see ``fuses_call`` and ``adds``.
+        norm: one that ``fuses`` with ``x``, which ``adds`` the branch.
         x, branch: (B, .., C).
         factor: numbers of the samples, B of them in fp32, without gradient; or none for 1.
     """

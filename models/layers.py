@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import DropPath as TimmDropPath
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
@@ -45,31 +46,33 @@ class DropPath(nn.Module):
         kept = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) < self.keep
         return (kept / self.keep).to(x.dtype)
 
-    def factor_in_fp32(self, x: Tensor) -> Tensor:
-        """``factor``, in two launches on a GPU, where it takes four."""
-        keep = 1.0 - self.drop_prob
-        return torch.empty(len(x), *(1,) * (x.ndim - 1), device=x.device).bernoulli_(keep).div_(keep)
-
 
 def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
-    """``x + drop_path(branch)``, in one pass over the maps where there is something to drop."""
-    if not isinstance(drop_path, DropPath) or not drop_path.training:
-        return x + drop_path(branch)
-    if x.is_cuda and not torch.compiler.is_compiling():
-        return AddScaled.apply(x, branch, drop_path.factor_in_fp32(branch))
-    return torch.addcmul(x, branch, drop_path.factor(branch))
+    """``x + drop_path(branch)``, in one pass over the maps where there is something to drop. ``drop_path`` may be timm's."""
+    drops = isinstance(drop_path, (DropPath, TimmDropPath)) and drop_path.training
+    if drops and x.is_cuda and not torch.compiler.is_compiling():
+        return AddScaled.apply(x, branch, kept_samples(drop_path.drop_prob, branch))
+    if drops and isinstance(drop_path, DropPath):
+        return torch.addcmul(x, branch, drop_path.factor(branch))
+    return x + drop_path(branch)
+
+
+def kept_samples(rate: float, x: Tensor) -> Tensor:
+    """``DropPath.factor`` in fp32, in two launches on a GPU, where it takes four."""
+    return torch.empty(len(x), *(1,) * (x.ndim - 1), device=x.device).bernoulli_(1.0 - rate).div_(1.0 - rate)
 
 
 def norm_and_skip(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """``norm(x)`` for a residual branch, and ``x`` for the skip beside it: on CUDA one operation, so that one pass adds their gradients."""
-    return fused_norm.norm_and_skip(norm, x) if fused_norm.fuses_call(norm, x) else (norm(x), x)
+    return fused_norm.norm_and_skip(norm, x) if fused_norm.fuses(norm, x) and not is_hooked(norm) else (norm(x), x)
 
 
 def add_branch_and_norm(x: Tensor, branch: Tensor, drop_path: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """``norm`` of ``add_branch(x, branch, drop_path)`` for the next branch, and that sum itself; on CUDA one pass each way."""
-    if fused_norm.fuses_call(norm, x) and fused_norm.adds(x, branch) and isinstance(drop_path, (DropPath, nn.Identity)):
-        drops = isinstance(drop_path, DropPath) and drop_path.training
-        return fused_norm.add_and_norm(norm, x, branch, drop_path.factor_in_fp32(branch) if drops else None)
+    known = isinstance(drop_path, (DropPath, TimmDropPath, nn.Identity)) and not is_hooked(norm)
+    if known and fused_norm.fuses(norm, x) and fused_norm.adds(x, branch):
+        drops = drop_path.training and not isinstance(drop_path, nn.Identity)
+        return fused_norm.add_and_norm(norm, x, branch, kept_samples(drop_path.drop_prob, branch) if drops else None)
     x = add_branch(x, branch, drop_path)
     return norm(x), x
 
@@ -107,12 +110,12 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if type(self.fc1) is type(self.fc2) is Linear and not (self.training and self.drop.p):
             parameters = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-            if cuda_linear.applies(x, *parameters) and not any(map(_is_hooked, self.children())):
+            if cuda_linear.applies(x, *parameters) and not any(map(is_hooked, self.children())):
                 return cuda_linear.mlp(x, *parameters, compute_dtype(x))
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Whether somebody waits for the module to be called: pruning, activation statistics, explanations."""
     return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks)
 

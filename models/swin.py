@@ -2,6 +2,7 @@
 
 Paper: "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows" (ICCV 2021). Nothing of the model is
 ours; this file maps config keys to timm's arguments and the published files' names to timm's.
+On a GPU its blocks attend in place (``BlockInPlace``).
 Parity: tests/models/test_families.py compares logits, features, stages and an epsilon probe with reference outputs.
 """
 
@@ -10,11 +11,42 @@ from __future__ import annotations
 from typing import Any
 
 import timm.models.swin_transformer as timm_swin
+import torch
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from models.base import check_doubling
 from models.cpu_bf16 import norms_for_products
+from models.group_attention import fits, group_attention
+from models.layers import add_branch, add_branch_and_norm, is_hooked, norm_and_skip
+
+
+class BlockInPlace(timm_swin.SwinTransformerBlock):
+    """timm's block, on a GPU with the windows taken where they lie in the map: it shifts and partitions nothing, and makes neither a
+    bias of pairs nor weights of attention. Maps that windows do not divide, and all else that ``fits`` refuses, go timm's way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda or torch.compiler.is_compiling():
+            return super().forward(x)
+        y, x = norm_and_skip(self.norm1, x)
+        y, x = add_branch_and_norm(x, self._attn(y), self.drop_path1, self.norm2)
+        return add_branch(x, self.mlp(y), self.drop_path2)
+
+    def _attn(self, x: Tensor) -> Tensor:
+        attn, (side, other), (shift, shift_too) = self.attn, self.window_size, self.shift_size
+        square = side == other and shift == shift_too and x.shape[1] % side == x.shape[2] % side == 0
+        if not square or is_hooked(attn) or not fits(x, attn.num_heads, side, attn.attn_drop):
+            return super()._attn(x)
+        table = attn.relative_position_bias_table
+        return attn.proj_drop(attn.proj(group_attention(attn.qkv(x), table, attn.num_heads, side, 1, attn.scale, shift)))
+
+
+def attend_in_place(model: nn.Module) -> nn.Module:
+    """Turn timm's Swin blocks in ``model`` into ``BlockInPlace``; names and weights stay."""
+    for module in model.modules():
+        if type(module) is timm_swin.SwinTransformerBlock:
+            module.__class__ = BlockInPlace
+    return model
 
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

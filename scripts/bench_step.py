@@ -7,7 +7,9 @@
 A training step is forward, soft-target cross-entropy, backward, clipping and AdamW, on one batch of noise. Ours and timm's models
 are stepped as utils/training/engine.py does it. ``textbook`` is scripts/textbook_crossformer.py at the weights of ours (the logits of
 both are compared first), with the step that goes with such code: AdamW tensor by tensor, a number read from the device for each.
-Both sides take turns, round by round, in one process; times are medians over the rounds.
+Both sides take turns, round by round, in one process; times are medians over the rounds. A round is one step, on CUDA 20, after which
+the device is waited for once: after each step that would hide how far the host falls behind. ``--compile graphs`` times the step as one
+CUDA graph.
 
 ``--apart`` runs the other side in a process of its own with the system's allocator as it comes, as a script without main.py would;
 otherwise both have main.py's.
@@ -40,15 +42,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from textbook_crossformer import TextbookCrossFormer
 
 import models  # noqa: F401  registers the families with timm
-from config import ConfigError
+from config import KEY, ConfigError
 from models.crossformer import CrossFormer
 from utils.profiling.step_speed import multiply_adds
 from utils.runtime import memory
-from utils.runtime.compile import compile_model
+from utils.runtime.compile import compile_model, records_steps
+from utils.runtime.cuda_graph import CudaRecorder
 from utils.runtime.device import choose_device, keep_freed_memory, synchronize
 from utils.runtime.precision import Precision
+from utils.training.step_graph import WARM_UP
 
 CLIP, LR, DECAY = 5.0, 1e-4, 0.05
+STEPS = 20  # of a round on CUDA
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,8 +63,8 @@ class Side:
 
     Attributes:
         gmacs: multiply-adds of one image's forward pass, in 1e9.
-        peak: MiB that one round of the work takes at its peak beside what stays.
-        run: one round of the work; gives its seconds.
+        peak: MiB that the work takes at its peak beside what stays.
+        run: one round of the work; gives the seconds of a step.
         seconds: of each round.
     """
 
@@ -83,7 +88,7 @@ def parameter_groups(model: nn.Module) -> list[dict]:
             dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
 
 
-def engine_update(model: nn.Module) -> Callable[[], None]:
+def engine_update(model: nn.Module, device: torch.device) -> Callable[[], None]:
     """Clip and apply as utils/training/engine.py does on a CPU or a CUDA GPU."""
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=LR, fused=True)
@@ -91,6 +96,8 @@ def engine_update(model: nn.Module) -> Callable[[], None]:
     def update() -> None:
         norm = nn.utils.clip_grad_norm_(parameters, CLIP, foreach=True)
         optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+        for group in optimizer.param_groups:
+            group["capturable"] = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         optimizer.step()
     return update
 
@@ -161,7 +168,7 @@ def build_side(args: argparse.Namespace, name: str, model: nn.Module, precision:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(args.batch, 3, args.img_size, args.img_size, generator=generator).to(device)
     targets = torch.rand(args.batch, 1000, generator=generator).softmax(dim=1).to(device)
-    update = textbook_update(model) if isinstance(model, TextbookCrossFormer) else engine_update(model)
+    update = textbook_update(model) if isinstance(model, TextbookCrossFormer) else engine_update(model, device)
     arithmetic = Precision(device, PRECISIONS[precision])
     if args.part == "embedding":
         work = embedding_step(model, images, arithmetic)
@@ -170,18 +177,34 @@ def build_side(args: argparse.Namespace, name: str, model: nn.Module, precision:
     else:
         compile_model(model, compiled)
         work = inference(model, images, arithmetic) if args.inference else training_step(model, update, images, targets, arithmetic)
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
+    repeats, clock = STEPS if device.type == "cuda" else 1, time.perf_counter if args.clock == "wall" else time.process_time
 
     def run() -> float:
         synchronize(device)
         start = clock()
-        work()
+        for _ in range(repeats):
+            work()
         synchronize(device)
-        return clock() - start
+        return (clock() - start) / repeats
 
     work()  # compiles
+    peak = peak_of(work, device)
+    if records_steps(compiled):
+        work = recorded(work, device)
     label = f"{name} {precision}" + (f" compile {compiled}" if compiled != "off" else "")
-    return Side(label, gmacs, peak_of(work, device), run)
+    return Side(label, gmacs, peak, run)
+
+
+def recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """``work`` as one CUDA graph, as utils/training/step_graph.py makes a few of a run's step."""
+    if device.type != "cuda":
+        raise ConfigError(f"--compile graphs is for CUDA, and the device is {device}")
+    recorder = CudaRecorder(device)
+    for _ in range(WARM_UP):
+        _, obstacle = recorder.rehearse(work)
+    if obstacle:
+        raise ConfigError(f"--compile graphs: {obstacle}")
+    return recorder.record(work)[0]
 
 
 def peak_of(work: Callable[[], None], device: torch.device) -> float:
@@ -280,7 +303,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     for side in ("", "against-"):
         parser.add_argument(f"--{side}precision", choices=tuple(PRECISIONS), default=None if side else "fp32")
-        parser.add_argument(f"--{side}compile", choices=("off", "model", "blocks"), default="off")
+        parser.add_argument(f"--{side}compile", choices=KEY["COMPILE"].choices, default="off")
     parser.add_argument("--inference", action="store_true", help="forward passes alone, no gradients")
     parser.add_argument("--part", choices=("step", "embedding", "update"), default="step")
     parser.add_argument("--rounds", type=positive, default=7)

@@ -103,46 +103,57 @@ def table(kernels: list[Kernels], by: str, top: int, known: dict[str, float], be
     yield line + (f"{1e3 * before['together']['expected']:10.2f}{before['together']['launches']:10d}" if before else "")
 
 
-def speeds(whole: Kernels, batch: int) -> str:
-    """Images a second, launched one by one and as a graph."""
-    host = 1e3 * whole.launches * LAUNCH
-    bound = "the host" if host > 1e3 * whole.expected else "kernels"
-    return (f"{batch / step_seconds(whole):.0f} images/s eager, bound by {bound} (kernels {1e3 * whole.expected:.1f} ms, launches "
-            f"{host:.1f} ms at {1e6 * LAUNCH:.0f} us each); {batch / step_seconds(whole, graphs=True):.0f} as a CUDA graph; "
-            f"{batch / whole.least:.0f} at the roofline")
+def speeds(whole: Kernels, batch: int) -> Iterator[str]:
+    """Lines: images a second, launched one by one and as a graph, and how much of it nobody has measured."""
+    kernels, host = 1e3 * whole.expected, 1e3 * whole.launches * LAUNCH
+    yield (f"{batch / step_seconds(whole):.0f} images/s eager, bound by {'the host' if host > kernels else 'kernels'} (kernels "
+           f"{kernels:.1f} ms, launches {host:.1f} ms at {1e6 * LAUNCH:.0f} us each); {batch / step_seconds(whole, graphs=True):.0f} as a "
+           f"CUDA graph; {batch / whole.least:.0f} at the roofline")
+    yield (f"{1e3 * whole.assumed:.1f} ms of the kernels are at paces that nobody has measured; at half these paces: "
+           f"{kernels + 1e3 * whole.assumed:.1f} ms, {batch / (whole.expected + whole.assumed):.0f} images/s as a CUDA graph")
 
 
-def run_one(args: argparse.Namespace) -> None:
+def run_one(args: argparse.Namespace) -> dict[str, Any]:
+    """One model, operation by operation."""
     kernels = record(config_of(args.model, args.batch), args.inference)
-    arguments = ["--model", args.model, "--batch", str(args.batch), *(["--inference"] if args.inference else [])]
-    before = of_revision(args.against, arguments) if args.against else None
+    before = of_revision(args.against, arguments(args)) if args.against else None
     comparable = (args.model, args.batch, args.inference) == (measured.MODEL, measured.BATCH, False) and args.by == "operation"
     work = "a forward pass" if args.inference else "a training step"
     print(f"{work} of {args.model}, batch {args.batch}, bf16, on an H200 by the roofline (nothing was measured here)\n")
     for line in table(kernels, args.by, args.top, measured.BY_OPERATION if comparable else {}, before):
         print(line)
     whole = total(kernels)
-    print(f"\n{speeds(whole, args.batch)}")
+    print("", *speeds(whole, args.batch), sep="\n")
     if comparable:
         print(f"measured at {measured.COMMIT}: {measured.LAUNCHES} launches, {measured.MILLISECONDS:.1f} ms of kernels, "
               f"{measured.IMAGES_PER_SECOND[args.model]:.0f} images/s")
-    if args.json:
-        content = {"model": args.model, "batch": args.batch, "operations": [dataclasses.asdict(row) for row in sums(kernels)],
-                   "together": dataclasses.asdict(whole), "images_per_second": args.batch / step_seconds(whole),
-                   "with_graphs": args.batch / step_seconds(whole, graphs=True)}
-        Path(args.json).write_text(json.dumps(content, indent=1))
+    return {"model": args.model, "batch": args.batch, "operations": [dataclasses.asdict(row) for row in sums(kernels)],
+            "together": dataclasses.asdict(whole)}
 
 
-def run_all(args: argparse.Namespace) -> None:
-    """A line a family."""
-    print(f"{'model':{24}}{'launches':>9}{'GB':>8}{'TFLOP':>8}{'roofline':>10}{'expected':>10}{'host':>8} ms{'eager':>9}{'graph':>8}"
-          f"{'measured':>10} images/s")
+def run_all(args: argparse.Namespace) -> dict[str, Any]:
+    """A line for a model of each family."""
+    before = of_revision(args.against, arguments(args)) if args.against else None
+    known = measured.IMAGES_PER_SECOND if (args.batch, args.inference) == (measured.BATCH, False) else {}
+    print(f"{'ms, images/s':22}{'launches':>9}{'GB':>7}{'TFLOP':>7}{'roofline':>9}{'kernels':>9}{'assumed':>9}{'host':>7}{'eager':>8}"
+          f"{'graph':>7}" + f"{'before: launches, kernels, eager':>34}" * bool(before) + f"{'measured':>10}" * bool(known))
+    rows = {}
     for model in FAMILIES:
         whole = total(record(config_of(model, args.batch), args.inference))
-        known = measured.IMAGES_PER_SECOND.get(model) if (args.batch, args.inference) == (measured.BATCH, False) else None
-        print(f"{model:24}{whole.launches:9d}{(whole.read + whole.written) / 1e9:8.1f}{whole.flops / 1e12:8.2f}{1e3 * whole.least:10.1f}"
-              f"{1e3 * whole.expected:10.1f}{1e3 * whole.launches * LAUNCH:8.1f}   {args.batch / step_seconds(whole):9.0f}"
-              f"{args.batch / step_seconds(whole, graphs=True):8.0f}{known or 0:10.0f}".replace("         0", ""), flush=True)
+        rows[model] = dataclasses.asdict(whole)
+        line = (f"{model:22}{whole.launches:9d}{(whole.read + whole.written) / 1e9:7.1f}{whole.flops / 1e12:7.2f}{1e3 * whole.least:9.1f}"
+                f"{1e3 * whole.expected:9.1f}{1e3 * whole.assumed:9.1f}{1e3 * whole.launches * LAUNCH:7.1f}"
+                f"{args.batch / step_seconds(whole):8.0f}{args.batch / step_seconds(whole, graphs=True):7.0f}")
+        if before:
+            then = Kernels(**before["models"][model])
+            line += f"{then.launches:14d}{1e3 * then.expected:10.1f}{args.batch / step_seconds(then):10.0f}"
+        print(line + (f"{known[model]:10.0f}" if model in known else ""), flush=True)
+    return {"batch": args.batch, "models": rows}
+
+
+def arguments(args: argparse.Namespace) -> list[str]:
+    """What the same figures are asked for with."""
+    return [*(["--all"] if args.all else ["--model", args.model]), "--batch", str(args.batch), *(["--inference"] if args.inference else [])]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -159,7 +170,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.batch < 1:
             raise ConfigError(f"--batch is {args.batch}; it must be at least 1")
-        (run_all if args.all else run_one)(args)
+        figures = (run_all if args.all else run_one)(args)
+        if args.json:
+            Path(args.json).write_text(json.dumps(figures, indent=1))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

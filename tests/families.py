@@ -22,10 +22,14 @@ FAMILIES = {
 }
 
 
+def words(family: str) -> list[str]:
+    """Keys and values of the config, for images of 32 pixels."""
+    node = FAMILIES[family].split()
+    node = [x for key, value in zip(node[::2], node[1::2], strict=True) for x in (f"MODEL.{family.upper()}.{key}", value)]
+    return ["MODEL.TYPE", family, "MODEL.NAME", "tiny", "DATA.IMG_SIZE", "32", "MODEL.DROP_PATH_RATE", "0.2", *node]
+
+
 def tiny(family: str, *opts: object) -> nn.Module:
     """For images of 32 pixels and five classes; ``opts`` are keys and values of the config."""
-    words = FAMILIES[family].split()
-    node = [x for key, value in zip(words[::2], words[1::2], strict=True) for x in (f"MODEL.{family.upper()}.{key}", value)]
     torch.manual_seed(0)
-    return build_model(get_config(None, ["MODEL.TYPE", family, "MODEL.NAME", "tiny", "DATA.IMG_SIZE", "32", "MODEL.DROP_PATH_RATE", "0.2",
-                                         *node, *map(str, opts)]), 5)
+    return build_model(get_config(None, [*words(family), *map(str, opts)]), 5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,32 @@ def test_a_whole_model_in_this_form(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = gradients(lambda *_: model(x), *model.parameters())
     assert calls.count("mlp") == 5 and calls.count("linear") >= 10
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours, plain, strict=True))
+
+
+def test_parameters_converted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    mlp, x, sizes = Mlp(8, 20), torch.randn(6, 8), []
+    parameters, copy = [mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda a, b: sizes.append(len(b)) or copy(a, b))
+
+    def run() -> list[Tensor]:
+        return gradients(lambda *p: cuda_linear.mlp(x, *p, torch.bfloat16), *parameters)
+
+    for step in range(3):
+        plain = run()
+        with cuda_linear.converting_at_once(mlp):
+            assert all(torch.equal(a, b) for a, b in zip(run(), plain, strict=True)), step
+        with torch.no_grad():
+            torch._foreach_add_(parameters, 0.1)
+    parameters[3].requires_grad_(False)
+    with cuda_linear.converting_at_once(mlp):
+        pass
+    assert sizes == [4, 4, 3]  # the first pass finds out which
+    gone = weakref.ref(mlp)
+    del mlp
+    assert gone() is None
 
 
 def test_what_it_is_not_for() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from gradients import gradients
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import crossformer, group_attention
+from models import crossformer, group_attention, swin
 from models.crossformer import Block
 
 ROOT = Path(__file__).parents[2]
@@ -48,16 +50,35 @@ def test_groups_in_place_are_groups_laid_out(group, interval, height, width, pos
     assert bool(calls) == (min(height, width) <= group and height == width or height % (group * interval) + width % (group * interval) == 0)
 
 
+@pytest.mark.parametrize(("size", "shift"), [(8, 0), (12, 2), (4, 0)])
+def test_swins_windows_in_place_are_timms(size, shift, monkeypatch):
+    """Shifted or not, and with a window as large as the map: values, and gradients of the map and of all weights."""
+    torch.manual_seed(0)
+    timms = SwinTransformerBlock(32, (size, size), 2, window_size=4, shift_size=shift, drop_path=0.0).double()
+    ours = swin.attend_in_place(copy.deepcopy(timms))
+    assert type(ours) is swin.BlockInPlace and list(ours.state_dict()) == list(timms.state_dict())
+    x = torch.randn(2, size, size, 32, dtype=torch.float64, requires_grad=True)
+    calls = []
+    monkeypatch.setattr(swin, "fits", lambda *_: calls.append(1) or True)
+    for a, b in zip(gradients(lambda x, *_: ours._attn(x), x, *ours.attn.parameters()),
+                    gradients(lambda x, *_: timms._attn(x), x, *timms.attn.parameters()), strict=True):
+        assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-8, atol=1e-12)
+    assert calls
+    calls.clear()
+    ours._attn(x[:, :, :-1] if shift == 0 else x[:, :-1, :-1])  # timm pads it
+    assert not calls
+
+
 KERNELS = """
 import json, sys, torch
 from models import group_attention as m
 m.PROGRAMS = 8
 torch.manual_seed(0)
 errors = []
-for batch, height, width, heads, dim, group, interval, biased in json.loads(sys.argv[1]):
+for batch, height, width, heads, dim, group, interval, shift, biased in json.loads(sys.argv[1]):
     qkv, grad = torch.randn(batch, height, width, 3 * heads * dim), torch.randn(batch, height, width, heads * dim)
     table = torch.randn((2 * group - 1) ** 2, heads) if biased else None
-    sizes = heads, group, interval, 0.3
+    sizes = heads, group, interval, shift, 0.3
     ours = [m._forward_on_cuda(qkv, table, *sizes), *m._backward_on_cuda(grad, qkv, table, *sizes)]
     qkv, grad, table = (None if t is None else t.double() for t in (qkv, grad, table))
     plain = [m._forward(qkv, table, *sizes), *m._backward(grad, qkv, table, *sizes)]
@@ -67,13 +88,14 @@ print(json.dumps(errors))
 
 
 def test_kernels_have_the_formulas_numbers():
-    """Interpreted by Triton on the CPU: padding, long distances, no bias, more samples than programs, groups that fill no tile."""
+    """Interpreted by Triton on the CPU: padding, long distances, no bias, shifted windows, samples and groups that fill nothing up."""
     pytest.importorskip("triton")
-    cases = [(3, 5, 6, 2, 16, 2, 2, True), (5, 6, 9, 1, 32, 7, 1, True), (2, 6, 6, 1, 16, 3, 2, False)]
+    cases = [(3, 5, 6, 2, 16, 2, 2, 0, True), (5, 6, 9, 1, 32, 7, 1, 0, True), (2, 6, 6, 1, 16, 3, 2, 0, False),
+             (2, 8, 7, 1, 16, 4, 1, 2, True)]
     done = subprocess.run([sys.executable, "-c", KERNELS, json.dumps(cases)], cwd=ROOT, capture_output=True, text=True,
                           env=dict(os.environ, TRITON_INTERPRET="1"), check=True)
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert len(errors) == 8 and max(errors) < 1e-6
+    assert len(errors) == 11 and max(errors) < 1e-6
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
@@ -82,8 +104,8 @@ def test_kernels_compile_for_hopper(kernel):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from models import triton_attention
-    function, constants = getattr(triton_attention, kernel), dict(DIM=32, BLOCK=64, BIASED=True, PRECISION="ieee")
+    from models import group_attention_kernels
+    function, constants = getattr(group_attention_kernels, kernel), dict(DIM=32, BLOCK=64, BIASED=True, PRECISION="ieee")
     kinds = dict(qkv="*bf16", out="*bf16", grad="*bf16", to_qkv="*bf16", table="*fp32", to_bias="*fp32", scale="fp32")
     names = function.arg_names
     source = triton.compiler.ASTSource(

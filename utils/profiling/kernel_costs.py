@@ -37,6 +37,7 @@ class Kernels:
         flops: of products of matrices and convolutions.
         least: seconds at the bandwidth and the rate of the GPU.
         expected: seconds as these kernels are known to take.
+        assumed: of these, seconds at a pace that was not measured.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Kernels:
     flops: int
     least: float
     expected: float
+    assumed: float = 0.0
 
 
 def nbytes(value: Any) -> int:
@@ -69,7 +71,7 @@ class Call:
         self.func, self.args, self.kwargs, self.result = func, args, kwargs, result
         self.namespace, _, name = func._schema.name.partition("::")
         self.name = name.removesuffix("_")  # in place or not, the kernel is the same
-        named = {**dict(zip([argument.name for argument in func._schema.arguments], args, strict=False)), **kwargs}
+        self.named = named = {**dict(zip([argument.name for argument in func._schema.arguments], args, strict=False)), **kwargs}
         filled = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
         if self.namespace == "aten":  # its operations in place read what they change, but for what stands as ``out``
             filled = {a.name for a in func._schema.arguments if a.is_out}
@@ -78,20 +80,21 @@ class Call:
 
     def kernels(self, seconds: Callable[[float], float] | float, *, name: str = "", launches: int = 1, read: Any = None,
                 written: Any = None, flops: int = 0, rate: float = RATES[torch.bfloat16], shapes: Any = None, once: int | None = None,
-                ) -> Kernels:
+                assumed: bool = False) -> Kernels:
         """What the operation launches.
 
         Args:
             seconds: what it takes at least, or what makes that of the least seconds at full pace.
             read, written: bytes, or tensors; otherwise those of the call.
             once: bytes read if nothing is read twice, where that is less than ``read``.
+            assumed: nobody has measured the pace.
         """
         read = nbytes(self.given) if read is None else read if isinstance(read, int) else nbytes(read)
         written = nbytes(self.made) if written is None else written if isinstance(written, int) else nbytes(written)
         least = max(((read if once is None else once) + written) / BANDWIDTH, flops / rate)
-        expected = seconds(least) if callable(seconds) else seconds
+        expected = max(seconds(least) if callable(seconds) else seconds, launches * SHORTEST)
         text = shape_text(self.given if shapes is None else tensors(shapes))
-        return Kernels(name or self.name, text, launches, read, written, flops, least, max(expected, launches * SHORTEST))
+        return Kernels(name or self.name, text, launches, read, written, flops, least, expected, expected * assumed)
 
 
 def shape_text(given: Sequence[Tensor]) -> str:

@@ -64,7 +64,8 @@ def batch_norm(call: Call) -> list[Kernels]:
     passes = 2 if training else 1
     reads = passes * (nbytes(call.args[:2]) if "backward" in call.name else nbytes(x))
     moved = reads + nbytes(call.made[0])
-    return [call.kernels(moved / BANDWIDTH / 0.6, launches=passes + 1, read=reads, once=reads // passes, written=call.made[0])]
+    return [call.kernels(moved / BANDWIDTH / 0.6, launches=passes + 1, read=reads, once=reads // passes, written=call.made[0],
+                         assumed=True)]
 
 
 # ---- products --------------------------------------------------------------------------------------------------------------------
@@ -89,7 +90,8 @@ def product(call: Call) -> list[Kernels]:
         share = memory = UNALIGNED if any(size % 8 for t in call.given[-2:] for size in t.shape[-2:]) else BATCHED
     rows, columns = call.made[0].shape[-2:]
     split = call.name == "mm" and call.args[0].shape[1] > 8 * max(rows, columns)  # over blocks whose sums another kernel adds up
-    return [call.kernels(lambda least: max(least / memory, flops / rate / share) + 2e-6, flops=flops, rate=rate, launches=1 + split)]
+    return [call.kernels(lambda least: max(least / memory, flops / rate / share) + 2e-6, flops=flops, rate=rate, launches=1 + split,
+                         assumed=call.name not in PRODUCTS)]
 
 
 # ---- convolutions ----------------------------------------------------------------------------------------------------------------
@@ -112,7 +114,7 @@ def convolution(call: Call) -> list[Kernels]:
     done = layout_copies(call, [(x, x), (weight, weight)], channels_last(x, weight))
     if is_depthwise(weight, groups):
         done.append(call.kernels(lambda least: max(least / 0.7, flops / DEPTHWISE), name="conv_depthwise", read=[x, weight], flops=flops,
-                                 rate=RATES[torch.float32]))
+                                 rate=RATES[torch.float32], assumed=True))
     else:
         share = CONVOLUTION if weight.shape[0] // groups >= FEW_CHANNELS else CONVOLUTION_FEW
         done.append(call.kernels(lambda least: max(least / 0.7, flops / RATES[y.dtype] / share), read=[x, weight], flops=flops,
@@ -130,13 +132,13 @@ def convolution_backward(call: Call) -> list[Kernels]:
     depthwise, few = is_depthwise(weight, groups), weight.shape[0] // groups < FEW_CHANNELS
     if to_x and depthwise:
         done.append(call.kernels(lambda least: max(least / 0.7, flops / DEPTHWISE), read=[grad, weight], written=x, flops=flops,
-                                 name="conv_depthwise backward", rate=RATES[torch.float32]))
+                                 name="conv_depthwise backward", rate=RATES[torch.float32], assumed=True))
     elif to_x:
         done.append(call.kernels(lambda least: max(least / 0.7, flops / rate / CONVOLUTION), read=[grad, weight], written=x, flops=flops,
                                  launches=1 if last else 3, rate=rate))
     if to_weight and depthwise:
         done.append(call.kernels(lambda least: max(least / 0.7, flops / DEPTHWISE_WEIGHT), read=[grad, x], written=weight, flops=flops,
-                                 name="conv_depthwise backward", rate=RATES[torch.float32]))
+                                 name="conv_depthwise backward", rate=RATES[torch.float32], assumed=True))
     elif to_weight:
         share = WEIGHT_GRADIENT_FEW if few else CONVOLUTION
         done.append(call.kernels(lambda least: max(least / 0.7, flops / rate / share), read=[grad, x], written=weight, flops=flops,
@@ -170,7 +172,7 @@ def attention(call: Call) -> list[Kernels]:
     factor = 2.5 if backward else 1
     name = f"_{'flash' if flash else 'efficient'}_attention_{'backward' if backward else 'forward'}"
     return [call.kernels(lambda least: max(least / 0.7, factor * padded / rate), name=name, flops=int(factor * flops),
-                         launches=3 if flash and backward else 1)]
+                         launches=3 if flash and backward else 1, assumed=flash)]
 
 
 # ---- many tensors at once --------------------------------------------------------------------------------------------------------
@@ -204,18 +206,18 @@ def custom(call: Call) -> list[Kernels]:
     """An operation that torch does not know: one kernel at 80 % of the peak."""
     if call.name.startswith("group_attention"):
         return [group_attention(call)]
-    return [call.kernels(at(0.8 * PEAK_BANDWIDTH / BANDWIDTH), flops=flops_of(call))]
+    return [call.kernels(at(0.8 * PEAK_BANDWIDTH / BANDWIDTH), flops=flops_of(call), assumed=True)]
 
 
 def group_attention(call: Call) -> Kernels:
     """CrossFormer's, of (B, H, W, 3C) in groups of ``group`` x ``group`` tokens, in whole tiles of 64 queries and keys."""
     backward = call.name.endswith("backward")
-    qkv, _, _, group, interval, _ = call.args[backward:]
+    qkv, group, interval = (call.named[name] for name in ("qkv", "group", "interval"))
     groups = qkv.shape[0] * math.prod(-(-side // (group * interval)) * interval for side in qkv.shape[1:3])
     work, channels = (2.5 if backward else 1) * 4 * groups, qkv.shape[3] // 3
     padded = work * channels * (TILE * math.ceil(group ** 2 / TILE)) ** 2
     return call.kernels(lambda least: max(least * BANDWIDTH / PEAK_BANDWIDTH / 0.8, padded / (FLASH_BACKWARD if backward else FLASH)),
-                        flops=int(work * channels * group ** 4))
+                        flops=int(work * channels * group ** 4), assumed=True)
 
 
 VIEWS = ("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "unbind", "detach",

@@ -2,7 +2,7 @@
 
 A program takes one head of one group, in every so manieth sample, and holds the group's N x N logits in registers. So nothing but the map
 itself is read and written, no group is laid out, and the gradient of the position bias is summed up before it is written.
-Tokens beyond the map are no keys and give no output.
+Tokens beyond the map are no keys and give no output. A map may be shifted up and to the left, its ends meeting, as Swin's is.
 
 Shapes: B batch, H W map, h heads, D head width, G group size, I interval, N = G*G tokens of a group, BLOCK >= N a power of two.
 """
@@ -12,29 +12,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_SIZES = ["batch", "columns", "height", "width", "heads", "group", "interval"]
+_SIZES = ["batch", "columns", "height", "width", "heads", "group", "interval", "shift"]
 
 
 @triton.jit
-def _tokens(columns, height, width, heads, group, interval, BLOCK: tl.constexpr):
-    """Where in its map each token of the program's group lies, (BLOCK, 1), and whether it does, (BLOCK,)."""
+def _tokens(columns, height, width, heads, group, interval, shift, BLOCK: tl.constexpr):
+    """Where in its map each token of the program's group lies, (BLOCK, 1), whether it does, and on which side of the seam where a
+    shifted map's ends meet, (BLOCK,)."""
     number = tl.program_id(0) // heads
     # Of groups in turn, tokens lie side by side.
     j, i = number % interval, number // (interval * columns) % interval
     c, r = number // interval % columns, number // (interval * columns * interval)
     t = tl.arange(0, BLOCK)
     y, x = (r * group + t // group) * interval + i, (c * group + t % group) * interval + j
-    return (y * width + x)[:, None], (t < group * group) & (y < height) & (x < width)
+    real = (t < group * group) & (y < height) & (x < width)
+    below, right = (y + shift >= height).to(tl.int32), (x + shift >= width).to(tl.int32)
+    y, x = y + shift - below * height, x + shift - right * width
+    return (y * width + x)[:, None], real, 2 * below + right
 
 
 @triton.jit
-def _bias(table, head, heads, group, BLOCK: tl.constexpr):
-    """The bias of every pair of tokens, (BLOCK, BLOCK), by the offset from key to query."""
+def _bias(table, side_of_seam, head, heads, group, shift, BLOCK: tl.constexpr):
+    """The bias of every pair of tokens, (BLOCK, BLOCK), by the offset from key to query; across a seam Swin's -100 is added."""
     t, side = tl.arange(0, BLOCK), 2 * group - 1
     y, x = (t // group)[:, None] - (t // group)[None, :], (t % group)[:, None] - (t % group)[None, :]
     inside = t < group * group
     row = (y + group - 1) * side + x + group - 1
-    return tl.load(table + row * heads + head, mask=inside[:, None] & inside[None, :], other=0.0)
+    bias = tl.load(table + row * heads + head, mask=inside[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    return bias - tl.where((side_of_seam[:, None] != side_of_seam[None, :]) & (shift > 0), 100.0, 0.0)
 
 
 @triton.jit
@@ -42,22 +47,22 @@ def _weights(q, k, bias, real, scale, BIASED: tl.constexpr, PRECISION: tl.conste
     """exp(logits - their greatest), (BLOCK, BLOCK) in fp32, and the sums that make them weights, (BLOCK,)."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if BIASED:
-        logits += bias.to(tl.float32)
+        logits += bias
     logits = tl.where(real[None, :], logits, -1e30)  # with -inf a group of nothing but padding would be NaN
     weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     return weights, tl.sum(weights, axis=1)
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def forward(qkv, table, out, batch, columns, height, width, heads, group, interval, scale,
+def forward(qkv, table, out, batch, columns, height, width, heads, group, interval, shift, scale,
             DIM: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr):
     """(B, H, W, 3*h*D), ((2G-1)^2, h) -> (B, H, W, h*D). Grid: heads of groups of a map, then programs that share the samples."""
     head, channels = tl.program_id(0) % heads, heads * DIM
-    token, real = _tokens(columns, height, width, heads, group, interval, BLOCK)
+    token, real, seam = _tokens(columns, height, width, heads, group, interval, shift, BLOCK)
     at = token * channels + head * DIM + tl.arange(0, DIM)[None, :]
     q_at = at + token * (2 * channels)
     mask, map_size = real[:, None], (height * width * channels).to(tl.int64)
-    bias = _bias(table, head, heads, group, BLOCK) if BIASED else 0.0
+    bias = _bias(table, seam, head, heads, group, shift, BLOCK) if BIASED else 0.0
     for sample in range(tl.program_id(1), batch, tl.num_programs(1)):
         start = sample * map_size
         q = tl.load(qkv + 3 * start + q_at, mask=mask, other=0.0)
@@ -69,15 +74,15 @@ def forward(qkv, table, out, batch, columns, height, width, heads, group, interv
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def backward(grad, qkv, table, to_qkv, to_bias, batch, columns, height, width, heads, group, interval, scale,
+def backward(grad, qkv, table, to_qkv, to_bias, batch, columns, height, width, heads, group, interval, shift, scale,
              DIM: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of the projections and, in fp32 and in parts, of the bias of every pair, (groups of a map * programs, h, N, N)."""
     head, channels = tl.program_id(0) % heads, heads * DIM
-    token, real = _tokens(columns, height, width, heads, group, interval, BLOCK)
+    token, real, seam = _tokens(columns, height, width, heads, group, interval, shift, BLOCK)
     at = token * channels + head * DIM + tl.arange(0, DIM)[None, :]
     q_at = at + token * (2 * channels)
     mask, map_size = real[:, None], (height * width * channels).to(tl.int64)
-    bias = _bias(table, head, heads, group, BLOCK) if BIASED else 0.0
+    bias = _bias(table, seam, head, heads, group, shift, BLOCK) if BIASED else 0.0
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for sample in range(tl.program_id(1), batch, tl.num_programs(1)):
         start = sample * map_size
