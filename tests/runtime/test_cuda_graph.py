@@ -1,4 +1,4 @@
-"""What stands around torch's recording of CUDA graphs; the recording itself is a mock here (tests/training/test_step_graph.py has the real)."""
+"""What stands around torch's recording of CUDA graphs, which is a mock here; tests/training/test_step_graph.py has the real one."""
 
 from __future__ import annotations
 
