@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -40,6 +41,32 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, s
         reaches: (C,) in int32, how far from its middle each channel's kernel has other weights than 0; beyond, gradients can be anything.
     """
     return _Depthwise.apply(x, weight, bias, stride, skip, reaches)
+
+
+def depthwise_branches(x: Tensor, weights: Sequence[Tensor], strides: Sequence[int]) -> tuple[Tensor, ...]:
+    """``depthwise`` of one map by several kernels, without biases, whose gradients of the map are added up as they are written."""
+    return _Branches.apply(x, tuple(strides), *weights)
+
+
+class _Branches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, strides: tuple[int, ...], *weights: Tensor) -> tuple[Tensor, ...]:
+        x, taps = dense(x), [taps_of(weight) for weight in weights]
+        ctx.save_for_backward(x, *taps)
+        ctx.strides, ctx.weights = strides, [weight.dtype for weight in weights]
+        return tuple(convolve(x, t, None, None, stride) for t, stride in zip(taps, strides, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *taps = ctx.saved_tensors
+        to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        before, to_weights = None, []
+        for grad, t, stride, dtype, wanted in zip(map(dense, grads), taps, ctx.strides, ctx.weights, ctx.needs_input_grad[2:], strict=True):
+            if to_x is not None:
+                torch.ops.crossformer.depthwise(to_x, grad, t, None, before, None, stride, True)
+                before = to_x
+            to_weights.append(weight_gradient(x, grad, len(t), stride, False, None, dtype)[0] if wanted else None)
+        return to_x, None, *to_weights
 
 
 class _Depthwise(torch.autograd.Function):

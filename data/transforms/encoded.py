@@ -16,7 +16,9 @@ from data.transforms.fit import fitted_size
 from data.transforms.params import Augmentation, Box
 from data.transforms.pipeline import TrainPipeline
 
-LARGEST = 1 << 19  # bytes of a file that is handed over; larger ones, of which the workers decode only what the crop needs, are rare
+# Bytes of a file, and pixels of a side, that the device decodes. What is larger is rare, takes its memory, and of it the workers decode
+# only what the crop needs.
+LARGEST, LONGEST = 1 << 19, 2048
 
 
 class Encoded(NamedTuple):
@@ -45,8 +47,7 @@ class EncodedTrainPipeline(TrainPipeline):
     def __call__(self, source: Source, index: int, out: Tensor | None = None) -> tuple[Encoded | Tensor, Tensor]:
         data = source.read(index)
         header = jpeg.read_header(data)
-        if (header is None or len(data) > LARGEST or not jpeg.is_whole(data) or not jpeg.is_ycc(data, header)
-                or source.reading.exif and not header.upright):
+        if header is None or not _suits(data, header) or source.reading.exif and not header.upright:
             return self.decoded(source, index, out)
         augmentation = self.augmentation
         params = augmentation.sample(header.width, header.height)
@@ -66,6 +67,12 @@ class EncodedTrainPipeline(TrainPipeline):
     def summary(self, fast: int, by_pillow: int, by_device: int = 0) -> str:
         others = super().summary(fast, by_pillow).removeprefix("decoded ")
         return f"decoded by nvJPEG, whose pixels differ slightly: {by_device:,}" + (f"; {others}" if fast or by_pillow else "")
+
+
+def _suits(data: bytes, header: jpeg.Header) -> bool:
+    """Whether a plain JPEG is one for the device."""
+    small = len(data) <= LARGEST and max(header.width, header.height) <= LONGEST
+    return small and jpeg.is_whole(data) and jpeg.is_ycc(data, header)
 
 
 @torch.no_grad()

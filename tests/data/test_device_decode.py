@@ -149,6 +149,8 @@ def test_which_files_the_device_gets(photos: Path, monkeypatch: pytest.MonkeyPat
         return {int(Path(dataset.source.path(index)).stem) for index in range(24) if not isinstance(dataset[(0, index, 0)][0], Encoded)}
 
     assert left() == {5, 11, 17, 23, 8, 10}  # PNG, CMYK, RGB; grey and progressive ones go to the device
+    monkeypatch.setattr(encoded_pipeline, "LONGEST", 199)
+    assert left() == {5, 11, 17, 23, 8, 10, 4, 16, 22}  # 40 x 200
     monkeypatch.setattr(encoded_pipeline, "LARGEST", 0)
     assert left() == set(range(24))
     image = texture(40, 60)
