@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from models import fused_norm
 from models.attention import biased_self_attention
 from models.base import MergingModel, Stage, check_heads, check_mlps, check_stages, register_variants
-from models.cpu_bf16 import LayerNormForProducts, Linear
+from models.cpu_bf16 import LayerNormForProducts, Linear, compute_dtype
 from models.cross_scale_embedding import CrossScaleEmbedding, CrossScaleMerging, check_kernels
 from models.group_attention import fits, from_groups, group_attention, to_groups
 from models.layers import DropPath, Mlp, add_branch, add_branch_and_norm, init_linear, is_hooked, make_head, norm_and_skip
@@ -189,6 +189,8 @@ class CrossFormer(MergingModel):
         position: ``dpb``, ``dpb_residual``, ``table`` (Swin's relative bias) or ``none``.
         ape: a learned absolute position embedding of ``img_size`` on the tokens, resized for other sizes. With
             ``position="none"`` it is the paper's ablation with absolute positions.
+        low_precision_residual: under autocast, keep the residual stream of the first stage in autocast's type, as merging leaves that of
+            the others; by itself it is in the fp32 of the embedding's norm.
         drop_path_rate: rate of the last block; it grows linearly over all blocks.
     """
 
@@ -199,7 +201,8 @@ class CrossFormer(MergingModel):
                  merge_size: Sequence[Sequence[int]] = ((2, 4), (2, 4), (2, 4)),
                  mlp_ratio: float | Sequence[float] = 4.0, qkv_bias: bool = True, qk_scale: float | None = None,
                  patch_norm: bool = True, group_type: str = "constant", use_acl: bool = False, mask_padding: bool = True,
-                 attention: str = "lsda", position: str = "dpb", ape: bool = False, drop_rate: float = 0.0, attn_drop_rate: float = 0.0,
+                 attention: str = "lsda", position: str = "dpb", ape: bool = False,
+                 low_precision_residual: bool = False, drop_rate: float = 0.0, attn_drop_rate: float = 0.0,
                  drop_path_rate: float = 0.1):
         super().__init__()
         stages = len(depths)
@@ -228,7 +231,7 @@ class CrossFormer(MergingModel):
             height, width = img_size if isinstance(img_size, (tuple, list)) else (img_size, img_size)
             self.absolute_pos_embed = nn.Parameter(torch.empty(1, -(-height // stride), -(-width // stride), embed_dim))
             trunc_normal_(self.absolute_pos_embed, std=0.02)
-        self.pos_drop = nn.Dropout(drop_rate)
+        self.pos_drop, self.low_precision_residual = nn.Dropout(drop_rate), low_precision_residual
         side = min(img_size) if isinstance(img_size, (tuple, list)) else img_size
         base = max(1, side // stride)
         rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
@@ -255,6 +258,8 @@ class CrossFormer(MergingModel):
 
     def place(self, tokens: Tensor) -> Tensor:
         """(B, H/4, W/4, C) -> the same, with absolute positions where the model has them."""
+        if self.low_precision_residual:
+            tokens = tokens.to(compute_dtype(tokens))
         if self.absolute_pos_embed is not None:
             tokens = tokens + self.absolute_positions(tokens.shape[1], tokens.shape[2])
         return self.pos_drop(tokens)
@@ -292,7 +297,8 @@ NODE_KEYS = {"EMBED_DIM": "embed_dim", "DEPTHS": "depths", "NUM_HEADS": "num_hea
              "INTERVAL": "interval", "PATCH_SIZE": "patch_size", "MERGE_SIZE": "merge_size", "MLP_RATIO": "mlp_ratio",
              "IN_CHANS": "in_chans", "QKV_BIAS": "qkv_bias", "QK_SCALE": "qk_scale", "PATCH_NORM": "patch_norm",
              "GROUP_TYPE": "group_type", "USE_ACL": "use_acl", "NO_MASK": "no_mask",
-             "ATTENTION": "attention", "POSITION": "position", "APE": "ape"}
+             "ATTENTION": "attention", "POSITION": "position", "APE": "ape",
+             "LOW_PRECISION_RESIDUAL": "low_precision_residual"}
 ONLY = {"USE_CPE": False, "PAD_TYPE": 0, "ADAPT_INTER": False}
 REQUIRED = ("EMBED_DIM", "DEPTHS", "NUM_HEADS")
 
