@@ -115,7 +115,7 @@ class Block(nn.Module):
         span = group * interval
         pad_h, pad_w = (span - height % span) % span, (span - width % span) % span
         attn, padded = self.attn, bool(pad_h or pad_w)
-        on_map = (self.mask_padding or not padded) and not is_hooked(attn) and fits(x, attn.num_heads, group, attn.attn_drop)
+        on_map = (self.mask_padding or not padded) and fits(x, attn.num_heads, group, attn.attn_drop) and not is_hooked(attn)
         fused = norm is not None and not on_map and fuses_groups(norm, x)
         if norm is not None and not fused:
             x = norm(x)
