@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
+from models import fused_norm
 from models.attention import biased_self_attention
 from models.base import MergingModel, Stage, check_heads, check_mlps, check_stages, register_variants
 from models.cpu_bf16 import LayerNormForProducts, Linear, compute_dtype
 from models.cross_scale_embedding import CrossScaleEmbedding, CrossScaleMerging, check_kernels
-from models.fused_norm import fuses_groups, norm_in_groups
 from models.group_attention import fits, from_groups, group_attention, to_groups
-from models.layers import DropPath, Mlp, add_branch, init_linear, is_hooked, make_head
+from models.layers import DropPath, Mlp, add_branch, add_branch_and_norm, init_linear, is_hooked, make_head, norm_and_skip
 from models.ops import DepthwiseConv2d
 from models.position_bias import POSITIONS, DynamicPositionBias, PositionTable, RelativePositionBias
 
@@ -100,39 +100,52 @@ class Block(nn.Module):
         self.ex_ln = nn.LayerNorm(dim) if acl else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = add_branch(x, self.attend_groups(x, self.norm1), self.drop_path)
-        x = add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
+        group, interval, on_map = self.layout(x)
+        if not on_map and fused_norm.fuses(self.norm1, x) and not is_hooked(self.norm1):
+            groups, x = fused_norm.norm_and_skip(self.norm1, x, group, interval)
+            branch = self.attend_groups(x, groups)
+        else:
+            y, x = norm_and_skip(self.norm1, x)
+            branch = self.attend_groups(y)
+        y, x = add_branch_and_norm(x, branch, self.drop_path, self.norm2)
+        x = add_branch(x, self.mlp(y), self.drop_path)
         if self.ex_conv is not None:
             x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return x
 
-    def attend_groups(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """Attention among the tokens of each group, of the map ``x`` or of what ``norm`` makes of it. (B, H, W, C) -> the same."""
-        batch, height, width, _ = x.shape
+    def layout(self, x: Tensor) -> tuple[int, int, bool]:
+        """For a map (B, H, W, C): group size, interval, and whether attention takes the map as it is (``group_attention``)."""
+        height, width = x.shape[1:3]
         group, interval = self.group_size, self.interval
         if min(height, width) <= group:
             group, interval = min(height, width), 1
+        padded = height % (group * interval) or width % (group * interval)
+        attn, possible = self.attn, (self.mask_padding or not padded) and not is_hooked(self.attn)
+        return group, interval, possible and fits(x, attn.num_heads, group, attn.attn_drop)
+
+    def attend_groups(self, x: Tensor, groups: Tensor | None = None) -> Tensor:
+        """Attention among the tokens of each group. (B, H, W, C) -> the same.
+
+        Args:
+            x: the map, normed, or any of its size if there are ``groups``.
+            groups: the normed map as ``to_groups`` orders it, padded with zeros.
+        """
+        batch, height, width, _ = x.shape
+        group, interval, on_map = self.layout(x)
+        if on_map:
+            return self.attn.on_map(x, group, interval)
         span = group * interval
         pad_h, pad_w = (span - height % span) % span, (span - width % span) % span
-        attn, padded = self.attn, bool(pad_h or pad_w)
-        on_map = (self.mask_padding or not padded) and fits(x, attn.num_heads, group, attn.attn_drop) and not is_hooked(attn)
-        fused = norm is not None and not on_map and fuses_groups(norm, x)
-        if norm is not None and not fused:
-            x = norm(x)
-        if on_map:
-            return attn.on_map(x, group, interval)
         mask = None
-        if padded:
+        if (pad_h or pad_w) and self.mask_padding:
+            real = torch.zeros(1, height, width, 1, device=x.device)
+            mask = F.pad(real, (0, 0, 0, pad_w, 0, pad_h), value=PADDED_KEY)
+            mask = to_groups(mask, group, interval).view(-1, 1, 1, group * group)
+        if groups is None:
             # Zeros after the norm: the keys and values of padding are the projection's biases.
-            x = x if fused else F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
-            if self.mask_padding:
-                real = torch.zeros(1, height, width, 1, device=x.device)
-                mask = F.pad(real, (0, 0, 0, pad_w, 0, pad_h), value=PADDED_KEY)
-                mask = to_groups(mask, group, interval).view(-1, 1, 1, group * group)
-        x = norm_in_groups(norm, x, group, interval) if fused else to_groups(x, group, interval)
-        groups = attn(x, group, mask)
-        x = from_groups(groups, batch, height + pad_h, width + pad_w, group, interval)
-        return x[:, :height, :width] if padded else x
+            groups = to_groups(F.pad(x, (0, 0, 0, pad_w, 0, pad_h)) if pad_h or pad_w else x, group, interval)
+        x = from_groups(self.attn(groups, group, mask), batch, height + pad_h, width + pad_w, group, interval)
+        return x[:, :height, :width] if pad_h or pad_w else x
 
 
 GROUP_TYPES = ("constant", "linear", "linear_div", "alter", "7_14")
