@@ -108,14 +108,14 @@ def tiny(*opts: object):
 
 def test_a_step_of_a_model() -> None:
     """Launches do not go with the batch; products do; the update is there; a forward pass is a third of the products."""
-    small, large, forward = (record(tiny("DATA.BATCH_SIZE", size), inference) for size, inference in ((24, False), (48, False), (24, True)))
-    assert abs(total(small).launches - total(large).launches) < 0.05 * total(small).launches
-    assert total(large).flops == pytest.approx(2 * total(small).flops, rel=0.05)
-    assert 2 < total(small).flops / total(forward).flops < 3.2
-    names = {row.name for row in sums(small)}
+    step, forward, double = (record(tiny("DATA.BATCH_SIZE", size), inference) for size, inference in ((24, False), (24, True), (48, True)))
+    assert total(forward).launches == total(double).launches
+    assert total(double).flops == pytest.approx(2 * total(forward).flops, rel=0.01)
+    assert 2 < total(step).flops / total(forward).flops < 3.2
+    names = {row.name for row in sums(step)}
     assert {"_fused_adamw", "_foreach_norm", "gelu"} <= names and any("attention_backward" in name for name in names)
     assert not {name for name in names if "backward" in name or "adam" in name} & {row.name for row in sums(forward)}
-    assert step_seconds(total(small)) == total(small).launches * LAUNCH > step_seconds(total(small), graphs=True)
+    assert step_seconds(total(step)) == total(step).launches * LAUNCH > step_seconds(total(step), graphs=True)
 
 
 CALLS = Path(__file__).with_name("crossformer_small_calls.tsv")  # times, operation, its arguments: what a step called at measured.COMMIT
