@@ -673,7 +673,8 @@ KEYS: tuple[Key, ...] = (
         Rule(lambda number: -1 <= number <= 1024, "it is a number of workers up to 1,024, or -1 to choose it"), scope=PROCESS),
     Key("DATA.PIN_MEMORY", True, _bool, "page-locked batches for faster copies to a GPU", scope=RUN),
     Key("DATA.DECODER", "auto", _str,
-        "pillow: every pixel as the papers had it; fast: also where published weights are evaluated", choices=("auto", "fast", "pillow")),
+        "pillow: every pixel as the papers had it; fast: also where published weights are evaluated; nvjpeg: the GPU decodes images of "
+        "training, which differ slightly, for machines with few cores", choices=("auto", "fast", "pillow", "nvjpeg")),
     Key("DATA.AUGMENT_ON", "auto", _str,
         "auto: on a GPU the GPU augments, else the DataLoader workers do", choices=("auto", "worker", "device")),
     Key("DATA.VAL_FRACTION", 0.0, _float,
@@ -1464,6 +1465,8 @@ def _faults_between(config: CfgNode) -> Iterator[tuple[str, str]]:
         yield "DATA.WINDOW", "one pair for all bands" + (f", or {channels} pairs" if channels > 4 else "")
     if channels != 3 and config.DATA.DECODER == "pillow":
         yield "DATA.DECODER", f"Pillow prepares images of 3 channels, not of {channels}; set it to auto"
+    if channels != 3 and config.DATA.DECODER == "nvjpeg":
+        yield "DATA.DECODER", f"nvJPEG makes images of 3 channels, not of {channels}; set it to auto"
     if train.MIN_LR > train.BASE_LR:
         yield "TRAIN.MIN_LR", f"it must lie between 0 and TRAIN.BASE_LR ({train.BASE_LR})"
     if 0 < train.ITERATIONS <= train.WARMUP_STEPS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from data.layouts.input_paths import InputImages
 from data.layouts.options import Options, resolve_data_file
 from data.layouts.splits import choose_classes, subset
 from data.loading.dataset import EvalImages, TrainImages
+from data.loading.device_decode import EncodedTrainImages
 from data.loading.loader import ImageLoader
 from data.loading.loaders import ClassResolver, Loaders, found_in_data, loader_options, require_images, settle
 from data.loading.sampler import ShardSampler, StepSampler
@@ -31,7 +31,9 @@ from data.streaming.dataset import StreamEvalImages, StreamTrainImages
 from data.streaming.open import open_streams
 from data.streaming.sampler import StreamSampler, StreamShardSampler
 from data.streaming.stream import Stream, is_stream
-from data.transforms.pipeline import Pipeline, build_eval_pipeline, build_train_pipeline
+from data.transforms.build_pipelines import build_eval_pipeline, build_train_pipeline
+from data.transforms.encoded import EncodedTrainPipeline
+from data.transforms.pipeline import Pipeline
 
 
 def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: Sequence[str] = ("train", "val"),
@@ -64,6 +66,8 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     pipelines, lines = _pipelines(config, splits, device, published)  # first: an error in the config is raised before any image is read
     notices += lines
     if is_stream(root):
+        if "train" in splits and config.DATA.DECODER == "nvjpeg":
+            raise ConfigError(f"DATA.DECODER nvjpeg is for files on a disk, and {root} is a stream; set it to auto")
         sources, layout = open_streams(config, splits, classes(()) if callable(classes) else classes), "stream"
     else:
         sources, layout = _open_sources(config, root, splits, classes)
@@ -83,6 +87,8 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1, splits: S
     workers, train, val = options["workers"], None, None
     if "train" in sources:
         source, kind = sources["train"], StreamTrainImages if layout == "stream" else TrainImages
+        if isinstance(pipelines["train"], EncodedTrainPipeline):
+            kind = EncodedTrainImages
         dataset = kind(source, pipelines["train"], config.SEED, workers, pipe)
         sampler = _train_sampler(config, source, rank, world_size, workers > 0, notices)
         budget = config.DATA.CORRUPT_BUDGET
@@ -216,7 +222,7 @@ def _val_sampler(config: CfgNode, source: Source, batch: int, rank: int, world_s
 def _batch_bytes(config: CfgNode, pipelines: Mapping[str, Pipeline]) -> int:
     """Bytes of the largest batch that a worker hands over."""
     images = dict(train=config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS, val=_val_batch(config))
-    return max(images[split] * math.prod(p.shape) * p.dtype.itemsize for split, p in pipelines.items())
+    return max(images[split] * p.image_bytes() for split, p in pipelines.items())
 
 
 def _val_batch(config: CfgNode) -> int:

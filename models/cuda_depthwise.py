@@ -5,7 +5,7 @@ walks over all pixels once for each number of a kernel: 576 walks over 803,000 p
 models/depthwise_kernels.py take that map's 103 MB in and 103 MB out at once, 0.05 ms at 4 TB/s, and their instructions no more than twice
 that by what a compilation for an H200 counts. They take the weights in fp32 and add up in it; the gradients repeat to the bit.
 
-Both are operations of torch (``crossformer::depthwise``, ``depthwise_sums``), which fake tensors and dispatch modes see.
+Both are operations of torch (``crossformer::depthwise``, ``depthwise_sums``), which fake tensors, dispatch modes and torch.compile see.
 
 Shapes: B batch, H W map, C channels, K side of the kernel; maps are (B, H, W, C).
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -27,9 +28,9 @@ _AFFORDED = 2 ** 31  # numbers of one sample that the kernels can count
 
 def applies(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether ``depthwise`` is to compute a convolution of ``x`` in ``dtype``."""
-    if not x.is_cuda or dtype.itemsize != 2 or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not x.is_cuda or dtype.itemsize != 2 or torch.jit.is_tracing():
         return False
-    return x.numel() > 0 and x[0].numel() < _AFFORDED and not _failed and _kernels() is not None
+    return x.numel() > 0 and x.numel() // len(x) < _AFFORDED and _available()
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, skip: bool = False, reaches: Tensor | None = None) -> Tensor:
@@ -42,6 +43,32 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, s
     return _Depthwise.apply(x, weight, bias, stride, skip, reaches)
 
 
+def depthwise_branches(x: Tensor, weights: Sequence[Tensor], strides: Sequence[int]) -> tuple[Tensor, ...]:
+    """``depthwise`` of one map by several kernels, without biases, whose gradients of the map are added up as they are written."""
+    return _Branches.apply(x, tuple(strides), *weights)
+
+
+class _Branches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, strides: tuple[int, ...], *weights: Tensor) -> tuple[Tensor, ...]:
+        x, taps = dense(x), [taps_of(weight) for weight in weights]
+        ctx.save_for_backward(x, *taps)
+        ctx.strides, ctx.weights = strides, [weight.dtype for weight in weights]
+        return tuple(convolve(x, t, None, None, stride) for t, stride in zip(taps, strides, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *taps = ctx.saved_tensors
+        to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        before, to_weights = None, []
+        for grad, t, stride, dtype, wanted in zip(map(dense, grads), taps, ctx.strides, ctx.weights, ctx.needs_input_grad[2:], strict=True):
+            if to_x is not None:
+                torch.ops.crossformer.depthwise(to_x, grad, t, None, before, None, stride, True)
+                before = to_x
+            to_weights.append(weight_gradient(x, grad, len(t), stride, False, None, dtype)[0] if wanted else None)
+        return to_x, None, *to_weights
+
+
 class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, skip: bool, reaches: Tensor | None) -> Tensor:
@@ -51,7 +78,6 @@ class _Depthwise(torch.autograd.Function):
         return convolve(x, taps, bias, x if skip else None, stride, reaches)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, taps, reaches = ctx.saved_tensors
         grad, to_x, to_weight, to_bias = dense(grad), None, None, None
@@ -96,7 +122,7 @@ def _convolve(out: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, addend:
     """Writes ``out``: the convolution of ``x``, or (``transposed``) the gradient of the input that ``x`` is the output's gradient of."""
     if (kernels := _kernels_for(x)) is not None:
         try:
-            kernels.convolve(out, x, taps, bias, addend, reaches, stride, transposed)
+            kernels.convolve(out, dense(x), taps, bias, None if addend is None else dense(addend), reaches, stride, transposed)
             return
         except Exception as error:  # Triton compiles at the first call, and raises what its tools do
             _give_up(error)
@@ -115,7 +141,7 @@ def _sums(x: Tensor, grad: Tensor, reaches: Tensor | None, kernel: int, stride: 
     """The gradients of weight and bias behind one another, (C * K * K + C,) or without the last C, in fp32 at least."""
     if (kernels := _kernels_for(x)) is not None:
         try:
-            return kernels.weight_sums(x, grad, reaches, kernel, stride, has_bias)
+            return kernels.weight_sums(dense(x), dense(grad), reaches, kernel, stride, has_bias)
         except Exception as error:
             _give_up(error)
     channels = x.shape[3]
@@ -137,13 +163,19 @@ def _geometry(weight: Tensor, stride: int) -> tuple[Any, ...]:
 
 _library = torch.library.Library("crossformer", "FRAGMENT")
 _library.define("depthwise(Tensor(a!) out, Tensor x, Tensor taps, Tensor? bias, Tensor? addend, Tensor? reaches, int stride,"
-                " bool transposed) -> ()")
-_library.define("depthwise_sums(Tensor x, Tensor grad, Tensor? reaches, int kernel, int stride, bool has_bias) -> Tensor")
+                " bool transposed) -> ()", tags=torch.Tag.needs_exact_strides)
+_library.define("depthwise_sums(Tensor x, Tensor grad, Tensor? reaches, int kernel, int stride, bool has_bias) -> Tensor",
+                tags=torch.Tag.needs_exact_strides)
 _library.impl("depthwise", _convolve, "CompositeExplicitAutograd")
 _library.impl("depthwise", lambda *_: None, "Meta")
 _library.impl("depthwise_sums", _sums, "CompositeExplicitAutograd")
 _library.impl("depthwise_sums", lambda x, grad, reaches, kernel, stride, has_bias: x.new_empty(
     x.shape[3] * (kernel ** 2 + has_bias), dtype=torch.promote_types(x.dtype, torch.float32)), "Meta")
+
+
+@torch.compiler.assume_constant_result
+def _available() -> bool:
+    return not _failed and _kernels() is not None
 
 
 @functools.cache

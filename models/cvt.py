@@ -25,10 +25,11 @@ from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from models import cuda_depthwise
 from models.attention import attention
 from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
-from models.cpu_bf16 import LayerNormForProducts, Linear, linear
+from models.cpu_bf16 import LayerNormForProducts, Linear, compute_dtype, linear
 from models.layers import DropPath, add_branch, init_linear, make_head
 from models.ops import DepthwiseConv2d, channels_last, conv_norm, pad_to
 
@@ -71,19 +72,27 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """``size``: height and width of the map."""
         batch, tokens, dim = x.shape
-        token, x = (x[:, :1], x[:, 1:]) if self.class_token else (None, x)
+        token, x = x.split([1, tokens - 1], dim=1) if self.class_token else (None, x)
         if not x.is_cuda:
             x = x.contiguous()
-        x = x.unflatten(1, size).permute(0, 3, 1, 2)
 
-        def heads(branch: nn.Sequential, linear: nn.Linear) -> Tensor:
-            y = conv_norm(branch.conv, branch.bn, x).flatten(2).transpose(1, 2)
+        def heads(y: Tensor, linear: nn.Linear) -> Tensor:
+            y = y.flatten(2).transpose(1, 2)
             y = linear(y if token is None else torch.cat([token, y], dim=1))
             return y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
-        x = attention(heads(self.conv_proj_q, self.proj_q), heads(self.conv_proj_k, self.proj_k),
-                      heads(self.conv_proj_v, self.proj_v), self.scale, self.attn_drop)
+        maps = conv_norms([self.conv_proj_q, self.conv_proj_k, self.conv_proj_v], x.unflatten(1, size).permute(0, 3, 1, 2))
+        x = attention(*map(heads, maps, (self.proj_q, self.proj_k, self.proj_v)), self.scale, self.attn_drop)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, dim)))
+
+
+def conv_norms(branches: Sequence[nn.Sequential], x: Tensor) -> list[Tensor]:
+    """What several ``depthwise_bn`` make of one map."""
+    convs, dtype = [branch.conv for branch in branches], compute_dtype(x)
+    if not branches[0].bn.training or torch.compiler.is_compiling() or not cuda_depthwise.applies(x, dtype):
+        return [conv_norm(branch.conv, branch.bn, x) for branch in branches]
+    maps = cuda_depthwise.depthwise_branches(x.to(dtype).permute(0, 2, 3, 1), [c.weight for c in convs], [c.stride[0] for c in convs])
+    return [branch.bn(y.permute(0, 3, 1, 2)) for branch, y in zip(branches, maps, strict=True)]
 
 
 def depthwise_bn(dim: int, kernel: int, stride: int) -> nn.Sequential:

@@ -45,12 +45,14 @@ class RelativePositionEncoding(nn.Module):
         weight = torch.cat([F.pad(conv.weight, ((max(self.kernels) - kernel) // 2,) * 4)
                             for conv, kernel in zip(self.conv_list, self.kernels, strict=True)])
         key = device, torch.promote_types(weight.dtype, torch.float32)
-        constants = self._constants.get(key)
+        traced = torch.compiler.is_compiling()
+        constants = None if traced else self._constants.get(key)
         if constants is None:
             reaches = [kernel // 2 for kernel, width in zip(self.kernels, self.widths, strict=True) for _ in range(width)]
             constants = (torch.tensor(reaches, dtype=torch.int32).to(device),
                          head_mask(len(weight), len(weight) // self.head_dim, self.head_dim ** -0.5, *key))
-            if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):  # without values before the graph's first run
+            # What is captured has no values before the graph's first run.
+            if not (traced or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
                 self._constants[key] = constants
         return weight, torch.cat([conv.bias for conv in self.conv_list]), *constants
 
@@ -101,7 +103,12 @@ def attention_on_cuda(qkv: Tensor, weight: Tensor, bias: Tensor, reaches: Tensor
         reaches: as of ``models.cuda_depthwise.depthwise``.
         mask: ``head_mask``.
     """
-    return _FactorizedAttention.apply(qkv, weight, bias, reaches, mask)
+    if not torch.compiler.is_compiling():
+        return _FactorizedAttention.apply(qkv, weight, bias, reaches, mask)
+    q, k, v = qkv.chunk(3, dim=3)
+    encoding = cuda_depthwise.depthwise(v, weight, bias, reaches=reaches)
+    context = (k.flatten(1, 2).softmax(dim=1).to(v.dtype).transpose(1, 2) @ v.flatten(1, 2)) * mask
+    return q * encoding + (q.flatten(1, 2) @ context.to(q.dtype)).view_as(encoding)
 
 
 class _FactorizedAttention(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """Self-attention within groups of a map's tokens, on a GPU without laying out a group.
 
-``group_attention`` is an operation of two forms: on CUDA the kernels of ``models.triton_attention``, elsewhere (in tests) the formula.
+``group_attention`` is an operation of two forms: on CUDA the kernels of ``models.group_attention_kernels``, elsewhere (in tests) the
+formula.
 Against grouping tokens, ``F.scaled_dot_product_attention`` and ungrouping them, a block saves two permuting copies of the map forward and
 two backward, the copy that puts the gradients of q, k and v together, and a bias gradient as large as all logits, with its sum; a map of
 any size needs neither padding nor a bias for each group.
@@ -175,14 +176,14 @@ def _offset_of_pairs(group: int, device: torch.device, dtype: torch.dtype) -> Te
 
 def _launch(kernel: str, inputs: tuple[Tensor, ...], table: Tensor | None, results: tuple[Tensor, ...], qkv: Tensor, heads: int,
             group: int, interval: int, shift: int, scale: float) -> None:
-    from models import triton_attention  # only where there is a GPU: Triton takes a second to import
+    from models import group_attention_kernels  # only where there is a GPU: Triton takes a second to import
 
     batch, height, width, channels = qkv.shape
     dim, block = channels // (3 * heads), max(16, 1 << (group * group - 1).bit_length())
     options = dict(num_warps=block // 16, num_stages=2)
     if kernel == "backward" and block == 64 and dim <= 32:
         options["maxnreg"] = 168  # three programs a multiprocessor instead of two, for 132 bytes of spilled registers
-    getattr(triton_attention, kernel)[_grid(qkv, heads, group, interval)](
+    getattr(group_attention_kernels, kernel)[_grid(qkv, heads, group, interval)](
         *inputs, table, *results, batch, -(-width // (group * interval)), height, width, heads, group, interval, shift, scale,
         DIM=dim, BLOCK=block, BIASED=table is not None, PRECISION="ieee", **options)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from models import fused_position_bias
 from models.cpu_bf16 import compute_dtype
 
 POSITIONS = ("dpb", "dpb_residual", "table", "none")
@@ -115,6 +116,12 @@ class DynamicPositionBias(RelativePositionBias):
         self.pos1 = nn.Sequential(nn.LayerNorm(dim), nn.ReLU(), nn.Linear(dim, dim))
         self.pos2 = nn.Sequential(nn.LayerNorm(dim), nn.ReLU(), nn.Linear(dim, dim))
         self.pos3 = nn.Sequential(nn.LayerNorm(dim), nn.ReLU(), nn.Linear(dim, num_heads))
+
+    def by_offset(self, group: int, device: torch.device) -> Tensor:
+        weights = list(self.parameters())
+        if not fused_position_bias.fits(weights):
+            return super().by_offset(group, device)
+        return fused_position_bias.position_bias(weights, group, self.residual)
 
     def forward(self, offsets: Tensor) -> Tensor:
         x = self.pos_proj(offsets)

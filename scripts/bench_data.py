@@ -39,7 +39,7 @@ from data.loading.dataset import EvalImages
 from data.loading.workers import usable_cpus
 from data.sources.folder import scan_folder
 from data.transforms.build import build_eval_transform, build_train_transform, preprocessing
-from data.transforms.pipeline import build_eval_pipeline
+from data.transforms.build_pipelines import build_eval_pipeline
 
 BATCH = 20
 # ImageNet's sizes, roughly: width, height, share.

@@ -27,7 +27,7 @@ try:
 except ImportError:
     # torchvision has announced since 0.29 that a later release will not have it. Where simplejpeg is not installed either,
     # Pillow decodes everything, and the log says so: slower, the same pixels.
-    decode_jpeg = None
+    decode_jpeg = ImageReadMode = None
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision are deprecated", DeprecationWarning)
 
 LIBRARY = "simplejpeg" if simplejpeg is not None else "torchvision" if decode_jpeg is not None else "Pillow"
@@ -91,6 +91,18 @@ def read_header(data: bytes) -> Header | None:
     return None
 
 
+def is_whole(data: bytes) -> bool:
+    """Whether the end of a JPEG is there."""
+    return _END_OF_IMAGE in data[-32:]
+
+
+def is_ycc(data: bytes, header: Header) -> bool:
+    """Whether a plain JPEG is surely grey or YCbCr, the only ones that all decoders take alike without a look at Adobe's marker."""
+    names = header.height_at + 5  # of the channels, three bytes each
+    adobe = data.find(b"\xff\xee\x00\x0eAdobe")
+    return data[header.height_at + 4] == 1 or data[names:names + 9:3] != b"RGB" and (adobe < 0 or data[adobe + 15] == 1)
+
+
 def _may_be_rotated(block: bytes) -> bool:
     """Whether an EXIF or XMP block may contain an orientation other than upright."""
     if block[:6] != b"Exif\0\0":
@@ -118,7 +130,7 @@ def decode(data: bytes, header: Header, rows: int | None = None) -> np.ndarray |
         rows: rows needed from the top; the result has at least these, and the time for most of the others is saved. None: all.
     """
     buffer, partial = bytearray(data), False
-    if rows is not None and rows + header.block < header.height and header.sequential and _END_OF_IMAGE in data[-32:]:
+    if rows is not None and rows + header.block < header.height and header.sequential and is_whole(data):
         # With a smaller height in its header the decoder skips the rows below: one block of rows more than needed is decoded, since
         # colour is interpolated across its border. A file without its end is decoded whole, so that whether it counts as damaged
         # does not depend on the rows.

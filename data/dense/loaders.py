@@ -114,6 +114,8 @@ class _Training:
             raise ConfigError("DATA.DENSE.COPY_PASTE pastes objects, and TASK semantic trains on maps of classes; set it to 0")
         if config.DATA.DENSE.COPY_PASTE and not (source.has_masks and any(source.things)):
             raise ConfigError(f"DATA.DENSE.COPY_PASTE needs objects with masks, which {source.root} does not have; set it to 0")
+        if config.DATA.DECODER == "nvjpeg":
+            raise ConfigError(f"DATA.DECODER nvjpeg is not supported for TASK {config.TASK}; set it to auto")
         if config.DATA.REPEATED_AUG > 1:
             raise ConfigError(f"DATA.REPEATED_AUG is not supported for TASK {config.TASK}; leave it 1")
         if (pixels := max(math.prod(self.transform.resized(*size)) for size in np.unique(source.sizes, axis=0).tolist())) > LARGEST:

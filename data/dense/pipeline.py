@@ -105,7 +105,7 @@ class EvalDensePipeline(DensePipeline):
     """Resized images, with the maps of the files where the task is evaluated on maps."""
 
     def __init__(self, config: CfgNode, shape: tuple[int, ...], transform: EvalTransform, maps: bool, published: bool):
-        super().__init__(config, shape, config.DATA.DECODER == "pillow" or published and config.DATA.DECODER == "auto")
+        super().__init__(config, shape, config.DATA.DECODER == "pillow" or published and config.DATA.DECODER != "fast")
         self.transform, self.maps = transform, maps
 
     def prepared(self, source: Source, index: int, declared: Size | None) -> Prepared:

@@ -77,6 +77,15 @@ class BatchedImages(Dataset):
         """Uninitialised rows for ``size`` images."""
         return empty_in_shared_memory((size, *self.pipeline.shape), self.pipeline.dtype, self.pipe)
 
+    def ahead(self, batches: Iterable[tuple[Any, ...]], device: torch.device,
+              count: Callable[[list[Failure], tuple[int, ...]], None]) -> Iterable[tuple[Any, ...]]:
+        """What is done to ``batches`` before ``move``, while earlier ones are used; as it stands, nothing.
+
+        Args:
+            count: takes images that turn out to be unreadable, and numbers of images decoded: as ``Batch.decoded``, then on the device.
+        """
+        return batches
+
     def move(self, parts: tuple[Any, ...], device: torch.device) -> Any:
         """``(images (B, 3, H, W) float, targets)`` on ``device`` of the ``parts`` of a batch."""
         images, *parameters, targets = parts  # the parameters, where the device augments, stay on the host
@@ -130,10 +139,10 @@ class TrainImages(BatchedImages):
     def _read(self, key: Key, row: Tensor | None, failures: list[Failure]) -> tuple[Any, ...]:
         return self.corrupt_policy.read(key, failures, functools.partial(self._sample, out=row))
 
-    def _sample(self, key: Key, out: Tensor | None) -> tuple[Any, ...]:
+    def _sample(self, key: Key, out: Tensor | None, prepare: Callable[[Source, int, Tensor | None], Any] | None = None) -> tuple[Any, ...]:
         index = key[1]
         seed_generators(self.seed, key)
-        image = self.pipeline(self.source, index, out)
+        image = (prepare or self.pipeline)(self.source, index, out)
         target = self._target(key, self.source.target_of(index))
         return (*image, target) if isinstance(image, tuple) else (image, target)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import sys
 import threading
@@ -78,7 +79,7 @@ class ImageLoader:
     Attributes:
         failures: each unreadable image of this process once, in the order in which they were read.
         unreadable: how many images of the last pass of this process could not be read.
-        decoded: how many images of the last pass of this process the fast decoder and Pillow decoded.
+        decoded: how many images of the last pass of this process the fast decoder, Pillow and, where it is asked, the device decoded.
         report: called with a message for each unreadable image, unless None.
     """
 
@@ -86,7 +87,8 @@ class ImageLoader:
                  budget: int | None = None, **options: Any):
         self.failures: list[Failure] = []
         self.report: Callable[[str], None] | None = None
-        self.budget, self.timeout, self.device, self.unreadable, self.decoded = budget, timeout, device, 0, (0, 0)
+        self.budget, self.timeout, self.device, self.unreadable = budget, timeout, device, 0
+        self.decoded: tuple[int, ...] = (0, 0)
         self._reported: set[int] = set()
         self._iterator: Any = None
         # Forked workers start in milliseconds and share the index; torch and timm are not imported again.
@@ -114,13 +116,13 @@ class ImageLoader:
         self._iterator, self.unreadable, self.decoded = iter(self._loader), 0, (0, 0)
         if self.num_workers:
             _worker_deaths.take_over()
-        return to_device(self._batches(self._iterator), self.dataset.move, self.device)
+        return to_device(self.dataset.ahead(self._batches(self._iterator), self.device, self._count), self.dataset.move, self.device)
 
     def _batches(self, iterator: Iterator[Batch]) -> Iterator[tuple[Any, ...]]:
         while True:
             try:
                 with _worker_deaths:
-                    parts, failures, (fast, by_pillow) = next(iterator)
+                    parts, failures, decoded = next(iterator)
             except StopIteration:
                 return
             except DataError as error:  # torch puts the traceback of a worker before the sentence
@@ -133,11 +135,11 @@ class ImageLoader:
                 if "DataLoader worker" in str(error):
                     raise WorkerDied from None
                 raise
-            self._count_failures(failures)
-            self.decoded = self.decoded[0] + fast, self.decoded[1] + by_pillow
+            self._count(failures, decoded)
             yield tuple(_to_tensor(part) for part in parts)
 
-    def _count_failures(self, failures: list[Failure]) -> None:
+    def _count(self, failures: list[Failure], decoded: tuple[int, ...]) -> None:
+        self.decoded = tuple(map(sum, itertools.zip_longest(self.decoded, decoded, fillvalue=0)))
         for failure in failures:
             self.unreadable += 1
             if failure.index in self._reported:

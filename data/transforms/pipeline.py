@@ -7,6 +7,7 @@ over uint8 pixels, of which ``finish`` makes images on the device (``data/transf
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -16,73 +17,15 @@ import torch
 from timm.data.transforms import CenterCropOrPad, RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torch import Tensor
 from torchvision import transforms
-from yacs.config import CfgNode
 
-from config import ConfigError, input_channels
 from data.decoding import jpeg
 from data.decoding.pillow import decode_pixels, from_rgb
 from data.decoding.resize import MODES, resize_crop, resize_window, rows_needed
-from data.messages import Notice
 from data.sources.base import Source
 from data.transforms import randaugment
-from data.transforms.build import build_eval_transform, build_train_transform, preprocessing
 from data.transforms.device_transforms import DeviceAugment, DeviceNormalise
 from data.transforms.fit import fitted_size, padded
-from data.transforms.params import Augmentation, leave_out_colour
-
-
-def build_train_pipeline(config: CfgNode, device: torch.device) -> tuple[Pipeline, list[str]]:
-    """(the pipeline that DATA.DECODER, DATA.AUGMENT_ON and the policy ask for, messages for the user).
-
-    Raises:
-        ConfigError: augmentation is asked for on the device, which does not support all of it.
-    """
-    transform, where, channels = build_train_transform(config), config.DATA.AUGMENT_ON, input_channels(config)
-    if config.DATA.DECODER == "pillow":
-        if where == "device":
-            raise ConfigError("DATA.AUGMENT_ON device cannot be used with DATA.DECODER pillow; set one of them to auto")
-        return PillowPipeline(transform), []
-    notices: list[str] = []
-    try:
-        if channels != 3 and (left_out := leave_out_colour(transform)):
-            notices.append(Notice(f"left out of the augmentation, since it needs RGB: {', '.join(left_out)} (MODEL.IN_CHANS {channels})"))
-        augmentation = Augmentation(transform)
-    except LookupError as reason:
-        if channels != 3:
-            raise _needs_rgb(reason, channels) from None
-        if where == "device":
-            raise ConfigError(f"DATA.AUGMENT_ON is device, which does not support this augmentation ({reason.args[0]}); "
-                              "set it to auto, or take a rand- policy in AUG.AUTO_AUGMENT") from None
-        return PillowPipeline(transform), [Notice(f"this augmentation ({reason.args[0]}) is timm's own on Pillow, about half as fast "
-                                                  "as that of a rand- policy")]
-    pipeline = TrainPipeline(augmentation, where == "device" or (where == "auto" and device.type == "cuda"))
-    if pipeline.on_device and device.type == "cuda" and torch.cuda.is_available() and (reason := pipeline.finish.compile(device)):
-        notices.append(Notice(f"augmentation on the device is one operation at a time, which slows training down: it needs Triton and a C "
-                              f"compiler ({reason})"))
-    return pipeline, notices
-
-
-def build_eval_pipeline(config: CfgNode, device: torch.device, published: bool) -> tuple[Pipeline, list[str]]:
-    """(the pipeline that DATA.DECODER asks for, messages for the user).
-
-    Args:
-        published: the weights were published by others: with DATA.DECODER auto they get Pillow's pixels, as their authors evaluated.
-    """
-    transform = build_eval_transform(preprocessing(config))
-    channels = input_channels(config)
-    if config.DATA.DECODER == "pillow" or (published and config.DATA.DECODER == "auto" and channels == 3):
-        return PillowPipeline(transform), []
-    try:
-        return EvalPipeline(transform, on_device=device.type == "cuda"), []
-    except LookupError as reason:
-        if channels != 3:
-            raise _needs_rgb(reason, channels) from None
-        return PillowPipeline(transform), [Notice(f"evaluation images are prepared by Pillow ({reason.args[0]})")]
-
-
-def _needs_rgb(reason: LookupError, channels: int) -> ConfigError:
-    return ConfigError(f"{reason.args[0]} is Pillow's, which does not prepare images of {channels} channels; set DATA.INTERPOLATION to "
-                       "bicubic or bilinear")
+from data.transforms.params import Augmentation
 
 
 class Decoder:
@@ -142,6 +85,10 @@ class Pipeline:
             UnreadableImage: it cannot be read or decoded.
         """
         raise NotImplementedError
+
+    def image_bytes(self) -> int:
+        """Bytes of an image as it is handed over, at most."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def counts(self) -> tuple[int, int]:
         """(images decoded by the fast decoder, images decoded by Pillow) since the last call."""

@@ -26,9 +26,9 @@ from data.sources.deep_levels import find_levels, window_option
 from data.sources.folder import scan_flat
 from data.transforms import device_transforms, randaugment
 from data.transforms.build import build_train_transform
+from data.transforms.build_pipelines import build_eval_pipeline, build_train_pipeline
 from data.transforms.device_transforms import DeviceAugment
 from data.transforms.params import Augmentation, leave_out_colour
-from data.transforms.pipeline import build_eval_pipeline, build_train_pipeline
 
 tifffile = pytest.importorskip("tifffile")
 BANDS = np.random.RandomState(0).randint(0, 4000, (13, 40, 48)).astype(np.uint16)

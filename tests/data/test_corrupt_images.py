@@ -49,7 +49,13 @@ def stream(root: Path, start: int, steps: int, *opts: object) -> tuple[list, lis
     return found, lines, loaders.train.failures
 
 
-PIPELINES = [("DATA.AUGMENT_ON", "worker"), ("DATA.AUGMENT_ON", "device"), ("DATA.DECODER", "pillow")]
+PIPELINES = [("DATA.AUGMENT_ON", "worker"), ("DATA.AUGMENT_ON", "device"), ("DATA.DECODER", "pillow"), ("DATA.DECODER", "nvjpeg")]
+
+
+@pytest.fixture(autouse=True)
+def _decoder_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libjpeg stands in for nvJPEG."""
+    monkeypatch.setattr("data.decoding.nvjpeg.require", lambda device: None)
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)

@@ -21,9 +21,10 @@ from data.loading.device_prefetch import to_device
 from data.messages import NOTICE
 from data.transforms import randaugment as ra
 from data.transforms.build import build_train_transform
+from data.transforms.build_pipelines import build_train_pipeline
 from data.transforms.device_transforms import DeviceAugment
 from data.transforms.params import Augmentation, AugmentParams
-from data.transforms.pipeline import TrainPipeline, build_train_pipeline
+from data.transforms.pipeline import TrainPipeline
 
 triton = pytest.importorskip("triton")
 from data.transforms import device_kernels  # noqa: E402

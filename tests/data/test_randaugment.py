@@ -17,9 +17,10 @@ from data.messages import NOTICE
 from data.sources.base import Source
 from data.transforms import randaugment as ra
 from data.transforms.build import build_train_transform
+from data.transforms.build_pipelines import build_eval_pipeline, build_train_pipeline
 from data.transforms.device_transforms import _OPERATIONS, DeviceAugment, normal_noise
 from data.transforms.params import Augmentation
-from data.transforms.pipeline import PillowPipeline, TrainPipeline, build_eval_pipeline, build_train_pipeline
+from data.transforms.pipeline import PillowPipeline, TrainPipeline
 
 FILL = (124, 116, 104)
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from families import tiny
 from gradients import close, gradients
 from torch import Tensor, nn
 
-from models import cuda_depthwise, ops
+from models import cuda_depthwise, mpvit, ops
 
 # kernel, stride, (height, width), channels, skip, a slice of a wider map's channels, whether kernels reach less far in some channels
 CASES = [(3, 1, (6, 9), 10, True, False, False), (3, 2, (7, 4), 8, False, True, False), (5, 2, (3, 10), 6, False, True, False),
@@ -84,6 +84,19 @@ def test_a_whole_model_in_this_form(family: str, monkeypatch: pytest.MonkeyPatch
         assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours, plain, strict=True)), training
 
 
+def test_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As COMPILE blocks has it on a GPU."""
+    assert torch.compile(lambda x: x + int(cuda_depthwise._available()), fullgraph=True, backend="aot_eager")(torch.zeros(1)) == (
+        cuda_depthwise._available())
+    layer = next(m for m in tiny("mpvit", "MODEL.DROP_PATH_RATE", 0).double().modules() if isinstance(m, mpvit.EncoderLayer))
+    x = torch.randn(2, 4, 3, 16, dtype=torch.float64, requires_grad=True)
+    plain = gradients(lambda x, *_: layer(x), x, *layer.parameters())
+    monkeypatch.setattr(cuda_depthwise, "applies", lambda x, dtype: True)
+    layer.compile(fullgraph=True, backend="aot_eager")
+    ours = gradients(lambda x, *_: layer(x, layer.crpe.joined(x.device)), x, *layer.parameters())
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours, plain, strict=True))
+
+
 def test_what_it_is_not_for() -> None:
     assert not cuda_depthwise.applies(torch.randn(1, 4, 2, 2).bfloat16(), torch.bfloat16)
 
@@ -101,7 +114,7 @@ def test_batch_norm_of_a_pointwise_convolution(monkeypatch: pytest.MonkeyPatch) 
 
 def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    result = subprocess.run([sys.executable, __file__], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120,
+    result = subprocess.run([sys.executable, __file__], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
                             env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)})
     assert result.returncode == 0, result.stderr
 

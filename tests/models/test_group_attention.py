@@ -104,8 +104,8 @@ def test_kernels_compile_for_hopper(kernel):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from models import triton_attention
-    function, constants = getattr(triton_attention, kernel), dict(DIM=32, BLOCK=64, BIASED=True, PRECISION="ieee")
+    from models import group_attention_kernels
+    function, constants = getattr(group_attention_kernels, kernel), dict(DIM=32, BLOCK=64, BIASED=True, PRECISION="ieee")
     kinds = dict(qkv="*bf16", out="*bf16", grad="*bf16", to_qkv="*bf16", table="*fp32", to_bias="*fp32", scale="fp32")
     names = function.arg_names
     source = triton.compiler.ASTSource(

@@ -10,11 +10,12 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import differences
+from conftest import differences, load
 from families import FAMILIES, tiny
 from op_recorder import OpRecorder
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from utils.runtime.compile import compile_model
 from utils.runtime.cuda_graph import CudaRecorder
 from utils.runtime.precision import Precision
 from utils.tasks.build import build_task
-from utils.training import step_graph
+from utils.training import assembly, step_graph
 from utils.training.engine import Progress, Step, StepPlan, train_one_epoch
 from utils.training.step_graph import WARM_UP, Graphs, choose_step
 
@@ -91,7 +92,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 @pytest.mark.parametrize(("family", "optimizer", "accumulate", "recordings"), [
-    ("crossformer", "adamw", 2, 3), ("crossformer", "sgd", 1, 2), ("mpvit", "adamw", 2, 3), ("mpvit", "lion", 2, 2)])
+    ("crossformer", "adamw", 2, 3), ("crossformer", "sgd", 1, 2), ("mpvit", "adamw", 2, 3), ("crossformer", "lion", 2, 2)])
 def test_a_recorded_run_ends_in_the_same_bits(family: str, optimizer: str, accumulate: int, recordings: int) -> None:
     """Accumulation, rates that change, random numbers, an average, batch norms, steps that are left out before and after the recording.
 
@@ -113,7 +114,7 @@ def test_what_a_checkpoint_holds_is_the_same_and_either_kind_of_run_continues_th
     state, plan, _ = run(accumulate=1)
     train(state, plan, WARM_UP + 3)
     wanted = content(state)
-    for before, after in ((None, OpRecorder), (OpRecorder, None), (OpRecorder, OpRecorder)):
+    for before, after in ((None, OpRecorder), (OpRecorder, None)):
         state, plan, _ = run(before, accumulate=1)
         train(state, plan, WARM_UP + 1)
         saved = content(state)
@@ -157,6 +158,29 @@ def test_an_evaluation_between_steps_changes_nothing() -> None:
                 state.model.eval()(torch.zeros(1, 3, 64, 64))
         wanted.append(content(state))
     assert differences(*wanted) == [] and OpRecorder.recordings == 3
+
+
+def test_a_whole_run_is_the_same(tiny_cfg: Path, program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through loader, evaluations and checkpoints, its end by another start; on a CPU as it is a notice says that nothing is recorded."""
+    options = {"REPORT": "none", "SAVE_EVERY_STEPS": 6, "KEEP_CHECKPOINTS": 0, "LR_SCHEDULER.NAME": "step", "WARMUP_EPOCHS": 0,
+               "LR_BATCH": 0, "BASE_LR": 2 ** -6}  # a rate that fp32 holds
+    command = ("--cfg", tiny_cfg, "--compile", "graphs", "--device", "cpu", "--epochs", 1, "--batch-size", 4,
+               "--opts", *(word for key, value in options.items() for word in (f"TRAIN.{key}", value)))
+    plain = program(*command)
+    assert plain.returncode == 0 and plain.stdout.count("notice: steps are not recorded") == 1, plain.stderr
+    monkeypatch.setattr(assembly, "choose_step", lambda how, device, processes, say: Graphs(say, OpRecorder))
+    OpRecorder.replays = 0
+    end, folder = load(program.folder / "output/tiny/default/last.pth"), program.folder / "output/tiny/recorded"
+    for steps in (end["step"], end["step"] - 6):
+        done = program(*command, "TAG", "recorded")
+        assert done.returncode == 0 and done.stdout.count("recorded a training step as 2 CUDA graphs") == 1, done.stderr
+        found = load(folder / "last.pth")
+        assert differences(*[{key: each[key] for key in ("model", "ema", "optimizer", "step")} for each in (found, end)]) == []
+        assert OpRecorder.replays == 2 * (steps - WARM_UP)
+        OpRecorder.replays = 0
+        for path in folder.glob("*.pth"):
+            if path.name != "ckpt_00000006.pth":
+                path.unlink()  # as a kill in the first epoch leaves it
 
 
 class _Reads(nn.Module):

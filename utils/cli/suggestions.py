@@ -52,6 +52,7 @@ ELSEWHERE: list[tuple[str, str]] = [
     ("pin-mem", "--opts DATA.PIN_MEMORY True"),
     ("channels-last no-prefetcher", "nothing: it is chosen by the device"),
     ("torchcompile torchscript", "--compile"),
+    ("cuda-graph cuda-graphs", "--compile graphs"),
     ("log-wandb wandb", "--opts TRACKER wandb"),
     ("recovery-interval save-interval", "--opts TRAIN.SAVE_EVERY_STEPS"),
     ("iters max-iters max-iter max-steps num-steps total-iters", "--iterations"),

@@ -217,7 +217,7 @@ def _hub_config(config: CfgNode, trained: Trained, name: str, arguments: dict[st
 
 def _pixels_as_evaluated(config: CfgNode, trained: Trained) -> CfgNode:
     """Published weights are evaluated on Pillow's pixels; as an export they no longer count as published."""
-    if not trained.published or config.DATA.DECODER != "auto":
+    if not trained.published or config.DATA.DECODER in ("fast", "pillow"):
         return config
     return with_values(config, {"DATA.DECODER": "pillow"}, "export")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections.abc import Callable
@@ -22,8 +23,8 @@ def unreadable_image_reporter(logger: logging.Logger) -> Callable[[str], None]:
 
 def decoding(loader: Any) -> str:
     """How the images of the loader's last pass were made, over all ranks; every rank must ask."""
-    fast, odd = (sum(counts) for counts in zip(*distributed.gather_objects(loader.decoded), strict=True))
-    return loader.dataset.pipeline.summary(fast, odd)
+    counts = itertools.zip_longest(*distributed.gather_objects(loader.decoded), fillvalue=0)
+    return loader.dataset.pipeline.summary(*map(sum, counts))
 
 
 def tell_unreadable(loader: Any, result: Evaluation, logger: logging.Logger) -> None:

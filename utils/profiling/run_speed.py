@@ -23,6 +23,7 @@ from utils.training.engine import Progress, train_one_epoch
 from utils.training.setup import Prepared
 
 WARM_UP, FEWEST, MOST = 2, 2, 40  # steps not timed; timed steps, at least and at most
+RECORDING = 2  # more steps not timed on CUDA, whose fourth step may be recorded
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,15 @@ def measure(ready: Prepared, logger: logging.Logger) -> Speed:
     one = next(batches)
     distributed.begin_phase("planning: steps")
     ready_batches = itertools.repeat(one)
-    trial = _timed_steps(model, ready, ready_batches, WARM_UP)[-1]
-    step = statistics.median(_timed_steps(model, ready, ready_batches, _agreed(seconds / trial)))
+    on_cuda = ready.device.type == "cuda"
+    trial = _timed_steps(model, ready, ready_batches, WARM_UP + RECORDING * on_cuda, waits=True)[-1]
+    step = statistics.median(_timed_steps(model, ready, ready_batches, _agreed(seconds / trial), waits=not on_cuda))
     distributed.begin_phase("planning: loading")
     batch = _loading_seconds(batches, loaders.train.num_workers, ready.device, seconds / 2)
     workers = loaders.train.num_workers
     distributed.begin_phase("planning: steps with loading")
     number = max(_agreed(2 * seconds / max(step, batch)), _agreed(2 * workers))
-    both = statistics.mean(_timed_steps(model, ready, batches, number))
+    both = statistics.mean(_timed_steps(model, ready, batches, number, waits=not on_cuda))
     distributed.begin_phase("planning: evaluation")
     evaluation = _evaluation_seconds(ready, logger)
     every = distributed.gather_objects((step, batch, both, evaluation or 0.0))
@@ -71,16 +73,22 @@ def _endless(loaders: Any, start: int) -> Iterator[Batch]:
         start = 0
 
 
-def _timed_steps(model: nn.Module, ready: Prepared, batches: Iterable[Batch], number: int) -> list[float]:
-    """Seconds of each of ``number`` steps through the real loop; the run's step count stays."""
+def _timed_steps(model: nn.Module, ready: Prepared, batches: Iterable[Batch], number: int, waits: bool) -> list[float]:
+    """Seconds of each of ``number`` steps through the real loop; the run's step count stays.
+
+    Args:
+        waits: for the device after each of them; else at the end alone, as a run does, and the mean is the one number.
+    """
     state, times, first = ready.state, [], ready.state.step
     then = time.perf_counter()
 
     def after_step(*_: Any) -> None:
         nonlocal then
+        if not waits and state.step < first + number:
+            return
         synchronize(ready.device)
         now = time.perf_counter()
-        times.append(now - then)
+        times.append((now - then) / (1 if waits else number))
         then = now
 
     train_one_epoch(model, state, iter(batches), first + number, ready.plan, Progress(ready.device), after_step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import warnings
@@ -14,6 +15,14 @@ import torch
 T = TypeVar("T")
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all recordings there. On it libraries have what they need for it from the rehearsals, and autograd's nodes, which
+    remember the stream of the forward pass, know no other.
+    """
+    return torch.cuda.Stream(device)
+
+
 class CudaRecorder:
     """Records work on a CUDA device as graphs, which share their memory and so must be replayed one after the other, as recorded.
 
@@ -23,14 +32,10 @@ class CudaRecorder:
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.device, self.stream, self.pool = device, _stream(device), torch.cuda.graph_pool_handle()
 
     def rehearse(self, work: Callable[[], T]) -> tuple[T, str]:
-        """(what ``work`` gives, what in it waits for the device and so cannot be recorded, or nothing). The work is done.
-
-        It runs on the stream of the recordings: so libraries have what they need for that one, and autograd's nodes, which remember
-        their stream, know no other.
-        """
+        """(what ``work`` gives, what in it waits for the device and so cannot be recorded, or nothing). The work is done."""
         current, mode = torch.cuda.current_stream(self.device), torch.cuda.get_sync_debug_mode()
         self.stream.wait_stream(current)
         with warnings.catch_warnings(record=True) as told, torch.cuda.stream(self.stream):
@@ -69,7 +74,9 @@ class CudaRecorder:
     def _clean_up(self, current: torch.cuda.Stream) -> None:
         """Leave the recording, where torch, which found it broken, did not: its stream, its memory and its way to random numbers."""
         torch.cuda.set_stream(current)
+        index = self.device.index or 0
         with contextlib.suppress(RuntimeError, AttributeError, TypeError):
-            torch._C._cuda_endAllocateToPool(self.device.index or 0, self.pool)
-        generator = torch.cuda.default_generators[self.device.index or 0]
+            torch._C._cuda_endAllocateToPool(index, self.pool)  # raises where torch has done both
+            torch._C._cuda_releasePool(index, self.pool)
+        generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())

@@ -18,7 +18,7 @@ from data.messages import NOTICE
 from utils.checkpoints.state import TrainState
 from utils.evaluation.setup import open_loaders
 from utils.runtime import distributed, launcher, memory
-from utils.runtime.compile import compile_model, forget_compiled, require_compiler
+from utils.runtime.compile import compile_model, compiled_part, forget_compiled, require_compiler
 from utils.runtime.memory import format_size
 from utils.runtime.precision import choose_precision
 from utils.runtime.seed import make_deterministic
@@ -87,7 +87,7 @@ def largest_micro_batch(config: CfgNode, task: Task, local: int, num_classes: in
     most = room()
     with memory.limited_to(device, config.PLAN.MEMORY):
         found, measured = _try_sizes(Trial(config, task, local, num_classes, device), sizes, most, room)
-    if config.COMPILE != "off":
+    if compiled_part(config.COMPILE) != "off":
         forget_compiled()
     memory.reset_peak(device)  # gives back what the trial had
     found = min(distributed.gather_objects(found))
@@ -163,7 +163,7 @@ class Trial:
     def peak(self, micro: int) -> int | None:
         """Bytes taken at the peak of training in micro-batches of ``micro`` images; None when memory did not suffice."""
         found = memory.peak_of(lambda: two_steps(self.state, self.plan, self.config, self.local, micro, self.num_classes), self.plan.device)
-        if found is None and self.config.COMPILE != "off":
+        if found is None and compiled_part(self.config.COMPILE) != "off":
             forget_compiled()  # it is for a size of no use, and may have been left half-made
         return found
 
