@@ -156,21 +156,32 @@ def test_the_paces_give_back_what_was_measured_of_crossformer_small() -> None:
             assert 1e3 * rows[name].expected == pytest.approx(milliseconds, rel=0.25), name
 
 
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
 def test_gradients_walk_through_the_graph_as_torchs_engine_does() -> None:
-    """Parameters that two branches share, broadcasting, types that change and several results: on the CPU, with numbers."""
+    """Parameters that two branches share or none reaches, broadcasting, types that change, several results: on the CPU, with numbers."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.BatchNorm2d(8), nn.Flatten(2), nn.LayerNorm(36), nn.Linear(36, 6))
-    x = torch.randn(2, 3, 8, 8)
+    x, unreached = torch.randn(2, 3, 8, 8), nn.Parameter(torch.ones(6))
 
     def gradients(run) -> list[torch.Tensor]:
         model.zero_grad()
-        y = model(x)
+        y = WithoutGradient.apply(model(x), unreached)
         first, second, third = (y + model[5](torch.ones(36)).bfloat16().float() * y.detach()).chunk(3, dim=-1)
         run(first.sum() + second.exp().mean() + (third * first).sum())
         return [p.grad.clone() for p in model.parameters()]
 
     for own, theirs in zip(gradients(backward), gradients(torch.Tensor.backward), strict=True):
         torch.testing.assert_close(own, theirs)
+    assert unreached.grad is None
 
 
 def test_the_script_prints_tables(capsys, tmp_path) -> None:
