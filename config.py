@@ -765,6 +765,8 @@ KEYS: tuple[Key, ...] = (
     Key("MODEL.CROSSFORMER.ATTENTION", None, _optional(_str), "lsda (short and long distance in turn), sda or lda alone"),
     Key("MODEL.CROSSFORMER.POSITION", None, _optional(_str), "position bias: dpb, dpb_residual, table (Swin's) or none"),
     Key("MODEL.CROSSFORMER.APE", None, _optional(_bool), "learned absolute position embedding on the tokens"),
+    Key("MODEL.CROSSFORMER.LOW_PRECISION_RESIDUAL", None, _optional(_bool),
+        "keep the first stage's residual stream in bf16 or fp16, under PRECISION's, as that of the others is"),
     Key("MODEL.CROSSFORMER.PATCH_NORM", None, _optional(_bool), "layer norm after the image embedding"),
     Key("MODEL.CROSSFORMER.GROUP_TYPE", None, _optional(_str), "constant, linear, linear_div, alter or 7_14 (CrossFormer++)"),
     Key("MODEL.CROSSFORMER.USE_ACL", None, _optional(_bool), "amplitude cooling layers (CrossFormer++)"),

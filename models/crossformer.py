@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
+from models import fused_norm
 from models.attention import biased_self_attention
 from models.base import MergingModel, Stage, check_heads, check_mlps, check_stages, register_variants
-from models.cpu_bf16 import LayerNormForProducts, Linear
+from models.cpu_bf16 import LayerNormForProducts, Linear, compute_dtype
 from models.cross_scale_embedding import CrossScaleEmbedding, CrossScaleMerging, check_kernels
-from models.fused_norm import fuses_groups, norm_in_groups
 from models.group_attention import fits, from_groups, group_attention, to_groups
-from models.layers import DropPath, Mlp, add_branch, init_linear, is_hooked, make_head
+from models.layers import DropPath, Mlp, add_branch, add_branch_and_norm, init_linear, is_hooked, make_head, norm_and_skip
 from models.ops import DepthwiseConv2d
 from models.position_bias import POSITIONS, DynamicPositionBias, PositionTable, RelativePositionBias
 
@@ -100,39 +100,52 @@ class Block(nn.Module):
         self.ex_ln = nn.LayerNorm(dim) if acl else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = add_branch(x, self.attend_groups(x, self.norm1), self.drop_path)
-        x = add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
+        group, interval, on_map = self.layout(x)
+        if not on_map and fused_norm.fuses(self.norm1, x) and not is_hooked(self.norm1):
+            groups, x = fused_norm.norm_and_skip(self.norm1, x, group, interval)
+            branch = self.attend_groups(x, groups)
+        else:
+            y, x = norm_and_skip(self.norm1, x)
+            branch = self.attend_groups(y)
+        y, x = add_branch_and_norm(x, branch, self.drop_path, self.norm2)
+        x = add_branch(x, self.mlp(y), self.drop_path)
         if self.ex_conv is not None:
             x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return x
 
-    def attend_groups(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """Attention among the tokens of each group, of the map ``x`` or of what ``norm`` makes of it. (B, H, W, C) -> the same."""
-        batch, height, width, _ = x.shape
+    def layout(self, x: Tensor) -> tuple[int, int, bool]:
+        """For a map (B, H, W, C): group size, interval, and whether attention takes the map as it is (``group_attention``)."""
+        height, width = x.shape[1:3]
         group, interval = self.group_size, self.interval
         if min(height, width) <= group:
             group, interval = min(height, width), 1
+        padded = height % (group * interval) or width % (group * interval)
+        attn, possible = self.attn, (self.mask_padding or not padded) and not is_hooked(self.attn)
+        return group, interval, possible and fits(x, attn.num_heads, group, attn.attn_drop)
+
+    def attend_groups(self, x: Tensor, groups: Tensor | None = None) -> Tensor:
+        """Attention among the tokens of each group. (B, H, W, C) -> the same.
+
+        Args:
+            x: the map, normed, or any of its size if there are ``groups``.
+            groups: the normed map as ``to_groups`` orders it, padded with zeros.
+        """
+        batch, height, width, _ = x.shape
+        group, interval, on_map = self.layout(x)
+        if on_map:
+            return self.attn.on_map(x, group, interval)
         span = group * interval
         pad_h, pad_w = (span - height % span) % span, (span - width % span) % span
-        attn, padded = self.attn, bool(pad_h or pad_w)
-        on_map = (self.mask_padding or not padded) and not is_hooked(attn) and fits(x, attn.num_heads, group, attn.attn_drop)
-        fused = norm is not None and not on_map and fuses_groups(norm, x)
-        if norm is not None and not fused:
-            x = norm(x)
-        if on_map:
-            return attn.on_map(x, group, interval)
         mask = None
-        if padded:
+        if (pad_h or pad_w) and self.mask_padding:
+            real = torch.zeros(1, height, width, 1, device=x.device)
+            mask = F.pad(real, (0, 0, 0, pad_w, 0, pad_h), value=PADDED_KEY)
+            mask = to_groups(mask, group, interval).view(-1, 1, 1, group * group)
+        if groups is None:
             # Zeros after the norm: the keys and values of padding are the projection's biases.
-            x = x if fused else F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
-            if self.mask_padding:
-                real = torch.zeros(1, height, width, 1, device=x.device)
-                mask = F.pad(real, (0, 0, 0, pad_w, 0, pad_h), value=PADDED_KEY)
-                mask = to_groups(mask, group, interval).view(-1, 1, 1, group * group)
-        x = norm_in_groups(norm, x, group, interval) if fused else to_groups(x, group, interval)
-        groups = attn(x, group, mask)
-        x = from_groups(groups, batch, height + pad_h, width + pad_w, group, interval)
-        return x[:, :height, :width] if padded else x
+            groups = to_groups(F.pad(x, (0, 0, 0, pad_w, 0, pad_h)) if pad_h or pad_w else x, group, interval)
+        x = from_groups(self.attn(groups, group, mask), batch, height + pad_h, width + pad_w, group, interval)
+        return x[:, :height, :width] if pad_h or pad_w else x
 
 
 GROUP_TYPES = ("constant", "linear", "linear_div", "alter", "7_14")
@@ -176,6 +189,8 @@ class CrossFormer(MergingModel):
         position: ``dpb``, ``dpb_residual``, ``table`` (Swin's relative bias) or ``none``.
         ape: a learned absolute position embedding of ``img_size`` on the tokens, resized for other sizes. With
             ``position="none"`` it is the paper's ablation with absolute positions.
+        low_precision_residual: under autocast, keep the residual stream of the first stage in autocast's type, as merging leaves that of
+            the others; by itself it is in the fp32 of the embedding's norm.
         drop_path_rate: rate of the last block; it grows linearly over all blocks.
     """
 
@@ -186,7 +201,8 @@ class CrossFormer(MergingModel):
                  merge_size: Sequence[Sequence[int]] = ((2, 4), (2, 4), (2, 4)),
                  mlp_ratio: float | Sequence[float] = 4.0, qkv_bias: bool = True, qk_scale: float | None = None,
                  patch_norm: bool = True, group_type: str = "constant", use_acl: bool = False, mask_padding: bool = True,
-                 attention: str = "lsda", position: str = "dpb", ape: bool = False, drop_rate: float = 0.0, attn_drop_rate: float = 0.0,
+                 attention: str = "lsda", position: str = "dpb", ape: bool = False,
+                 low_precision_residual: bool = False, drop_rate: float = 0.0, attn_drop_rate: float = 0.0,
                  drop_path_rate: float = 0.1):
         super().__init__()
         stages = len(depths)
@@ -215,7 +231,7 @@ class CrossFormer(MergingModel):
             height, width = img_size if isinstance(img_size, (tuple, list)) else (img_size, img_size)
             self.absolute_pos_embed = nn.Parameter(torch.empty(1, -(-height // stride), -(-width // stride), embed_dim))
             trunc_normal_(self.absolute_pos_embed, std=0.02)
-        self.pos_drop = nn.Dropout(drop_rate)
+        self.pos_drop, self.low_precision_residual = nn.Dropout(drop_rate), low_precision_residual
         side = min(img_size) if isinstance(img_size, (tuple, list)) else img_size
         base = max(1, side // stride)
         rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
@@ -242,6 +258,8 @@ class CrossFormer(MergingModel):
 
     def place(self, tokens: Tensor) -> Tensor:
         """(B, H/4, W/4, C) -> the same, with absolute positions where the model has them."""
+        if self.low_precision_residual:
+            tokens = tokens.to(compute_dtype(tokens))
         if self.absolute_pos_embed is not None:
             tokens = tokens + self.absolute_positions(tokens.shape[1], tokens.shape[2])
         return self.pos_drop(tokens)
@@ -279,7 +297,8 @@ NODE_KEYS = {"EMBED_DIM": "embed_dim", "DEPTHS": "depths", "NUM_HEADS": "num_hea
              "INTERVAL": "interval", "PATCH_SIZE": "patch_size", "MERGE_SIZE": "merge_size", "MLP_RATIO": "mlp_ratio",
              "IN_CHANS": "in_chans", "QKV_BIAS": "qkv_bias", "QK_SCALE": "qk_scale", "PATCH_NORM": "patch_norm",
              "GROUP_TYPE": "group_type", "USE_ACL": "use_acl", "NO_MASK": "no_mask",
-             "ATTENTION": "attention", "POSITION": "position", "APE": "ape"}
+             "ATTENTION": "attention", "POSITION": "position", "APE": "ape",
+             "LOW_PRECISION_RESIDUAL": "low_precision_residual"}
 ONLY = {"USE_CPE": False, "PAD_TYPE": 0, "ADAPT_INTER": False}
 REQUIRED = ("EMBED_DIM", "DEPTHS", "NUM_HEADS")
 

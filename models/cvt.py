@@ -30,7 +30,7 @@ from models.attention import attention
 from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
 from models.cpu_bf16 import LayerNormForProducts, Linear, compute_dtype, linear
-from models.layers import DropPath, add_branch, init_linear, make_head
+from models.layers import DropPath, add_branch, add_branch_and_norm, init_linear, make_head, norm_and_skip
 from models.ops import DepthwiseConv2d, channels_last, conv_norm, pad_to
 
 
@@ -131,8 +131,9 @@ class Block(nn.Module):
         self.mlp = QuickGeluMlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        x = add_branch(x, self.attn(self.norm1(x), size), self.drop_path)
-        return add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
+        y, x = norm_and_skip(self.norm1, x)
+        y, x = add_branch_and_norm(x, self.attn(y, size), self.drop_path, self.norm2)
+        return add_branch(x, self.mlp(y), self.drop_path)
 
 
 class Stage(nn.Module):

@@ -7,13 +7,16 @@ Here a call on n numbers in rows of C, of s bytes each, whose result has t bytes
 
 * forward: n s read, n t + 8 n/C written (mean and reciprocal deviation, which are all that is kept beside the input);
 * backward: n (s + t) + 8 n/C read, n s written, and sums of weight's and bias's gradients, at most 57 kB a multiprocessor for 1,024
-  channels, written and read. They are added up in a fixed order, so results repeat to the bit.
+  channels, written and read. They are added up in a fixed order, so results repeat to the bit;
+* n s more read backward where a skip's gradient is added in the same pass, of 3 n s that an addition would move;
+* n t more read and n s written forward, n t written backward, where what is normed is the residual's sum with a branch of t bytes.
 
-For (256, 56, 56, 96) from fp32 to bf16 that is 469 MB and 777 MB, 0.12 and 0.19 ms at 4 TB/s. Padding to whole groups, zeros, is written
-by the same pass. Triton compiles a kernel for each number of channels and pair of types, 0.2 s each, kept on disk.
+For (256, 56, 56, 96) from fp32 to bf16 that is 469 MB and 777 MB, 0.12 and 0.19 ms at 4 TB/s; with skip and branch 931 MB and 1,239 MB,
+in three launches where torch takes eight. Padding to whole groups, zeros, is written by the same pass. Triton compiles a
+kernel for each number of channels, pair of types and form, 0.2 s each, kept on disk.
 
 Both directions are operations of torch (``crossformer::layer_norm``, ``layer_norm_backward``), which fake tensors and dispatch modes see.
-This costs 7 us of the host forward and backward together in place of 33 by ``torch.library.custom_op``.
+On a CPU this costs 14 us of the host, forward and backward together, in place of 33 by ``torch.library.custom_op``.
 
 Shapes: B batch, H W map, C channels, G group size.
 """
@@ -48,7 +51,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not fuses(self, x):
             return super().forward(x)
-        return layer_norm(x, self.weight, self.bias, self.eps, _result_type(self, x))
+        return layer_norm(x, self.weight, self.bias, self.eps, _result_type(self, x))[0]
 
 
 def fuses(norm: nn.Module, x: Tensor) -> bool:
@@ -61,14 +64,32 @@ def fuses(norm: nn.Module, x: Tensor) -> bool:
     return typed and x.numel() >= LEAST_NUMBERS and not _failed and _kernels() is not None
 
 
-def fuses_groups(norm: nn.Module, x: Tensor) -> bool:
-    """Whether ``norm_in_groups`` may stand for ``norm(x)``: not where a hook waits for the map."""
-    return fuses(norm, x) and not norm._forward_hooks
+def norm_and_skip(norm: LayerNorm, x: Tensor, group: int = 0, interval: int = 1) -> tuple[Tensor, Tensor]:
+    """``norm(x)``, and ``x`` for the skip beside it, whose gradient is then added in the same pass.
 
-
-def norm_in_groups(norm: LayerNorm, x: Tensor, group: int, interval: int) -> Tensor:
-    """``norm(x)`` in groups, see ``layer_norm``."""
+    Args:
+        norm: one that ``fuses`` with ``x``.
+        x: (.., C), or for groups (B, H, W, C).
+        group, interval: with a group size G the norm comes as (B * groups, G*G, C) in the order of ``group_attention.to_groups``, H and W
+            padded with zeros (after the norm) to multiples of G * interval. 0 leaves all in place.
+    """
     return layer_norm(x, norm.weight, norm.bias, norm.eps, _result_type(norm, x), group, interval)
+
+
+def add_and_norm(norm: LayerNorm, x: Tensor, branch: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The norm of ``x + factor * branch``, and that sum.
+
+    Args:
+        norm: one that ``fuses`` with ``x``, which ``adds`` the branch.
+        x, branch: (B, .., C).
+        factor: numbers of the samples, B of them in fp32, without gradient; or none for 1.
+    """
+    return layer_norm(x, norm.weight, norm.bias, norm.eps, _result_type(norm, x), branch=branch, factor=factor)
+
+
+def adds(x: Tensor, branch: Tensor) -> bool:
+    """Whether ``branch`` may be added to ``x`` within the operation."""
+    return branch.shape == x.shape and branch.dtype in _TYPES and torch.promote_types(x.dtype, branch.dtype) == x.dtype
 
 
 def _result_type(norm: LayerNorm, x: Tensor) -> torch.dtype:
@@ -77,79 +98,93 @@ def _result_type(norm: LayerNorm, x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cuda") if norm.for_products else torch.float32
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, group: int = 0, interval: int = 1) -> Tensor:
-    """Layer norm over the last axis, in ``dtype``; computed in fp32, gradients of weight and bias summed in fp32.
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, group: int = 0, interval: int = 1,
+               branch: Tensor | None = None, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Layer norm over the last axis of ``x`` or of ``x + factor * branch``, in ``dtype``, and what was normed.
 
-    Args:
-        x: (.., C), or for groups (B, H, W, C).
-        weight, bias: (C,).
-        group, interval: with a group size G the result is (B * groups, G*G, C) as ``models.group_attention.to_groups`` orders it, H and W
-            padded with zeros (after the norm) to multiples of G * interval. 0 leaves all in place.
+    All is computed in fp32, and the gradients of weight and bias are summed in it. Arguments as of ``norm_and_skip``, ``add_and_norm``.
     """
-    x = x.contiguous()
+    x, branch = x.contiguous(), None if branch is None else branch.contiguous()
     if torch.is_grad_enabled():
-        return _LayerNorm.apply(x, weight, bias, eps, dtype, group, interval)
-    return _operation(x, weight, bias, eps, dtype, group, interval)[0]
+        return _LayerNorm.apply(x, weight, bias, branch, factor, eps, dtype, group, interval)
+    y, total, _, _ = _operation(x, branch, factor, weight, bias, eps, dtype, group, interval)
+    return y, x if branch is None else total
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, group: int, interval: int) -> Tensor:
-        y, mean, rstd = _operation(x, weight, bias, eps, dtype, group, interval)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.groups = group, interval
-        return y
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, branch: Tensor | None, factor: Tensor | None, eps: float,
+                dtype: torch.dtype, group: int, interval: int) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        y, total, mean, rstd = _operation(x, branch, factor, weight, bias, eps, dtype, group, interval)
+        total = x if branch is None else total
+        ctx.save_for_backward(total, factor, weight, mean, rstd)
+        ctx.branch_type = None if branch is None else branch.dtype
+        ctx.groups, ctx.result = (group, interval), (y.shape, dtype)
+        return y, total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
-        to_x, sums = _backward_operation(grad.contiguous(), x, weight, mean, rstd, *ctx.groups)
+    def backward(ctx: Any, grad: Tensor | None, skip: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, factor, weight, mean, rstd = ctx.saved_tensors
+        grad = total.new_zeros(ctx.result[0], dtype=ctx.result[1]) if grad is None else grad.contiguous()
+        skip = None if skip is None else skip.contiguous()
+        to_x, to_branch, sums = _backward_operation(grad, skip, total, factor, weight, mean, rstd, ctx.branch_type, *ctx.groups)
         to_weight, to_bias = sums.to(weight.dtype).unbind(0)
-        return to_x, to_weight, to_bias, None, None, None, None
+        return to_x, to_weight, to_bias, None if ctx.branch_type is None else to_branch, None, None, None, None, None
 
 
-def _allocate(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, group: int, interval: int,
-              ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the operation returns, not yet filled: the result, and mean and reciprocal deviation of every row in ``x``'s order."""
+# The two operations. Where there is no branch, they return no numbers for what belongs to it.
+
+
+def _allocate(x: Tensor, branch: Tensor | None, factor: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+              group: int, interval: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Norm, sum, and mean and reciprocal deviation of every row in ``x``'s order; not yet filled."""
     shape = x.shape
     if group:
         batch, height, width, channels = shape
         shape = (batch * math.prod(_whole(side, group * interval) // group for side in (height, width)), group * group, channels)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=wide), x.new_empty(x.shape[:-1], dtype=wide)
+    total = x.new_empty(0) if branch is None else torch.empty_like(x)
+    return x.new_empty(shape, dtype=dtype), total, x.new_empty(x.shape[:-1], dtype=wide), x.new_empty(x.shape[:-1], dtype=wide)
 
 
-def _allocate_backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, group: int, interval: int,
-                       ) -> tuple[Tensor, Tensor]:
-    """The gradient of ``x``, not yet filled, and of weight and bias (2, C)."""
-    return torch.empty_like(x), mean.new_empty(2, x.shape[-1])
+def _allocate_backward(grad: Tensor, skip: Tensor | None, x: Tensor, factor: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor,
+                       branch_type: torch.dtype | None, group: int, interval: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, of the branch, and of weight and bias (2, C); not yet filled."""
+    to_branch = x.new_empty(0) if branch_type is None else torch.empty_like(x, dtype=branch_type)
+    return torch.empty_like(x), to_branch, mean.new_empty(2, x.shape[-1])
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, group: int, interval: int,
-             ) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = _allocate(x, weight, bias, eps, dtype, group, interval)
+def _forward(x: Tensor, branch: Tensor | None, factor: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+             group: int, interval: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, total, mean, rstd = _allocate(x, branch, factor, weight, bias, eps, dtype, group, interval)
     places = _places_of(x, group, interval)
     if (kernels := _kernels_for(x)) is not None:
         try:
-            kernels.forward(x, weight, bias, places, y, mean, rstd, eps)
-            return y, mean, rstd
+            kernels.forward(x, branch, factor, weight, bias, places, y, None if branch is None else total, mean, rstd, eps)
+            return y, total, mean, rstd
         except Exception as error:  # Triton compiles at the first call, and raises what its tools do
             _give_up(error)
-    result, mean, rstd = torch.native_layer_norm(x.to(mean.dtype), x.shape[-1:], weight.to(mean.dtype), bias.to(mean.dtype), eps)
+    wide = x.to(mean.dtype)
+    if branch is not None:
+        wide = total.copy_(wide + _by_sample(branch.to(mean.dtype), factor)).to(mean.dtype)
+    result, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], weight.to(mean.dtype), bias.to(mean.dtype), eps)
     if places is None:
-        return y.copy_(result.view(y.shape)), mean.squeeze(-1), rstd.squeeze(-1)
-    by_image = y.zero_().view(len(x), -1, x.shape[-1])
-    by_image[:, places[:x.shape[1] * x.shape[2]]] = result.flatten(1, 2).to(dtype)
-    return y, mean.squeeze(-1), rstd.squeeze(-1)
+        y.copy_(result.view(y.shape))
+    else:
+        y.zero_().view(len(x), -1, x.shape[-1])[:, places[:x.shape[1] * x.shape[2]]] = result.flatten(1, 2).to(dtype)
+    return y, total, mean.squeeze(-1), rstd.squeeze(-1)
 
 
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, group: int, interval: int) -> tuple[Tensor, Tensor]:
+def _backward(grad: Tensor, skip: Tensor | None, x: Tensor, factor: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor,
+              branch_type: torch.dtype | None, group: int, interval: int) -> tuple[Tensor, Tensor, Tensor]:
     places = _places_of(x, group, interval)
     if (kernels := _kernels_for(x)) is not None:
-        to_x = torch.empty_like(x)
+        to_x, to_branch, _ = _allocate_backward(grad, skip, x, factor, weight, mean, rstd, branch_type, group, interval)
         try:
-            return to_x, kernels.backward(grad, x, weight, mean, rstd, places, to_x).sum(0)
+            sums = kernels.backward(grad, skip, x, factor, weight, mean, rstd, places, to_x, None if branch_type is None else to_branch)
+            return to_x, to_branch, sums.sum(0)
         except Exception as error:
             _give_up(error)
     if places is not None:
@@ -157,14 +192,20 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tenso
     grad, wide, weight = grad.reshape(x.shape).to(mean.dtype), x.to(mean.dtype), weight.to(mean.dtype)
     to_x, *sums = torch.ops.aten.native_layer_norm_backward(
         grad, wide, x.shape[-1:], mean.unsqueeze(-1), rstd.unsqueeze(-1), weight, weight, [True, True, True])
-    return to_x.to(x.dtype), torch.stack(sums)
+    to_x = to_x if skip is None else to_x + skip
+    to_branch = x.new_empty(0) if branch_type is None else _by_sample(to_x, factor).to(branch_type)
+    return to_x.to(x.dtype), to_branch, torch.stack(sums)
+
+
+def _by_sample(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x * factor.view(-1, *(1,) * (x.ndim - 1))
 
 
 _library = torch.library.Library("crossformer", "FRAGMENT")
-_library.define("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype, int group, int interval)"
-                " -> (Tensor, Tensor, Tensor)")
-_library.define("layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd, int group, int interval)"
-                " -> (Tensor, Tensor)")
+_library.define("layer_norm(Tensor x, Tensor? branch, Tensor? factor, Tensor weight, Tensor bias, float eps, ScalarType dtype, int group, "
+                "int interval) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define("layer_norm_backward(Tensor grad, Tensor? skip, Tensor x, Tensor? factor, Tensor weight, Tensor mean, Tensor rstd, "
+                "ScalarType? branch_type, int group, int interval) -> (Tensor, Tensor, Tensor)")
 _library.impl("layer_norm", _forward, "CompositeExplicitAutograd")
 _library.impl("layer_norm", _allocate, "Meta")
 _library.impl("layer_norm_backward", _backward, "CompositeExplicitAutograd")

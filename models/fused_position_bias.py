@@ -100,8 +100,9 @@ def _forward(weights: list[Tensor], group: int, residual: bool) -> Tensor:
     from models import position_bias_kernels as kernels  # only where there is a GPU: Triton takes a second to import
 
     table = _like_forward(weights, group, residual)
-    kernels.forward[(-(-len(table) // ROWS),)](
-        *(w.contiguous() for w in weights), table, group, len(weights[0]), len(weights[-1]), RESIDUAL=residual, num_warps=8)
+    with torch.cuda.device(table.device if table.is_cuda else -1):
+        kernels.forward[(-(-len(table) // ROWS),)](
+            *(w.contiguous() for w in weights), table, group, len(weights[0]), len(weights[-1]), RESIDUAL=residual, num_warps=8)
     return table
 
 
@@ -109,9 +110,10 @@ def _backward(grad: Tensor, weights: list[Tensor], group: int, residual: bool) -
     from models import position_bias_kernels as kernels
 
     parts = grad.new_empty(-(-len(grad) // ROWS), sum(w.numel() for w in weights))
-    kernels.backward[(len(parts),)](
-        grad, *(w.contiguous() for w in weights), parts, parts.shape[1], group, len(weights[0]), len(weights[-1]), RESIDUAL=residual,
-        num_warps=8)
+    with torch.cuda.device(grad.device if grad.is_cuda else -1):
+        kernels.backward[(len(parts),)](
+            grad, *(w.contiguous() for w in weights), parts, parts.shape[1], group, len(weights[0]), len(weights[-1]), RESIDUAL=residual,
+            num_warps=8)
     return parts.sum(0)
 
 

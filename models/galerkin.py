@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from models.base import MergingModel, Stage, check_heads, check_mlps, check_stages, register_variants
 from models.cpu_bf16 import LayerNormForProducts, Linear
-from models.layers import DropPath, Mlp, PatchEmbed, PatchMerging, add_branch, init_linear, make_head
+from models.layers import DropPath, Mlp, PatchEmbed, PatchMerging, add_branch, add_branch_and_norm, init_linear, make_head, norm_and_skip
 
 
 def galerkin_attention(q: Tensor, k: Tensor, v: Tensor, k_weight: Tensor | None = None, k_bias: Tensor | None = None,
@@ -132,9 +132,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
         positions = unit_grid(height, width, x.device).expand(batch, -1, -1) if self.positions else None
-        y = self.attn(self.norm1(x).flatten(1, 2), positions).unflatten(1, (height, width))
-        x = add_branch(x, y, self.drop_path)
-        return add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
+        y, x = norm_and_skip(self.norm1, x)
+        y = self.attn(y.flatten(1, 2), positions).unflatten(1, (height, width))
+        y, x = add_branch_and_norm(x, y, self.drop_path, self.norm2)
+        return add_branch(x, self.mlp(y), self.drop_path)
 
 
 def unit_grid(height: int, width: int, device: torch.device) -> Tensor:

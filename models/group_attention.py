@@ -183,9 +183,10 @@ def _launch(kernel: str, inputs: tuple[Tensor, ...], table: Tensor | None, resul
     options = dict(num_warps=block // 16, num_stages=2)
     if kernel == "backward" and block == 64 and dim <= 32:
         options["maxnreg"] = 168  # three programs a multiprocessor instead of two, for 132 bytes of spilled registers
-    getattr(group_attention_kernels, kernel)[_grid(qkv, heads, group, interval)](
-        *inputs, table, *results, batch, -(-width // (group * interval)), height, width, heads, group, interval, shift, scale,
-        DIM=dim, BLOCK=block, BIASED=table is not None, PRECISION="ieee", **options)
+    with torch.cuda.device(qkv.device if qkv.is_cuda else -1):
+        getattr(group_attention_kernels, kernel)[_grid(qkv, heads, group, interval)](
+            *inputs, table, *results, batch, -(-width // (group * interval)), height, width, heads, group, interval, shift, scale,
+            DIM=dim, BLOCK=block, BIASED=table is not None, PRECISION="ieee", **options)
 
 
 def _grid(qkv: Tensor, heads: int, group: int, interval: int) -> tuple[int, int]:

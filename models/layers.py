@@ -12,7 +12,7 @@ from timm.layers import DropPath as TimmDropPath
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from models import cuda_linear
+from models import cuda_linear, fused_norm
 from models.cpu_bf16 import LayerNormForProducts, Linear, compute_dtype
 from models.ops import pad_to_even, pad_to_multiple
 
@@ -60,6 +60,21 @@ def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
 def kept_samples(rate: float, x: Tensor) -> Tensor:
     """``DropPath.factor`` in fp32, in two launches on a GPU, where it takes four."""
     return torch.empty(len(x), *(1,) * (x.ndim - 1), device=x.device).bernoulli_(1.0 - rate).div_(1.0 - rate)
+
+
+def norm_and_skip(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``norm(x)`` for a residual branch, and ``x`` for the skip beside it: on CUDA one operation, so that one pass adds their gradients."""
+    return fused_norm.norm_and_skip(norm, x) if fused_norm.fuses(norm, x) and not is_hooked(norm) else (norm(x), x)
+
+
+def add_branch_and_norm(x: Tensor, branch: Tensor, drop_path: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """``norm`` of ``add_branch(x, branch, drop_path)`` for the next branch, and that sum itself; on CUDA one pass each way."""
+    known = isinstance(drop_path, (DropPath, TimmDropPath, nn.Identity)) and not is_hooked(norm)
+    if known and fused_norm.fuses(norm, x) and fused_norm.adds(x, branch):
+        drops = drop_path.training and not isinstance(drop_path, nn.Identity)
+        return fused_norm.add_and_norm(norm, x, branch, kept_samples(drop_path.drop_prob, branch) if drops else None)
+    x = add_branch(x, branch, drop_path)
+    return norm(x), x
 
 
 class AddScaled(torch.autograd.Function):

@@ -31,7 +31,7 @@ from models.base import HierarchicalModel, check_heads, check_mlps, check_stages
 from models.checkpointing import run_blocks
 from models.cpu_bf16 import LayerNormForProducts, compute_dtype
 from models.factorized_attention import FactorizedAttention, RelativePositionEncoding
-from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
+from models.layers import DropPath, Mlp, add_branch, add_branch_and_norm, init_linear, make_head, norm_and_skip
 from models.ops import DepthwiseConv2d, channels_last, concatenate, conv_norm
 
 
@@ -119,8 +119,9 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, joined: tuple[Tensor, ...] | None = None) -> Tensor:
         """``joined``: as of ``FactorizedAttention``."""
         x = self.cpe(x)
-        x = add_branch(x, self.factoratt_crpe(self.norm1(x), joined), self.drop_path)
-        return add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
+        y, x = norm_and_skip(self.norm1, x)
+        y, x = add_branch_and_norm(x, self.factoratt_crpe(y, joined), self.drop_path, self.norm2)
+        return add_branch(x, self.mlp(y), self.drop_path)
 
 
 class Encoder(nn.Module):

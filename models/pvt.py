@@ -30,7 +30,7 @@ from models.attention import attention
 from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
 from models.cpu_bf16 import LayerNormForProducts, Linear
-from models.layers import DropPath, Mlp, add_branch, init_linear, make_head
+from models.layers import DropPath, Mlp, add_branch, add_branch_and_norm, init_linear, make_head, norm_and_skip
 from models.ops import merge_patches, pad_to
 
 
@@ -89,8 +89,9 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        x = add_branch(x, self.attn(self.norm1(x), grid), self.drop_path)
-        return add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
+        y, x = norm_and_skip(self.norm1, x)
+        y, x = add_branch_and_norm(x, self.attn(y, grid), self.drop_path, self.norm2)
+        return add_branch(x, self.mlp(y), self.drop_path)
 
 
 def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int = 0) -> Tensor:

@@ -29,7 +29,7 @@ from models.attention import attention
 from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
 from models.cpu_bf16 import LayerNormForProducts, Linear
-from models.layers import DropPath, add_branch, init_linear, make_head
+from models.layers import DropPath, add_branch, add_branch_and_norm, init_linear, make_head, norm_and_skip
 from models.ops import DepthwiseConv2d, channels_last, merge_patches, pad_to
 
 NORM_EPS = 1e-6  # of the blocks' and stages' norms; those of embeddings and merged maps have torch's 1e-5
@@ -174,8 +174,9 @@ class Block(nn.Module):
         self.mlp = DetailMlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = add_branch(x, self.attn(self.norm1(x)), self.drop_path)
-        return add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
+        y, x = norm_and_skip(self.norm1, x)
+        y, x = add_branch_and_norm(x, self.attn(y), self.drop_path, self.norm2)
+        return add_branch(x, self.mlp(y), self.drop_path)
 
 
 class ShuntedTransformer(HierarchicalModel):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models.base import check_doubling
 from models.cpu_bf16 import norms_for_products
 from models.group_attention import fits, group_attention
-from models.layers import add_branch, is_hooked
+from models.layers import add_branch, add_branch_and_norm, is_hooked, norm_and_skip
 
 
 class BlockInPlace(timm_swin.SwinTransformerBlock):
@@ -28,8 +28,9 @@ class BlockInPlace(timm_swin.SwinTransformerBlock):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cuda or torch.compiler.is_compiling():
             return super().forward(x)
-        x = add_branch(x, self._attn(self.norm1(x)), self.drop_path1)
-        return add_branch(x, self.mlp(self.norm2(x)), self.drop_path2)
+        y, x = norm_and_skip(self.norm1, x)
+        y, x = add_branch_and_norm(x, self._attn(y), self.drop_path1, self.norm2)
+        return add_branch(x, self.mlp(y), self.drop_path2)
 
     def _attn(self, x: Tensor) -> Tensor:
         attn, (side, other), (shift, shift_too) = self.attn, self.window_size, self.shift_size

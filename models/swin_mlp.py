@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from models.base import MergingModel, Stage, check_doubling, register_variants
 from models.cpu_bf16 import LayerNormForProducts
-from models.layers import DropPath, Mlp, PatchEmbed, PatchMerging, add_branch, init_linear, make_head
+from models.layers import DropPath, Mlp, PatchEmbed, PatchMerging, add_branch, add_branch_and_norm, init_linear, make_head, norm_and_skip
 
 
 class Block(nn.Module):
@@ -45,8 +45,9 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = add_branch(x, self.mix_windows(self.norm1(x)), self.drop_path)
-        return add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
+        y, x = norm_and_skip(self.norm1, x)
+        y, x = add_branch_and_norm(x, self.mix_windows(y), self.drop_path, self.norm2)
+        return add_branch(x, self.mlp(y), self.drop_path)
 
     def mix_windows(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> the same: every token from all tokens of its window, head by head."""

@@ -214,3 +214,13 @@ def test_drop_path_in_one_pass() -> None:
     assert torch.allclose(layers.add_branch(x, branch, path), expected)
     assert torch.equal(layers.add_branch(x, branch, path.eval()), x + branch)
     assert torch.equal(layers.add_branch(x, branch, nn.Identity()), x + branch)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_residual_stream_of_the_first_stage(low):
+    """In autocast's type when that is asked for; without autocast the option changes nothing."""
+    model, tokens = tiny(low_precision_residual=low), torch.randn(1, 8, 8, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.place(tokens).dtype == (torch.bfloat16 if low else torch.float32)
+        assert torch.equal(model.place(tokens), tokens.to(torch.bfloat16) if low else tokens)
+    assert torch.equal(model.place(tokens), tokens)

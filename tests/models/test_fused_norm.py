@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from models import cpu_bf16, fused_norm, swin
 from models.crossformer import Block
 from models.group_attention import to_groups
-from models.layers import PatchMerging
+from models.layers import DropPath, PatchMerging
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -45,17 +45,31 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[
     return x.requires_grad_(), torch.randn(shape[-1], requires_grad=True), torch.randn(shape[-1], requires_grad=True)
 
 
-def distances(shape: tuple[int, ...], group: int, interval: int, dtype: torch.dtype, result: torch.dtype) -> list[float]:
-    """Relative errors of the result and the gradients of input, weight and bias, beside the plain form in fp64."""
+def distances(shape: tuple[int, ...], group: int, interval: int, dtype: torch.dtype, result: torch.dtype, use: str = "alone",
+              ) -> list[tuple[torch.dtype, float]]:
+    """Types and relative errors of results and gradients beside the plain form in fp64.
+
+    Args:
+        use: the norm ``alone``; with a gradient of the ``skip`` beside it; behind a ``sum`` with a branch, or one ``scaled`` by sample.
+    """
     x, weight, bias = inputs(shape, dtype)
-    exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    y, expected = fused_norm.layer_norm(x, weight, bias, 1e-5, result, group, interval), plain(*exact, group, interval)
-    assert y.dtype == result and y.shape == expected.shape
-    grad = torch.randn(y.shape).to(result)
-    pairs = [(y, expected), *zip(torch.autograd.grad(y, (x, weight, bias), grad), torch.autograd.grad(expected, exact, grad.double()),
-                                 strict=True)]
-    assert [pair[0].dtype for pair in pairs[1:]] == [dtype, torch.float32, torch.float32]
-    return [float((ours.detach().double() - theirs.detach()).norm() / theirs.detach().norm()) for ours, theirs in pairs]
+    given = [x, weight, bias] + ([torch.randn(shape).to(result).requires_grad_()] if use in ("sum", "scaled") else [])
+    factor = torch.tensor([0.0, 1.25, 1.5])[:shape[0]] if use == "scaled" else None
+    exact = [t.detach().double().requires_grad_() for t in given]
+    ours = fused_norm.layer_norm(x, weight, bias, 1e-5, result, group, interval, *given[3:], factor=factor)
+    branch = exact[3] if len(given) > 3 else torch.zeros(())
+    total = exact[0] + (branch if factor is None else branch * factor.view(-1, *(1,) * (len(shape) - 1)))
+    # What is normed is the sum as it is stored, rounded to its type.
+    stored = total + (ours[1].detach().double() - total.detach())
+    theirs = plain(stored, *exact[1:3], group, interval), total
+    assert ours[0].dtype == result and ours[1].dtype == dtype and ours[0].shape == theirs[0].shape
+    grads = [torch.randn(t.shape).to(t.dtype) for t in ours]
+    if use == "alone":
+        ours, theirs, grads = ours[:1], theirs[:1], grads[:1]
+    pairs = [*zip(ours, theirs, strict=True), *zip(torch.autograd.grad(ours, given, grads),
+                                                  torch.autograd.grad(theirs, exact, [g.double() for g in grads]), strict=True)]
+    assert [pair[0].dtype for pair in pairs[len(ours):]] == [t.dtype for t in given]
+    return [(a.dtype, float((a.detach().double() - b.detach()).norm() / b.detach().norm())) for a, b in pairs]
 
 
 @pytest.mark.parametrize(("height", "width", "group", "interval"), [(8, 8, 4, 2), (9, 13, 4, 1), (14, 28, 7, 2), (5, 3, 2, 3)])
@@ -71,19 +85,26 @@ def test_places_are_those_of_to_groups(height: int, width: int, group: int, inte
 @pytest.mark.parametrize(("group", "interval"), [(0, 1), (2, 1), (2, 2), (3, 2), (5, 1)])
 def test_the_operation_without_triton(group: int, interval: int) -> None:
     x, weight, bias = (t.detach().double().requires_grad_() for t in inputs((2, 7, 5, 6)))
-    assert torch.autograd.gradcheck(lambda *t: fused_norm.layer_norm(*t, 1e-5, torch.float64, group, interval), (x, weight, bias))
-    with torch.inference_mode():
-        y = fused_norm.layer_norm(x, weight, bias, 1e-5, torch.float64, group, interval)
-    torch.testing.assert_close(y, plain(x, weight, bias, group, interval), rtol=1e-12, atol=1e-12)
+    branch, factor = torch.randn(2, 7, 5, 6, dtype=torch.float64, requires_grad=True), torch.tensor([0.0, 1.5])
+    for more in ((), (branch,), (branch, factor)):
+        sizes = 1e-5, torch.float64, group, interval
+        assert torch.autograd.gradcheck(lambda *t: fused_norm.layer_norm(*t[:3], *sizes, *t[3:]), (x, weight, bias, *more))  # noqa: B023
+        with torch.inference_mode():
+            y, total = fused_norm.layer_norm(x, weight, bias, *sizes, *more)
+        expected = x if not more else x + branch * (factor.view(2, 1, 1, 1) if more[1:] else 1)
+        torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(y, plain(expected, weight, bias, group, interval), rtol=1e-12, atol=1e-12)
 
 
 CASES = [
-    ((2, 8, 8, 16), 4, 2, torch.float32, torch.float32),
+    ((2, 8, 8, 16), 4, 2, torch.float32, torch.float32, "skip"),
     ((1, 14, 14, 48), 7, 2, torch.float32, torch.bfloat16),
     ((1, 16, 8, 48), 1, 8, torch.float32, torch.float32),
     ((3, 5, 7, 96), 4, 1, torch.bfloat16, torch.bfloat16),  # padded, rows that fill no tile
-    ((2, 3, 2, 100), 14, 1, torch.float16, torch.float16),
-    ((2, 3, 3, 384), 0, 1, torch.float32, torch.bfloat16),
+    ((2, 3, 2, 100), 14, 1, torch.float16, torch.float16, "scaled"),
+    ((3, 11, 96), 0, 1, torch.float32, torch.bfloat16, "scaled"),
+    ((3, 5, 96), 0, 1, torch.bfloat16, torch.bfloat16, "scaled"),
+    ((2, 3, 3, 384), 0, 1, torch.float32, torch.float16, "sum"),
     ((2, 3, 3, 768), 3, 1, torch.float32, torch.float32),  # groups in order already
     ((9, 768), 0, 1, torch.bfloat16, torch.float32),
     ((1, 3, 3, 1536), 2, 1, torch.float32, torch.float32),
@@ -92,15 +113,14 @@ CASES = [
 
 def run_kernels() -> None:
     """In a process of its own, where Triton interprets its kernels."""
-    for shape, group, interval, dtype, result in CASES:
-        errors = distances(shape, group, interval, dtype, result)
+    for case in CASES:
         # A kernel on a CPU may cut off what it rounds to bf16 on a GPU.
-        for error, kind in zip(errors, (result, dtype, torch.float32, torch.float32), strict=True):
-            assert error < (4e-7 if kind == torch.float32 else torch.finfo(kind).eps), (shape, group, interval, dtype, result, errors)
+        for kind, error in (errors := distances(*case)):
+            assert error < (4e-7 if kind == torch.float32 else torch.finfo(kind).eps), (case, errors)
     assert not fused_norm._failed
     x, weight, bias = inputs((2, 9, 9, 48), torch.float32)
     with torch.no_grad():
-        assert torch.equal(fused_norm.layer_norm(x, weight, bias, 1e-5, torch.float32, 4, 2) == 0, plain(x, weight, bias, 4, 2) == 0)
+        assert torch.equal(fused_norm.layer_norm(x, weight, bias, 1e-5, torch.float32, 4, 2)[0] == 0, plain(x, weight, bias, 4, 2) == 0)
 
 
 def test_the_kernels_interpreted() -> None:
@@ -111,10 +131,10 @@ def test_the_kernels_interpreted() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(("arch", "channels", "grouped", "dtype", "result"), [
-    (90, 96, True, "*fp32", "*bf16"), (90, 96, False, "*bf16", "*fp32"), (90, 768, False, "*fp32", "*bf16"),
-    (80, 100, True, "*fp32", "*fp16")])
-def test_the_kernels_compile_without_spilled_registers(arch: int, channels: int, grouped: bool, dtype: str, result: str) -> None:
+@pytest.mark.parametrize(("arch", "channels", "dtype", "result", "absent"), [
+    (90, 96, "*fp32", "*bf16", "branch factor total skip to_branch"), (90, 96, "*fp32", "*bf16", "places"),
+    (90, 768, "*fp32", "*bf16", "places factor"), (80, 100, "*bf16", "*fp16", "branch factor total to_branch places")])
+def test_the_kernels_compile_without_spilled_registers(arch: int, channels: int, dtype: str, result: str, absent: str) -> None:
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -125,9 +145,10 @@ def test_the_kernels_compile_without_spilled_registers(arch: int, channels: int,
         pytest.skip("this Triton has no tools for CUDA")
     for kernel, tile in ((kernels._forward_kernel, kernels._FORWARD_TILE), (kernels._backward_kernel, kernels._BACKWARD_TILE)):
         width = kernels._power_of_two(channels)
-        constants = dict(CHANNELS=channels, WIDTH=width, ROWS=tile // width, **({} if grouped else dict(places=None)))
-        types = dict(x=dtype, to_x=dtype, y=result, grad=result, places="*i32", eps="fp32") | dict.fromkeys(kernels._SIZES, "i32")
         names = kernel.arg_names
+        constants = dict(CHANNELS=channels, WIDTH=width, ROWS=tile // width) | {name: None for name in absent.split() if name in names}
+        types = {**dict.fromkeys(("x", "to_x", "total", "skip"), dtype), **dict.fromkeys(("y", "grad", "branch", "to_branch"), result),
+                 **dict.fromkeys(kernels._SIZES, "i32"), "places": "*i32", "eps": "fp32"}
         signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
         source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
@@ -137,7 +158,7 @@ def test_the_kernels_compile_without_spilled_registers(arch: int, channels: int,
             said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
         found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said.stdout + said.stderr)
         assert found is not None and (found[2], found[3]) == ("0", "0")
-        warps = kernels._RESIDENT_WARPS if kernel is kernels._backward_kernel else 20
+        warps = kernels._RESIDENT_WARPS["to_branch" not in absent] if kernel is kernels._backward_kernel else 20
         assert int(found[1]) * 32 * warps <= 65536, f"{found[1]} registers"
 
 
@@ -213,6 +234,7 @@ def test_a_block_on_a_gpu_norms_into_groups_and_into_the_products_type(fake_gpu:
         with Operations() as operations:
             assert block(x).shape == x.shape
         assert operations.of(OURS) == [(torch.bfloat16, (64 * 16, 196, 96)), (torch.bfloat16, (64, size, size, 96))]
+        assert operations.of("aten::add").count((torch.float32, tuple(x.shape))) == 1  # the first branch is added where its sum is normed
         assert not operations.of(TORCHS)
         handle = block.norm1.register_forward_hook(lambda norm, args, y: y)
         with Operations() as operations:
@@ -228,7 +250,7 @@ def test_a_failing_triton_is_one_notice_and_torchs_layer_norm(monkeypatch: pytes
     monkeypatch.setattr(fused_norm, "_kernels", lambda: SimpleNamespace(INTERPRETED=True, forward=fail, backward=fail))
     monkeypatch.setattr(fused_norm, "_failed", [])
     with pytest.warns(UserWarning, match="C compiler") as notices:
-        errors = [max(distances((2, 7, 5, 12), 2, 2, torch.float32, torch.float32)) for _ in range(2)]
+        errors = [error for use in ("alone", "scaled") for _, error in distances((2, 7, 5, 12), 2, 2, torch.float32, torch.float32, use)]
     assert len(notices) == 1 and max(errors) < 1e-6
 
 
@@ -276,8 +298,14 @@ def test_on_a_gpu(size: int, group: int, interval: int, dtype: torch.dtype, monk
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(results, captured, strict=True))
+    block.drop_path = DropPath(0.5).cuda()
+    torch.manual_seed(1)
+    dropped = run()
     monkeypatch.setattr(fused_norm, "LEAST_NUMBERS", 2 ** 40)
-    for ours, theirs in zip(results, run(), strict=True):
+    torch.manual_seed(1)
+    plain_dropped = run()
+    block.drop_path = nn.Identity()
+    for ours, theirs in zip([*results, *dropped], [*run(), *plain_dropped], strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < 2 * torch.finfo(dtype).eps
     x32 = torch.randn(64, 28, 28, 192, device="cuda", requires_grad=True)
     norm = cpu_bf16.LayerNorm(192).cuda()

