@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_AFFORDED = 2 ** 31  # numbers of one sample that the kernels can count
+_AFFORDED = 2 ** 29  # numbers of one sample: the kernels count them, and those that lie between, in 32 bits
 
 
 def applies(x: Tensor, dtype: torch.dtype) -> bool:
@@ -45,12 +45,13 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, s
 
 def depthwise_branches(x: Tensor, weights: Sequence[Tensor], strides: Sequence[int]) -> tuple[Tensor, ...]:
     """``depthwise`` of one map by several kernels, without biases, whose gradients of the map are added up as they are written."""
-    return _Branches.apply(x, tuple(strides), *weights)
+    return _Branches.apply(x, *weights, tuple(strides))
 
 
 class _Branches(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, strides: tuple[int, ...], *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, *weights_and_strides: Any) -> tuple[Tensor, ...]:
+        *weights, strides = weights_and_strides
         x, taps = dense(x), [taps_of(weight) for weight in weights]
         ctx.save_for_backward(x, *taps)
         ctx.strides, ctx.weights = strides, [weight.dtype for weight in weights]
@@ -61,12 +62,13 @@ class _Branches(torch.autograd.Function):
         x, *taps = ctx.saved_tensors
         to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         before, to_weights = None, []
-        for grad, t, stride, dtype, wanted in zip(map(dense, grads), taps, ctx.strides, ctx.weights, ctx.needs_input_grad[2:], strict=True):
+        rows = zip(map(dense, grads), taps, ctx.strides, ctx.weights, ctx.needs_input_grad[1:-1], strict=True)
+        for grad, t, stride, dtype, wanted in rows:
             if to_x is not None:
                 torch.ops.crossformer.depthwise(to_x, grad, t, None, before, None, stride, True)
                 before = to_x
             to_weights.append(weight_gradient(x, grad, len(t), stride, False, None, dtype)[0] if wanted else None)
-        return to_x, None, *to_weights
+        return to_x, *to_weights, None
 
 
 class _Depthwise(torch.autograd.Function):

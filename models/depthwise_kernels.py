@@ -25,11 +25,17 @@ TILE = 8  # pixels a side of a program's outputs: maps of 7, 14, 28 and 56 pixel
 CHANNELS = 64  # of a program
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on a CPU, for tests
 GRADIENT_ROWS = 16  # of a map, side by side, of a program of the weights' gradient
-GRADIENT_PROGRAMS = 1024  # eight for each processor of an H200, of which three at a time find room
+GRADIENT_PROGRAMS = 1024  # eight for each processor of an H200, of which three find room at a time
+
+
+# Registers a thread, so that a processor has room for two programs of ``_convolve``; the compiler would take 146.
+_TWO_PROGRAMS = {} if torch.version.hip else {"maxnreg": 128}
+# One kernel for all sizes of map, batch and channels.
+_SIZES = ["channels", "height", "width", "out_height", "out_width", "x_image", "x_pixel"]
 
 
 @triton.jit
-def _row(total, x, weight, c, oy, ox, ky, reach, height, width, x_pixel, C: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+def _row(total, x, weight, c, oy, ox, ky, reach, height, width, x_pixel, C, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
          TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr):
     """``total`` (pixels, channels) and row ``ky`` of the kernel on it, of which the middle 2 reach + 1 columns count."""
     for kx in tl.static_range(KERNEL):
@@ -47,15 +53,15 @@ def _row(total, x, weight, c, oy, ox, ky, reach, height, width, x_pixel, C: tl.c
     return total
 
 
-@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "tiles_y", "tiles_x"])
-def _convolve(x, weight, bias, addend, out, reaches, height, width, out_height, out_width, tiles_y, tiles_x, x_image, x_pixel,
-              addend_image, addend_pixel, out_image, out_pixel, C: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
-              TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDEND: tl.constexpr, HAS_REACHES: tl.constexpr,
-              ALIGN: tl.constexpr, SUM: tl.constexpr, SIDE: tl.constexpr, BLOCK_C: tl.constexpr):
+@triton.jit(do_not_specialize=[*_SIZES, "tiles_y", "tiles_x", "addend_image", "addend_pixel", "out_image", "out_pixel"])
+def _convolve(x, weight, bias, addend, out, reaches, channels, height, width, out_height, out_width, tiles_y, tiles_x, x_image, x_pixel,
+              addend_image, addend_pixel, out_image, out_pixel, KERNEL: tl.constexpr, STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr,
+              HAS_BIAS: tl.constexpr, HAS_ADDEND: tl.constexpr, HAS_REACHES: tl.constexpr, ALIGN: tl.constexpr, SUM: tl.constexpr,
+              SIDE: tl.constexpr, BLOCK_C: tl.constexpr):
     """A tile of the outputs by a block of channels. TRANSPOSED: of the input's gradient, ``x`` being the output's, ``weight`` (K*K, C) the
-    same. Strides in memory are counted in units of ALIGN numbers, from which the compiler knows how much it may load at once."""
-    program = tl.program_id(0)
-    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    same. Channels and strides in memory come in units of ALIGN numbers, from which the compiler knows how much it may load at once."""
+    program, C = tl.program_id(0), channels * ALIGN
+    blocks = tl.cdiv(C, BLOCK_C)
     c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     tile = program // blocks
     pixel = tl.arange(0, SIDE * SIDE)
@@ -86,14 +92,14 @@ def _convolve(x, weight, bias, addend, out, reaches, height, width, out_height, 
     tl.store(out + image * out_image * ALIGN + offsets, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "chunk", "height", "width", "out_height", "out_width"])
-def _weight_gradient(x, grad, sums, reaches, rows, chunk, height, width, out_height, out_width, x_image, x_pixel, grad_image, grad_pixel,
-                     C: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REACHES: tl.constexpr,
+@triton.jit(do_not_specialize=[*_SIZES, "rows", "chunk", "grad_image", "grad_pixel"])
+def _weight_gradient(x, grad, sums, reaches, channels, rows, chunk, height, width, out_height, out_width, x_image, x_pixel, grad_image,
+                     grad_pixel, KERNEL: tl.constexpr, STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REACHES: tl.constexpr,
                      ALIGN: tl.constexpr, SUM: tl.constexpr, KERNEL_ROWS: tl.constexpr, MAP_ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     """The share of a chunk of the outputs' rows in the gradients of some rows of the kernels and of the bias: a row of ``sums``, which has
     the weights (C, K, K), then the bias (C). A program walks along MAP_ROWS rows at once, so that where a column lies is one number."""
-    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    area: tl.constexpr = KERNEL * KERNEL
+    C = channels * ALIGN
+    blocks, area = tl.cdiv(C, BLOCK_C), KERNEL * KERNEL
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     first_ky = tl.program_id(0) // blocks * KERNEL_ROWS
     share = tl.program_id(1)
@@ -122,8 +128,7 @@ def _weight_gradient(x, grad, sums, reaches, rows, chunk, height, width, out_hei
             total = more
             if HAS_BIAS:
                 bias_total += gradient
-    columns: tl.constexpr = C * (area + 1) if HAS_BIAS else C * area
-    sums += share.to(tl.int64) * columns
+    sums += share.to(tl.int64) * C * (area + HAS_BIAS)
     for tap in tl.static_range(KERNEL_ROWS * KERNEL):
         tl.store(sums + c * area + first_ky * KERNEL + tap, tl.sum(total[tap], axis=0), mask=c < C)
     if HAS_BIAS:
@@ -147,10 +152,10 @@ def convolve(out: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, addend: 
     align = _alignment(x, out, *([] if addend is None else [addend]))
     steps = [s // align for t in (x, out if addend is None else addend, out) for s in (t.stride(0), t.stride(2))]
     _convolve[(batch * tiles_y * tiles_x * triton.cdiv(channels, block),)](
-        x, taps, bias, addend, out, reaches, height, width, out_height, out_width, tiles_y, tiles_x, *steps,
-        C=channels, KERNEL=math.isqrt(len(taps)), STRIDE=stride, TRANSPOSED=transposed, HAS_BIAS=bias is not None,
+        x, taps, bias, addend, out, reaches, channels // align, height, width, out_height, out_width, tiles_y, tiles_x, *steps,
+        KERNEL=math.isqrt(len(taps)), STRIDE=stride, TRANSPOSED=transposed, HAS_BIAS=bias is not None,
         HAS_ADDEND=addend is not None, HAS_REACHES=reaches is not None, ALIGN=align, SUM=_sum_type(x), SIDE=TILE, BLOCK_C=block,
-        num_warps=8)
+        num_warps=8, **_TWO_PROGRAMS)
 
 
 def weight_sums(x: Tensor, grad: Tensor, reaches: Tensor | None, kernel: int, stride: int, has_bias: bool) -> Tensor:
@@ -167,15 +172,15 @@ def weight_sums(x: Tensor, grad: Tensor, reaches: Tensor | None, kernel: int, st
     align = _alignment(x, grad)
     steps = [s // align for t in (x, grad) for s in (t.stride(0), t.stride(2))]
     _weight_gradient[(programs, len(sums))](
-        x, grad, sums, reaches, rows, chunk, height, width, out_height, out_width, *steps, C=channels, KERNEL=kernel, STRIDE=stride,
+        x, grad, sums, reaches, channels // align, rows, chunk, height, width, out_height, out_width, *steps, KERNEL=kernel, STRIDE=stride,
         HAS_BIAS=has_bias, HAS_REACHES=reaches is not None, ALIGN=align, SUM=_sum_type(x), KERNEL_ROWS=kernel_rows, MAP_ROWS=GRADIENT_ROWS,
         BLOCK_C=block, num_warps=4)
     return sums.sum(dim=0)
 
 
 def _alignment(*maps: Tensor) -> int:
-    """Numbers, 8 at most, that divide every stride; 8 in 16 bits are the most that a thread loads at once."""
-    return functools.reduce(math.gcd, (s for t in maps for s in (t.stride(0), t.stride(2))), 8)
+    """Numbers, 8 at most, that divide channels and strides; 8 in 16 bits are the most that a thread loads at once."""
+    return functools.reduce(math.gcd, (s for t in maps for s in (t.shape[3], t.stride(0), t.stride(2))), 8)
 
 
 def _sum_type(x: Tensor) -> tl.dtype:

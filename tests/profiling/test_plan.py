@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from utils.runtime.device import keep_freed_memory
 from utils.tasks.build import build_task
 from utils.training import batch_size as fit
 from utils.training.batch_size import local_batch, recipe_batch
+from utils.training.step_graph import Graphs
 from utils.visualization import terminal_chart as curve
 
 QUICK = ["PLAN.SECONDS", 0.02]
@@ -176,6 +178,16 @@ def test_a_trial_does_what_a_step_of_the_run_does(opts: list[str], tiny_cfg: Pat
     assert task.targets(parts[0][1]).is_floating_point() == ("simmim" not in opts)
     monkeypatch.setattr(fit, "two_steps", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     assert trial.peak(8) is None and forgotten
+
+
+def test_a_recorded_step_leaves_room_for_the_evaluation(tiny_cfg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, taken = get_config(str(tiny_cfg), ["TEST.BATCH_SIZE", "3"]), iter([500, 100, 130])
+    trial = fit.Trial(config, build_task(config), 16, 10, torch.device("cpu"))
+    seen = []
+    trial.state.model.register_forward_hook(lambda model, inputs, outputs: seen.append((model.training, len(inputs[0]))))
+    monkeypatch.setattr(fit.memory, "peak_of", lambda work, device: (work(), next(taken))[1])
+    trial.plan = dataclasses.replace(trial.plan, step=Graphs(lambda line: None))
+    assert trial.peak(4) == 530 and seen == [(True, 4)] * 4 + [(False, 3)]
 
 
 def test_two_processes_plan_together(tiny_cfg: Path, tmp_path: Path) -> None:

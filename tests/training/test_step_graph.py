@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -214,10 +214,18 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(obstacle: str) -
     assert {"reads": "_local_scalar_dense", "fails": ": not", "uneven": "3 samples"}[obstacle] in said[0]
 
 
-def test_batches_without_one_shape_are_not_recorded() -> None:
+class _Pair(NamedTuple):
+    """As batches of dense tasks, which hold what the host reads."""
+
+    images: Tensor
+    targets: Tensor
+
+
+@pytest.mark.parametrize("kind", [list, lambda parts: _Pair(*parts)])
+def test_batches_of_dense_tasks_are_not_recorded(kind: Any) -> None:
     state, plan, said = run(OpRecorder)
     for _ in range(WARM_UP + 2):
-        plan.step(state.model, state, plan).run(list(next(batches())))
+        plan.step(state.model, state, plan).run(kind(next(batches())))
     assert len(said) == 1 and plan.task.name in said[0] and OpRecorder.recordings == 0
 
 

@@ -24,8 +24,9 @@ from utils.runtime.precision import choose_precision
 from utils.runtime.seed import make_deterministic
 from utils.tasks.base import Task
 from utils.training.assembly import assemble, build_initial_model
-from utils.training.engine import StepPlan, backward
+from utils.training.engine import Step, StepPlan, backward
 from utils.training.resume import Start
+from utils.training.step_graph import can_be_recorded
 
 
 def recipe_batch(config: CfgNode, world_size: int) -> int:
@@ -165,7 +166,21 @@ class Trial:
         found = memory.peak_of(lambda: two_steps(self.state, self.plan, self.config, self.local, micro, self.num_classes), self.plan.device)
         if found is None and compiled_part(self.config.COMPILE) != "off":
             forget_compiled()  # it is for a size of no use, and may have been left half-made
-        return found
+        if found is None or self.plan.step is Step:
+            return found
+        # A recorded step (COMPILE graphs) keeps its memory while the model is evaluated.
+        there, evaluated = (memory.peak_of(work, self.plan.device) for work in (lambda: None, lambda: self._evaluate(micro)))
+        return None if evaluated is None or there is None else found + evaluated - there
+
+    @torch.inference_mode()
+    def _evaluate(self, micro: int) -> None:
+        """The forward pass of one batch of an evaluation; uncompiled, which takes no less memory."""
+        task, images = self.plan.task, self.config.TEST.BATCH_SIZE or micro
+        batch = task.synthetic_batch(self.config, images, self.num_classes, self.plan.device, torch.Generator().manual_seed(0))
+        if not can_be_recorded(batch, self.plan.device):
+            return
+        with torch.compiler.set_stance("force_eager"), self.plan.precision.autocast():
+            task.forward(self.state.model.eval(), batch)
 
 
 def two_steps(state: TrainState, plan: StepPlan, config: CfgNode, local: int, micro: int, num_classes: int) -> None:

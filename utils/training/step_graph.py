@@ -81,7 +81,7 @@ class GraphedStep(Step):
         self._off = False
 
     def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        if not self._off and not (isinstance(batch, tuple) and all(isinstance(part, Tensor) for part in batch)):
+        if not self._off and not can_be_recorded(batch, self.plan.device):
             self._give_up(f"batches of TASK {self.plan.task.name} have no one shape")
         if self._off:
             return super().run(batch)
@@ -198,6 +198,13 @@ class _Recording(Step):
         replay, result = self._update
         replay()
         return result
+
+
+def can_be_recorded(batch: Batch, device: torch.device) -> bool:
+    """Whether all that a step knows of ``batch`` lies in tensors on the device: not so those of dense tasks, which have a class of their
+    own and sizes that the host reads.
+    """
+    return type(batch) is tuple and all(isinstance(part, Tensor) and part.device.type == device.type for part in batch)
 
 
 def decides_on_device(state: TrainState) -> bool:
