@@ -12,13 +12,9 @@ __all__ = ["architecture", "build_model", "check_input_size", "classifier_rows",
 
 
 def import_all() -> None:
-    """Import every module of the package, whose ``register_model`` entry points timm then knows.
-
-    Not those of Triton kernels, ``triton_*`` and ``*_kernels``: a machine need not have Triton, and a CPU has no use for it.
-    """
+    """Import every module of the package, whose ``register_model`` entry points timm then knows."""
     for found in pkgutil.iter_modules(__path__):
-        if not found.name.startswith("triton_") and not found.name.endswith("_kernels"):
-            importlib.import_module(f"{__name__}.{found.name}")
+        importlib.import_module(f"{__name__}.{found.name}")
 
 
 import_all()

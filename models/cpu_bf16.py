@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import cuda_linear, fused_norm
+from models.gpu import layer_norm as gpu_norm
+from models.gpu import linear as gpu_linear
 
 
 def replace_layers(model: nn.Module) -> nn.Module:
@@ -45,7 +46,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind)
 
 
-class LayerNorm(fused_norm.LayerNorm):
+class LayerNorm(gpu_norm.LayerNorm):
     """``nn.LayerNorm`` whose gradients of weight and bias are right on a CPU in bf16 (``_LayerNormInBf16``). (.., C) -> the same."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ class _LayerNormInBf16(torch.autograd.Function):
 
 class Linear(nn.Linear):
     """``nn.Linear`` as oneDNN is fastest on a CPU in bf16 (``_product``, ``_LinearInBf16``), as a GPU is in training
-    (``models.cuda_linear``). (.., C) -> (.., C')."""
+    (``models.gpu.linear``). (.., C) -> (.., C')."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -110,8 +111,8 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b as ``Linear`` computes it. (.., C), (C', C), (C') -> (.., C')."""
-    if cuda_linear.applies(x, weight, bias):
-        return cuda_linear.linear(x, weight, bias, compute_dtype(x))
+    if gpu_linear.applies(x, weight, bias):
+        return gpu_linear.linear(x, weight, bias, compute_dtype(x))
     in_bf16 = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     if in_bf16 and x.ndim > 1 and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         with torch.autocast("cpu", enabled=False):

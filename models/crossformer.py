@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
-from models import fused_norm
 from models.attention import biased_self_attention
 from models.base import MergingModel, Stage, check_heads, check_mlps, check_stages, register_variants
 from models.cpu_bf16 import LayerNormForProducts, Linear, compute_dtype
 from models.cross_scale_embedding import CrossScaleEmbedding, CrossScaleMerging, check_kernels
-from models.group_attention import fits, from_groups, group_attention, to_groups
+from models.gpu import layer_norm as gpu_norm
+from models.gpu.group_attention import fits, from_groups, group_attention, to_groups
 from models.layers import DropPath, Mlp, add_branch, add_branch_and_norm, init_linear, is_hooked, make_head, norm_and_skip
 from models.ops import DepthwiseConv2d
 from models.position_bias import POSITIONS, DynamicPositionBias, PositionTable, RelativePositionBias
@@ -101,8 +101,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         group, interval, on_map = self.layout(x)
-        if not on_map and fused_norm.fuses(self.norm1, x) and not is_hooked(self.norm1):
-            groups, x = fused_norm.norm_and_skip(self.norm1, x, group, interval)
+        if not on_map and gpu_norm.fuses(self.norm1, x) and not is_hooked(self.norm1):
+            groups, x = gpu_norm.norm_and_skip(self.norm1, x, group, interval)
             branch = self.attend_groups(x, groups)
         else:
             y, x = norm_and_skip(self.norm1, x)

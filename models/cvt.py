@@ -25,11 +25,11 @@ from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from models import cuda_depthwise
 from models.attention import attention
 from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
 from models.cpu_bf16 import LayerNormForProducts, Linear, compute_dtype, linear
+from models.gpu import depthwise as gpu_depthwise
 from models.layers import DropPath, add_branch, add_branch_and_norm, init_linear, make_head, norm_and_skip
 from models.ops import DepthwiseConv2d, channels_last, conv_norm, pad_to
 
@@ -89,9 +89,9 @@ class Attention(nn.Module):
 def conv_norms(branches: Sequence[nn.Sequential], x: Tensor) -> list[Tensor]:
     """What several ``depthwise_bn`` make of one map."""
     convs, dtype = [branch.conv for branch in branches], compute_dtype(x)
-    if not branches[0].bn.training or torch.compiler.is_compiling() or not cuda_depthwise.applies(x, dtype):
+    if not branches[0].bn.training or torch.compiler.is_compiling() or not gpu_depthwise.applies(x, dtype):
         return [conv_norm(branch.conv, branch.bn, x) for branch in branches]
-    maps = cuda_depthwise.depthwise_branches(x.to(dtype).permute(0, 2, 3, 1), [c.weight for c in convs], [c.stride[0] for c in convs])
+    maps = gpu_depthwise.depthwise_branches(x.to(dtype).permute(0, 2, 3, 1), [c.weight for c in convs], [c.stride[0] for c in convs])
     return [branch.bn(y.permute(0, 3, 1, 2)) for branch, y in zip(branches, maps, strict=True)]
 
 

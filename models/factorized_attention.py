@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import cuda_depthwise
 from models.cpu_bf16 import Linear
+from models.gpu import depthwise as gpu_depthwise
 from models.ops import DepthwiseConv2d
 
 
@@ -100,13 +100,13 @@ def attention_on_cuda(qkv: Tensor, weight: Tensor, bias: Tensor, reaches: Tensor
 
     Args:
         weight, bias: the encoding's depthwise convolution, (C, 1, K, K) and (C,).
-        reaches: as of ``models.cuda_depthwise.depthwise``.
+        reaches: as of ``models.gpu.depthwise.depthwise``.
         mask: ``head_mask``.
     """
     if not torch.compiler.is_compiling():
         return _FactorizedAttention.apply(qkv, weight, bias, reaches, mask)
     q, k, v = qkv.chunk(3, dim=3)
-    encoding = cuda_depthwise.depthwise(v, weight, bias, reaches=reaches)
+    encoding = gpu_depthwise.depthwise(v, weight, bias, reaches=reaches)
     context = (k.flatten(1, 2).softmax(dim=1).to(v.dtype).transpose(1, 2) @ v.flatten(1, 2)) * mask
     return q * encoding + (q.flatten(1, 2) @ context.to(q.dtype)).view_as(encoding)
 
@@ -114,12 +114,12 @@ def attention_on_cuda(qkv: Tensor, weight: Tensor, bias: Tensor, reaches: Tensor
 class _FactorizedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, weight: Tensor, bias: Tensor, reaches: Tensor, mask: Tensor) -> Tensor:
-        qkv, taps = qkv.contiguous(), cuda_depthwise.taps_of(weight)
+        qkv, taps = qkv.contiguous(), gpu_depthwise.taps_of(weight)
         q, k, v = qkv.flatten(1, 2).chunk(3, dim=2)
         with torch.autocast(qkv.device.type, enabled=False):
             weights = k.softmax(dim=1)
             context = (weights.transpose(1, 2) @ v).mul_(mask)
-            encoding = cuda_depthwise.convolve(qkv.chunk(3, dim=3)[2], taps, bias, None, reaches=reaches).flatten(1, 2)
+            encoding = gpu_depthwise.convolve(qkv.chunk(3, dim=3)[2], taps, bias, None, reaches=reaches).flatten(1, 2)
             y = (q * encoding).baddbmm_(q, context)
         ctx.save_for_backward(qkv, weights, context, encoding, taps, reaches, mask)
         ctx.weight = weight.dtype
@@ -143,7 +143,7 @@ class _FactorizedAttention(torch.autograd.Function):
         torch.bmm(weights, to_context, out=to_v)
         to_encoding, maps, to_maps = (grad * q).view_as(qkv[..., :grad.shape[2]]), qkv.chunk(3, dim=3)[2], to_qkv.chunk(3, dim=3)[2]
         torch.ops.crossformer.depthwise(to_maps, to_encoding, taps, None, to_maps, reaches, 1, True)
-        to_weight, to_bias = cuda_depthwise.weight_gradient(maps, to_encoding, len(taps), 1, True, reaches, ctx.weight)
+        to_weight, to_bias = gpu_depthwise.weight_gradient(maps, to_encoding, len(taps), 1, True, reaches, ctx.weight)
         return to_qkv, to_weight, to_bias, None, None
 
 

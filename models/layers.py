@@ -12,8 +12,9 @@ from timm.layers import DropPath as TimmDropPath
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from models import cuda_linear, fused_norm
 from models.cpu_bf16 import LayerNormForProducts, Linear, compute_dtype
+from models.gpu import layer_norm as gpu_norm
+from models.gpu import linear as gpu_linear
 from models.ops import pad_to_even, pad_to_multiple
 
 
@@ -64,15 +65,15 @@ def kept_samples(rate: float, x: Tensor) -> Tensor:
 
 def norm_and_skip(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """``norm(x)`` for a residual branch, and ``x`` for the skip beside it: on CUDA one operation, so that one pass adds their gradients."""
-    return fused_norm.norm_and_skip(norm, x) if fused_norm.fuses(norm, x) and not is_hooked(norm) else (norm(x), x)
+    return gpu_norm.norm_and_skip(norm, x) if gpu_norm.fuses(norm, x) and not is_hooked(norm) else (norm(x), x)
 
 
 def add_branch_and_norm(x: Tensor, branch: Tensor, drop_path: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """``norm`` of ``add_branch(x, branch, drop_path)`` for the next branch, and that sum itself; on CUDA one pass each way."""
     known = isinstance(drop_path, (DropPath, TimmDropPath, nn.Identity)) and not is_hooked(norm)
-    if known and fused_norm.fuses(norm, x) and fused_norm.adds(x, branch):
+    if known and gpu_norm.fuses(norm, x) and gpu_norm.adds(x, branch):
         drops = drop_path.training and not isinstance(drop_path, nn.Identity)
-        return fused_norm.add_and_norm(norm, x, branch, kept_samples(drop_path.drop_prob, branch) if drops else None)
+        return gpu_norm.add_and_norm(norm, x, branch, kept_samples(drop_path.drop_prob, branch) if drops else None)
     x = add_branch(x, branch, drop_path)
     return norm(x), x
 
@@ -110,8 +111,8 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if type(self.fc1) is type(self.fc2) is Linear and not (self.training and self.drop.p):
             parameters = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-            if cuda_linear.applies(x, *parameters) and not any(map(is_hooked, self.children())):
-                return cuda_linear.mlp(x, *parameters, compute_dtype(x))
+            if gpu_linear.applies(x, *parameters) and not any(map(is_hooked, self.children())):
+                return gpu_linear.mlp(x, *parameters, compute_dtype(x))
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 

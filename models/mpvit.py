@@ -26,11 +26,11 @@ import torch
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
-from models import cuda_depthwise
 from models.base import HierarchicalModel, check_heads, check_mlps, check_stages, register_variants
 from models.checkpointing import run_blocks
 from models.cpu_bf16 import LayerNormForProducts, compute_dtype
 from models.factorized_attention import FactorizedAttention, RelativePositionEncoding
+from models.gpu import depthwise as gpu_depthwise
 from models.layers import DropPath, Mlp, add_branch, add_branch_and_norm, init_linear, make_head, norm_and_skip
 from models.ops import DepthwiseConv2d, channels_last, concatenate, conv_norm
 
@@ -139,7 +139,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         unit, x = self.recomputed if self.training else "", x.permute(0, 2, 3, 1)
         # Once for all layers, whose encoding it is.
-        joined = self.crpe.joined(x.device) if cuda_depthwise.applies(x, compute_dtype(x)) else None
+        joined = self.crpe.joined(x.device) if gpu_depthwise.applies(x, compute_dtype(x)) else None
         return run_blocks(self.MHCA_layers, x, joined, unit=unit).permute(0, 3, 1, 2)
 
 

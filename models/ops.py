@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import cuda_depthwise
 from models.cpu_bf16 import compute_dtype, linear
+from models.gpu import depthwise as gpu_depthwise
 
 LARGE_MAP = 2 ** 19  # numbers of one sample, 1 MiB in bfloat16: two such maps leave a core's cache no room
 _WIDE = {8: torch.int64, 16: torch.complex128}  # types by bytes, to move several numbers as one
@@ -113,7 +113,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution of an odd square kernel, padded by half of it. (B, C, H, W) -> (B, C, H/stride, W/stride), rounded up.
 
     Channels-last inside. In bfloat16 on a CPU its gradients are composed of what oneDNN (3.13) does fast: others of the same cost
-    take 2 to 60 times as long. In 16 bits on a GPU it has kernels of its own (``models.cuda_depthwise``).
+    take 2 to 60 times as long. In 16 bits on a GPU it has kernels of its own (``models.gpu.depthwise``).
 
     ``skip`` adds the input to the output, at the price of one addition to the kernel.
     """
@@ -124,7 +124,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, dtype = self.weight, compute_dtype(x)
-        if cuda_depthwise.applies(x, dtype):
+        if gpu_depthwise.applies(x, dtype):
             return self.on_cuda(x, weight, self.bias)
         if self.skip:
             weight = weight + F.pad(weight.new_ones(1, 1, 1, 1), (self.kernel_size[0] // 2,) * 4)
@@ -134,9 +134,9 @@ class DepthwiseConv2d(nn.Conv2d):
         return _Depthwise.apply(x, weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.stride[0])
 
     def on_cuda(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Where ``cuda_depthwise.applies``, with ``weight`` and ``bias`` in place of its own."""
+        """Where ``gpu_depthwise.applies``, with ``weight`` and ``bias`` in place of its own."""
         x = x.to(compute_dtype(x)).permute(0, 2, 3, 1)
-        return cuda_depthwise.depthwise(x, weight, bias, self.stride[0], self.skip).permute(0, 3, 1, 2)
+        return gpu_depthwise.depthwise(x, weight, bias, self.stride[0], self.skip).permute(0, 3, 1, 2)
 
 
 class _Depthwise(torch.autograd.Function):
@@ -243,7 +243,7 @@ def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What ``conv`` does, with ``weight`` and ``bias`` in place of its own; of one pixel on a GPU in 16 bits a product of matrices, whose
     gradient of the weights cuBLAS sums over all pixels in parallel."""
-    if isinstance(conv, DepthwiseConv2d) and cuda_depthwise.applies(x, compute_dtype(x)):
+    if isinstance(conv, DepthwiseConv2d) and gpu_depthwise.applies(x, compute_dtype(x)):
         return conv.on_cuda(x, weight, bias)
     if x.is_cuda and weight.shape[1:] == (x.shape[1], 1, 1) and conv.stride == (1, 1) and compute_dtype(x).itemsize == 2:
         return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from models import fused_position_bias
 from models.cpu_bf16 import compute_dtype
+from models.gpu import position_bias as gpu_position_bias
 
 POSITIONS = ("dpb", "dpb_residual", "table", "none")
 
@@ -119,9 +119,9 @@ class DynamicPositionBias(RelativePositionBias):
 
     def by_offset(self, group: int, device: torch.device) -> Tensor:
         weights = list(self.parameters())
-        if not fused_position_bias.fits(weights):
+        if not gpu_position_bias.fits(weights):
             return super().by_offset(group, device)
-        return fused_position_bias.position_bias(weights, group, self.residual)
+        return gpu_position_bias.position_bias(weights, group, self.residual)
 
     def forward(self, offsets: Tensor) -> Tensor:
         x = self.pos_proj(offsets)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.base import check_doubling
 from models.cpu_bf16 import norms_for_products
-from models.group_attention import fits, group_attention
+from models.gpu.group_attention import fits, group_attention
 from models.layers import add_branch, add_branch_and_norm, is_hooked, norm_and_skip
 
 

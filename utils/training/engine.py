@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from config import ProgramError
-from models import cuda_linear
+from models.gpu import linear as gpu_linear
 from utils.checkpoints.state import TrainState
 from utils.optim.lr_schedule import Schedule, set_lr
 from utils.optim.optimizer import skips_on_device
@@ -226,7 +226,7 @@ def _update_scaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimize
 
 def forward_backward(model: nn.Module, part: Batch, plan: StepPlan, micro: int = 0) -> Tensor:
     """Add the gradients of micro-batch number ``micro`` to those that there are; the sum of the losses of its samples."""
-    with plan.precision.autocast(), cuda_linear.converting_at_once(model):
+    with plan.precision.autocast(), gpu_linear.converting_at_once(model):
         outputs = plan.task.forward(model, part)
     loss = plan.task.loss(outputs, part)
     # DDP averages over ranks, so a sample weighs world/images here and 1/images in the end. The second term is 0, and

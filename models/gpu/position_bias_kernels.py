@@ -1,5 +1,5 @@
 """Triton kernels of the dynamic position bias: its MLP for all offsets in one launch forward and one back. Called by
-``models.fused_position_bias``.
+``models.gpu.position_bias``.
 
 A program takes ROWS offsets through all layers, in fp32; what backward needs is computed again.
 

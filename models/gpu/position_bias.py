@@ -1,4 +1,4 @@
-"""CrossFormer's dynamic position bias on a GPU in one launch forward and two back, by the kernels of ``models.position_bias_kernels``.
+"""CrossFormer's dynamic position bias on a GPU in one launch forward and two back, by the kernels of ``models.gpu.position_bias_kernels``.
 
 Layer by layer it is 10 launches forward and 20 back, a third of all that a training step of CrossFormer-S launches, of a few numbers each.
 
@@ -97,7 +97,7 @@ def layer_by_layer(weights: list[Tensor], group: int, residual: bool) -> Tensor:
 
 
 def _forward(weights: list[Tensor], group: int, residual: bool) -> Tensor:
-    from models import position_bias_kernels as kernels  # only where there is a GPU: Triton takes a second to import
+    from models.gpu import position_bias_kernels as kernels  # only where there is a GPU: Triton takes a second to import
 
     table = _like_forward(weights, group, residual)
     with torch.cuda.device(table.device if table.is_cuda else -1):
@@ -107,7 +107,7 @@ def _forward(weights: list[Tensor], group: int, residual: bool) -> Tensor:
 
 
 def _backward(grad: Tensor, weights: list[Tensor], group: int, residual: bool) -> Tensor:
-    from models import position_bias_kernels as kernels
+    from models.gpu import position_bias_kernels as kernels
 
     parts = grad.new_empty(-(-len(grad) // ROWS), sum(w.numel() for w in weights))
     with torch.cuda.device(grad.device if grad.is_cuda else -1):

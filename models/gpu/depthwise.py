@@ -1,9 +1,9 @@
 """Depthwise convolutions on CUDA in 16 bits, of maps with the channels last: each map read once, each result written once.
 
 torch (2.11 to 2.14) sends a channels-last map to cuDNN, and any other in bfloat16 to kernels of its own, whose gradient of the weights
-walks over all pixels once for each number of a kernel: 576 walks over 803,000 pixels for 3 x 3 on (256, 56, 56, 64). The kernels in
-models/depthwise_kernels.py take that map's 103 MB in and 103 MB out at once, 0.05 ms at 4 TB/s, and their instructions no more than twice
-that by what a compilation for an H200 counts. They take the weights in fp32 and add up in it; the gradients repeat to the bit.
+walks over all pixels once for each number of a kernel: 576 walks over 803,000 pixels for 3 x 3 on (256, 56, 56, 64). The kernels here
+take that map's 103 MB in and 103 MB out at once, 0.05 ms at 4 TB/s, and their instructions no more than twice that, by what a compilation
+for an H200 counts. They take the weights in fp32 and add up in it; the gradients repeat to the bit.
 
 Both are operations of torch (``crossformer::depthwise``, ``depthwise_sums``), which fake tensors, dispatch modes and torch.compile see.
 
@@ -12,16 +12,14 @@ Shapes: B batch, H W map, C channels, K side of the kernel; maps are (B, H, W, C
 
 from __future__ import annotations
 
-import functools
-import importlib
-import warnings
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.gpu.kernels import Kernels, distance
 
 _AFFORDED = 2 ** 29  # numbers of one sample: the kernels count them, and those that lie between, in 32 bits
 
@@ -122,12 +120,14 @@ def weight_gradient(x: Tensor, grad: Tensor, taps: int, stride: int, has_bias: b
 def _convolve(out: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, addend: Tensor | None, reaches: Tensor | None, stride: int,
               transposed: bool) -> None:
     """Writes ``out``: the convolution of ``x``, or (``transposed``) the gradient of the input that ``x`` is the output's gradient of."""
-    if (kernels := _kernels_for(x)) is not None:
-        try:
-            kernels.convolve(out, dense(x), taps, bias, None if addend is None else dense(addend), reaches, stride, transposed)
-            return
-        except Exception as error:  # Triton compiles at the first call, and raises what its tools do
-            _give_up(error)
+    KERNELS.compute(
+        x.device, lambda kernels: kernels.convolve(out, dense(x), taps, bias, None if addend is None else dense(addend), reaches, stride,
+                                                   transposed),
+        lambda: _convolve_plainly(out, x, taps, bias, addend, stride, transposed))
+
+
+def _convolve_plainly(out: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, addend: Tensor | None, stride: int, transposed: bool,
+                      ) -> None:
     weight = _weight_of(taps, x)
     if transposed:
         gradients = torch.ops.aten.convolution_backward
@@ -141,11 +141,11 @@ def _convolve(out: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, addend:
 
 def _sums(x: Tensor, grad: Tensor, reaches: Tensor | None, kernel: int, stride: int, has_bias: bool) -> Tensor:
     """The gradients of weight and bias behind one another, (C * K * K + C,) or without the last C, in fp32 at least."""
-    if (kernels := _kernels_for(x)) is not None:
-        try:
-            return kernels.weight_sums(dense(x), dense(grad), reaches, kernel, stride, has_bias)
-        except Exception as error:
-            _give_up(error)
+    return KERNELS.compute(x.device, lambda kernels: kernels.weight_sums(dense(x), dense(grad), reaches, kernel, stride, has_bias),
+                           lambda: _sums_plainly(x, grad, kernel, stride, has_bias))
+
+
+def _sums_plainly(x: Tensor, grad: Tensor, kernel: int, stride: int, has_bias: bool) -> Tensor:
     channels = x.shape[3]
     weight = x.new_empty(channels, 1, kernel, kernel)
     _, to_weight, to_bias = torch.ops.aten.convolution_backward(
@@ -177,31 +177,25 @@ _library.impl("depthwise_sums", lambda x, grad, reaches, kernel, stride, has_bia
 
 @torch.compiler.assume_constant_result
 def _available() -> bool:
-    return not _failed and _kernels() is not None
+    return KERNELS.available
 
 
-@functools.cache
-def _kernels() -> ModuleType | None:
-    """The module of kernels, or none without Triton."""
-    try:
-        return importlib.import_module("models.depthwise_kernels")
-    except Exception:  # not only ImportError: a Triton that does not fit its torch raises others
-        return None
+def _difference(device: torch.device) -> str:
+    """Of the kernels from torch's convolutions in fp32, for ``KERNELS``."""
+    kernels, generator, errors = KERNELS.module, torch.Generator().manual_seed(0), []
+    for side, stride in ((3, 1), (3, 2), (7, 1)):
+        size = (2, -(-9 // stride), -(-10 // stride), 40)
+        x, grad = (torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in ((2, 9, 10, 40), size))
+        taps, bias = torch.randn(side * side, 40, generator=generator).to(device), torch.randn(40, generator=generator).to(device)
+        for given, like, transposed in ((x, grad, False), (grad, x, True)):
+            ours, plain = torch.empty_like(like), torch.empty_like(like, dtype=torch.float32)
+            added = None if transposed else bias
+            kernels.convolve(ours, given, taps, added, None, None, stride, transposed)
+            _convolve_plainly(plain, given.float(), taps, added, None, stride, transposed)
+            errors.append(distance(ours, plain))
+        plain = _sums_plainly(x.float(), grad.float(), side, stride, True)
+        errors.append(distance(kernels.weight_sums(x, grad, None, side, stride, True), plain))
+    return "" if all(error < 0.01 for error in errors) else f"depthwise convolutions are off by {max(errors):.2g}"
 
 
-def _kernels_for(x: Tensor) -> ModuleType | None:
-    """On a CPU only Triton's interpreter runs them."""
-    kernels = None if _failed else _kernels()
-    return kernels if kernels is not None and (x.is_cuda or kernels.INTERPRETED) else None
-
-
-_failed: list[str] = []
-
-
-def _give_up(error: Exception) -> None:
-    """The plain form from here on, with one notice."""
-    if isinstance(error, torch.OutOfMemoryError):
-        raise error
-    _failed.append(str(error))
-    warnings.warn(f"Triton fails here ({type(error).__name__}: {str(error)[:160]}); depthwise convolutions are computed by torch's own, "
-                  "slower kernels", stacklevel=2)
+KERNELS = Kernels("depthwise_kernels", "depthwise convolutions are computed", _difference)

@@ -13,10 +13,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import fused_position_bias
+from models.gpu import position_bias as gpu_position_bias
 from models.position_bias import DynamicPositionBias, relative_offsets
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -24,12 +24,12 @@ def test_formula_is_the_modules(residual):
     torch.manual_seed(0)
     dpb = DynamicPositionBias(6, 3, residual).double()
     plain = dpb(relative_offsets(4, torch.device("cpu")).double())
-    assert torch.allclose(fused_position_bias.layer_by_layer(list(dpb.parameters()), 4, residual), plain)
+    assert torch.allclose(gpu_position_bias.layer_by_layer(list(dpb.parameters()), 4, residual), plain)
 
 
 KERNELS = """
 import torch
-from models import fused_position_bias as m
+from models.gpu import position_bias as m
 from models.position_bias import DynamicPositionBias
 cpu = torch.device("cpu")
 m._LIBRARY.impl("position_bias", m._forward, "CPU")
@@ -55,7 +55,7 @@ def test_kernels_compile_for_hopper():
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from models import position_bias_kernels
+    from models.gpu import position_bias_kernels
     function = position_bias_kernels.backward
     kinds = dict(dict.fromkeys(("group", "dim", "heads", "size"), "i32"), RESIDUAL="constexpr")
     source = triton.compiler.ASTSource(fn=function, signature={name: kinds.get(name, "*fp32") for name in function.arg_names},
@@ -80,13 +80,13 @@ def test_on_cuda_the_bias_is_one_operation():
             table = dpb.cached_table(7, torch.device("cuda"))
         assert table.shape == (169, 6) and [name for name in operations.names if name != "prim"] == ["cross_scale_bias"]
         wide = DynamicPositionBias(65, 6)
-        assert not fused_position_bias.fits(list(wide.parameters()))
+        assert not gpu_position_bias.fits(list(wide.parameters()))
         with Operations() as operations:
             assert wide.cached_table(7, torch.device("cuda")).shape == (169, 6)
         assert "cross_scale_bias" not in operations.names
-    assert not fused_position_bias.fits(list(nn.Linear(2, 2).parameters()))
+    assert not gpu_position_bias.fits(list(nn.Linear(2, 2).parameters()))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_on_a_gpu():
-    assert fused_position_bias._error(torch.device("cuda")) < 1e-3
+    assert gpu_position_bias._error(torch.device("cuda")) < 1e-3

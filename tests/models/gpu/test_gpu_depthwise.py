@@ -14,7 +14,8 @@ from families import tiny
 from gradients import close, gradients
 from torch import Tensor, nn
 
-from models import cuda_depthwise, mpvit, ops
+from models import mpvit, ops
+from models.gpu import depthwise as gpu_depthwise
 
 # kernel, stride, (height, width), channels, skip, a slice of a wider map's channels, whether kernels reach less far in some channels
 CASES = [(3, 1, (6, 9), 10, True, False, False), (3, 2, (7, 4), 8, False, True, False), (5, 2, (3, 10), 6, False, True, False),
@@ -36,7 +37,7 @@ def run_case(kernel: int, stride: int, size: tuple[int, int], channels: int, ski
 
     def ours(whole: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x = whole[..., channels:2 * channels] if sliced else whole
-        return cuda_depthwise.depthwise(x, weight * mask, bias, stride, skip, reaches)
+        return gpu_depthwise.depthwise(x, weight * mask, bias, stride, skip, reaches)
 
     def plain(whole: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x = (whole[..., channels:2 * channels] if sliced else whole).permute(0, 3, 1, 2)
@@ -57,10 +58,10 @@ def test_only_the_gradients_that_are_wanted() -> None:
     x, weight, bias = torch.randn(2, 4, 5, 6), torch.randn(6, 1, 3, 3), torch.randn(6)
     for wanted in ((True, False, False), (False, True, False), (False, False, True), (False, True, True)):
         inputs = [t.clone().requires_grad_(need) for t, need in zip((x, weight, bias), wanted, strict=True)]
-        cuda_depthwise.depthwise(*inputs).square().sum().backward()
+        gpu_depthwise.depthwise(*inputs).square().sum().backward()
         assert [t.grad is not None for t in inputs] == list(wanted)
     whole = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    cuda_depthwise.depthwise(*whole).square().sum().backward()
+    gpu_depthwise.depthwise(*whole).square().sum().backward()
     assert torch.allclose(inputs[2].grad, whole[2].grad) and torch.allclose(inputs[1].grad, whole[1].grad)
 
 
@@ -76,9 +77,9 @@ def test_a_whole_model_in_this_form(family: str, monkeypatch: pytest.MonkeyPatch
 
         plain = gradients(run, *model.parameters())
         with monkeypatch.context() as patch:
-            form = cuda_depthwise.convolve
-            patch.setattr(cuda_depthwise, "convolve", lambda *a, form=form, **k: calls.append(a) or form(*a, **k))
-            patch.setattr(cuda_depthwise, "applies", lambda x, dtype: True)
+            form = gpu_depthwise.convolve
+            patch.setattr(gpu_depthwise, "convolve", lambda *a, form=form, **k: calls.append(a) or form(*a, **k))
+            patch.setattr(gpu_depthwise, "applies", lambda x, dtype: True)
             ours = gradients(run, *model.parameters())
         assert bool(calls) == (family != "pvt")
         assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours, plain, strict=True)), training
@@ -86,19 +87,19 @@ def test_a_whole_model_in_this_form(family: str, monkeypatch: pytest.MonkeyPatch
 
 def test_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """As COMPILE blocks has it on a GPU."""
-    assert torch.compile(lambda x: x + int(cuda_depthwise._available()), fullgraph=True, backend="aot_eager")(torch.zeros(1)) == (
-        cuda_depthwise._available())
+    assert torch.compile(lambda x: x + int(gpu_depthwise._available()), fullgraph=True, backend="aot_eager")(torch.zeros(1)) == (
+        gpu_depthwise._available())
     layer = next(m for m in tiny("mpvit", "MODEL.DROP_PATH_RATE", 0).double().modules() if isinstance(m, mpvit.EncoderLayer))
     x = torch.randn(2, 4, 3, 16, dtype=torch.float64, requires_grad=True)
     plain = gradients(lambda x, *_: layer(x), x, *layer.parameters())
-    monkeypatch.setattr(cuda_depthwise, "applies", lambda x, dtype: True)
+    monkeypatch.setattr(gpu_depthwise, "applies", lambda x, dtype: True)
     layer.compile(fullgraph=True, backend="aot_eager")
     ours = gradients(lambda x, *_: layer(x, layer.crpe.joined(x.device)), x, *layer.parameters())
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours, plain, strict=True))
 
 
 def test_what_it_is_not_for() -> None:
-    assert not cuda_depthwise.applies(torch.randn(1, 4, 2, 2).bfloat16(), torch.bfloat16)
+    assert not gpu_depthwise.applies(torch.randn(1, 4, 2, 2).bfloat16(), torch.bfloat16)
 
 
 def test_batch_norm_of_a_pointwise_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,24 +115,24 @@ def test_batch_norm_of_a_pointwise_convolution(monkeypatch: pytest.MonkeyPatch) 
 
 def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    result = subprocess.run([sys.executable, __file__], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
+    result = subprocess.run([sys.executable, __file__], cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=300,
                             env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)})
     assert result.returncode == 0, result.stderr
 
 
 def check_kernels() -> None:
     """Run in a process of its own: Triton looks at TRITON_INTERPRET when it is imported."""
-    assert "models.depthwise_kernels" not in sys.modules
-    assert cuda_depthwise._kernels().INTERPRETED
+    assert "models.gpu.depthwise_kernels" not in sys.modules
+    assert gpu_depthwise.KERNELS.module.INTERPRETED
     for case in CASES:
         ours, plain = run_case(*case)
         assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(ours, plain, strict=True)), case
     assert close(*run_case(*CASES[0], dtype=torch.bfloat16), 0.01)
     x = torch.full((3, 2, 40, 4), 1.0078125, dtype=torch.bfloat16, requires_grad=True)  # sums beyond what bf16 can count
     weight = torch.ones(4, 1, 1, 1, requires_grad=True)
-    cuda_depthwise.depthwise(x, weight, None).backward(torch.ones_like(x))
+    gpu_depthwise.depthwise(x, weight, None).backward(torch.ones_like(x))
     assert torch.equal(weight.grad.flatten(), torch.full((4,), 240 * 1.0078125))
-    assert not cuda_depthwise._failed
+    assert not gpu_depthwise.KERNELS.failed
 
 
 @pytest.mark.parametrize(("kernel", "reaching"), [(3, False), (7, True)])
@@ -141,7 +142,7 @@ def test_kernels_compile_for_sm_90(kernel: int, reaching: bool, tmp_path: Path, 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from models import depthwise_kernels as kernels
+    from models.gpu import depthwise_kernels as kernels
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     types = dict.fromkeys(("x", "grad", "addend", "out"), "*bf16")
     types |= dict.fromkeys(("weight", "bias", "sums"), "*fp32") | {"reaches": "*i32"}
@@ -166,7 +167,7 @@ def test_on_cuda(case: tuple, dtype: torch.dtype) -> None:
     assert close(ours, plain, 0.01)
     again, _ = run_case(*case, dtype=dtype, device="cuda")
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
-    assert not cuda_depthwise._failed
+    assert not gpu_depthwise.KERNELS.failed
 
 
 if __name__ == "__main__":

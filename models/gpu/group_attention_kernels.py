@@ -1,4 +1,4 @@
-"""Triton kernels of attention within groups of a map's tokens, read and written where they lie. Called by ``models.group_attention``.
+"""Triton kernels of attention within groups of a map's tokens, read and written where they lie. Called by ``models.gpu.group_attention``.
 
 A program takes one head of one group, in every so manieth sample, and holds the group's N x N logits in registers. So nothing but the map
 itself is read and written, no group is laid out, and the gradient of the position bias is summed up before it is written.

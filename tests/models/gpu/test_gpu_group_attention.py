@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import crossformer, group_attention, swin
+from models import crossformer, swin
 from models.crossformer import Block
+from models.gpu import group_attention
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def block(group: int, interval: int, **kwargs) -> Block:
@@ -71,7 +72,7 @@ def test_swins_windows_in_place_are_timms(size, shift, monkeypatch):
 
 KERNELS = """
 import json, sys, torch
-from models import group_attention as m
+from models.gpu import group_attention as m
 m.PROGRAMS = dict(forward=8, backward=2)
 torch.manual_seed(0)
 errors = []
@@ -104,7 +105,7 @@ def test_kernels_compile_for_hopper(kernel):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from models import group_attention_kernels
+    from models.gpu import group_attention_kernels
     function, constants = getattr(group_attention_kernels, kernel), dict(DIM=32, BLOCK=64, BIASED=True, PRECISION="ieee")
     kinds = dict(qkv="*bf16", out="*bf16", grad="*bf16", to_qkv="*bf16", table="*fp32", to_bias="*fp32", scale="fp32")
     names = function.arg_names

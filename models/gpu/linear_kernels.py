@@ -1,4 +1,4 @@
-"""Triton kernels of ``models.cuda_linear``, imported only where they run.
+"""Triton kernels of ``models.gpu.linear``, imported only where they run.
 
 A program adds up a stretch of rows, 128 columns wide, in fp32, and writes one row; torch adds up those, at most some 1,000 and always the
 same ones. The programs that fit into a multiprocessor hold 40 KB and more under way; the memory's pace takes 25 KB (4.8 TB/s, 132 of

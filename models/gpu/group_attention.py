@@ -1,6 +1,6 @@
 """Self-attention within groups of a map's tokens, on a GPU without laying out a group.
 
-``group_attention`` is an operation of two forms: on CUDA the kernels of ``models.group_attention_kernels``, elsewhere (in tests) the
+``group_attention`` is an operation of two forms: on CUDA the kernels of ``models.gpu.group_attention_kernels``, elsewhere (in tests) the
 formula.
 Against grouping tokens, ``F.scaled_dot_product_attention`` and ungrouping them, a block saves two permuting copies of the map forward and
 two backward, the copy that puts the gradients of q, k and v together, and a bias gradient as large as all logits, with its sum; a map of
@@ -178,7 +178,7 @@ def _offset_of_pairs(group: int, device: torch.device, dtype: torch.dtype) -> Te
 
 def _launch(kernel: str, inputs: tuple[Tensor, ...], table: Tensor | None, results: tuple[Tensor, ...], qkv: Tensor, heads: int,
             group: int, interval: int, shift: int, scale: float) -> None:
-    from models import group_attention_kernels  # only where there is a GPU: Triton takes a second to import
+    from models.gpu import group_attention_kernels  # only where there is a GPU: Triton takes a second to import
 
     batch, height, width, channels = qkv.shape
     dim, block = channels // (3 * heads), _block(group)

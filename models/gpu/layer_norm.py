@@ -23,15 +23,14 @@ Shapes: B batch, H W map, C channels, G group size.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
-import warnings
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from models.gpu.kernels import Kernels, distance
 
 LEAST_NUMBERS = 2 ** 20  # below, a kernel takes no longer than the host to launch it, and torch's own launch is the shortest
 MOST_CHANNELS = 4096
@@ -61,7 +60,7 @@ def fuses(norm: nn.Module, x: Tensor) -> bool:
     if norm.weight is None or norm.bias is None or norm.normalized_shape != x.shape[-1:] or x.shape[-1] > MOST_CHANNELS:
         return False
     typed = x.dtype in _TYPES and norm.weight.dtype in _TYPES and (x.dtype == norm.weight.dtype or torch.is_autocast_enabled("cuda"))
-    return typed and x.numel() >= LEAST_NUMBERS and not _failed and _kernels() is not None
+    return typed and x.numel() >= LEAST_NUMBERS and KERNELS.available
 
 
 def norm_and_skip(norm: LayerNorm, x: Tensor, group: int = 0, interval: int = 1) -> tuple[Tensor, Tensor]:
@@ -158,15 +157,22 @@ def _allocate_backward(grad: Tensor, skip: Tensor | None, x: Tensor, factor: Ten
 
 def _forward(x: Tensor, branch: Tensor | None, factor: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
              group: int, interval: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = x, branch, factor, weight, bias, eps, dtype, group, interval
+    return KERNELS.compute(x.device, lambda kernels: _by_kernels(kernels, *given), lambda: _plainly(*given))
+
+
+def _by_kernels(kernels: ModuleType, x: Tensor, branch: Tensor | None, factor: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
+                dtype: torch.dtype, group: int, interval: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, total, mean, rstd = _allocate(x, branch, factor, weight, bias, eps, dtype, group, interval)
     places = _places_of(x, group, interval)
-    if (kernels := _kernels_for(x)) is not None:
-        try:
-            kernels.forward(x, branch, factor, weight, bias, places, y, None if branch is None else total, mean, rstd, eps)
-            return y, total, mean, rstd
-        except Exception as error:  # Triton compiles at the first call, and raises what its tools do
-            _give_up(error)
-    wide = x.to(mean.dtype)
+    kernels.forward(x, branch, factor, weight, bias, places, y, None if branch is None else total, mean, rstd, eps)
+    return y, total, mean, rstd
+
+
+def _plainly(x: Tensor, branch: Tensor | None, factor: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+             group: int, interval: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, total, mean, rstd = _allocate(x, branch, factor, weight, bias, eps, dtype, group, interval)
+    places, wide = _places_of(x, group, interval), x.to(mean.dtype)
     if branch is not None:
         wide = total.copy_(wide + _by_sample(branch.to(mean.dtype), factor)).to(mean.dtype)
     result, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], weight.to(mean.dtype), bias.to(mean.dtype), eps)
@@ -179,14 +185,22 @@ def _forward(x: Tensor, branch: Tensor | None, factor: Tensor | None, weight: Te
 
 def _backward(grad: Tensor, skip: Tensor | None, x: Tensor, factor: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor,
               branch_type: torch.dtype | None, group: int, interval: int) -> tuple[Tensor, Tensor, Tensor]:
+    given = grad, skip, x, factor, weight, mean, rstd, branch_type, group, interval
+    return KERNELS.compute(x.device, lambda kernels: _backward_by_kernels(kernels, *given), lambda: _backward_plainly(*given))
+
+
+def _backward_by_kernels(kernels: ModuleType, grad: Tensor, skip: Tensor | None, x: Tensor, factor: Tensor | None, weight: Tensor,
+                         mean: Tensor, rstd: Tensor, branch_type: torch.dtype | None, group: int, interval: int,
+                         ) -> tuple[Tensor, Tensor, Tensor]:
+    to_x, to_branch, _ = _allocate_backward(grad, skip, x, factor, weight, mean, rstd, branch_type, group, interval)
+    sums = kernels.backward(grad, skip, x, factor, weight, mean, rstd, _places_of(x, group, interval), to_x,
+                            None if branch_type is None else to_branch)
+    return to_x, to_branch, sums.sum(0)
+
+
+def _backward_plainly(grad: Tensor, skip: Tensor | None, x: Tensor, factor: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor,
+                      branch_type: torch.dtype | None, group: int, interval: int) -> tuple[Tensor, Tensor, Tensor]:
     places = _places_of(x, group, interval)
-    if (kernels := _kernels_for(x)) is not None:
-        to_x, to_branch, _ = _allocate_backward(grad, skip, x, factor, weight, mean, rstd, branch_type, group, interval)
-        try:
-            sums = kernels.backward(grad, skip, x, factor, weight, mean, rstd, places, to_x, None if branch_type is None else to_branch)
-            return to_x, to_branch, sums.sum(0)
-        except Exception as error:
-            _give_up(error)
     if places is not None:
         grad = grad.view(len(x), -1, x.shape[-1])[:, places[:x.shape[1] * x.shape[2]]]
     grad, wide, weight = grad.reshape(x.shape).to(mean.dtype), x.to(mean.dtype), weight.to(mean.dtype)
@@ -246,28 +260,21 @@ def group_places(height: int, width: int, group: int, interval: int, device: tor
         return torch.cat([places[:height, :width].flatten(), places[:height, width:].flatten(), places[height:].flatten()]).int()
 
 
-@functools.cache
-def _kernels() -> ModuleType | None:
-    """The module of kernels, or none without Triton."""
-    try:
-        return importlib.import_module("models.fused_norm_kernels")
-    except Exception:  # not only ImportError: a Triton that does not fit its torch raises others
-        return None
+def _difference(device: torch.device) -> str:
+    """Of the kernels from torch's operations, for ``KERNELS``: with a branch and a skip, and padded into groups."""
+    generator = torch.Generator().manual_seed(0)
+    x, branch, skip, norm = (torch.randn(shape, generator=generator).to(device) for shape in ((3, 6, 7, 96),) * 3 + ((2, 96),))
+    grad, factor = torch.randn(3 * 4 * 16, 96, generator=generator).to(device, torch.bfloat16), torch.tensor([0.0, 1.0, 2.0]).to(device)
+    errors = []
+    for group, added in ((4, None), (0, branch.bfloat16())):
+        given = x, added, None if added is None else factor, *norm.unbind(), 1e-5, torch.bfloat16, group, 1
+        plain, ours = _plainly(*given), _by_kernels(KERNELS.module, *given)
+        total = x if added is None else plain[1]
+        given = (grad[:plain[0].numel() // 96].view(plain[0].shape), skip, total, given[2], norm[0], *plain[2:],
+                 None if added is None else added.dtype, group, 1)
+        pairs = zip((*ours, *_backward_by_kernels(KERNELS.module, *given)), (*plain, *_backward_plainly(*given)), strict=True)
+        errors += [distance(a, b) for a, b in pairs if b.numel()]
+    return "" if all(error < 0.01 for error in errors) else f"the layer norm is off by {max(errors):.2g}"
 
 
-def _kernels_for(x: Tensor) -> ModuleType | None:
-    """On a CPU only Triton's interpreter runs them."""
-    kernels = None if _failed else _kernels()
-    return kernels if kernels is not None and (x.is_cuda or kernels.INTERPRETED) else None
-
-
-_failed: list[str] = []
-
-
-def _give_up(error: Exception) -> None:
-    """The plain form from here on, with one notice."""
-    if isinstance(error, torch.OutOfMemoryError):
-        raise error
-    _failed.append(str(error))
-    warnings.warn(f"Triton fails here ({type(error).__name__}: {str(error)[:160]}); torch's own layer norm is taken, which is slower",
-                  stacklevel=2)
+KERNELS = Kernels("layer_norm_kernels", "layer norms are computed", _difference)

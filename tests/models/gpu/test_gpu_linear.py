@@ -14,16 +14,16 @@ from gradients import close, gradients
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from models import cuda_linear
 from models.cpu_bf16 import Linear
 from models.crossformer import CrossFormer
+from models.gpu import linear as gpu_linear
 from models.layers import Mlp
 
 KERNELS = """
 import sys, torch
-from models import cuda_linear
+from models.gpu import linear as gpu_linear
 assert not [name for name in sys.modules if name.startswith("models.") and ("kernels" in name or "triton" in name)]
-assert cuda_linear._kernels().INTERPRETED
+assert gpu_linear.KERNELS.module.INTERPRETED
 torch.manual_seed(0)
 for rows, columns in ((300, 96), (37, 140), (1, 8)):
     for dtype, limit in ((torch.bfloat16, 2 ** -7), (torch.float16, 2 ** -10)):
@@ -34,7 +34,7 @@ for rows, columns in ((300, 96), (37, 140), (1, 8)):
         expected = torch.ops.aten.gelu_backward(grad.double(), x.double())
         assert torch.allclose(to_x.double(), expected, rtol=limit, atol=limit * 0.01)
         assert torch.allclose(sums, expected.sum(0).float(), atol=1e-4)
-assert not cuda_linear._failed
+assert not gpu_linear.KERNELS.failed
 """
 
 
@@ -48,7 +48,7 @@ def test_exact(image_needs_gradient: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 3, 6, dtype=torch.float64, requires_grad=image_needs_gradient)
     parameters = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 6), (7,), (4, 7), (4,))]
-    for ours, plain, number in ((cuda_linear.linear, nn.functional.linear, 2), (cuda_linear.mlp, plain_mlp, 4)):
+    for ours, plain, number in ((gpu_linear.linear, nn.functional.linear, 2), (gpu_linear.mlp, plain_mlp, 4)):
         used = parameters[:number]
         inputs = [x, *used] if image_needs_gradient else used
         # Transposed, the gradient that comes back does not lie in rows.
@@ -60,7 +60,7 @@ def test_exact(image_needs_gradient: bool) -> None:
 def test_results_may_be_changed_in_place() -> None:
     """As timm's SwinV2 does with a ReLU behind a linear."""
     x, first, bias = torch.randn(2, 3, 8), torch.randn(8, 8, requires_grad=True), torch.randn(8, requires_grad=True)
-    for y in (cuda_linear.linear(x, first, bias, torch.float32), cuda_linear.mlp(x, first, bias, first, bias, torch.float32)):
+    for y in (gpu_linear.linear(x, first, bias, torch.float32), gpu_linear.mlp(x, first, bias, first, bias, torch.float32)):
         expected = torch.relu(y.detach())
         assert torch.equal(nn.functional.relu_(y), expected)
         y.sum().backward()
@@ -71,7 +71,7 @@ def test_16_bits_and_gradients_in_the_parameters_type() -> None:
     torch.manual_seed(0)
     x = torch.randn(300, 16, requires_grad=True)
     parameters = [torch.randn(shape, requires_grad=True) for shape in ((32, 16), (32,), (16, 32), (16,))]
-    ours = gradients(lambda x, *p: cuda_linear.mlp(x, *p, torch.bfloat16), x, *parameters)
+    ours = gradients(lambda x, *p: gpu_linear.mlp(x, *p, torch.bfloat16), x, *parameters)
     assert ours[0].dtype == torch.bfloat16 and {g.dtype for g in ours[1:]} == {torch.float32}
     assert close(ours, gradients(plain_mlp, x, *parameters), 0.02)
 
@@ -89,9 +89,9 @@ def test_a_whole_model_in_this_form(monkeypatch: pytest.MonkeyPatch) -> None:
     x, calls = torch.randn(1, 3, 64, 64, dtype=torch.float64), []
     plain = gradients(lambda *_: model(x), *model.parameters())
     for name in ("linear", "mlp"):
-        form = getattr(cuda_linear, name)
-        monkeypatch.setattr(cuda_linear, name, lambda *a, n=name, f=form: calls.append(n) or f(*a))
-    monkeypatch.setattr(cuda_linear, "applies", lambda x, *parameters: all(p is not None for p in parameters))
+        form = getattr(gpu_linear, name)
+        monkeypatch.setattr(gpu_linear, name, lambda *a, n=name, f=form: calls.append(n) or f(*a))
+    monkeypatch.setattr(gpu_linear, "applies", lambda x, *parameters: all(p is not None for p in parameters))
     ours = gradients(lambda *_: model(x), *model.parameters())
     assert calls.count("mlp") == 5 and calls.count("linear") >= 10
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours, plain, strict=True))
@@ -106,16 +106,16 @@ def test_parameters_converted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_foreach_copy_", lambda a, b: sizes.append(len(b)) or copy(a, b))
 
     def run() -> list[Tensor]:
-        return gradients(lambda *p: cuda_linear.mlp(x, *p, torch.bfloat16), *parameters)
+        return gradients(lambda *p: gpu_linear.mlp(x, *p, torch.bfloat16), *parameters)
 
     for step in range(3):
         plain = run()
-        with cuda_linear.converting_at_once(mlp):
+        with gpu_linear.converting_at_once(mlp):
             assert all(torch.equal(a, b) for a, b in zip(run(), plain, strict=True)), step
         with torch.no_grad():
             torch._foreach_add_(parameters, 0.1)
     parameters[3].requires_grad_(False)
-    with cuda_linear.converting_at_once(mlp):
+    with gpu_linear.converting_at_once(mlp):
         pass
     assert sizes == [4, 4, 3]  # the first pass finds out which
     gone = weakref.ref(mlp)
@@ -125,13 +125,13 @@ def test_parameters_converted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_it_is_not_for() -> None:
     x, layer = torch.randn(4, 8).bfloat16(), Linear(8, 8)
-    assert not cuda_linear.applies(x, layer.weight, layer.bias)
+    assert not gpu_linear.applies(x, layer.weight, layer.bias)
     mlp = Mlp(8, 16, drop=0.5)
     assert not torch.equal(mlp(x.float()), mlp(x.float()))  # dropout stays
 
 
 def test_hooks_within_an_mlp_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_linear, "applies", lambda *_: True)
+    monkeypatch.setattr(gpu_linear, "applies", lambda *_: True)
     mlp, x, seen = Mlp(8, 16), torch.randn(3, 8), []
     expected = mlp(x)
     mlp.act.register_forward_hook(lambda *_: seen.append(1))
@@ -145,7 +145,7 @@ def test_hooks_within_an_mlp_are_called(monkeypatch: pytest.MonkeyPatch) -> None
 def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     result = subprocess.run([sys.executable, "-c", KERNELS], env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-                            cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+                            cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
 
 
@@ -154,7 +154,7 @@ def test_kernels_compile_for_sm_90(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from models import cuda_linear_kernels as kernels
+    from models.gpu import linear_kernels as kernels
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     for kernel, rows, tensors in ((kernels._column_sums_kernel, 32, ["x"]), (kernels._gelu_backward_kernel, 16, ["grad", "x", "to_x"])):
         types = dict.fromkeys(tensors, "*bf16") | {"sums": "*fp32"}
@@ -175,7 +175,7 @@ def test_on_cuda(rows: int, dtype: torch.dtype) -> None:
     plain = gradients(lambda x, *_: mlp(x), x, *mlp.parameters())
     mlp, x = mlp.cuda(), x.detach().cuda().requires_grad_()
     with torch.autocast("cuda", dtype=dtype):
-        assert cuda_linear.applies(x, mlp.fc1.weight, mlp.fc1.bias)
+        assert gpu_linear.applies(x, mlp.fc1.weight, mlp.fc1.bias)
         runs = [gradients(lambda x, *_, f=f: f(x), x, *mlp.parameters()) for f in (mlp, mlp, lambda x: mlp.fc2(mlp.act(mlp.fc1(x))))]
     assert all(close([g.cpu() for g in run], plain, 0.03) for run in runs)
-    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True)) and not cuda_linear._failed
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True)) and not gpu_linear.KERNELS.failed

@@ -21,12 +21,13 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from models import cpu_bf16, fused_norm, swin
+from models import cpu_bf16, swin
 from models.crossformer import Block
-from models.group_attention import to_groups
+from models.gpu import layer_norm as gpu_norm
+from models.gpu.group_attention import to_groups
 from models.layers import DropPath, PatchMerging
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 
 
@@ -56,7 +57,7 @@ def distances(shape: tuple[int, ...], group: int, interval: int, dtype: torch.dt
     given = [x, weight, bias] + ([torch.randn(shape).to(result).requires_grad_()] if use in ("sum", "scaled") else [])
     factor = torch.tensor([0.0, 1.25, 1.5])[:shape[0]] if use == "scaled" else None
     exact = [t.detach().double().requires_grad_() for t in given]
-    ours = fused_norm.layer_norm(x, weight, bias, 1e-5, result, group, interval, *given[3:], factor=factor)
+    ours = gpu_norm.layer_norm(x, weight, bias, 1e-5, result, group, interval, *given[3:], factor=factor)
     branch = exact[3] if len(given) > 3 else torch.zeros(())
     total = exact[0] + (branch if factor is None else branch * factor.view(-1, *(1,) * (len(shape) - 1)))
     # What is normed is the sum as it is stored, rounded to its type.
@@ -77,7 +78,7 @@ def test_places_are_those_of_to_groups(height: int, width: int, group: int, inte
     pixels = torch.arange(1, height * width + 1).view(1, height, width, 1)
     span = group * interval
     groups = to_groups(F.pad(pixels, (0, 0, 0, -width % span, 0, -height % span)), group, interval).flatten()
-    places = fused_norm.group_places(height, width, group, interval, CPU).long()
+    places = gpu_norm.group_places(height, width, group, interval, CPU).long()
     assert torch.equal(groups[places[:height * width]], pixels.flatten()) and not groups[places[height * width:]].any()
     assert torch.equal(places.sort().values, torch.arange(len(groups)))
 
@@ -88,9 +89,9 @@ def test_the_operation_without_triton(group: int, interval: int) -> None:
     branch, factor = torch.randn(2, 7, 5, 6, dtype=torch.float64, requires_grad=True), torch.tensor([0.0, 1.5])
     for more in ((), (branch,), (branch, factor)):
         sizes = 1e-5, torch.float64, group, interval
-        assert torch.autograd.gradcheck(lambda *t: fused_norm.layer_norm(*t[:3], *sizes, *t[3:]), (x, weight, bias, *more))  # noqa: B023
+        assert torch.autograd.gradcheck(lambda *t: gpu_norm.layer_norm(*t[:3], *sizes, *t[3:]), (x, weight, bias, *more))  # noqa: B023
         with torch.inference_mode():
-            y, total = fused_norm.layer_norm(x, weight, bias, *sizes, *more)
+            y, total = gpu_norm.layer_norm(x, weight, bias, *sizes, *more)
         expected = x if not more else x + branch * (factor.view(2, 1, 1, 1) if more[1:] else 1)
         torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(y, plain(expected, weight, bias, group, interval), rtol=1e-12, atol=1e-12)
@@ -117,15 +118,15 @@ def run_kernels() -> None:
         # A kernel on a CPU may cut off what it rounds to bf16 on a GPU.
         for kind, error in (errors := distances(*case)):
             assert error < (4e-7 if kind == torch.float32 else torch.finfo(kind).eps), (case, errors)
-    assert not fused_norm._failed
+    assert not gpu_norm.KERNELS.failed
     x, weight, bias = inputs((2, 9, 9, 48), torch.float32)
     with torch.no_grad():
-        assert torch.equal(fused_norm.layer_norm(x, weight, bias, 1e-5, torch.float32, 4, 2)[0] == 0, plain(x, weight, bias, 4, 2) == 0)
+        assert torch.equal(gpu_norm.layer_norm(x, weight, bias, 1e-5, torch.float32, 4, 2)[0] == 0, plain(x, weight, bias, 4, 2) == 0)
 
 
 def test_the_kernels_interpreted() -> None:
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", "from tests.models.test_fused_norm import run_kernels; run_kernels()"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-c", "from tests.models.gpu.test_gpu_layer_norm import run_kernels; run_kernels()"], cwd=ROOT,
                           env=dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"),
                           capture_output=True, text=True, timeout=300)
     if "only 0-dimensional arrays can be converted" in done.stderr:
@@ -141,7 +142,7 @@ def test_the_kernels_compile_without_spilled_registers(arch: int, channels: int,
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from models import fused_norm_kernels as kernels
+    from models.gpu import layer_norm_kernels as kernels
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
         pytest.skip("this Triton has no tools for CUDA")
@@ -188,7 +189,7 @@ OURS, TORCHS = "crossformer::layer_norm", "aten::native_layer_norm"
 @pytest.fixture
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors on a GPU that is not there, under its autocast to bf16."""
-    monkeypatch.setattr(fused_norm, "_kernels", lambda: SimpleNamespace())
+    monkeypatch.setattr(gpu_norm.KERNELS, "module", SimpleNamespace())
     enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
@@ -209,22 +210,22 @@ def test_types_and_cases_on_a_gpu(fake_gpu: None) -> None:
                 assert norm(x).dtype == dtype
             assert operations.of(OURS) == [(dtype, (256, 56, 56, 96))] and not operations.of(TORCHS)
         torch.set_autocast_enabled("cuda", False)
-        assert fused_norm.fuses(norm, large) and norm(large).dtype == torch.float32
-        assert not fused_norm.fuses(norm, large.bfloat16())
+        assert gpu_norm.fuses(norm, large) and norm(large).dtype == torch.float32
+        assert not gpu_norm.fuses(norm, large.bfloat16())
         norm = kind(96, device="cuda", dtype=torch.bfloat16)
-        assert fused_norm.fuses(norm, large.bfloat16()) and norm(large.bfloat16()).dtype == torch.bfloat16
+        assert gpu_norm.fuses(norm, large.bfloat16()) and norm(large.bfloat16()).dtype == torch.bfloat16
         torch.set_autocast_enabled("cuda", True)
     norm = cpu_bf16.LayerNorm(96, device="cuda")
-    assert not fused_norm.fuses(norm, large[:1, :7]) and not fused_norm.fuses(norm, large.double())
-    assert not fused_norm.fuses(nn.LayerNorm(96, device="cuda"), large)
+    assert not gpu_norm.fuses(norm, large[:1, :7]) and not gpu_norm.fuses(norm, large.double())
+    assert not gpu_norm.fuses(nn.LayerNorm(96, device="cuda"), large)
     for other in (dict(bias=False), dict(elementwise_affine=False)):
-        assert not fused_norm.fuses(cpu_bf16.LayerNorm(96, device="cuda", **other), large)
-    assert not fused_norm.fuses(cpu_bf16.LayerNorm((56, 96), device="cuda"), large)
-    fused_norm._failed.append("Triton is broken")
+        assert not gpu_norm.fuses(cpu_bf16.LayerNorm(96, device="cuda", **other), large)
+    assert not gpu_norm.fuses(cpu_bf16.LayerNorm((56, 96), device="cuda"), large)
+    gpu_norm.KERNELS.failed = "Triton is broken"
     try:
-        assert not fused_norm.fuses(norm, large)
+        assert not gpu_norm.fuses(norm, large)
     finally:
-        fused_norm._failed.clear()
+        gpu_norm.KERNELS.failed = ""
 
 
 def test_a_block_on_a_gpu_norms_into_groups_and_into_the_products_type(fake_gpu: None) -> None:
@@ -249,8 +250,8 @@ def test_a_block_on_a_gpu_norms_into_groups_and_into_the_products_type(fake_gpu:
 def test_a_failing_triton_is_one_notice_and_torchs_layer_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("Failed to find C compiler")
-    monkeypatch.setattr(fused_norm, "_kernels", lambda: SimpleNamespace(INTERPRETED=True, forward=fail, backward=fail))
-    monkeypatch.setattr(fused_norm, "_failed", [])
+    for name, value in (("module", SimpleNamespace(INTERPRETED=True, forward=fail, backward=fail)), ("failed", ""), ("_tried", set())):
+        monkeypatch.setattr(gpu_norm.KERNELS, name, value)
     with pytest.warns(UserWarning, match="C compiler") as notices:
         errors = [error for use in ("alone", "scaled") for _, error in distances((2, 7, 5, 12), 2, 2, torch.float32, torch.float32, use)]
     assert len(notices) == 1 and max(errors) < 1e-6
@@ -292,7 +293,7 @@ def test_on_a_gpu(size: int, group: int, interval: int, dtype: torch.dtype, monk
             y = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         return [y, *torch.autograd.grad(y.float().square().mean() * 1024, (x, *parameters))]
     results = run()
-    assert not fused_norm._failed
+    assert not gpu_norm.KERNELS.failed
     assert all(torch.equal(a, b) for other in (run(), run(recompute=True)) for a, b in zip(results, other, strict=True))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -303,7 +304,7 @@ def test_on_a_gpu(size: int, group: int, interval: int, dtype: torch.dtype, monk
     block.drop_path = DropPath(0.5).cuda()
     torch.manual_seed(1)
     dropped = run()
-    monkeypatch.setattr(fused_norm, "LEAST_NUMBERS", 2 ** 40)
+    monkeypatch.setattr(gpu_norm, "LEAST_NUMBERS", 2 ** 40)
     torch.manual_seed(1)
     plain_dropped = run()
     block.drop_path = nn.Identity()
@@ -312,7 +313,7 @@ def test_on_a_gpu(size: int, group: int, interval: int, dtype: torch.dtype, monk
     x32 = torch.randn(64, 28, 28, 192, device="cuda", requires_grad=True)
     norm = cpu_bf16.LayerNorm(192).cuda()
     slow = [y := norm(x32), *torch.autograd.grad(y.sin().sum(), (x32, norm.weight, norm.bias))]
-    monkeypatch.setattr(fused_norm, "LEAST_NUMBERS", 0)
+    monkeypatch.setattr(gpu_norm, "LEAST_NUMBERS", 0)
     fast = [y := norm(x32), *torch.autograd.grad(y.sin().sum(), (x32, norm.weight, norm.bias))]
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))

@@ -1,4 +1,4 @@
-"""Triton kernels of ``models.fused_norm``, imported only where they run.
+"""Triton kernels of ``models.gpu.layer_norm``, imported only where they run.
 
 A program takes a tile of whole rows, the channels padded to a power of two by masks: of 96 channels a quarter of its lanes idle, but no
 byte is moved for them. It is given an image's pixels in order and writes a row where the table of places says, so that what is read first
@@ -101,7 +101,7 @@ def _backward_kernel(grad, skip, x, factor, weight, mean, rstd, places, to_x, to
 
 def forward(x: Tensor, branch: Tensor | None, factor: Tensor | None, weight: Tensor, bias: Tensor, places: Tensor | None, y: Tensor,
             total: Tensor | None, mean: Tensor, rstd: Tensor, eps: float) -> None:
-    """Fill ``y``, ``total``, ``mean`` and ``rstd`` of ``models.fused_norm``'s operation; ``places`` is that of ``group_places``."""
+    """Fill ``y``, ``total``, ``mean`` and ``rstd`` of ``models.gpu.layer_norm``'s operation; ``places`` is that of ``group_places``."""
     channels = x.shape[-1]
     images, pixels, rows = _layout(mean, places, factor)
     width = _power_of_two(channels)

@@ -20,10 +20,7 @@ Shapes: n rows, C and C' channels.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import itertools
-import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -32,6 +29,8 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.gpu.kernels import Kernels, distance
 
 LEAST_NUMBERS = 2 ** 20  # below, a kernel takes no longer than the host to launch it, and torch's own launches are the shortest
 
@@ -160,26 +159,39 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _column_sums(x: Tensor) -> Tensor:
     """(n, C) -> (C), in fp32 at least."""
-    if (kernels := _kernels_for(x)) is not None:
-        try:
-            return kernels.column_sums(x).sum(0)
-        except Exception as error:  # Triton compiles at the first call, and raises what its tools do
-            _give_up(error)
-    return x.sum(0, dtype=_wide(x.dtype))
+    def plain() -> Tensor:
+        return x.sum(0, dtype=_wide(x.dtype))
+    return KERNELS.compute(x.device, lambda kernels: kernels.column_sums(x).sum(0), plain) if _pays(x) else plain()
 
 
 def _gelu_backward_sums(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of GELU's input ``x`` (n, C) for that of what it gives, and the sum of its rows (C), in fp32 at least."""
-    if (kernels := _kernels_for(x)) is not None:
-        try:
-            to_x, sums = kernels.gelu_backward_sums(grad, x)
-            return to_x, sums.sum(0)
-        except Exception as error:
-            _give_up(error)
-    to_x = torch.ops.aten.gelu_backward(grad, x)
-    return to_x, _column_sums(to_x)
+    def plain() -> tuple[Tensor, Tensor]:
+        to_x = torch.ops.aten.gelu_backward(grad, x)
+        return to_x, _column_sums(to_x)
+
+    def ours(kernels: ModuleType) -> tuple[Tensor, Tensor]:
+        to_x, sums = kernels.gelu_backward_sums(grad, x)
+        return to_x, sums.sum(0)
+    return KERNELS.compute(x.device, ours, plain) if _pays(x) else plain()
 
 
+def _pays(x: Tensor) -> bool:
+    """Whether torch's own kernels are not as good."""
+    return x.dtype in (torch.bfloat16, torch.float16) and (not x.is_cuda or x.numel() >= LEAST_NUMBERS)
+
+
+def _difference(device: torch.device) -> str:
+    """Of the kernels from the formulas in fp64, for ``KERNELS``."""
+    kernels, generator = KERNELS.module, torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(300, 140, generator=generator).to(device, torch.bfloat16) for _ in range(2))
+    to_x = torch.ops.aten.gelu_backward(grad.double(), x.double())
+    ours, sums = kernels.gelu_backward_sums(grad, x)
+    errors = (distance(kernels.column_sums(x).sum(0), x.double().sum(0)), distance(ours, to_x), distance(sums.sum(0), to_x.sum(0)))
+    return "" if max(errors) < 0.01 else f"sums and GELU's gradient are off by {errors}"
+
+
+KERNELS = Kernels("linear_kernels", "biases' gradients are computed", _difference)
 _library = torch.library.Library("crossformer", "FRAGMENT")
 _library.define("column_sums(Tensor x) -> Tensor")
 _library.define("gelu_backward_sums(Tensor grad, Tensor x) -> (Tensor, Tensor)")
@@ -187,32 +199,3 @@ _library.impl("column_sums", _column_sums, "CompositeExplicitAutograd")
 _library.impl("column_sums", lambda x: x.new_empty(x.shape[1], dtype=_wide(x.dtype)), "Meta")
 _library.impl("gelu_backward_sums", _gelu_backward_sums, "CompositeExplicitAutograd")
 _library.impl("gelu_backward_sums", lambda grad, x: (torch.empty_like(x), x.new_empty(x.shape[1], dtype=_wide(x.dtype))), "Meta")
-
-
-@functools.cache
-def _kernels() -> ModuleType | None:
-    """The module of kernels, or none without Triton."""
-    try:
-        return importlib.import_module("models.cuda_linear_kernels")
-    except Exception:  # not only ImportError: a Triton that does not fit its torch raises others
-        return None
-
-
-def _kernels_for(x: Tensor) -> ModuleType | None:
-    """None where torch's own are as good; on a CPU only Triton's interpreter runs them."""
-    if _failed or x.dtype not in (torch.bfloat16, torch.float16) or x.is_cuda and x.numel() < LEAST_NUMBERS:
-        return None
-    kernels = _kernels()
-    return kernels if kernels is not None and (x.is_cuda or kernels.INTERPRETED) else None
-
-
-_failed: list[str] = []
-
-
-def _give_up(error: Exception) -> None:
-    """The plain form from here on, with one notice."""
-    if isinstance(error, torch.OutOfMemoryError):
-        raise error
-    _failed.append(str(error))
-    warnings.warn(f"Triton fails here ({type(error).__name__}: {str(error)[:160]}); biases' gradients are computed by torch's own, slower "
-                  "kernels", stacklevel=2)
