@@ -25,7 +25,9 @@ from models.position_bias import relative_index
 
 MOST_TOKENS = 64  # of a group whose logits fit into registers
 WIDTHS = (16, 32, 64)  # of a head
-PROGRAMS = 8 * 132  # for an H100's or H200's 132 multiprocessors
+# Programs for the 132 multiprocessors of an H100 or H200, which hold four a piece forward, three back (of 64 tokens; registers are their
+# limit): forward four rounds; back a single one, since each program writes a gradient of the bias.
+PROGRAMS = {"forward": 4 * 4 * 132, "backward": 3 * 132}
 
 
 def to_groups(x: Tensor, group: int, interval: int) -> Tensor:
@@ -179,22 +181,28 @@ def _launch(kernel: str, inputs: tuple[Tensor, ...], table: Tensor | None, resul
     from models import group_attention_kernels  # only where there is a GPU: Triton takes a second to import
 
     batch, height, width, channels = qkv.shape
-    dim, block = channels // (3 * heads), max(16, 1 << (group * group - 1).bit_length())
+    dim, block = channels // (3 * heads), _block(group)
     options = dict(num_warps=block // 16, num_stages=2)
     if kernel == "backward" and block == 64 and dim <= 32:
         options["maxnreg"] = 168  # three programs a multiprocessor instead of two, for 132 bytes of spilled registers
     with torch.cuda.device(qkv.device if qkv.is_cuda else -1):
-        getattr(group_attention_kernels, kernel)[_grid(qkv, heads, group, interval)](
+        getattr(group_attention_kernels, kernel)[_grid(kernel, qkv, heads, group, interval)](
             *inputs, table, *results, batch, -(-width // (group * interval)), height, width, heads, group, interval, shift, scale,
             DIM=dim, BLOCK=block, BIASED=table is not None, PRECISION="ieee", **options)
 
 
-def _grid(qkv: Tensor, heads: int, group: int, interval: int) -> tuple[int, int]:
+def _block(group: int) -> int:
+    """Rows of a tile: the next power of two above the tokens of a group."""
+    return max(16, 1 << (group * group - 1).bit_length())
+
+
+def _grid(kernel: str, qkv: Tensor, heads: int, group: int, interval: int) -> tuple[int, int]:
     """Heads of groups of a map, and programs that share its samples."""
     batch, height, width, _ = qkv.shape
     span = group * interval
     groups = -(-height // span) * -(-width // span) * interval ** 2
-    return heads * groups, min(batch, max(1, PROGRAMS // (heads * groups)))
+    programs = PROGRAMS[kernel] * MOST_TOKENS // _block(group)
+    return heads * groups, min(batch, max(1, programs // (heads * groups)))
 
 
 def _forward_on_cuda(qkv: Tensor, table: Tensor | None, heads: int, group: int, interval: int, shift: int, scale: float) -> Tensor:
@@ -205,7 +213,7 @@ def _forward_on_cuda(qkv: Tensor, table: Tensor | None, heads: int, group: int, 
 
 def _backward_on_cuda(grad: Tensor, qkv: Tensor, table: Tensor | None, heads: int, group: int, interval: int, shift: int,
                       scale: float) -> tuple[Tensor, Tensor]:
-    qkv, (first, second) = qkv.contiguous(), _grid(qkv, heads, group, interval)
+    qkv, (first, second) = qkv.contiguous(), _grid("backward", qkv, heads, group, interval)
     parts = 0 if table is None else first // heads * second
     to_qkv, to_bias = torch.empty_like(qkv), qkv.new_empty(parts, heads, group ** 2, group ** 2, dtype=torch.float32)
     _launch("backward", (grad, qkv), table, (to_qkv, to_bias), qkv, heads, group, interval, shift, scale)

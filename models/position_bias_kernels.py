@@ -15,7 +15,7 @@ WIDTH, HEADS = tl.constexpr(64), tl.constexpr(32)  # one size for all stages: ea
 ROWS = tl.constexpr(16)  # of more, ptxas takes long and spills registers
 PRECISION = tl.constexpr("ieee")
 EPSILON = tl.constexpr(1e-5)
-_SIZES = ["group", "dim", "heads"]
+_SIZES = ["size", "group", "dim", "heads"]
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _layer_backward(grad, x, scale, shift, weight, part, dim, out, OUT: tl.const
     return tl.where(i[None, :] < dim, centred * inverse[:, None], 0.0)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES[1:])
 def forward(weight, bias, scale1, shift1, weight1, bias1, scale2, shift2, weight2, bias2, scale3, shift3, weight3, bias3, table,
             group, dim, heads, RESIDUAL: tl.constexpr):
     """The biases of all offsets, (M, h)."""

@@ -35,7 +35,7 @@ class BlockInPlace(timm_swin.SwinTransformerBlock):
     def _attn(self, x: Tensor) -> Tensor:
         attn, (side, other), (shift, shift_too) = self.attn, self.window_size, self.shift_size
         square = side == other and shift == shift_too and x.shape[1] % side == x.shape[2] % side == 0
-        if not square or is_hooked(attn) or not fits(x, attn.num_heads, side, attn.attn_drop):
+        if not square or not fits(x, attn.num_heads, side, attn.attn_drop) or is_hooked(attn):
             return super()._attn(x)
         table = attn.relative_position_bias_table
         return attn.proj_drop(attn.proj(group_attention(attn.qkv(x), table, attn.num_heads, side, 1, attn.scale, shift)))

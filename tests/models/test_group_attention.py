@@ -72,7 +72,7 @@ def test_swins_windows_in_place_are_timms(size, shift, monkeypatch):
 KERNELS = """
 import json, sys, torch
 from models import group_attention as m
-m.PROGRAMS = 8
+m.PROGRAMS = dict(forward=8, backward=2)
 torch.manual_seed(0)
 errors = []
 for batch, height, width, heads, dim, group, interval, shift, biased in json.loads(sys.argv[1]):

@@ -108,14 +108,14 @@ def tiny(*opts: object):
 
 def test_a_step_of_a_model() -> None:
     """Launches do not go with the batch; products do; the update is there; a forward pass is a third of the products."""
-    small, large, forward = (record(tiny("DATA.BATCH_SIZE", size), inference) for size, inference in ((24, False), (48, False), (24, True)))
-    assert abs(total(small).launches - total(large).launches) < 0.05 * total(small).launches
-    assert total(large).flops == pytest.approx(2 * total(small).flops, rel=0.05)
-    assert 2 < total(small).flops / total(forward).flops < 3.2
-    names = {row.name for row in sums(small)}
+    step, forward, double = (record(tiny("DATA.BATCH_SIZE", size), inference) for size, inference in ((24, False), (24, True), (48, True)))
+    assert total(forward).launches == total(double).launches
+    assert total(double).flops == pytest.approx(2 * total(forward).flops, rel=0.01)
+    assert 2 < total(step).flops / total(forward).flops < 3.2
+    names = {row.name for row in sums(step)}
     assert {"_fused_adamw", "_foreach_norm", "gelu"} <= names and any("attention_backward" in name for name in names)
     assert not {name for name in names if "backward" in name or "adam" in name} & {row.name for row in sums(forward)}
-    assert step_seconds(total(small)) == total(small).launches * LAUNCH > step_seconds(total(small), graphs=True)
+    assert step_seconds(total(step)) == total(step).launches * LAUNCH > step_seconds(total(step), graphs=True)
 
 
 CALLS = Path(__file__).with_name("crossformer_small_calls.tsv")  # times, operation, its arguments: what a step called at measured.COMMIT
@@ -156,21 +156,32 @@ def test_the_paces_give_back_what_was_measured_of_crossformer_small() -> None:
             assert 1e3 * rows[name].expected == pytest.approx(milliseconds, rel=0.25), name
 
 
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
 def test_gradients_walk_through_the_graph_as_torchs_engine_does() -> None:
-    """Parameters that two branches share, broadcasting, types that change and several results: on the CPU, with numbers."""
+    """Parameters that two branches share or none reaches, broadcasting, types that change, several results: on the CPU, with numbers."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.BatchNorm2d(8), nn.Flatten(2), nn.LayerNorm(36), nn.Linear(36, 6))
-    x = torch.randn(2, 3, 8, 8)
+    x, unreached = torch.randn(2, 3, 8, 8), nn.Parameter(torch.ones(6))
 
     def gradients(run) -> list[torch.Tensor]:
         model.zero_grad()
-        y = model(x)
+        y = WithoutGradient.apply(model(x), unreached)
         first, second, third = (y + model[5](torch.ones(36)).bfloat16().float() * y.detach()).chunk(3, dim=-1)
         run(first.sum() + second.exp().mean() + (third * first).sum())
         return [p.grad.clone() for p in model.parameters()]
 
     for own, theirs in zip(gradients(backward), gradients(torch.Tensor.backward), strict=True):
         torch.testing.assert_close(own, theirs)
+    assert unreached.grad is None
 
 
 def test_the_script_prints_tables(capsys, tmp_path) -> None:

@@ -126,6 +126,8 @@ def backward(loss: Tensor, gradient: Tensor | None = None, **options: Any) -> No
 
 def _through(node: Any, gradients: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
     """The gradients that ``node`` gives to those before it."""
+    if not gradients:  # none of the branches behind has one
+        return (None,) * len(node.next_functions)
     if hasattr(node, "variable"):  # the end: a parameter, whose gradient is kept as it comes where its layout is the parameter's
         parameter, gradient = node.variable, gradients[0]
         if parameter.grad is not None:
@@ -135,8 +137,6 @@ def _through(node: Any, gradients: dict[int, Tensor]) -> tuple[Tensor | None, ..
         else:
             parameter.grad = torch.empty_like(parameter).copy_(gradient)
         return ()
-    if not gradients:
-        return (None,) * len(node.next_functions)
     given = [gradients.get(number) for number in range(len(node._input_metadata))]
     results = node.apply(*given) if hasattr(node, "apply") else node(*given)
     return results if isinstance(results, tuple) else (results,)

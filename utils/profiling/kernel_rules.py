@@ -203,10 +203,11 @@ def several(number: int, pace: float = 0.5) -> Callable[[Call], list[Kernels]]:
 
 
 def custom(call: Call) -> list[Kernels]:
-    """An operation that torch does not know: one kernel at 80 % of the peak."""
+    """An operation that torch does not know: one kernel at 80 % of the peak, and another that adds up what its programs summed apart."""
     if call.name.startswith("group_attention"):
         return [group_attention(call)]
-    return [call.kernels(at(0.8 * PEAK_BANDWIDTH / BANDWIDTH), flops=flops_of(call), assumed=True)]
+    return [call.kernels(at(0.8 * PEAK_BANDWIDTH / BANDWIDTH), flops=flops_of(call), assumed=True,
+                         launches=1 + call.name.endswith(("backward", "sums")))]
 
 
 def group_attention(call: Call) -> Kernels:
@@ -217,7 +218,7 @@ def group_attention(call: Call) -> Kernels:
     work, channels = (2.5 if backward else 1) * 4 * groups, qkv.shape[3] // 3
     padded = work * channels * (TILE * math.ceil(group ** 2 / TILE)) ** 2
     return call.kernels(lambda least: max(least * BANDWIDTH / PEAK_BANDWIDTH / 0.8, padded / (FLASH_BACKWARD if backward else FLASH)),
-                        flops=int(work * channels * group ** 4), assumed=True)
+                        flops=int(work * channels * group ** 4), assumed=True, launches=3 if backward else 1)
 
 
 VIEWS = ("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "unbind", "detach",
