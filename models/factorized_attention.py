@@ -45,16 +45,20 @@ class RelativePositionEncoding(nn.Module):
         weight = torch.cat([F.pad(conv.weight, ((max(self.kernels) - kernel) // 2,) * 4)
                             for conv, kernel in zip(self.conv_list, self.kernels, strict=True)])
         key = device, torch.promote_types(weight.dtype, torch.float32)
-        traced = torch.compiler.is_compiling()
-        constants = None if traced else self._constants.get(key)
-        if constants is None:
-            reaches = [kernel // 2 for kernel, width in zip(self.kernels, self.widths, strict=True) for _ in range(width)]
-            constants = (torch.tensor(reaches, dtype=torch.int32).to(device),
-                         head_mask(len(weight), len(weight) // self.head_dim, self.head_dim ** -0.5, *key))
+        if torch.compiler.is_compiling():
+            constants = self._make_constants(*key)
+        elif (constants := self._constants.get(key)) is None:
+            with torch.inference_mode(False):  # training may follow, and save them for its gradients
+                constants = self._make_constants(*key)
             # What is captured has no values before the graph's first run.
-            if not (traced or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
                 self._constants[key] = constants
         return weight, torch.cat([conv.bias for conv in self.conv_list]), *constants
+
+    def _make_constants(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        reaches = [kernel // 2 for kernel, width in zip(self.kernels, self.widths, strict=True) for _ in range(width)]
+        mask = head_mask(len(reaches), len(reaches) // self.head_dim, self.head_dim ** -0.5, device, dtype)
+        return torch.tensor(reaches, dtype=torch.int32).to(device), mask
 
 
 class FactorizedAttention(nn.Module):

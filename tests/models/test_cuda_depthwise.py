@@ -97,6 +97,14 @@ def test_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours, plain, strict=True))
 
 
+def test_what_evaluation_leaves_can_be_trained_with() -> None:
+    layer = next(m for m in tiny("mpvit").modules() if isinstance(m, mpvit.EncoderLayer))
+    x = torch.randn(1, 2, 3, 16)
+    with torch.inference_mode():
+        layer(x, layer.crpe.joined(x.device))
+    layer(x, layer.crpe.joined(x.device)).sum().backward()
+
+
 def test_what_it_is_not_for() -> None:
     assert not cuda_depthwise.applies(torch.randn(1, 4, 2, 2).bfloat16(), torch.bfloat16)
 
