@@ -112,6 +112,7 @@ def test_a_step_of_a_model() -> None:
     assert total(forward).launches == total(double).launches
     assert total(double).flops == pytest.approx(2 * total(forward).flops, rel=0.01)
     assert 2 < total(step).flops / total(forward).flops < 3.2
+    assert step_seconds(total(step), graphs=True) < step_seconds(total(step), graphs=True, pessimistic=True)
     names = {row.name for row in sums(step)}
     assert {"_fused_adamw", "_foreach_norm", "gelu"} <= names and any("attention_backward" in name for name in names)
     assert not {name for name in names if "backward" in name or "adam" in name} & {row.name for row in sums(forward)}

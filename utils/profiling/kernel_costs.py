@@ -20,6 +20,7 @@ aten = torch.ops.aten
 BANDWIDTH, PEAK_BANDWIDTH = 4.0e12, 4.8e12
 RATES = {torch.bfloat16: 790e12, torch.float16: 790e12, torch.float32: 50e12, torch.float64: 50e12}  # FLOP/s of products
 SHORTEST = 2e-6  # seconds that a kernel takes at least
+GAP = 1.3e-6  # seconds between two kernels: a step of 90.4 ms had 88.05 ms of them in 1,874 launches
 # Seconds of the host for a launch, with the Python before it, on that machine's slow cores: no more than what cvt_13's 2,263 launches left
 # of its step, 84 ms. (crossformer_small's compiled step took 53 us a launch, with torch.compile's checks.)
 LAUNCH = 37e-6

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from yacs.config import CfgNode
 
 from utils.profiling.fake_gpu import FakeStep, fake_gpu, with_layout
-from utils.profiling.kernel_costs import LAUNCH, Call, Kernels
+from utils.profiling.kernel_costs import GAP, LAUNCH, Call, Kernels
 from utils.profiling.kernel_rules import kernels_of
 from utils.tasks.build import build_task
 
@@ -60,6 +60,12 @@ def total(kernels: Iterable[Kernels]) -> Kernels:
     return rows[0] if rows else Kernels("together", "", 0, 0, 0, 0, 0.0, 0.0)
 
 
-def step_seconds(whole: Kernels, graphs: bool = False) -> float:
-    """Seconds of a step: its kernels', or the host's where that takes longer to launch them one by one."""
-    return whole.expected if graphs else max(whole.expected, whole.launches * LAUNCH)
+def step_seconds(whole: Kernels, graphs: bool = False, pessimistic: bool = False) -> float:
+    """Seconds of a step: its kernels' with the gaps between them, or the host's where that takes longer to launch them one by one.
+
+    Args:
+        graphs: as a CUDA graph, without the host.
+        pessimistic: at half the paces that were not measured.
+    """
+    device = whole.expected + whole.assumed * pessimistic + whole.launches * GAP
+    return device if graphs else max(device, whole.launches * LAUNCH)
