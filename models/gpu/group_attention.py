@@ -12,7 +12,6 @@ Shapes: B batch, H W map, C channels, h heads, D head width, G group size, I int
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from models.cpu_bf16 import compute_dtype
+from models.gpu.kernels import agree
 from models.position_bias import relative_index
 
 MOST_TOKENS = 64  # of a group whose logits fit into registers
@@ -71,13 +71,7 @@ def fits(x: Tensor, heads: int, group: int, drop: nn.Dropout) -> bool:
 @functools.cache
 def kernels_work(device: torch.device, dtype: torch.dtype, group: int, width: int) -> bool:
     """Whether the kernels compile there and give the formula's numbers, on a small map once a process; if not, a warning says why."""
-    try:
-        problem = _difference(device, dtype, group, width)
-    except Exception as error:  # no Triton, no C compiler, a driver too old, ...: torch and Triton raise a kind of its own for each
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if problem:
-        warnings.warn(f"attention within groups takes torch's own kernels, since Triton's do not work here ({problem})", stacklevel=2)
-    return not problem
+    return agree("attention within groups is computed", lambda: _difference(device, dtype, group, width))
 
 
 def _difference(device: torch.device, dtype: torch.dtype, group: int, width: int) -> str:

@@ -70,13 +70,34 @@ class Kernels:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            self.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            warnings.warn(f"{self.work} by torch's own kernels, which are slower: Triton's do not work here ({self.failed})", stacklevel=4)
+            self.failed = in_words(error)
+            tell(self.work, self.failed)
             return None
 
     def _compare(self, device: torch.device) -> None:
         if problem := self.difference(device):
             raise ArithmeticError(problem)
+
+
+def agree(work: str, difference: Callable[[], str]) -> bool:
+    """Whether ``difference()``, in how far kernels' numbers are not torch's, is ""; else one notice that ``work`` is done by torch."""
+    try:
+        problem = difference()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        problem = in_words(error)
+    if problem:
+        tell(work, problem)
+    return not problem
+
+
+def in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def tell(work: str, problem: str) -> None:
+    warnings.warn(f"{work} by torch's own kernels, which are slower: Triton's do not work here ({problem})", stacklevel=4)
 
 
 def distance(ours: torch.Tensor, plain: torch.Tensor) -> float:

@@ -8,13 +8,14 @@ Shapes: M = (2G-1)^2 offsets, h heads, d width of the MLP.
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+from models.gpu.kernels import agree
 
 WIDEST, MOST_HEADS, ROWS = 64, 32, 16  # the tiles of the kernels
 
@@ -59,14 +60,10 @@ class _PositionBias(torch.autograd.Function):
 @functools.cache
 def kernels_work(device: torch.device) -> bool:
     """Whether the kernels compile there and give the layers' numbers, once a process; if not, a warning says why."""
-    try:
+    def difference() -> str:
         error = _error(device)
-        problem = "" if error < 1e-3 else f"they are off by {100 * error:.2g} %"
-    except Exception as error:  # no Triton, no C compiler, a driver too old, ...: torch and Triton raise a kind of its own for each
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if problem:
-        warnings.warn(f"the position bias is computed layer by layer, since Triton's kernels do not work here ({problem})", stacklevel=2)
-    return not problem
+        return "" if error < 1e-3 else f"they are off by {100 * error:.2g} %"
+    return agree("the position bias is computed", difference)
 
 
 def _error(device: torch.device, group: int = 7, dim: int = 24, heads: int = 12) -> float:
