@@ -95,13 +95,12 @@ def parity(report: Report, options: argparse.Namespace) -> None:
 
 
 def cuda_tests(report: Report, options: argparse.Namespace) -> None:
-    """The test files that look whether there is a CUDA device."""
+    """The tests that are marked with ``gpu``."""
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")
-                   if re.search(r"cuda\.is_available|needs_cuda", path.read_text(encoding="utf-8")))
+                   if "mark.gpu" in path.read_text(encoding="utf-8"))
     if options.small:
         files = ["tests/optim/test_ema.py"]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-rfE", "-p", "no:cacheprovider", *files], cwd=ROOT, capture_output=True,
-                          text=True)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-rfE", "-m", "gpu", *files], cwd=ROOT, capture_output=True, text=True)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)}
     for word in ("passed", "skipped"):
         report.add(f"tests {word}", counts.get(word, 0), asked=">= 1" if word == "passed" else "")
@@ -267,8 +266,8 @@ def debug_waits(torch: Any, on: bool) -> Iterator[None]:
 
 # Each with the seconds that it may take; together eight minutes.
 PARTS: dict[str, tuple[Callable[[Report, argparse.Namespace], None], int]] = {
-    "parity": (parity, 40), "waits": (waits, 20), "goals": (goals, 170), "quickstart": (quickstart, 25), "compile": (compile_times, 50),
-    "program": (whole_program, 95), "profile": (profiles, 30), "tests": (cuda_tests, 45)}
+    "parity": (parity, 40), "waits": (waits, 20), "goals": (goals, 160), "quickstart": (quickstart, 25), "compile": (compile_times, 50),
+    "program": (whole_program, 95), "profile": (profiles, 30), "tests": (cuda_tests, 60)}
 
 
 def run_part(name: str, options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], str]:

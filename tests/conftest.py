@@ -134,6 +134,12 @@ class InProcess:
         return subprocess.CompletedProcess(arguments, status, captured.out, captured.err)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    marker = item.get_closest_marker("gpu")
+    if marker is not None and not marker.kwargs.get("or_cpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     """Where CI is set the optional packages are installed: a test that is skipped for want of one would never run."""

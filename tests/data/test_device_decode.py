@@ -184,7 +184,7 @@ def test_mistakes_are_one_sentence(photos: Path, monkeypatch: pytest.MonkeyPatch
     build_eval_pipeline(get_config(None, ["DATA.DECODER", "nvjpeg"]), CPU, published=False)  # evaluation goes on without
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_nvjpeg_shows_the_same_pictures(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Smooth colours, of which nvJPEG's pixels are those of libjpeg within a few levels; and the same batches twice."""
     monkeypatch.undo()

@@ -32,6 +32,7 @@ from data.transforms import device_kernels  # noqa: E402
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if CUDA and not INTERPRETED else "cpu")
+pytestmark = pytest.mark.gpu(or_cpu=True)
 runs_kernels = pytest.mark.skipif(not CUDA and not INTERPRETED, reason="runs on a GPU, or as test_the_kernels_by_tritons_interpreter")
 ARGUMENTS = {
     ra.AUTO_CONTRAST: [0], ra.EQUALIZE: [0], ra.INVERT: [0], ra.ROTATE: [0, 27.0, -13.3, 180.0], ra.POSTERIZE: [0, 1, 4, 8],
@@ -168,7 +169,7 @@ def test_without_triton_the_operations_are_applied_one_by_one_with_a_notice(monk
     assert "Triton" in notices[0] and "ModuleNotFoundError" in notices[0]
 
 
-@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+@pytest.mark.gpu
 def test_on_a_gpu_a_batch_is_augmented_by_the_kernels_without_a_wait() -> None:
     pipeline, notices = build_train_pipeline(get_config(None, ["DATA.IMG_SIZE", "64"]), torch.device("cuda"))
     assert not notices

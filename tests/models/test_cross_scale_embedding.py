@@ -65,7 +65,7 @@ def test_embedding_by_products_compiled_and_in_bf16(monkeypatch: pytest.MonkeyPa
         assert close(gradients(lambda *_, f=halves: f(x), *embedding.parameters()), plain, 0.05)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("pays", [True, False])
 def test_embedding_on_cuda_in_bf16(train: bool, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ def test_each_tensor_is_averaged_once() -> None:
     assert not any(p.requires_grad for p in average.module.parameters())
 
 
+@pytest.mark.gpu(or_cpu=True)
 def test_an_average_elsewhere_comes_to_be_judged_and_goes_back() -> None:
     """As that of a model on a GPU, kept by the CPU; without a GPU both places are one."""
     model = nn.Linear(2, 2)

@@ -174,6 +174,7 @@ class Mixed(nn.Module):
 NOT_HERE = {"adahessian", "fusedadamw", "fusednovograd", *timm.optim.list_optimizers("bnb*")}  # second derivatives, or a GPU and a package
 
 
+@pytest.mark.gpu(or_cpu=True)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [name for name in timm.optim.list_optimizers() if torch.cuda.is_available() or name not in NOT_HERE])
 def test_every_optimizer_steps_and_resumes_to_the_same_bits(name: str) -> None:

@@ -96,7 +96,7 @@ def test_a_cpu_counts_the_time_of_fetching(monkeypatch: pytest.MonkeyPatch) -> N
     assert wait.seconds() == 40
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("loading", "least", "most"), [(0.0, 0.0, 0.1), (0.15, 0.5, 1.0)])
 def test_a_gpu_waits_for_a_slow_loader_alone(loading: float, least: float, most: float) -> None:
     device = torch.device("cuda", torch.cuda.current_device())

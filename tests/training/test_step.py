@@ -28,6 +28,7 @@ from utils.training.loop import after_step
 TINY = dict(embed_dim=16, depths=(1, 2), num_heads=(1, 2), group_size=(4, 4), interval=(2, 1), merge_size=((2, 4),), num_classes=3,
             drop_path_rate=0.2)
 WAITS = ("_local_scalar_dense", "is_nonzero", "item", "nonzero", "equal", "masked_select", "unique", "bincount", "repeat_interleave")
+pytestmark = pytest.mark.gpu(or_cpu=True)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -40,7 +40,6 @@ CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 STEPS = 8
 CLASSES = 5
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 class Rates:
@@ -285,7 +284,7 @@ class Still:
         return 0.0
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("how", ["graphs", "graphs+blocks"])
 def test_on_cuda_a_replay_draws_by_the_seed_of_its_step(how: str) -> None:
     """Other numbers in each step, in a step done again the same, and those of steps that are not recorded."""
@@ -305,7 +304,7 @@ def test_on_cuda_a_replay_draws_by_the_seed_of_its_step(how: str) -> None:
     assert [loss for _, loss, _ in recorded] == pytest.approx([loss for _, loss, _ in plain], rel=1e-4)
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "optimizer"), [(torch.float32, "adamw"), (torch.bfloat16, "sgd"), (torch.float16, "adamw"),
                                                   (torch.float32, "lion")])
 def test_on_cuda_a_recorded_run_learns_as_one_that_is_not(dtype: torch.dtype, optimizer: str) -> None:
@@ -323,7 +322,7 @@ def test_on_cuda_a_recorded_run_learns_as_one_that_is_not(dtype: torch.dtype, op
     assert losses[0] == pytest.approx(losses[1], rel=1e-2 if dtype == torch.float32 else 5e-2, nan_ok=True)
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_on_cuda_what_is_looked_at_later_is_not_written_over() -> None:
     state, plan, _ = run(CudaRecorder, device=CUDA)
     train(state, plan, WARM_UP)
@@ -335,7 +334,7 @@ def refuse() -> None:
         raise RuntimeError("not in a recording")
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("obstacle", ["waits", "draws", "refuses", "breaks"])
 def test_on_cuda_what_cannot_be_recorded_runs_as_it_is(obstacle: str) -> None:
     """It waits, draws on the host, raises an error, or has the driver break the recording off; drop path draws on afterwards."""

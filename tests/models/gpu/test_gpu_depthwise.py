@@ -166,7 +166,7 @@ def test_kernels_compile_for_sm_90(kernel: int, reaching: bool, tmp_path: Path, 
         assert "ld.global.v4" in compiled.asm["ptx"]  # 16 bytes a thread, also of 216 channels, no multiple of 16
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", [*CASES, (3, 1, (56, 56), 64, True, False, False), (3, 2, (29, 31), 216, False, False, False),
                                   (7, 1, (14, 14), 216, False, True, True)])

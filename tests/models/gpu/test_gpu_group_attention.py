@@ -162,7 +162,7 @@ def test_on_cuda_no_group_is_laid_out(request):
     assert not [name for name in operations.names for word in ("clone", "copy", "pad", "index", "arange") if word in name]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("group", [4, 7])
 def test_kernels_on_a_gpu(group):
     assert group_attention.kernels_work(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, group, 32)

@@ -266,7 +266,7 @@ def test_which_norms_come_in_the_products_type() -> None:
     assert not any(type(m) is cpu_bf16.LayerNormForProducts for m in timm.create_model("swin_tiny_patch4_window7_224").modules())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("size", "group", "interval", "dtype"), [
     (56, 14, 4, torch.bfloat16), (50, 14, 2, torch.bfloat16), (56, 14, 1, torch.float16)])
 def test_on_a_gpu(size: int, group: int, interval: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

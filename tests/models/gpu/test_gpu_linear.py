@@ -166,7 +166,7 @@ def test_kernels_compile_for_sm_90(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert "ld.global.v4" in compiled.asm["ptx"]  # 16 bytes a thread
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [50, 20_000])
 def test_on_cuda(rows: int, dtype: torch.dtype) -> None:

@@ -87,6 +87,6 @@ def test_on_cuda_the_bias_is_one_operation():
     assert not gpu_position_bias.fits(list(nn.Linear(2, 2).parameters()))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_kernels_on_a_gpu():
     assert gpu_position_bias._error(torch.device("cuda")) < 1e-3
