@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import sys
 import threading
@@ -49,6 +50,12 @@ class _WorkerDeaths:
                 signal.signal(signal.SIGCHLD, self.on_signal)
 
     def on_signal(self, number: int, frame: Any) -> None:
+        if self.waiting and _in_a_finalizer(frame):
+            # What is raised there is printed and lost, and the wait for a batch that never comes would go on.
+            timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
+            timer.daemon = True
+            timer.start()
+            return
         if self.waiting:
             self.torch_handler(number, frame)
         self.pending = True
@@ -61,6 +68,14 @@ class _WorkerDeaths:
 
     def __exit__(self, *_: object) -> None:
         self.waiting = False
+
+
+def _in_a_finalizer(frame: Any) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 _worker_deaths = _WorkerDeaths()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from data_helpers import config_for, first_batches, same_batches, sources
 from config import ConfigError
 from data import build_loaders
 from data.dense.samplers import AspectStepSampler
+from data.loading.loader import _WorkerDeaths
 from data.loading.sampler import ShardSampler, StepSampler
 from data.loading.trial_batch import trial_images
 from data.loading.workers import free_shared_memory, pipe_reason, worker_count
@@ -255,3 +257,26 @@ def test_a_number_of_steps_in_place_of_epochs() -> None:
                        (AspectStepSampler(wide, 12, 3, 5), AspectStepSampler(wide, 12, 9, 5, iterations=10))):
         assert (cut.total_steps, cut.steps_per_epoch, cut.epochs, len(cut)) == (10, 4, 3, 10)
         assert list(cut) == list(whole)[:10]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="the system has no such signal")
+def test_a_workers_death_is_not_lost_in_a_finalizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a signal's handler raises within ``__del__`` would be printed and forgotten."""
+    class Finalized:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGCHLD)
+            time.sleep(0.01)
+
+    def torchs_handler(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    deaths, before = _WorkerDeaths(), signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(sys, "unraisablehook", lambda told: pytest.fail(f"lost: {told.exc_value}"))
+    signal.signal(signal.SIGCHLD, torchs_handler)
+    try:
+        deaths.take_over()
+        with pytest.raises(RuntimeError, match="DataLoader worker"), deaths:
+            Finalized()
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
