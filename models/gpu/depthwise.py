@@ -184,9 +184,9 @@ def _difference(device: torch.device) -> str:
     """Of the kernels from torch's convolutions in fp32, for ``KERNELS``."""
     kernels, generator, errors = KERNELS.module, torch.Generator().manual_seed(0), []
     for side, stride in ((3, 1), (3, 2), (7, 1)):
-        size = (2, -(-9 // stride), -(-10 // stride), 40)
-        x, grad = (torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in ((2, 9, 10, 40), size))
-        taps, bias = torch.randn(side * side, 40, generator=generator).to(device), torch.randn(40, generator=generator).to(device)
+        size = (2, -(-5 // stride), -(-6 // stride), 24)
+        x, grad = (torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in ((2, 5, 6, 24), size))
+        taps, bias = torch.randn(side * side, 24, generator=generator).to(device), torch.randn(24, generator=generator).to(device)
         for given, like, transposed in ((x, grad, False), (grad, x, True)):
             ours, plain = torch.empty_like(like), torch.empty_like(like, dtype=torch.float32)
             added = None if transposed else bias
