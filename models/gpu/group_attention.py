@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from models.cpu_bf16 import compute_dtype
-from models.gpu.kernels import agree
+from models.gpu.kernels import problem_of
 from models.position_bias import relative_index
 
 MOST_TOKENS = 64  # of a group whose logits fit into registers
@@ -71,7 +71,7 @@ def fits(x: Tensor, heads: int, group: int, drop: nn.Dropout) -> bool:
 @functools.cache
 def kernels_work(device: torch.device, dtype: torch.dtype, group: int, width: int) -> bool:
     """Whether the kernels compile there and give the formula's numbers, on a small map once a process; if not, a warning says why."""
-    return agree("attention within groups is computed", lambda: _difference(device, dtype, group, width))
+    return not problem_of("attention within groups is computed", lambda: _difference(device, dtype, group, width))
 
 
 def _difference(device: torch.device, dtype: torch.dtype, group: int, width: int) -> str:

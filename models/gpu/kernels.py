@@ -51,36 +51,27 @@ class Kernels:
         if device not in self._tried:
             self._tried.add(device)  # first: trying them comes by here
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-                self.attempt(lambda: self._compare(device))
+                problem = problem_of(self.work, lambda: self.difference(device))
+            self.failed = self.failed or problem
         return None if self.failed else self.module
 
     def compute(self, device: torch.device, ours: Callable[[ModuleType], T], plain: Callable[[], T]) -> T:
         """What ``ours`` makes of the kernels where they work on ``device``, else what ``plain`` gives, with one notice of why."""
         kernels = self.on(device)
         if kernels is not None:
-            result = self.attempt(lambda: ours(kernels))
-            if not self.failed:
-                return result
+            try:
+                return ours(kernels)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # Triton compiles at the first call, and raises what its tools do
+                self.failed = in_words(error)
+                tell(self.work, self.failed)
         return plain()
 
-    def attempt(self, work: Callable[[], T]) -> T | None:
-        """``work()``, or none and ``failed`` where it raises: Triton compiles at the first call, and raises what its tools do."""
-        try:
-            return work()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            self.failed = in_words(error)
-            tell(self.work, self.failed)
-            return None
 
-    def _compare(self, device: torch.device) -> None:
-        if problem := self.difference(device):
-            raise ArithmeticError(problem)
-
-
-def agree(work: str, difference: Callable[[], str]) -> bool:
-    """Whether ``difference()``, in how far kernels' numbers are not torch's, is ""; else one notice that ``work`` is done by torch."""
+def problem_of(work: str, difference: Callable[[], str]) -> str:
+    """``difference()``, in how far kernels' numbers are not torch's, or why it cannot be known; after a notice that ``work`` is done by
+    torch unless it is ""."""
     try:
         problem = difference()
     except torch.OutOfMemoryError:
@@ -89,7 +80,7 @@ def agree(work: str, difference: Callable[[], str]) -> bool:
         problem = in_words(error)
     if problem:
         tell(work, problem)
-    return not problem
+    return problem
 
 
 def in_words(error: Exception) -> str:
